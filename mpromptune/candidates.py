@@ -1,0 +1,75 @@
+"""Which configurations a proposal may choose from: all, or a sample refined by local search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpromptune.space import IndexArray, IndexSpace, Row
+
+Value = Callable[[Tensor], Tensor]  # n x C rows -> n values, the higher the better
+
+# NOTE: starts and steps of the local search. Three starts cover the leader, a rival and one more;
+# a predictor or two changes at a time, so eight steps reach an optimum from any of them.
+_STARTS = 3
+_STEPS = 8
+_KEPT = 64
+
+
+def is_enumerable(space: IndexSpace, max_space_size: int) -> bool:
+    """Whether every configuration takes part in every proposal."""
+    return space.size <= max_space_size
+
+
+def choice_set(
+    space: IndexSpace,
+    max_space_size: int,
+    excluded: Iterable[Row],
+    rng: np.random.Generator,
+    value: Value | None = None,
+    starts: Sequence[Row] = (),
+) -> Tensor:
+    """The choices for one proposal, ``N x C``; empty when all configurations are excluded.
+
+    Args:
+        space: The configurations that exist.
+        max_space_size: Up to this size all of them are choices. Above it, ``max_space_size`` of
+            them drawn at random and, with ``value``, what a coordinate-wise local search meets.
+        excluded: Configurations that may not be proposed.
+        rng: Draws the sample.
+        value: Acquisition value of single configurations, for the local search.
+        starts: Configurations to start from, the best first.
+    """
+    rows = space.sample(max_space_size, rng)
+    if value is not None and not is_enumerable(space, max_space_size):
+        found = [local_search(space, start, value) for start in starts[:_STARTS]]
+        rows = np.unique(np.concatenate([rows, *found]), axis=0)
+    return torch.from_numpy(without(rows, excluded))
+
+
+def without(rows: IndexArray, excluded: Iterable[Row]) -> IndexArray:
+    """The rows that are not excluded, compared by index."""
+    banned = set(excluded)
+    if not banned:
+        return rows
+    keep = [tuple(row) not in banned for row in rows.tolist()]
+    return rows[np.array(keep, dtype=bool)]
+
+
+def local_search(space: IndexSpace, start: Row, value: Value) -> IndexArray:
+    """Climbs from ``start`` by the best single change; returns the best rows met on the way."""
+    current, best, met = start, -np.inf, []
+    for _ in range(_STEPS):
+        rows = space.neighbours(current)
+        if not len(rows):
+            break
+        values = value(torch.from_numpy(rows)).numpy()
+        order = np.argsort(-values, kind="stable")
+        met.append(rows[order[:_KEPT]])
+        if values[order[0]] <= best:
+            break
+        current, best = tuple(rows[order[0]].tolist()), float(values[order[0]])
+    return np.concatenate(met) if met else np.empty((0, len(start)), dtype=np.int64)

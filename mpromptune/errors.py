@@ -1,0 +1,47 @@
+"""Every error and warning of the package, under one root each."""
+
+from __future__ import annotations
+
+
+class MPromptuneError(Exception):
+    """Root of all errors raised by m-promptune."""
+
+
+class InvalidArgumentError(MPromptuneError, ValueError):
+    """An argument has a value that cannot work; raised before any LM call is paid for."""
+
+
+class UnknownOptionError(MPromptuneError, TypeError):
+    """An option name is not known; the message lists the valid ones."""
+
+
+class EmbedderUnavailableError(MPromptuneError, RuntimeError):
+    """The embedding model can be had neither locally nor from the hub."""
+
+
+class EmbeddingError(MPromptuneError, ValueError):
+    """An embedder returned something that is not one finite vector per text."""
+
+
+class SpaceExhaustedError(MPromptuneError, RuntimeError):
+    """Every configuration is already measured; there is nothing left to propose."""
+
+
+class ScoreError(MPromptuneError, TypeError):
+    """A metric returned something that is not one finite number."""
+
+
+class SearchStoppedError(MPromptuneError, RuntimeError):
+    """The search had to stop before its budget was spent.
+
+    Attributes:
+        study: The Optuna study with everything that was measured until then.
+    """
+
+    def __init__(self, message: str, study: object = None) -> None:
+        super().__init__(message)
+        self.study = study
+
+
+class MPromptuneWarning(UserWarning):
+    """Root of all warnings issued by m-promptune."""

@@ -1,0 +1,147 @@
+"""Work items on any executor: retries, the verdict on errors, and cancellation."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import numbers
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+
+from mpromptune.errors import ScoreError
+
+Score = Callable[[dict[str, int], int], float]
+
+
+class Verdict(Enum):
+    """What an exception says about the example being scored."""
+
+    RETRY = "infrastructure failed; the call says nothing about the candidate"
+    CANDIDATE = "the candidate failed; the example counts with failure_score"
+    STOP = "no further call can succeed"
+
+
+Classify = Callable[[BaseException], Verdict]
+
+
+def classify_builtin(error: BaseException) -> Verdict:
+    """The default verdict: network and timeout errors are retried, a bad score stops the run."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return Verdict.RETRY
+    if isinstance(error, ScoreError):
+        return Verdict.STOP
+    return Verdict.CANDIDATE
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter.
+
+    Attributes:
+        attempts: Calls made for one example before its trial fails.
+        max_wait: Longest pause between two attempts, in seconds.
+    """
+
+    attempts: int = 6
+    max_wait: float = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one work item: a score, an error, or nothing when the run was stopped."""
+
+    example: int
+    score: float | None = None
+    error: BaseException | None = None
+
+    @property
+    def was_skipped(self) -> bool:
+        return self.score is None and self.error is None
+
+
+class Workers:
+    """Scores (configuration, example) pairs on an executor.
+
+    Every item runs in a copy of the caller's context, so that context variables (DSPy's settings
+    among them) reach it, and checks the stop event before it spends anything.
+
+    Args:
+        score: ``score(params, example) -> float``.
+        executor: Any ``concurrent.futures.Executor`` of this process.
+        classify: The verdict on an exception of ``score``.
+        retry: How often and how patiently infrastructure errors are retried.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        executor: Executor,
+        classify: Classify = classify_builtin,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self._score = score
+        self._executor = executor
+        self._classify = classify
+        self._retry = retry or RetryPolicy()
+        self.stopped = threading.Event()
+
+    def submit(self, params: Mapping[str, int], example: int) -> Future[Outcome]:
+        """Queues one item; the future never raises what ``score`` raised."""
+        context = contextvars.copy_context()
+        return self._executor.submit(context.run, self._measure, dict(params), example)
+
+    def verdict(self, outcome: Outcome) -> Verdict | None:
+        """The verdict on a failed outcome; None for a scored or a skipped one."""
+        return None if outcome.error is None else self._classify(outcome.error)
+
+    def _measure(self, params: dict[str, int], example: int) -> Outcome:
+        if self.stopped.is_set():
+            return Outcome(example)
+        try:
+            return Outcome(example, score=self._retrying()(self._scored, params, example))
+        except Exception as error:
+            if self._classify(error) is Verdict.STOP:
+                self.stopped.set()
+            return Outcome(example, error=error)
+
+    def _scored(self, params: dict[str, int], example: int) -> float:
+        return as_score(self._score(params, example))
+
+    def _retrying(self) -> Retrying:
+        return Retrying(
+            retry=retry_if_exception(lambda e: self._classify(e) is Verdict.RETRY),
+            stop=self._give_up,
+            wait=wait_random_exponential(max=self._retry.max_wait),
+            sleep=sleep_using_event(self.stopped),
+            reraise=True,
+        )
+
+    def _give_up(self, state: RetryCallState) -> bool:
+        return self.stopped.is_set() or stop_after_attempt(self._retry.attempts)(state)
+
+
+def as_score(value: Any) -> float:
+    """A metric's return value as a number.
+
+    Raises:
+        ScoreError: It is not one finite real number (or bool).
+    """
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    raise ScoreError(
+        f"The metric returned {value!r} ({type(value).__name__}); it must return a finite number, a "
+        "bool, or a prediction with such a `.score`."
+    )

@@ -1,0 +1,94 @@
+"""How far apart the candidates of each component are: the distances that kernels look up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpromptune.embedding import CachedEmbedder, FloatArray
+from mpromptune.space import Candidate, PromptSpace
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Squared distances between the ``n`` candidates of one component.
+
+    Attributes:
+        views: ``v x n x n``; one slice per view of a candidate (its text, the number of its demos),
+            each divided by its median. With ``v = 0`` candidates are only the same or different.
+        group: The predictor that the component belongs to.
+    """
+
+    views: Tensor
+    group: int
+
+
+def geometry_of(space: PromptSpace, embedder: CachedEmbedder | None) -> tuple[Geometry, ...]:
+    """The geometry of every component; with ``embedder`` None, by identity alone.
+
+    The embedder sees every distinct text once: the cost is the sum of the candidates, never
+    their product.
+    """
+    return tuple(
+        Geometry(_views(candidates, embedder), group)
+        for candidates, group in zip(space.components.values(), space.groups, strict=True)
+    )
+
+
+def identity_views(n: int) -> Tensor:
+    """No view at all: ``0 x n x n``."""
+    return torch.empty(0, n, n, dtype=torch.float64)
+
+
+def numeric_views(values: Sequence[float]) -> Tensor:
+    """One view: the values' squared differences, ``1 x n x n``."""
+    return _stack([squared_distances(np.asarray(values, dtype=np.float64)[:, None])])
+
+
+def text_views(texts: Sequence[str], embedder: CachedEmbedder) -> Tensor:
+    """One view: the squared distances of the texts' embeddings, ``1 x n x n``."""
+    return _stack([squared_distances(embedder(texts))])
+
+
+def _views(candidates: Sequence[Candidate], embedder: CachedEmbedder | None) -> Tensor:
+    if embedder is None:
+        return identity_views(len(candidates))
+    if all(isinstance(candidate, str) for candidate in candidates):
+        return text_views([str(candidate) for candidate in candidates], embedder)
+    return _set_views([(c,) if isinstance(c, str) else tuple(c) for c in candidates], embedder)
+
+
+def _set_views(sets: Sequence[Sequence[str]], embedder: CachedEmbedder) -> Tensor:
+    """Two views of a demo set: the mean embedding of its demos, and how many they are."""
+    counts = np.array([len(demos) for demos in sets], dtype=np.float64)
+    texts = [text for demos in sets for text in demos]
+    if not texts:
+        return identity_views(len(sets))
+    vectors = embedder(texts)
+    pooled = np.zeros((len(sets), vectors.shape[1]))
+    np.add.at(pooled, np.repeat(np.arange(len(sets)), counts.astype(int)), vectors)
+    pooled /= np.maximum(counts, 1.0)[:, None]
+    # Zero-shot against few-shot is a step of its own, larger than one demo more or less.
+    size = np.stack([counts / counts.max(), counts > 0], axis=1)
+    return _stack([squared_distances(pooled), squared_distances(size)])
+
+
+def squared_distances(points: FloatArray) -> FloatArray:
+    """``n x d`` points to ``n x n`` squared distances, scaled to a median of 1 where they differ."""
+    squares = (points**2).sum(axis=1)
+    distances = np.maximum(squares[:, None] + squares[None, :] - 2.0 * points @ points.T, 0.0)
+    np.fill_diagonal(distances, 0.0)
+    apart = distances[distances > 1e-9]
+    return distances / np.median(apart) if apart.size else distances
+
+
+def _stack(views: Sequence[FloatArray]) -> Tensor:
+    """Stacks the views that tell at least two candidates apart."""
+    useful = [view for view in views if view.any()]
+    if not useful:
+        return identity_views(len(views[0]))
+    return torch.from_numpy(np.stack(useful))

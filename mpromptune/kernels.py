@@ -1,0 +1,174 @@
+r"""Covariances over index-valued inputs: PromptKernel (texts) and BlockKernel (shared examples).
+
+Notation
+    C       number of components; the first C columns of an input are candidate indices
+    block   the last column of an input: index of the example set measured, or -1 for none
+    d_cv^2  squared distance between two candidates of component c in view v (see `geometry`)
+    k_c     component kernel, in [0, 1]
+    k_g     group (predictor) kernel
+    B       the set of examples that a trial was measured on
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from gpytorch.kernels import Kernel
+from gpytorch.priors import NormalPrior
+from torch import Tensor
+
+from mpromptune.geometry import Geometry
+
+# Priors, in units of the standard deviation of the observed trial values. All positive
+# hyper-parameters are optimised as logarithms, so a normal prior is a log-normal one.
+#
+# NOTE: d^2 has median 1, so a length-scale of 1 gives a typical pair a correlation of 0.6. The
+# factor e^0.5 of prior spread covers 0.4 to 2.7 within two standard deviations.
+_LOG_LENGTHSCALE = (0.0, 0.5)
+# NOTE: on the real tables the instructions' main effect, the demos' and what is left over are of
+# the same order; a deviation of 1 lets the data move each variance by a factor of 7 either way.
+_LOG_VARIANCE = (math.log(0.3), 1.0)
+# NOTE: predictors act mostly on their own; their interaction starts at a tenth of that.
+_LOG_INTERACTION = (math.log(0.05), 1.0)
+# NOTE: softmax logits of (views..., identity); equal shares a priori.
+_LOGIT = (0.0, 1.0)
+
+
+def _add(module: Kernel, name: str, shape: Sequence[int], prior: tuple[float, float]) -> None:
+    """Registers a parameter that starts at the mode of its normal prior."""
+    value = torch.full(tuple(shape), prior[0], dtype=torch.float64)
+    module.register_parameter(name, torch.nn.Parameter(value))
+    if value.numel():
+        module.register_prior(f"{name}_prior", NormalPrior(*prior), name)
+
+
+def _lookup(table: Tensor, x1: Tensor, x2: Tensor, diag: bool) -> Tensor:
+    """``table[..., x1, x2]`` for every pair (or, with ``diag``, position by position)."""
+    if diag:
+        return table[..., x1, x2]
+    return table[..., x1.unsqueeze(-1), x2.unsqueeze(-2)]
+
+
+class ComponentKernel(Kernel):
+    r"""Covariance of the candidates of one component.
+
+    .. math:: k_c(i, j) = \sum_v w_v \exp(-d_{cv}^2(i, j) / 2 \ell_v^2) + w_0 1[i = j]
+
+    with weights ``w`` on the simplex. The identity part is what the views cannot explain: where
+    texts say nothing, ``w_0`` takes over and the kernel is no worse than one without texts.
+
+    Args:
+        views: ``v x n x n`` squared distances.
+    """
+
+    is_stationary = False
+
+    def __init__(self, views: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("views", views)
+        self.register_buffer("identity", torch.eye(views.shape[-1], dtype=torch.float64))
+        _add(self, "log_lengthscale", (len(views),), _LOG_LENGTHSCALE)
+        _add(self, "logits", (len(views) + 1,), _LOGIT)
+
+    def table(self) -> Tensor:
+        """The whole covariance, ``n x n``."""
+        weights = torch.softmax(self.logits, dim=0)
+        scales = 2.0 * torch.exp(2.0 * self.log_lengthscale)
+        similar = torch.exp(-self.views / scales.view(-1, 1, 1))
+        text = (weights[:-1].view(-1, 1, 1) * similar).sum(dim=0)
+        return text + weights[-1] * self.identity
+
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
+        """``... x n x 1`` and ``... x m x 1`` indices to ``... x n x m`` covariances."""
+        return _lookup(self.table(), x1[..., 0].long(), x2[..., 0].long(), diag)
+
+
+class PromptKernel(Kernel):
+    r"""Covariance of configurations, by the text of their components.
+
+    Within a predictor, a weighted sum of its components and, where it has several, their product;
+    across predictors, the sum of these and a small interaction of every pair:
+
+    .. math::
+        k_g = \sum_{c \in g} a_c k_c + a_{g} \prod_{c \in g} k_c, \qquad
+        k = \sum_g k_g + a_\times \binom{G}{2}^{-1} \sum_{g < h} \bar k_g \bar k_h
+
+    where :math:`\bar k_g = k_g / k_g(x, x)`.
+
+    Args:
+        geometries: One per component, in the order of the input's columns.
+    """
+
+    is_stationary = False
+
+    def __init__(self, geometries: Sequence[Geometry]) -> None:
+        super().__init__()
+        self.components = torch.nn.ModuleList(ComponentKernel(g.views) for g in geometries)
+        groups = [g.group for g in geometries]
+        self.members = [[c for c, g in enumerate(groups) if g == group] for group in sorted(set(groups))]
+        share = math.log(len(self.members))
+        main, product = _LOG_VARIANCE[0] - share, _LOG_VARIANCE[1]
+        _add(self, "log_variance", (len(geometries),), (main, product))
+        _add(self, "log_product", (len(self.members),), (main, product))
+        if len(self.members) > 1:
+            _add(self, "log_interaction", (), _LOG_INTERACTION)
+
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
+        """``... x n x (C + 1)`` and ``... x m x (C + 1)`` indices to ``... x n x m`` covariances."""
+        i1, i2 = x1.long(), x2.long()
+        tables = [
+            _lookup(kernel.table(), i1[..., c], i2[..., c], diag)
+            for c, kernel in enumerate(self.components)
+        ]
+        parts, variances = zip(*(self._group(g, tables) for g in range(len(self.members))), strict=True)
+        total = torch.stack(parts).sum(dim=0)
+        return total if len(parts) == 1 else total + self._interaction(parts, variances)
+
+    def _group(self, group: int, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Covariances of one group, and its variance (the covariance of a point with itself)."""
+        members = self.members[group]
+        variance = torch.exp(self.log_variance[members])
+        covariance = sum((v * tables[c] for v, c in zip(variance, members, strict=True)), torch.tensor(0.0))
+        if len(members) == 1:
+            return covariance, variance.sum()
+        product = torch.exp(self.log_product[group])
+        joint = torch.stack([tables[c] for c in members]).prod(dim=0)
+        return covariance + product * joint, variance.sum() + product
+
+    def _interaction(self, parts: Sequence[Tensor], variances: Sequence[Tensor]) -> Tensor:
+        """Mean of the products of all pairs, from power sums: e_2 = (s_1^2 - s_2) / 2."""
+        normal = torch.stack([k / v for k, v in zip(parts, variances, strict=True)])
+        pairs = len(parts) * (len(parts) - 1) / 2
+        e2 = (normal.sum(dim=0) ** 2 - (normal**2).sum(dim=0)) / 2
+        return torch.exp(self.log_interaction) * e2 / pairs
+
+
+class BlockKernel(Kernel):
+    r"""Covariance of two trials through the examples that they share.
+
+    .. math:: k(B, B') = \sigma_b^2 |B \cap B'| / (|B| |B'|)
+
+    For blocks that partition the examples this is, at trial level, the mixed model
+    :math:`y = f(prompt) + b(example) + \epsilon` with :math:`b \sim N(0, \sigma_b^2)`: a trial's
+    value is a mean over its block, so two trials on one block share the mean of its difficulties.
+    Block -1 is an average example and shares nothing with any block.
+
+    Args:
+        overlap: ``m x m``, :math:`|B \cap B'| / (|B| |B'|)` for every pair of example sets.
+        variance: :math:`\sigma_b^2`, in the units of the model.
+    """
+
+    is_stationary = False
+
+    def __init__(self, overlap: Tensor, variance: float) -> None:
+        super().__init__()
+        padded = torch.nn.functional.pad(overlap.to(torch.float64), (0, 1, 0, 1))
+        self.register_buffer("table", variance * padded)
+
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
+        """``... x n x (C + 1)`` and ``... x m x (C + 1)`` indices to ``... x n x m`` covariances."""
+        # The padding makes -1 the index of a row of zeros.
+        return _lookup(self.table, x1[..., -1].long(), x2[..., -1].long(), diag)

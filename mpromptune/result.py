@@ -1,0 +1,57 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from optuna.study import Study
+
+RESULT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One configuration as it stands at the end of a search.
+
+    Attributes:
+        params: Component name to candidate index.
+        scores: Validation example to score.
+        posterior_mean: The surrogate's estimate of its mean score over all examples.
+        posterior_std: Standard deviation of that estimate.
+        fully: Whether it was measured on every validation example.
+    """
+
+    params: dict[str, int]
+    scores: dict[int, float]
+    posterior_mean: float
+    posterior_std: float
+    fully: bool
+
+    @property
+    def mean(self) -> float:
+        """Mean of the observed scores."""
+        return sum(self.scores.values()) / len(self.scores)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Outcome of `search`.
+
+    Attributes:
+        best_params: The winner.
+        best_score: Its mean score; over the whole validation set unless ``confirm=False``.
+        baseline_score: The same for the baseline.
+        calls: Program calls spent.
+        n_examples: Size of the validation set.
+        configurations: Every configuration measured, the highest posterior mean first.
+        study: The Optuna study, one trial per (configuration, set of examples).
+    """
+
+    best_params: dict[str, int]
+    best_score: float
+    baseline_score: float
+    calls: int
+    n_examples: int
+    configurations: tuple[Measured, ...]
+    study: Study = field(repr=False)
+    version: int = RESULT_VERSION

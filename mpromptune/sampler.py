@@ -1,0 +1,272 @@
+"""qEISampler: an Optuna sampler that proposes batches of configurations by their text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+from botorch.acquisition.analytic import LogExpectedImprovement
+from botorch.models import SingleTaskGP
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.search_space import IntersectionSearchSpace
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+
+from mpromptune.acquisition import plug_in_incumbent, propose
+from mpromptune.candidates import choice_set
+from mpromptune.embedding import CachedEmbedder, as_embedder
+from mpromptune.encoding import Encoding, encode_distributions, encode_prompts
+from mpromptune.errors import InvalidArgumentError
+from mpromptune.history import PROPOSED, History, fit_history, proposed_params, read
+from mpromptune.space import PromptSpace, Row
+from mpromptune.surrogate import at_average_example, posterior_mean_and_variance, quiet_single_thread
+
+# Trial attribute: the batch that this trial's proposal belongs to, and what was known then.
+_PLAN = "mpromptune:plan"
+
+
+class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler is known
+    """Batch expected improvement over embedded prompts, for any Optuna study.
+
+    Configurations are embedded once; a Gaussian process over the embeddings is fitted to the
+    finished trials of the study; and ``batch_size`` configurations at a time are chosen by batch
+    expected improvement (qLogEI), with the running trials as pending points. The state lives in the
+    study and the randomness in ``(seed, trial number)``: a resumed study goes on as if it had never
+    stopped, and threads do not change what is proposed.
+
+    Categorical parameters whose choices are all strings are embedded; other categorical ones are
+    compared by identity; numbers by their position in their range. With ``space``, parameters are
+    candidate indices (as in DSPy's MIPROv2) and the texts come from the space.
+
+    Args:
+        max_space_size: Spaces of up to this many configurations are enumerated at every proposal;
+            larger ones are sampled and searched locally.
+        n_batches: Random joint batches that compete with the greedily built one.
+        batch_size: Configurations proposed at once (q).
+        min_cold_start: Finished trials before the first model; until then proposals are random.
+        space: The texts behind index-valued parameters.
+        embedder: Model name or path, ``SentenceTransformer``, ``dspy.Embedder``, callable
+            ``texts -> (n, d)``, or ``"index"`` to ignore the texts. Default: all-MiniLM-L6-v2.
+        independent_sampler: Samples parameters outside the joint search space (default: random).
+        seed: Same seed and same history, same proposals. None draws one.
+
+    Raises:
+        InvalidArgumentError: An argument is out of range.
+        ValueError: The study is multi-objective.
+
+    Example:
+        >>> study = optuna.create_study(direction="maximize", sampler=qEISampler(seed=0))
+        >>> study.optimize(objective, n_trials=40)
+    """
+
+    def __init__(
+        self,
+        max_space_size: int = 2000,
+        n_batches: int = 32,
+        batch_size: int = 4,
+        min_cold_start: int = 4,
+        *,
+        space: PromptSpace | None = None,
+        embedder: Any = None,
+        independent_sampler: BaseSampler | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.max_space_size = _at_least("max_space_size", max_space_size, 1)
+        self.n_batches = _at_least("n_batches", n_batches, 0)
+        self.batch_size = _at_least("batch_size", batch_size, 1)
+        self.min_cold_start = _at_least("min_cold_start", min_cold_start, 1)
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self.space = space
+        self._embedder = resolve_embedder(embedder)
+        self._independent_sampler = independent_sampler
+        self._search_space = IntersectionSearchSpace()
+        self._prompts: Encoding | None = None
+        self._lock = threading.RLock()
+
+    def bound_to(self, space: PromptSpace, batch_size: int | None = None) -> qEISampler:
+        """A copy of this sampler for the configurations of ``space``."""
+        bound = copy(self)
+        bound.space, bound._prompts, bound._lock = space, None, threading.RLock()
+        bound.batch_size = batch_size or self.batch_size
+        return bound
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    def prompts(self) -> Encoding | None:
+        """The encoding of ``space``; texts are embedded at the first call."""
+        if self._prompts is None and self.space is not None:
+            self._prompts = encode_prompts(self.space, self._embedder)
+        return self._prompts
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The parameters that all trials share, and those of ``space``."""
+        shared = {k: d for k, d in self._search_space.calculate(study).items() if not d.single()}
+        return {**shared, **_index_distributions(self.space)}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Params of one configuration of the current batch.
+
+        Raises:
+            ValueError: The study is multi-objective.
+        """
+        self._raise_error_if_multi_objective(study)
+        if not search_space:
+            return {}
+        with self._lock:
+            params = self._sample(study, trial, search_space)
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSED, params)
+        return params
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """One parameter by itself, drawn from ``(seed, trial number, name)``."""
+        self._raise_error_if_multi_objective(study)
+        sampler = self._independent_sampler
+        if sampler is None:
+            sampler = RandomSampler(seed=self._seed_for(trial, *param_name.encode()))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        """Reseeds only the independent sampler: our own draws depend on the trial number alone."""
+        if self._independent_sampler is not None:
+            self._independent_sampler.reseed_rng()
+
+    def _seed_for(self, trial: FrozenTrial, *extra: int) -> int:
+        entropy = [abs(self.seed), trial.number, *extra]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _sample(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        known = sum(t.state.is_finished() for t in others)
+        params = _next_of_plan(others, known, list(search_space))
+        if params is None:
+            batch = self._propose(study, trial, search_space, others)
+            params = batch[0]
+            plan = {"known": known, "batch": batch}
+            study._storage.set_trial_system_attr(trial._trial_id, _PLAN, plan)
+        return params
+
+    def _propose(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+        others: list[FrozenTrial],
+    ) -> list[dict[str, Any]]:
+        encoding = self._encoding(search_space, others)
+        history = read(study, others, encoding.row, len(encoding.names))
+        rows = self._rows(encoding, history, self._seed_for(trial))
+        return [_restricted(encoding.params(row), search_space) for row in rows]
+
+    def _encoding(
+        self, search_space: dict[str, BaseDistribution], others: list[FrozenTrial]
+    ) -> Encoding:
+        prompts = self.prompts()
+        if prompts is not None and search_space == _index_distributions(self.space):
+            return prompts
+        observed = [proposed_params(t) for t in others]
+        return encode_distributions(search_space, observed, self._embedder, prompts)
+
+    def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
+        rng = np.random.default_rng(seed)
+        if len(history) < self.min_cold_start:
+            choices = self._choices(encoding, history, rng)
+            return [choices[int(rng.integers(len(choices)))].tolist()]
+        model = fit_history(history, encoding.geometries)
+        measured = torch.tensor(sorted(history.measured), dtype=torch.float64)
+        best_f = plug_in_incumbent(model, measured)
+        choices = self._choices(encoding, history, rng, (model, best_f, measured))
+        pending = torch.tensor(history.pending, dtype=torch.float64)
+        rows = propose(model, choices, self.batch_size, best_f, pending, self.n_batches, seed)
+        return [[int(i) for i in row] for row in rows.tolist()]
+
+    def _choices(
+        self,
+        encoding: Encoding,
+        history: History,
+        rng: np.random.Generator,
+        fitted: tuple[SingleTaskGP, float, Tensor] | None = None,
+    ) -> Tensor:
+        """Open configurations; those that only wait for a running trial; or, at last, all."""
+        value = None if fitted is None else _expected_improvement(fitted[0], fitted[1])
+        starts = [] if fitted is None else _best_first(fitted[0], fitted[2])
+        taken = set(history.pending)
+        for excluded in (history.closed | taken, history.closed, frozenset[Row]()):
+            choices = choice_set(encoding.space, self.max_space_size, excluded, rng, value, starts)
+            if len(choices):
+                return choices
+        raise AssertionError("a search space has at least one configuration")
+
+
+def resolve_embedder(spec: Any) -> CachedEmbedder | None:
+    """As `as_embedder`, with ``"index"`` for no embedding at all."""
+    return None if spec == "index" else as_embedder(spec)
+
+
+def _at_least(name: str, value: int, minimum: int) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
+        raise InvalidArgumentError(f"{name} must be an integer of at least {minimum}; got {value!r}.")
+    return int(value)
+
+
+def _index_distributions(space: PromptSpace | None) -> dict[str, BaseDistribution]:
+    if space is None:
+        return {}
+    sizes = zip(space.names, space.sizes, strict=True)
+    return {name: CategoricalDistribution(range(n)) for name, n in sizes if n > 1}
+
+
+def _restricted(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: params[name] for name in names}
+
+
+def _next_of_plan(
+    others: list[FrozenTrial], known: int, names: list[str]
+) -> dict[str, Any] | None:
+    """The next configuration of the newest batch, while nothing has been learnt since."""
+    leader = next((t for t in reversed(others) if _PLAN in t.system_attrs), None)
+    if leader is None or leader.system_attrs[_PLAN]["known"] != known:
+        return None
+    handed_out = [proposed_params(t) for t in others if t.number >= leader.number]
+    for params in leader.system_attrs[_PLAN]["batch"]:
+        taken = any(params.items() <= other.items() for other in handed_out)
+        if set(params) == set(names) and not taken:
+            return dict(params)
+    return None
+
+
+def _expected_improvement(model: SingleTaskGP, best_f: float) -> Any:
+    acqf = LogExpectedImprovement(model, best_f)
+
+    def value(rows: Tensor) -> Tensor:
+        with torch.no_grad(), quiet_single_thread():
+            return acqf(at_average_example(rows).unsqueeze(-2))
+
+    return value
+
+
+def _best_first(model: SingleTaskGP, measured: Tensor) -> list[Row]:
+    mean, _ = posterior_mean_and_variance(model, measured)
+    order = torch.argsort(mean, descending=True, stable=True)
+    return [tuple(int(i) for i in row) for row in measured[order].tolist()]

@@ -1,0 +1,113 @@
+"""Any Optuna sampler made fit for a search: by name or object, restricted to open configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from mpromptune.errors import InvalidArgumentError
+from mpromptune.sampler import qEISampler
+from mpromptune.space import IndexArray, PromptSpace, Row
+
+IsOpen = Callable[[Row], bool]
+SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
+
+# NOTE: rows looked at when a proposal has to be replaced in a space too large to list.
+_REPLACEMENTS = 2000
+
+
+def resolve_sampler(spec: BaseSampler | str | None, space: PromptSpace, seed: int) -> BaseSampler:
+    """A sampler by name (any case), or the object itself.
+
+    Raises:
+        InvalidArgumentError: The name is not known.
+    """
+    if isinstance(spec, BaseSampler):
+        return spec
+    name = "qei" if spec is None else str(spec).lower()
+    if name == "qei":
+        return qEISampler(space=space, seed=seed)
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    raise InvalidArgumentError(
+        f"sampler must be one of {list(SAMPLER_NAMES)} or an optuna BaseSampler; got {spec!r}."
+    )
+
+
+def distributions_of(space: PromptSpace) -> dict[str, BaseDistribution]:
+    """Every component as a categorical parameter over its candidates' indices, as in MIPROv2."""
+    sizes = zip(space.names, space.sizes, strict=True)
+    return {name: CategoricalDistribution(range(size)) for name, size in sizes}
+
+
+class OpenSampler(BaseSampler):
+    """Replaces what another sampler proposes by the nearest configuration that is still open.
+
+    Optuna's samplers know neither of combinations that do not exist nor of configurations that
+    have nothing left to measure. Nearest means: the most components in common, ties at random.
+
+    Args:
+        inner: The sampler whose proposals are taken.
+        space: The configurations that exist.
+        is_open: Whether a configuration can still be measured.
+        seed: Breaks ties, together with the trial's number.
+    """
+
+    def __init__(self, inner: BaseSampler, space: PromptSpace, is_open: IsOpen, seed: int) -> None:
+        self._inner = inner
+        self._space = space
+        self._is_open = is_open
+        self._seed = abs(seed)
+        self._distributions = {k: d for k, d in distributions_of(space).items() if not d.single()}
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        inner_space = self._inner.infer_relative_search_space(study, trial)
+        params = self._inner.sample_relative(study, trial, inner_space)
+        for name, distribution in self._distributions.items():
+            if name not in params:
+                params[name] = self._inner.sample_independent(study, trial, name, distribution)
+        row = tuple(int(params.get(name, 0)) for name in self._space.names)
+        chosen = self._space.params(self._nearest_open(row, trial.number))
+        return {name: chosen[name] for name in self._distributions}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._inner.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: Any, values: Any) -> None:
+        self._inner.after_trial(study, trial, state, values)
+
+    def _nearest_open(self, row: Row, number: int) -> Row:
+        if self._space.exists(row) and self._is_open(row):
+            return row
+        rng = np.random.default_rng([self._seed, number])
+        rows = rng.permutation(self._open_rows(rng))
+        if not len(rows):
+            return row
+        return tuple(rows[(rows == np.array(row)).sum(axis=1).argmax()].tolist())
+
+    def _open_rows(self, rng: np.random.Generator) -> IndexArray:
+        rows = self._space.sample(_REPLACEMENTS, rng)
+        return rows[np.array([self._is_open(tuple(r)) for r in rows.tolist()], dtype=bool)]

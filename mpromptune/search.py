@@ -1,0 +1,373 @@
+"""The loop: ask a batch of configurations, measure them on a shared block, tell, and repeat."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import torch
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mpromptune.encoding import encode_prompts
+from mpromptune.errors import InvalidArgumentError, SearchStoppedError
+from mpromptune.execution import (
+    Classify,
+    Outcome,
+    RetryPolicy,
+    Score,
+    Verdict,
+    Workers,
+    classify_builtin,
+)
+from mpromptune.history import EXAMPLES, N_EXAMPLES, SCORES, fit_history, read
+from mpromptune.result import Measured, SearchResult
+from mpromptune.sampler import qEISampler
+from mpromptune.samplers import OpenSampler, distributions_of, resolve_sampler
+from mpromptune.schedule import Examples, Schedule, default_batch_size, partition
+from mpromptune.space import PromptSpace, Row
+from mpromptune.surrogate import posterior_mean_and_variance
+
+Callback = Callable[[Study, FrozenTrial], None]
+OnCall = Callable[[int, int], None]
+
+# Rounds being measured at any time: while one is being told, the next keeps the workers busy.
+_ROUNDS_IN_FLIGHT = 2
+
+
+def search(
+    space: PromptSpace,
+    score: Score,
+    *,
+    n_examples: int,
+    max_calls: int,
+    sampler: BaseSampler | str | None = None,
+    num_threads: int = 8,
+    batch_size: int | None = None,
+    block_size: int | None = None,
+    baseline: Mapping[str, int] | None = None,
+    seed: int = 0,
+    storage: str | optuna.storages.BaseStorage | None = None,
+    study_name: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    confirm: bool = True,
+    executor: Executor | None = None,
+    classify: Classify = classify_builtin,
+    retry: RetryPolicy | None = None,
+    failure_score: float = 0.0,
+    on_call: OnCall | None = None,
+) -> SearchResult:
+    """Finds the configuration with the highest mean score for a budget of program calls.
+
+    Rounds of ``batch_size`` configurations are measured on one shared block of examples each, two
+    rounds at a time; promising configurations are measured on further blocks; no example of a
+    configuration is paid for twice. Proposals depend on ``seed`` and on what earlier rounds
+    measured, never on the timing of threads.
+
+    Args:
+        space: The configurations.
+        score: ``score(params, example) -> float``, the higher the better; called from threads.
+        n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
+        max_calls: Calls of ``score`` to spend. Fewer are spent only when nothing is left to
+            measure.
+        sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
+        num_threads: Calls in flight at once.
+        batch_size: Configurations per round (q); by default enough to occupy all threads.
+        block_size: Examples per block (default 10, or all where there are fewer).
+        baseline: Configuration to compare with; by default the first of the space.
+        seed: Fixes blocks, proposals and so the whole search.
+        storage: Optuna storage, or None for memory.
+        study_name: Name of the study in the storage.
+        callbacks: Called as ``callback(study, trial)`` after every finished trial, in order.
+        confirm: Keep calls back so that winner and baseline end measured on every example. With
+            False the winner is the highest posterior mean, whatever it was measured on.
+        executor: Runs the work items; by default a thread pool of ``num_threads``.
+        classify: The verdict on an exception of ``score``.
+        retry: How infrastructure errors are retried.
+        failure_score: What an example scores when the candidate itself failed on it.
+        on_call: Called as ``on_call(calls, max_calls)`` as results come in.
+
+    Returns:
+        The winner, its score, the baseline's, and the study.
+
+    Raises:
+        InvalidArgumentError: An argument cannot work; no call was made.
+        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
+    """
+    block = min(10, n_examples) if block_size is None else block_size
+    schedule = Schedule(n_examples, partition(n_examples, block, seed), max_calls)
+    _require_budget(schedule, confirm)
+    start = space.first() if baseline is None else space.row(baseline)
+    q = batch_size or _own_batch_size(sampler) or default_batch_size(num_threads, block)
+    with _executor(executor, num_threads) as pool:
+        run = _Search(
+            space=space,
+            schedule=schedule,
+            workers=Workers(score, pool, classify, retry),
+            baseline=start,
+            batch_size=q,
+            confirm=confirm,
+            failure_score=failure_score,
+            callbacks=callbacks,
+            on_call=on_call,
+        )
+        run.open_study(resolve_sampler(sampler, space, seed), seed, storage, study_name)
+        return run.run()
+
+
+def _own_batch_size(sampler: object) -> int | None:
+    return sampler.batch_size if isinstance(sampler, qEISampler) else None
+
+
+def _require_budget(schedule: Schedule, confirm: bool) -> None:
+    least = 2 * schedule.n_examples if confirm else 1
+    if schedule.max_calls < least:
+        raise InvalidArgumentError(
+            f"max_calls={schedule.max_calls} is below the {least} calls that measuring the winner and the "
+            f"baseline on all {schedule.n_examples} examples takes. Raise max_calls, use fewer "
+            "validation examples, or pass confirm=False."
+        )
+
+
+@contextlib.contextmanager
+def _executor(given: Executor | None, num_threads: int) -> Iterator[Executor]:
+    """The given executor, left open; or a thread pool, closed without waiting for queued items."""
+    if given is not None:
+        yield given
+        return
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mpromptune")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A trial whose examples are being measured."""
+
+    trial: Trial
+    row: Row
+    examples: Examples
+    futures: tuple[Future[Outcome], ...]
+
+
+@dataclass
+class _Search:
+    """The coordinator. It alone talks to the study; workers only score."""
+
+    space: PromptSpace
+    schedule: Schedule
+    workers: Workers
+    baseline: Row
+    batch_size: int
+    confirm: bool
+    failure_score: float
+    callbacks: Sequence[Callback]
+    on_call: OnCall | None
+
+    def open_study(
+        self,
+        sampler: BaseSampler,
+        seed: int,
+        storage: str | optuna.storages.BaseStorage | None,
+        study_name: str | None,
+    ) -> None:
+        """Creates the study, with the sampler bound to the space."""
+        if isinstance(sampler, qEISampler):
+            bound: BaseSampler = sampler.bound_to(self.space, self.batch_size)
+            self.encoding = bound.prompts()
+        else:
+            bound = OpenSampler(sampler, self.space, self._is_open, seed)
+            self.encoding = encode_prompts(self.space, None)
+        self.study = optuna.create_study(
+            storage=storage, study_name=study_name, sampler=bound, direction="maximize"
+        )
+        self.study.set_user_attr(N_EXAMPLES, self.schedule.n_examples)
+        self.distributions = distributions_of(self.space)
+        self.scores: dict[Row, dict[int, float]] = {}
+        self.in_flight: deque[list[_Running]] = deque()
+        self.rounds = 0
+        self.calls = 0
+
+    def run(self) -> SearchResult:
+        """Rounds until the budget is spent or nothing is left to measure."""
+        try:
+            while self._fill() or self.in_flight:
+                self._finish(self.in_flight.popleft())
+        except BaseException:
+            self._abandon()
+            raise
+        return self._result()
+
+    def _fill(self) -> bool:
+        """Starts rounds until enough are in flight; whether any is."""
+        while len(self.in_flight) < _ROUNDS_IN_FLIGHT:
+            round_ = self._explore() or self._confirm()
+            if not round_:
+                break
+            self.in_flight.append(round_)
+        return bool(self.in_flight)
+
+    def _explore(self) -> list[_Running]:
+        """Asks and starts the next round of the search proper; empty when the budget is kept back."""
+        available = self._available()
+        round_: list[_Running] = []
+        for _ in range(self.schedule.size_of_round(self.batch_size, available)):
+            fixed = self.space.params(self.baseline) if self.rounds == 0 and not round_ else None
+            if fixed is None and not self._anything_open():
+                break
+            started = self._start(fixed, available - sum(len(r.examples) for r in round_))
+            round_.append(started)
+        self.rounds += bool(round_)
+        return round_
+
+    def _available(self) -> int:
+        """Calls for exploration now; the rest is kept for winner and baseline."""
+        if not self.confirm:
+            return max(self.schedule.remaining, 0)
+        cautious = self.schedule.cautious_available(self.baseline)
+        if cautious >= self.batch_size * len(self.schedule.blocks[0]) or not self.scores:
+            return max(cautious, 0)
+        return max(self.schedule.available([self._leader(), self.baseline]), 0)
+
+    def _confirm(self) -> list[_Running]:
+        """Measures what winner and baseline still lack, once the last round has been told.
+
+        The baseline's examples do not depend on any result, so they fill the wait.
+        """
+        if not self.confirm:
+            return []
+        finalists = [self.baseline] if self.in_flight else [self.baseline, self._leader()]
+        lacking = [(row, self.schedule.missing(row)) for row in dict.fromkeys(finalists)]
+        return [self._measure(self._ask(row), row, examples) for row, examples in lacking if examples]
+
+    def _leader(self) -> Row:
+        """The highest posterior mean among what can still be fully measured."""
+        rows = self.schedule.affordable(self.scores, self.baseline)
+        means, _ = self._posterior(rows)
+        return rows[int(means.argmax())]
+
+    def _posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and variance of configurations, given everything told."""
+        trials = self.study.get_trials(deepcopy=False)
+        history = read(self.study, trials, self.encoding.row, len(self.encoding.names))
+        model = fit_history(history, self.encoding.geometries)
+        return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
+
+    def _is_open(self, row: Row) -> bool:
+        return len(self.schedule.assigned.get(row, ())) < self.schedule.n_examples
+
+    def _anything_open(self) -> bool:
+        done = sum(not self._is_open(row) for row in self.schedule.assigned)
+        return done < self.space.size
+
+    def _ask(self, row: Row | None) -> Trial:
+        if row is not None:
+            self.study.enqueue_trial(self.space.params(row))
+        return self.study.ask(fixed_distributions=self.distributions)
+
+    def _start(self, fixed: Mapping[str, int] | None, limit: int) -> _Running:
+        trial = self._ask(None if fixed is None else self.space.row(fixed))
+        row = self.space.row(trial.params)
+        return self._measure(trial, row, self.schedule.next_examples(row, self.rounds, limit))
+
+    def _measure(self, trial: Trial, row: Row, examples: Examples) -> _Running:
+        self.schedule.assign(row, examples)
+        trial.set_user_attr(EXAMPLES, list(examples))
+        params = self.space.params(row)
+        futures = tuple(self.workers.submit(params, example) for example in examples)
+        for future in futures:
+            future.add_done_callback(self._count)
+        return _Running(trial, row, examples, futures)
+
+    def _count(self, future: Future[Outcome]) -> None:
+        if not future.cancelled() and self.on_call is not None:
+            self.on_call(1, self.schedule.max_calls)
+
+    def _finish(self, round_: list[_Running]) -> None:
+        """Waits for a round and tells it in the order in which it was asked."""
+        outcomes = [[future.result() for future in running.futures] for running in round_]
+        self._require_sense(outcomes)
+        for running, results in zip(round_, outcomes, strict=True):
+            self._tell(running, results)
+
+    def _require_sense(self, outcomes: list[list[Outcome]]) -> None:
+        """Stops on a fatal error, and when nothing at all succeeded in a whole round."""
+        flat = [outcome for results in outcomes for outcome in results]
+        errors = [o.error for o in flat if o.error is not None]
+        fatal = [o.error for o in flat if self.workers.verdict(o) is Verdict.STOP]
+        if not fatal and (not errors or len(errors) < len(flat)):
+            return
+        self.workers.stopped.set()
+        cause = (fatal or errors)[0]
+        what = "an error that no further call can mend" if fatal else f"all {len(flat)} calls of a round failing"
+        raise SearchStoppedError(
+            f"The search stopped on {what}: {type(cause).__name__}: {cause}. "
+            f"{self.calls} calls measured before are kept in the study.",
+            self.study,
+        ) from cause
+
+    def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> None:
+        """Tells a trial's mean score; a trial with a failed call FAILs and gives its budget back."""
+        measured = {o.example: s for o in outcomes if (s := self._score_of(o)) is not None}
+        self.scores.setdefault(running.row, {}).update(measured)
+        self.calls += len(measured)
+        lost = [e for e in running.examples if e not in measured]
+        self.schedule.release(running.row, lost)
+        running.trial.set_user_attr(EXAMPLES, list(measured))
+        running.trial.set_user_attr(SCORES, list(measured.values()))
+        if lost:
+            frozen = self.study.tell(running.trial, state=TrialState.FAIL)
+        else:
+            frozen = self.study.tell(running.trial, sum(measured.values()) / len(measured))
+        for callback in self.callbacks:
+            callback(self.study, frozen)
+
+    def _score_of(self, outcome: Outcome) -> float | None:
+        candidate_failed = self.workers.verdict(outcome) is Verdict.CANDIDATE
+        return self.failure_score if candidate_failed else outcome.score
+
+    def _abandon(self) -> None:
+        """Stops the workers and closes every open trial, keeping the scores that came in."""
+        self.workers.stopped.set()
+        open_trials = [running for round_ in self.in_flight for running in round_]
+        for running in open_trials:
+            for future in running.futures:
+                future.cancel()
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.study.tell(trial.number, state=TrialState.FAIL)
+
+    def _result(self) -> SearchResult:
+        rows = [row for row, scores in self.scores.items() if scores]
+        means, variances = self._posterior(rows)
+        table = {
+            row: Measured(
+                params=self.space.params(row),
+                scores=dict(sorted(self.scores[row].items())),
+                posterior_mean=float(mean),
+                posterior_std=float(variance) ** 0.5,
+                fully=len(self.scores[row]) == self.schedule.n_examples,
+            )
+            for row, mean, variance in zip(rows, means, variances, strict=True)
+        }
+        ranked = sorted(table.values(), key=lambda m: -m.posterior_mean)
+        baseline = table[self.baseline]
+        best = next(m for m in ranked if m.fully or not self.confirm)
+        if self.confirm and best.mean < baseline.mean:
+            best = baseline
+        return SearchResult(
+            best_params=best.params,
+            best_score=best.mean,
+            baseline_score=baseline.mean,
+            calls=self.calls,
+            n_examples=self.schedule.n_examples,
+            configurations=tuple(ranked),
+            study=self.study,
+        )

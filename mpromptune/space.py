@@ -1,0 +1,175 @@
+"""The configurations that exist: components, their candidates, and params <-> index rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpromptune.errors import InvalidArgumentError
+
+Candidate = str | Sequence[str]
+Row = tuple[int, ...]
+IndexArray = NDArray[np.int64]
+
+_PREDICTOR = re.compile(r"^(\d+)_predictor_")
+
+
+class IndexSpace:
+    """Index rows with one entry per component, all of the product or only the listed ones.
+
+    Args:
+        sizes: Number of candidates of each component.
+        groups: Group (predictor) of each component; by default each is its own.
+        combinations: Index tuples; when given, only these configurations exist.
+
+    Raises:
+        InvalidArgumentError: A combination is out of range or of the wrong length.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        groups: Sequence[int] | None = None,
+        combinations: Iterable[Sequence[int]] | None = None,
+    ) -> None:
+        self.sizes = tuple(sizes)
+        self.groups = tuple(range(len(self.sizes)) if groups is None else groups)
+        self.combinations = None if combinations is None else self._checked(combinations)
+
+    def _checked(self, combinations: Iterable[Sequence[int]]) -> IndexArray:
+        rows = np.array([tuple(row) for row in combinations], dtype=np.int64)
+        if rows.ndim != 2 or rows.shape[1] != len(self.sizes):
+            raise InvalidArgumentError(
+                f"combinations must be non-empty tuples of {len(self.sizes)} indices; "
+                f"got an array of shape {rows.shape}."
+            )
+        outside = ((rows < 0) | (rows >= np.array(self.sizes))).any(axis=1)
+        if outside.any():
+            raise InvalidArgumentError(
+                f"combination {tuple(rows[outside][0].tolist())} is out of range; sizes are {self.sizes}."
+            )
+        return np.unique(rows, axis=0)
+
+    @property
+    def size(self) -> int:
+        """Number of configurations that exist."""
+        return prod(self.sizes) if self.combinations is None else len(self.combinations)
+
+    @cached_property
+    def _listed(self) -> frozenset[Row]:
+        assert self.combinations is not None
+        return frozenset(map(tuple, self.combinations.tolist()))
+
+    def exists(self, row: Sequence[int]) -> bool:
+        """Whether the configuration with these indices is part of the space."""
+        if self.combinations is not None:
+            return tuple(row) in self._listed
+        return all(0 <= i < size for i, size in zip(row, self.sizes, strict=True))
+
+    def rows(self) -> IndexArray:
+        """All configurations, ``size x num_components``, in lexicographic order."""
+        if self.combinations is not None:
+            return self.combinations
+        return np.indices(self.sizes).reshape(len(self.sizes), -1).T.astype(np.int64)
+
+    def first(self) -> Row:
+        """The first configuration in lexicographic order."""
+        if self.combinations is not None:
+            return tuple(self.combinations[0].tolist())
+        return (0,) * len(self.sizes)
+
+    def sample(self, n: int, rng: np.random.Generator) -> IndexArray:
+        """At most ``n`` distinct configurations, uniformly, without enumerating a product."""
+        if self.size <= n:
+            return self.rows()
+        if self.combinations is not None:
+            return self.combinations[rng.choice(self.size, n, replace=False)]
+        draws = rng.integers(0, self.sizes, size=(n, len(self.sizes)))
+        return np.unique(draws, axis=0)
+
+    def neighbours(self, row: Sequence[int]) -> IndexArray:
+        """Configurations that differ from ``row`` in one component (one group, for listed ones)."""
+        centre = np.asarray(row, dtype=np.int64)
+        if self.combinations is not None:
+            return self._listed_neighbours(self.combinations, centre)
+        return np.concatenate([self._moves_along(centre, c) for c in range(len(self.sizes))])
+
+    def _moves_along(self, centre: IndexArray, component: int) -> IndexArray:
+        others = np.delete(np.arange(self.sizes[component]), centre[component])
+        moved = np.tile(centre, (len(others), 1))
+        moved[:, component] = others
+        return moved
+
+    def _listed_neighbours(self, rows: IndexArray, centre: IndexArray) -> IndexArray:
+        differs = rows != centre
+        by_group = [differs[:, np.array(self.groups) == g].any(axis=1) for g in set(self.groups)]
+        return rows[np.sum(by_group, axis=0) == 1]
+
+
+class PromptSpace(IndexSpace):
+    """A space of prompt configurations: one candidate for every component.
+
+    Args:
+        components: Component name to its candidates. A candidate is a text (an instruction) or a
+            sequence of texts (a demo set, possibly empty). Names of the form
+            ``{i}_predictor_instruction`` and ``{i}_predictor_demos`` group the components of one
+            predictor; every other component is a group of its own.
+        combinations: Index tuples, one entry per component. When given, only these configurations
+            exist; when None, all of the product do.
+
+    Raises:
+        InvalidArgumentError: A component has no candidate, or a combination is out of range.
+
+    Example:
+        >>> space = PromptSpace({"0_predictor_instruction": ["Answer.", "Think, then answer."]})
+        >>> space.params((1,))
+        {'0_predictor_instruction': 1}
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, Sequence[Candidate]],
+        combinations: Iterable[Sequence[int]] | None = None,
+    ) -> None:
+        self.components = {name: tuple(candidates) for name, candidates in components.items()}
+        self.names = tuple(self.components)
+        if not self.names:
+            raise InvalidArgumentError("A PromptSpace needs at least one component; got none.")
+        empty = [name for name, candidates in self.components.items() if not candidates]
+        if empty:
+            raise InvalidArgumentError(f"Components {empty} have no candidate; give at least one each.")
+        sizes = [len(candidates) for candidates in self.components.values()]
+        super().__init__(sizes, groups_of(self.names), combinations)
+
+    def __repr__(self) -> str:
+        return f"PromptSpace({dict(zip(self.names, self.sizes, strict=True))}, size={self.size})"
+
+    def params(self, row: Sequence[int]) -> dict[str, int]:
+        """Index row to Optuna params."""
+        return {name: int(i) for name, i in zip(self.names, row, strict=True)}
+
+    def row(self, params: Mapping[str, int]) -> Row:
+        """Optuna params to index row; the order of params does not matter.
+
+        Raises:
+            InvalidArgumentError: A component is missing or the configuration does not exist.
+        """
+        missing = [name for name in self.names if name not in params]
+        if missing:
+            raise InvalidArgumentError(f"params {dict(params)} lack {missing}.")
+        row = tuple(int(params[name]) for name in self.names)
+        if not self.exists(row):
+            raise InvalidArgumentError(f"Configuration {dict(params)} is not in {self!r}.")
+        return row
+
+
+def groups_of(names: Sequence[str]) -> tuple[int, ...]:
+    """For each component name, the group (predictor) that it belongs to, numbered from 0."""
+    keys = [m.group(1) if (m := _PREDICTOR.match(name)) else f"={name}" for name in names]
+    order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return tuple(order[key] for key in keys)

@@ -1,0 +1,105 @@
+"""The Gaussian process over configurations: fitting it, and its posterior of the mean score."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from botorch.exceptions import InputDataWarning
+from botorch.fit import fit_gpytorch_mll
+from botorch.models import SingleTaskGP
+from botorch.models.transforms import Standardize
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from linear_operator.utils.warnings import NumericalWarning
+from torch import Tensor
+
+from mpromptune.geometry import Geometry
+from mpromptune.kernels import BlockKernel, PromptKernel
+
+# NOTE: 8 components x 50 evaluations is where L-BFGS has converged on all the recorded tables; the
+# bound only stops the rare fit that creeps along a flat ridge.
+_MAX_ITERATIONS = 75
+
+
+@contextmanager
+def quiet_single_thread() -> Iterator[None]:
+    """One torch thread and no advice about scaling: small index-valued GPs need neither.
+
+    Threads cost more than they give below a few thousand points, and they fight with the pool that
+    evaluates programs.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputDataWarning)
+            warnings.simplefilter("ignore", NumericalWarning)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fit(
+    train_X: Tensor,
+    train_Y: Tensor,
+    train_Yvar: Tensor | None,
+    geometries: Sequence[Geometry],
+    overlap: Tensor | None = None,
+    block_variance: float = 0.0,
+) -> SingleTaskGP:
+    r"""Fits the surrogate by maximum a posteriori (`fit_gpytorch_mll`).
+
+    Args:
+        train_X: ``n x (C + 1)`` candidate indices and, last, the example-set index (-1: none).
+        train_Y: ``n x 1`` observed values, to be maximised.
+        train_Yvar: ``n x 1`` variances of the observations, or None to infer one for all.
+        geometries: Distances of the C components.
+        overlap: ``m x m`` shares of common examples of the m example sets (see `BlockKernel`).
+        block_variance: :math:`\sigma_b^2`, variance of the examples' difficulty, in units of
+            ``train_Y`` squared.
+
+    Returns:
+        A BoTorch model whose posterior is in the units of ``train_Y``.
+    """
+    with quiet_single_thread():
+        scale = _scale(train_Y)
+        kernel = PromptKernel(geometries)
+        if overlap is not None and block_variance > 0.0:
+            kernel = kernel + BlockKernel(overlap, block_variance / scale**2)
+        model = SingleTaskGP(
+            train_X,
+            train_Y,
+            train_Yvar,
+            covar_module=kernel,
+            outcome_transform=Standardize(m=1),
+        )
+        mll = ExactMarginalLogLikelihood(model.likelihood, model)
+        fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": _MAX_ITERATIONS}})
+    return model
+
+
+def _scale(train_Y: Tensor) -> float:
+    """The standard deviation by which BoTorch's `Standardize` divides."""
+    deviation = float(train_Y.std()) if len(train_Y) > 1 else 0.0
+    return deviation if deviation > 1e-8 else 1.0
+
+
+def posterior_mean_and_variance(model: SingleTaskGP, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior of the mean score on an average example.
+
+    Args:
+        rows: ``n x C`` candidate indices.
+
+    Returns:
+        Two tensors of length n, in the units of the observations.
+    """
+    with torch.no_grad(), quiet_single_thread():
+        posterior = model.posterior(at_average_example(rows))
+        return posterior.mean.squeeze(-1), posterior.variance.squeeze(-1)
+
+
+def at_average_example(rows: Tensor) -> Tensor:
+    """Appends the block column -1: ``... x C`` to ``... x (C + 1)``."""
+    return torch.nn.functional.pad(rows.to(torch.float64), (0, 1), value=-1.0)
