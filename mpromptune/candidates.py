@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -27,18 +27,18 @@ def is_enumerable(space: IndexSpace, max_space_size: int) -> bool:
 def choice_set(
     space: IndexSpace,
     max_space_size: int,
-    excluded: Iterable[Row],
+    allowed: Callable[[Row], bool],
     rng: np.random.Generator,
     value: Value | None = None,
     starts: Sequence[Row] = (),
 ) -> Tensor:
-    """The choices for one proposal, ``N x C``; empty when all configurations are excluded.
+    """The choices for one proposal, ``N x C``; empty when no configuration is allowed.
 
     Args:
         space: The configurations that exist.
         max_space_size: Up to this size all of them are choices. Above it, ``max_space_size`` of
             them drawn at random and, with ``value``, what a coordinate-wise local search meets.
-        excluded: Configurations that may not be proposed.
+        allowed: Whether a configuration may be proposed.
         rng: Draws the sample.
         value: Acquisition value of single configurations, for the local search.
         starts: Configurations to start from, the best first.
@@ -47,16 +47,8 @@ def choice_set(
     if value is not None and not is_enumerable(space, max_space_size):
         found = [local_search(space, start, value) for start in starts[:_STARTS]]
         rows = np.unique(np.concatenate([rows, *found]), axis=0)
-    return torch.from_numpy(without(rows, excluded))
-
-
-def without(rows: IndexArray, excluded: Iterable[Row]) -> IndexArray:
-    """The rows that are not excluded, compared by index."""
-    banned = set(excluded)
-    if not banned:
-        return rows
-    keep = [tuple(row) not in banned for row in rows.tolist()]
-    return rows[np.array(keep, dtype=bool)]
+    keep = [allowed(tuple(row)) for row in rows.tolist()]
+    return torch.from_numpy(rows[np.array(keep, dtype=bool)])
 
 
 def local_search(space: IndexSpace, start: Row, value: Value) -> IndexArray:

@@ -38,6 +38,12 @@ class CachedEmbedder:
         self._vectors: dict[str, FloatArray] = {}
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __call__(self, texts: Sequence[str]) -> FloatArray:
         """Unit vectors of ``texts``, ``len(texts) x d``."""
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]

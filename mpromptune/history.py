@@ -99,7 +99,7 @@ def _with_tensors(
     index_of = {s: i for i, s in enumerate(sets)}
     rows = [[*row, index_of.get(_examples(t), -1)] for t, row in observed]
     values = _finite(np.array([t.value for t, _ in observed], dtype=np.float64))
-    yvar, block_variance = _noise([t for t, _ in observed])
+    yvar, block_variance = _noise(observed)
     return History(
         train_X=torch.tensor(rows, dtype=torch.float64).reshape(len(rows), num_components + 1),
         train_Y=torch.from_numpy(values if maximise else -values).unsqueeze(-1),
@@ -123,16 +123,16 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.clip(values, low, high)
 
 
-def _noise(observed: Sequence[FrozenTrial]) -> tuple[Tensor | None, float]:
+def _noise(observed: Sequence[tuple[FrozenTrial, Row]]) -> tuple[Tensor | None, float]:
     measurements: list[Measurement] = [
         (_examples(t), np.array(t.user_attrs[SCORES], dtype=np.float64))
-        for t in observed
+        for t, _ in observed
         if t.user_attrs.get(SCORES)
     ]
     if not measurements or len(measurements) < len(observed):
         return None, 0.0
     components = variance_components(measurements)
-    variances = observation_variances(measurements, components)
+    variances = observation_variances(measurements, [row for _, row in observed], components)
     return torch.from_numpy(variances).unsqueeze(-1), components.difficulty
 
 

@@ -9,7 +9,7 @@ Notation
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,19 +63,30 @@ def variance_components(measurements: Sequence[Measurement]) -> VarianceComponen
 
 
 def observation_variances(
-    measurements: Sequence[Measurement], components: VarianceComponents
+    measurements: Sequence[Measurement],
+    owners: Sequence[Hashable],
+    components: VarianceComponents,
 ) -> FloatArray:
     """``train_Yvar``: variance of every trial's mean score, difficulty apart.
 
-    A trial's own variance is shrunk to the pooled one, so that a block that is all right or all
-    wrong is not taken for certain.
+    The variance of one score is its configuration's own, pooled over the configuration's trials and
+    shrunk to that of all: a good configuration of a 0/1 metric is less noisy than a poor one, and a
+    block that is all right or all wrong is not taken for certain.
+
+    Args:
+        measurements: One per trial.
+        owners: The configuration of every trial.
+        components: From `variance_components`.
     """
     pooled = pooled_variance([scores for _, scores in measurements])
-    means = [float(scores.mean()) for _, scores in measurements]
-    floor = _FLOOR * (float(np.var(means)) or 1.0)
+    samples: dict[Hashable, list[FloatArray]] = defaultdict(list)
+    for owner, (_, scores) in zip(owners, measurements, strict=True):
+        samples[owner].append(scores)
+    own = {owner: _shrunk_variance(trials, pooled) for owner, trials in samples.items()}
+    floor = _FLOOR * (float(np.var([scores.mean() for _, scores in measurements])) or 1.0)
     noise_share = 1.0 - components.difficulty_share
-    own = [_shrunk_variance(scores, pooled) / len(scores) for _, scores in measurements]
-    return np.maximum(noise_share * np.array(own), floor)
+    sizes = np.array([len(scores) for _, scores in measurements])
+    return np.maximum(noise_share * np.array([own[owner] for owner in owners]) / sizes, floor)
 
 
 def pooled_variance(samples: Sequence[FloatArray]) -> float:
@@ -85,9 +96,9 @@ def pooled_variance(samples: Sequence[FloatArray]) -> float:
     return squares / df if df else 0.0
 
 
-def _shrunk_variance(scores: FloatArray, pooled: float) -> float:
-    squares = float(((scores - scores.mean()) ** 2).sum())
-    return (squares + _PRIOR_DF * pooled) / (len(scores) - 1 + _PRIOR_DF)
+def _shrunk_variance(samples: Sequence[FloatArray], pooled: float) -> float:
+    df = sum(len(scores) - 1 for scores in samples)
+    return (df * pooled_variance(samples) + _PRIOR_DF * pooled) / (df + _PRIOR_DF)
 
 
 @dataclass(frozen=True)

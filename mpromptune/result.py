@@ -22,7 +22,7 @@ class Measured:
     """
 
     params: dict[str, int]
-    scores: dict[int, float]
+    scores: dict[int, float] = field(repr=False)
     posterior_mean: float
     posterior_std: float
     fully: bool
@@ -52,6 +52,9 @@ class SearchResult:
     baseline_score: float
     calls: int
     n_examples: int
-    configurations: tuple[Measured, ...]
+    configurations: tuple[Measured, ...] = field(repr=False)
     study: Study = field(repr=False)
     version: int = RESULT_VERSION
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SearchResult:
+        return self  # frozen; a copied program shares it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
@@ -87,13 +87,17 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._independent_sampler = independent_sampler
         self._search_space = IntersectionSearchSpace()
         self._prompts: Encoding | None = None
+        self._is_open: Callable[[Row], bool] = lambda row: True
         self._lock = threading.RLock()
 
-    def bound_to(self, space: PromptSpace, batch_size: int | None = None) -> qEISampler:
-        """A copy of this sampler for the configurations of ``space``."""
+    def bound_to(
+        self, space: PromptSpace, batch_size: int, is_open: Callable[[Row], bool]
+    ) -> qEISampler:
+        """A copy for the configurations of ``space``, proposing only those that are open."""
         bound = copy(self)
         bound.space, bound._prompts, bound._lock = space, None, threading.RLock()
-        bound.batch_size = batch_size or self.batch_size
+        bound.batch_size = batch_size
+        bound._is_open = is_open
         return bound
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,9 +215,16 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         """Open configurations; those that only wait for a running trial; or, at last, all."""
         value = None if fitted is None else _expected_improvement(fitted[0], fitted[1])
         starts = [] if fitted is None else _best_first(fitted[0], fitted[2])
-        taken = set(history.pending)
-        for excluded in (history.closed | taken, history.closed, frozenset[Row]()):
-            choices = choice_set(encoding.space, self.max_space_size, excluded, rng, value, starts)
+        pending = set(history.pending)
+
+        def is_open(row: Row) -> bool:
+            return row not in history.closed and self._is_open(row)
+
+        def is_free(row: Row) -> bool:
+            return row not in pending and is_open(row)
+
+        for allowed in (is_free, is_open, lambda row: True):
+            choices = choice_set(encoding.space, self.max_space_size, allowed, rng, value, starts)
             if len(choices):
                 return choices
         raise AssertionError("a search space has at least one configuration")

@@ -13,11 +13,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from mpromptune.errors import InvalidArgumentError
+from mpromptune.options import SAMPLER_NAMES
 from mpromptune.sampler import qEISampler
 from mpromptune.space import IndexArray, PromptSpace, Row
 
 IsOpen = Callable[[Row], bool]
-SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
+
 
 # NOTE: rows looked at when a proposal has to be replaced in a space too large to list.
 _REPLACEMENTS = 2000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,12 +40,16 @@ class Schedule:
         blocks: A partition of it; round r measures on block r, in rotation.
         max_calls: Budget of program calls.
         assigned: Configuration to the examples measured or being measured.
+        baseline: The configuration that the winner is compared with.
+        confirm: Whether winner and baseline are to end fully measured.
         spent: Calls made or committed to.
     """
 
     n_examples: int
     blocks: tuple[Examples, ...]
     max_calls: int
+    baseline: Row
+    confirm: bool = True
     assigned: dict[Row, set[int]] = field(default_factory=dict)
     spent: int = 0
 
@@ -79,20 +83,34 @@ class Schedule:
         self.assigned[row] -= lost
         self.spent -= len(lost)
 
-    def available(self, finalists: Iterable[Row]) -> int:
-        """Calls free for exploration once every finalist has been kept its missing examples."""
-        return self.remaining - sum(len(self.missing(row)) for row in set(finalists))
+    def available(self, winner: Row | None = None) -> int:
+        """Calls free for exploration.
 
-    def cautious_available(self, baseline: Row) -> int:
-        """As `available`, for a winner that nothing is known of yet."""
-        return self.available([baseline]) - self.n_examples
+        With `confirm`, the baseline's missing examples and the winner's are kept back; of a winner
+        that is not known yet, all examples.
+        """
+        if not self.confirm:
+            return self.remaining
+        kept = len(self.missing(self.baseline))
+        if winner is None:
+            kept += self.n_examples
+        elif winner != self.baseline:
+            kept += len(self.missing(winner))
+        return self.remaining - kept
 
-    def affordable(self, rows: Iterable[Row], baseline: Row) -> list[Row]:
-        """Those configurations that can still be fully measured together with the baseline."""
-        return [row for row in rows if self.available([row, baseline]) >= 0]
+    def is_open(self, row: Row) -> bool:
+        """Whether measuring ``row`` further could matter.
 
-    def fully_measured(self) -> list[Row]:
-        return [row for row, have in self.assigned.items() if len(have) == self.n_examples]
+        It has examples left, and they are affordable: a configuration that cannot be fully measured
+        any more cannot win, so no call is spent on it.
+        """
+        measured = len(self.assigned.get(row, ()))
+        return measured < self.n_examples and self.available(row) >= 0
+
+    def anything_open(self, space_size: int) -> bool:
+        """Whether any of the ``space_size`` configurations is open."""
+        untouched = len(self.assigned) < space_size and self.available() >= 0
+        return untouched or any(self.is_open(row) for row in self.assigned)
 
     def size_of_round(self, batch_size: int, available: int) -> int:
         """Trials of the next round: ``batch_size``, or as many blocks as the budget still holds."""
@@ -133,8 +151,3 @@ def _stock_full_evaluations(num_trials: int, steps: int) -> int:
 def default_batch_size(num_threads: int, block_size: int) -> int:
     """Smallest q of at least 4 for which one round holds a work item for every worker."""
     return max(4, math.ceil(num_threads / block_size))
-
-
-def mean_scores(scores: Mapping[Row, Mapping[int, float]]) -> dict[Row, float]:
-    """Mean score of every configuration over the examples that it was measured on."""
-    return {row: sum(by.values()) / len(by) for row, by in scores.items() if by}

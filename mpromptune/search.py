@@ -101,18 +101,16 @@ def search(
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
     """
     block = min(10, n_examples) if block_size is None else block_size
-    schedule = Schedule(n_examples, partition(n_examples, block, seed), max_calls)
-    _require_budget(schedule, confirm)
     start = space.first() if baseline is None else space.row(baseline)
+    schedule = Schedule(n_examples, partition(n_examples, block, seed), max_calls, start, confirm)
+    _require_budget(schedule)
     q = batch_size or _own_batch_size(sampler) or default_batch_size(num_threads, block)
     with _executor(executor, num_threads) as pool:
         run = _Search(
             space=space,
             schedule=schedule,
             workers=Workers(score, pool, classify, retry),
-            baseline=start,
             batch_size=q,
-            confirm=confirm,
             failure_score=failure_score,
             callbacks=callbacks,
             on_call=on_call,
@@ -125,8 +123,8 @@ def _own_batch_size(sampler: object) -> int | None:
     return sampler.batch_size if isinstance(sampler, qEISampler) else None
 
 
-def _require_budget(schedule: Schedule, confirm: bool) -> None:
-    least = 2 * schedule.n_examples if confirm else 1
+def _require_budget(schedule: Schedule) -> None:
+    least = 2 * schedule.n_examples if schedule.confirm else 1
     if schedule.max_calls < least:
         raise InvalidArgumentError(
             f"max_calls={schedule.max_calls} is below the {least} calls that measuring the winner and the "
@@ -165,9 +163,7 @@ class _Search:
     space: PromptSpace
     schedule: Schedule
     workers: Workers
-    baseline: Row
     batch_size: int
-    confirm: bool
     failure_score: float
     callbacks: Sequence[Callback]
     on_call: OnCall | None
@@ -181,10 +177,10 @@ class _Search:
     ) -> None:
         """Creates the study, with the sampler bound to the space."""
         if isinstance(sampler, qEISampler):
-            bound: BaseSampler = sampler.bound_to(self.space, self.batch_size)
+            bound: BaseSampler = sampler.bound_to(self.space, self.batch_size, self.schedule.is_open)
             self.encoding = bound.prompts()
         else:
-            bound = OpenSampler(sampler, self.space, self._is_open, seed)
+            bound = OpenSampler(sampler, self.space, self.schedule.is_open, seed)
             self.encoding = encode_prompts(self.space, None)
         self.study = optuna.create_study(
             storage=storage, study_name=study_name, sampler=bound, direction="maximize"
@@ -220,37 +216,35 @@ class _Search:
         available = self._available()
         round_: list[_Running] = []
         for _ in range(self.schedule.size_of_round(self.batch_size, available)):
-            fixed = self.space.params(self.baseline) if self.rounds == 0 and not round_ else None
-            if fixed is None and not self._anything_open():
+            first = self.rounds == 0 and not round_
+            if not first and not self.schedule.anything_open(self.space.size):
                 break
-            started = self._start(fixed, available - sum(len(r.examples) for r in round_))
-            round_.append(started)
+            left = available - sum(len(running.examples) for running in round_)
+            round_.append(self._start(self.schedule.baseline if first else None, left))
         self.rounds += bool(round_)
         return round_
 
     def _available(self) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
-        if not self.confirm:
-            return max(self.schedule.remaining, 0)
-        cautious = self.schedule.cautious_available(self.baseline)
+        cautious = self.schedule.available()
         if cautious >= self.batch_size * len(self.schedule.blocks[0]) or not self.scores:
             return max(cautious, 0)
-        return max(self.schedule.available([self._leader(), self.baseline]), 0)
+        return max(self.schedule.available(self._leader()), 0)
 
     def _confirm(self) -> list[_Running]:
         """Measures what winner and baseline still lack, once the last round has been told.
 
         The baseline's examples do not depend on any result, so they fill the wait.
         """
-        if not self.confirm:
+        if not self.schedule.confirm:
             return []
-        finalists = [self.baseline] if self.in_flight else [self.baseline, self._leader()]
+        finalists = [self.schedule.baseline] if self.in_flight else [self.schedule.baseline, self._leader()]
         lacking = [(row, self.schedule.missing(row)) for row in dict.fromkeys(finalists)]
         return [self._measure(self._ask(row), row, examples) for row, examples in lacking if examples]
 
     def _leader(self) -> Row:
         """The highest posterior mean among what can still be fully measured."""
-        rows = self.schedule.affordable(self.scores, self.baseline)
+        rows = [row for row in self.scores if self.schedule.available(row) >= 0]
         means, _ = self._posterior(rows)
         return rows[int(means.argmax())]
 
@@ -261,20 +255,13 @@ class _Search:
         model = fit_history(history, self.encoding.geometries)
         return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
 
-    def _is_open(self, row: Row) -> bool:
-        return len(self.schedule.assigned.get(row, ())) < self.schedule.n_examples
-
-    def _anything_open(self) -> bool:
-        done = sum(not self._is_open(row) for row in self.schedule.assigned)
-        return done < self.space.size
-
     def _ask(self, row: Row | None) -> Trial:
         if row is not None:
             self.study.enqueue_trial(self.space.params(row))
         return self.study.ask(fixed_distributions=self.distributions)
 
-    def _start(self, fixed: Mapping[str, int] | None, limit: int) -> _Running:
-        trial = self._ask(None if fixed is None else self.space.row(fixed))
+    def _start(self, row: Row | None, limit: int) -> _Running:
+        trial = self._ask(row)
         row = self.space.row(trial.params)
         return self._measure(trial, row, self.schedule.next_examples(row, self.rounds, limit))
 
@@ -358,9 +345,9 @@ class _Search:
             for row, mean, variance in zip(rows, means, variances, strict=True)
         }
         ranked = sorted(table.values(), key=lambda m: -m.posterior_mean)
-        baseline = table[self.baseline]
-        best = next(m for m in ranked if m.fully or not self.confirm)
-        if self.confirm and best.mean < baseline.mean:
+        baseline = table[self.schedule.baseline]
+        best = next(m for m in ranked if m.fully or not self.schedule.confirm)
+        if self.schedule.confirm and best.mean < baseline.mean:
             best = baseline
         return SearchResult(
             best_params=best.params,

@@ -1,0 +1,32 @@
+"""Demo sets that DSPy's own bootstrap cannot build."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from dspy.teleprompt import LabeledFewShot
+
+
+def labelled_demo_sets(
+    program: Any, trainset: list[Any], num_sets: int, k: int, rng: random.Random
+) -> dict[int, list[list[Any]]]:
+    """Demo sets of labelled examples only, where DSPy draws from an empty range and crashes.
+
+    Args:
+        program: The student.
+        trainset: Where demos are drawn from.
+        num_sets: Sets wanted; the first is empty (zero-shot), as in DSPy.
+        k: Demos per set.
+        rng: Shuffles the trainset for every further set.
+
+    Returns:
+        Per predictor, ``num_sets`` demo sets.
+    """
+    versions = [program.reset_copy()]
+    for _ in range(max(num_sets, 2) - 1):
+        shuffled = list(trainset)
+        rng.shuffle(shuffled)
+        versions.append(LabeledFewShot(k=k).compile(program, trainset=shuffled))
+    predictors = [version.predictors() for version in versions]
+    return {i: [list(p[i].demos) for p in predictors] for i in range(len(predictors[0]))}

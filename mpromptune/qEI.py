@@ -1,0 +1,7 @@
+"""The public names of the earlier package: ``qEI.qEISampler`` and ``qEI.Sampler``."""
+
+from mpromptune.sampler import qEISampler
+
+Sampler = qEISampler
+
+__all__ = ["Sampler", "qEISampler"]

@@ -1,0 +1,101 @@
+"""The statistics that DSPy's MIPROv2 attaches to the program it returns, from a SearchResult."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dspy.teleprompt.utils import save_candidate_program
+from optuna.trial import FrozenTrial, TrialState
+
+from mpromptune.history import EXAMPLES
+from mpromptune.programs import ProgramSpace
+from mpromptune.result import Measured, SearchResult
+
+Build = Callable[[Mapping[str, int]], Any]
+
+
+def attach_statistics(
+    best: Any, programs: ProgramSpace, result: SearchResult, log_dir: str | None
+) -> None:
+    """Sets ``score``, ``trial_logs``, ``candidate_programs`` and ``mb_candidate_programs``.
+
+    Scores are percentages, as DSPy's are. One program object serves all entries of a configuration.
+    """
+    build = _memoised(programs.build)
+    best.score = _percent(result.best_score)
+    best.trial_logs = trial_logs(result, build, log_dir)
+    best.candidate_programs = _ranked(
+        [_entry(build(m.params), m.mean, True) for m in result.configurations if m.fully]
+    )
+    best.mb_candidate_programs = _ranked(
+        [_entry(build(t.params), t.value or 0.0, False) for t in _completed(result)]
+    )
+    best.total_calls = result.calls
+    best.prompt_model_total_calls = 0
+
+
+def trial_logs(result: SearchResult, build: Build, log_dir: str | None) -> dict[int, dict[str, Any]]:
+    """DSPy's log of every trial: numbered from 1, in the order in which they were asked.
+
+    The trial that completes a configuration is logged as its full evaluation.
+    """
+    full = {_key(m.params): m for m in result.configurations if m.fully}
+    last = {_key(t.params): t.number for t in _completed(result)}
+    logs: dict[int, dict[str, Any]] = {}
+    calls = 0
+    for trial in _completed(result):
+        calls += len(trial.user_attrs[EXAMPLES])
+        is_last = last[_key(trial.params)] == trial.number
+        whole = full.get(_key(trial.params)) if is_last else None
+        logs[trial.number + 1] = {
+            **trial.params,
+            **_evaluation(trial, build(trial.params), whole, log_dir),
+            "total_eval_calls_so_far": calls,
+        }
+    return logs
+
+
+def _evaluation(
+    trial: FrozenTrial, program: Any, whole: Measured | None, log_dir: str | None
+) -> dict[str, Any]:
+    kind, score = ("mb", trial.value) if whole is None else ("full_eval", whole.mean)
+    note = None if whole is None else "full_eval"
+    path = save_candidate_program(program, log_dir, trial.number + 1, note)
+    return {
+        f"{kind}_score": _percent(score or 0.0),
+        f"{kind}_program": program,
+        f"{kind}_program_path": path,
+    }
+
+
+def _completed(result: SearchResult) -> list[FrozenTrial]:
+    return result.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _percent(score: float) -> float:
+    return round(100.0 * score, 2)
+
+
+def _key(params: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(params.items()))
+
+
+def _memoised(build: Build) -> Build:
+    built: dict[tuple[tuple[str, int], ...], Any] = {}
+
+    def once(params: Mapping[str, int]) -> Any:
+        key = _key(params)
+        if key not in built:
+            built[key] = build(params)
+        return built[key]
+
+    return once
+
+
+def _entry(program: Any, score: float, full_eval: bool) -> dict[str, Any]:
+    return {"score": _percent(score), "program": program, "full_eval": full_eval}
+
+
+def _ranked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(entries, key=lambda entry: -entry["score"])
