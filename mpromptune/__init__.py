@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpromptune.optimizer import MIPROv2
     from mpromptune.result import SearchResult
     from mpromptune.sampler import qEISampler
-    from mpromptune.search import search
+    from mpromptune.engine import search
     from mpromptune.space import PromptSpace
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOME = {
     "PromptSpace": "space",
     "SearchResult": "result",
     "qEISampler": "sampler",
-    "search": "search",
+    "search": "engine",
 }
 
 __all__ = [

@@ -144,7 +144,7 @@ class MIPROv2(dspy.MIPROv2):
         max_calls: int,
         seed: int,
     ) -> Any:
-        from mpromptune.search import search
+        from mpromptune.engine import search
 
         threads = (self.num_threads or dspy.settings.num_threads) * options.n_jobs
         with progress_bar("Searching", max_calls) as bar:
