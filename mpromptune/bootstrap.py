@@ -24,7 +24,7 @@ def labelled_demo_sets(
         Per predictor, ``num_sets`` demo sets.
     """
     versions = [program.reset_copy()]
-    for _ in range(max(num_sets, 2) - 1):
+    for _ in range(num_sets - 1):
         shuffled = list(trainset)
         rng.shuffle(shuffled)
         versions.append(LabeledFewShot(k=k).compile(program, trainset=shuffled))

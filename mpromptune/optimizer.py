@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import dspy
 from optuna.samplers import BaseSampler
@@ -16,13 +17,32 @@ from mpromptune.lm_errors import classify
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import progress_bar
-from mpromptune.records import attach_statistics
+from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
 
 logger = logging.getLogger(__name__)
 
-_STOCK_OPTIONS = tuple(inspect.signature(dspy.MIPROv2.compile).parameters)
+F = TypeVar("F", bound=Callable[..., Any])
+
+_STOCK_INIT = inspect.signature(dspy.MIPROv2.__init__)
+_STOCK_COMPILE = inspect.signature(dspy.MIPROv2.compile)
 # The options of the compile that is running in this context; None means DSPy's own search.
 _OPTIONS: ContextVar[SearchOptions | None] = ContextVar("mpromptune_options", default=None)
+
+
+def _extending(stock: inspect.Signature) -> Callable[[F], F]:
+    """Declares DSPy's parameters and ours, which is what callers such as BetterTogether inspect."""
+
+    def declare(function: F) -> F:
+        ours = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in ("sampler_config", *OPTION_NAMES)
+            if name not in stock.parameters
+        ]
+        parameters = sorted([*stock.parameters.values(), *ours], key=lambda p: p.kind)
+        function.__dict__["__signature__"] = stock.replace(parameters=parameters)
+        return function
+
+    return declare
 
 
 class _Zero(int):
@@ -55,14 +75,16 @@ class MIPROv2(dspy.MIPROv2):
         >>> best.score, best.search_result.calls
     """
 
+    @_extending(_STOCK_INIT)
     def __init__(
         self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        ours, stock = _split(kwargs, tuple(inspect.signature(dspy.MIPROv2.__init__).parameters))
+        ours, stock = _split(kwargs, _STOCK_INIT)
         self._defaults = gather(sampler_config, ours)
         resolve(self._defaults, {})  # fails now rather than after the bootstrap
         super().__init__(*args, **stock)
 
+    @_extending(_STOCK_COMPILE)
     def compile(
         self, student: Any, *, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> Any:
@@ -84,7 +106,7 @@ class MIPROv2(dspy.MIPROv2):
             InvalidArgumentError: An option is out of range, or given twice (a ValueError).
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``.
         """
-        ours, stock = _split(kwargs, _STOCK_OPTIONS)
+        ours, stock = _split(kwargs, _STOCK_COMPILE)
         options = resolve(self._defaults, gather(sampler_config, ours))
         if options is not None and stock.get("seed") == 0:
             stock["seed"] = _Zero()
@@ -93,6 +115,20 @@ class MIPROv2(dspy.MIPROv2):
             return super().compile(student, **stock)
         finally:
             _OPTIONS.reset(token)
+
+    def _set_random_seeds(self, seed: int) -> None:
+        if _OPTIONS.get() is None:
+            super()._set_random_seeds(seed)
+        else:
+            self.rng = random.Random(seed)  # DSPy 3.2 seeds numpy's global generator as well
+
+    def _set_hyperparams_from_run_mode(self, *args: Any, **kwargs: Any) -> Any:
+        settings = super()._set_hyperparams_from_run_mode(*args, **kwargs)
+        options = _OPTIONS.get()
+        if options is not None:
+            num_trials, valset, *_ = settings
+            options.check_run(len(valset), num_trials)
+        return settings
 
     def _bootstrap_fewshot_examples(self, program: Any, trainset: list[Any], *args: Any, **kwargs: Any) -> Any:
         labelled_only = kwargs.get("max_bootstrapped_demos") == 0 and kwargs.get("max_labeled_demos", 0) > 0
@@ -133,13 +169,17 @@ class MIPROv2(dspy.MIPROv2):
         from mpromptune.schedule import stock_calls
 
         stock = stock_calls(num_trials, len(valset), minibatch, minibatch_size, minibatch_full_eval_steps)
+        forget_statistics(program)
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
-        return self._search(programs, valset, options, options.max_calls or stock, int(seed))
+        scorer = ProgramScorer(programs, valset, self.metric, _wants_traceback(evaluate))
+        result = self._search(programs, scorer, len(valset), options, options.max_calls or stock, int(seed))
+        return self._finished(programs, result)
 
     def _search(
         self,
         programs: ProgramSpace,
-        valset: list[Any],
+        scorer: ProgramScorer,
+        n_examples: int,
         options: SearchOptions,
         max_calls: int,
         seed: int,
@@ -148,14 +188,14 @@ class MIPROv2(dspy.MIPROv2):
 
         threads = (self.num_threads or dspy.settings.num_threads) * options.n_jobs
         with progress_bar("Searching", max_calls) as bar:
-            result = search(
+            return search(
                 programs.prompt_space(),
-                ProgramScorer(programs, valset, self.metric),
-                n_examples=len(valset),
+                scorer,
+                n_examples=n_examples,
                 max_calls=max_calls,
                 sampler=_sampler(options, seed),
                 num_threads=threads,
-                batch_size=options.batch_size,
+                batch_size=_batch_size(options, threads, n_examples),
                 block_size=options.block_size,
                 baseline=programs.baseline,
                 seed=seed,
@@ -167,17 +207,32 @@ class MIPROv2(dspy.MIPROv2):
                 failure_score=options.failure_score,
                 on_call=bar.on_call,
             )
+
+    def _finished(self, programs: ProgramSpace, result: Any) -> Any:
+        """The winner as a program, with what the search found out."""
         best = programs.build(result.best_params)
         best.search_result = result
         if self.track_stats:
             attach_statistics(best, programs, result, self.log_dir)
-        logger.info("Best program scores %.2f (baseline %.2f).", best_percent(result), 100 * result.baseline_score)
+        elif self.log_dir:
+            trial_logs(result, programs.build, self.log_dir)
+        scores = percent(result.best_score), percent(result.baseline_score)
+        logger.info("Best program scores %.2f (baseline %.2f).", *scores)
         return best
 
 
-def best_percent(result: Any) -> float:
-    """The winner's score as DSPy prints it, in percent."""
-    return round(100 * result.best_score, 2)
+def _wants_traceback(evaluate: Any) -> bool:
+    own = evaluate.provide_traceback
+    return bool(dspy.settings.provide_traceback if own is None else own)
+
+
+def _batch_size(options: SearchOptions, threads: int, n_examples: int) -> int | None:
+    """As given, or as the sampler object has it, or enough to occupy all threads."""
+    from mpromptune.schedule import default_batch_size
+
+    if options.batch_size is not None or isinstance(options.sampler, BaseSampler):
+        return options.batch_size
+    return default_batch_size(threads, options.block_size or min(10, n_examples))
 
 
 def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
@@ -188,10 +243,10 @@ def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
     return qEISampler(**options.qei_arguments, seed=seed)
 
 
-def _split(kwargs: Mapping[str, Any], stock: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our options and DSPy's arguments; anything else is an error that lists both."""
     for name in kwargs:
-        if name not in OPTION_NAMES and name not in stock:
-            raise unknown_option(name, [n for n in stock if n not in ("self", "student")])
+        if name not in OPTION_NAMES and name not in stock.parameters:
+            raise unknown_option(name, [n for n in stock.parameters if n not in ("self", "student")])
     ours = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}
     return ours, {k: v for k, v in kwargs.items() if k not in OPTION_NAMES}

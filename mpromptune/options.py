@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import optuna
 from optuna.samplers import BaseSampler
 
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError
 
 SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
 _QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder")
+_COUNTS = ("n_jobs", "batch_size", "max_space_size", "n_batches", "min_cold_start", "block_size", "max_calls")
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,13 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         self._check_sampler()
-        for name in ("n_jobs", "batch_size", "block_size", "max_calls"):
-            _check_positive(name, getattr(self, name))
+        for name in _COUNTS:
+            _check_count(name, getattr(self, name))
+        self._check_embedder()
+        self._check_callbacks()
+        real = isinstance(self.failure_score, numbers.Real)
+        if not (real and math.isfinite(self.failure_score)):
+            raise InvalidArgumentError(f"failure_score must be a finite number; got {self.failure_score!r}.")
 
     def _check_sampler(self) -> None:
         if isinstance(self.sampler, BaseSampler):
@@ -71,6 +80,52 @@ class SearchOptions:
                 f"{given} only apply to sampler='qei'; got sampler {name!r}. Set them on the sampler itself."
             )
 
+    def _check_embedder(self) -> None:
+        embedder = self.embedder
+        known = embedder is None or isinstance(embedder, str) or callable(embedder)
+        if not known and not hasattr(embedder, "encode"):
+            raise InvalidArgumentError(
+                "embedder must be a model name or path, a SentenceTransformer, a dspy.Embedder or a "
+                f"callable; got {embedder!r}."
+            )
+
+    def _check_callbacks(self) -> None:
+        is_list = isinstance(self.callbacks, Sequence)
+        if not is_list or not all(callable(callback) for callback in self.callbacks):
+            raise InvalidArgumentError(f"callbacks must be a list of callables; got {self.callbacks!r}.")
+
+    def check_run(self, n_examples: int, num_trials: int) -> None:
+        """Whether a search can be run at all; called before anything is paid for.
+
+        Args:
+            n_examples: Size of the validation set.
+            num_trials: DSPy's, from which the budget follows unless ``max_calls`` is given.
+
+        Raises:
+            InvalidArgumentError: It cannot.
+        """
+        if self.block_size is not None and self.block_size > n_examples:
+            raise InvalidArgumentError(
+                f"block_size={self.block_size} exceeds the {n_examples} validation examples."
+            )
+        if self.max_calls is None and num_trials < 1:
+            raise InvalidArgumentError(f"num_trials must be at least 1; got {num_trials!r}.")
+        if self.max_calls is not None and self.confirm and self.max_calls < 2 * n_examples:
+            raise InvalidArgumentError(
+                f"max_calls={self.max_calls} is below the {2 * n_examples} calls that measuring the winner "
+                f"and the baseline on all {n_examples} validation examples takes. Raise max_calls, use "
+                "fewer validation examples, or pass confirm=False."
+            )
+        self._check_study()
+
+    def _check_study(self) -> None:
+        if self.storage is None or self.study_name is None:
+            return
+        if self.study_name in optuna.get_all_study_names(self.storage):
+            raise InvalidArgumentError(
+                f"study_name={self.study_name!r} already exists in the storage; choose another name."
+            )
+
     @property
     def qei_arguments(self) -> dict[str, Any]:
         """What was given of qEISampler's arguments."""
@@ -82,17 +137,21 @@ OPTION_NAMES = tuple(field.name for field in fields(SearchOptions))
 
 
 def gather(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Merges options given in several places of one call.
+    """Merges options given in several places of one call; None means not given.
 
     Raises:
-        InvalidArgumentError: The same option is given twice.
+        InvalidArgumentError: The same option is given twice, or a source is not a mapping.
         UnknownOptionError: A name is not an option.
     """
     merged: dict[str, Any] = {}
     for source in sources:
+        if source is not None and not isinstance(source, Mapping):
+            raise InvalidArgumentError(f"sampler_config must be a dict of options; got {source!r}.")
         for key, value in (source or {}).items():
             if key not in OPTION_NAMES:
                 raise unknown_option(key)
+            if value is None:
+                continue
             if key in merged:
                 raise InvalidArgumentError(f"{key!r} is given twice: {merged[key]!r} and {value!r}.")
             merged[key] = value
@@ -102,12 +161,15 @@ def gather(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
 def resolve(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SearchOptions | None:
     """The options in force; None when nothing asks for a sampler, which means DSPy's own search.
 
-    ``n_jobs`` alone asks for nothing: it has no meaning for DSPy's serial loop.
+    ``n_jobs`` alone asks for nothing: it has no meaning for DSPy's serial loop. A sampler given now
+    takes no arguments that were meant for the default one.
     """
-    merged = {key: value for key, value in {**defaults, **given}.items() if value is not None}
-    if not set(merged) - {"n_jobs"}:
-        return None
-    return SearchOptions(**merged)
+    sampler = given.get("sampler", "qei")
+    if not isinstance(sampler, str) or sampler.lower() != "qei":
+        defaults = {key: value for key, value in defaults.items() if key not in _QEI_ONLY}
+    merged = {**defaults, **given}
+    options = SearchOptions(**merged)
+    return options if set(merged) - {"n_jobs"} else None
 
 
 def unknown_option(name: str, others: Sequence[str] = ()) -> UnknownOptionError:
@@ -116,7 +178,8 @@ def unknown_option(name: str, others: Sequence[str] = ()) -> UnknownOptionError:
     return UnknownOptionError(f"Unknown option {name!r}. Valid options are: {', '.join(valid)}.")
 
 
-def _check_positive(name: str, value: Any) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (whole and value >= 1):
-        raise InvalidArgumentError(f"{name} must be a positive integer; got {value!r}.")
+def _check_count(name: str, value: Any) -> None:
+    least = 0 if name == "n_batches" else 1
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= least):
+        raise InvalidArgumentError(f"{name} must be an integer of at least {least}; got {value!r}.")

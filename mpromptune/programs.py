@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import dspy
 from dspy.teleprompt.utils import get_signature, set_signature
 
-from mpromptune.execution import as_score
+from mpromptune.execution import Verdict, as_score
+from mpromptune.lm_errors import classify
 from mpromptune.space import PromptSpace
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 # Long runs of base64, as in data URLs of images and audio: digested, not embedded.
-_BINARY = re.compile(r"[A-Za-z0-9+/]{256,}={0,2}")
+_BINARY = re.compile(r"[A-Za-z0-9+/_-]{256,}={0,2}")
 # Programs kept built at a time; each is rebuilt from its indices when needed again, so that neither
 # programs nor their LM histories pile up.
 _BUILT = 64
@@ -24,11 +30,13 @@ _BUILT = 64
 class ProgramSpace:
     """Every choice of instruction and demos for the predictors of one program.
 
+    Candidates that occur twice count once, so that no configuration is paid for under two names; the
+    student's own instruction and demos are added where no candidate equals them.
+
     Args:
         program: The student; configuration `baseline` is exactly this program.
-        instructions: Per predictor, its candidate instructions; the first is the student's own.
-        demos: Per predictor, its candidate demo sets, or None when demos are not optimised. The
-            student's own demos are added where no set equals them.
+        instructions: Per predictor, its candidate instructions.
+        demos: Per predictor, its candidate demo sets, or None when demos are not optimised.
     """
 
     def __init__(
@@ -38,17 +46,17 @@ class ProgramSpace:
         demos: Mapping[int, Sequence[Sequence[Any]]] | None,
     ) -> None:
         self.program = program
-        self.instructions = {i: list(texts) for i, texts in instructions.items()}
+        self.instructions: dict[int, list[str]] = {}
         self.demos: dict[int, list[list[Any]]] = {}
         self.baseline: dict[str, int] = {}
         for i, predictor in enumerate(program.predictors()):
-            self.baseline[f"{i}_predictor_instruction"] = 0
+            own = get_signature(predictor).instructions
+            self.instructions[i] = _distinct([*instructions[i], own])
+            self.baseline[f"{i}_predictor_instruction"] = _position(own, self.instructions[i])
             if demos:
-                own = list(predictor.demos)
-                self.demos[i] = [list(demo_set) for demo_set in demos[i]]
-                if own not in self.demos[i]:
-                    self.demos[i].append(own)
-                self.baseline[f"{i}_predictor_demos"] = self.demos[i].index(own)
+                own_demos = list(predictor.demos)
+                self.demos[i] = _distinct([*map(list, demos[i]), own_demos])
+                self.baseline[f"{i}_predictor_demos"] = _position(own_demos, self.demos[i])
 
     def prompt_space(self) -> PromptSpace:
         """The texts of all candidates, under MIPROv2's parameter names."""
@@ -65,7 +73,8 @@ class ProgramSpace:
         program = self.program.deepcopy()
         for i, predictor in enumerate(program.predictors()):
             text = self.instructions[i][params[f"{i}_predictor_instruction"]]
-            set_signature(predictor, get_signature(predictor).with_instructions(text))
+            if text != get_signature(predictor).instructions:
+                set_signature(predictor, get_signature(predictor).with_instructions(text))
             if i in self.demos:
                 predictor.demos = list(self.demos[i][params[f"{i}_predictor_demos"]])
         return program
@@ -79,19 +88,49 @@ class ProgramScorer:
         valset: The validation examples.
         metric: ``metric(example, prediction)`` returning a number, a bool, or a prediction with
             ``.score``.
+        show_traceback: Log where in the program a candidate's own errors come from.
     """
 
-    def __init__(self, programs: ProgramSpace, valset: Sequence[Any], metric: Any) -> None:
+    def __init__(
+        self, programs: ProgramSpace, valset: Sequence[Any], metric: Any, show_traceback: bool = False
+    ) -> None:
         self._valset = valset
         self._metric = metric
-        self._built = lru_cache(maxsize=_BUILT)(lambda items: programs.build(dict(items)))
+        self._show_traceback = show_traceback
+        self._built = lru_cache(maxsize=_BUILT)(lambda items: _Built(programs.build(dict(items))))
 
     def __call__(self, params: Mapping[str, int], example: int) -> float:
-        program = self._built(tuple(sorted(params.items())))
+        built = self._built(tuple(sorted(params.items())))
         item = self._valset[example]
-        # A trace of its own, or every call of the run would be kept in the caller's.
-        with dspy.context(trace=[]):
-            return metric_value(self._metric(item, program(**item.inputs())))
+        try:
+            # A trace of its own, or every call of the run would be kept in the caller's.
+            with dspy.context(trace=[]):
+                return metric_value(self._metric(item, built.program(**item.inputs())))
+        except Exception as error:
+            self._log(error, params, example)
+            raise
+        finally:
+            built.forget()
+
+    def _log(self, error: Exception, params: Mapping[str, int], example: int) -> None:
+        """What scores ``failure_score`` would otherwise leave no trace; the other errors do."""
+        if classify(error) is Verdict.CANDIDATE:
+            message = "Validation example %d failed with %s: %s: %s"
+            exc_info = error if self._show_traceback else None
+            logger.warning(message, example, dict(params), type(error).__name__, error, exc_info=exc_info)
+
+
+class _Built:
+    """A program and the modules whose LM history it would otherwise pile up."""
+
+    def __init__(self, program: dspy.Module) -> None:
+        self.program = program
+        self._modules = [module for _, module in program.named_sub_modules()]
+
+    def forget(self) -> None:
+        for module in self._modules:
+            if history := getattr(module, "history", None):
+                history.clear()
 
 
 def metric_value(value: Any) -> float:
@@ -102,7 +141,8 @@ def metric_value(value: Any) -> float:
     """
     if isinstance(value, dspy.Example) and "score" in value:
         value = value["score"]
-    return as_score(value)
+    # Scalars of numpy and torch; a numpy bool is no `numbers.Real`.
+    return as_score(value.item() if getattr(value, "ndim", None) == 0 else value)
 
 
 def demo_text(demo: Any) -> str:
@@ -114,3 +154,22 @@ def demo_text(demo: Any) -> str:
 
 def _digest(match: re.Match[str]) -> str:
     return hashlib.sha256(match.group().encode()).hexdigest()[:16]
+
+
+def _distinct(items: Iterable[T]) -> list[T]:
+    found: list[T] = []
+    for item in items:
+        if not any(_equal(item, other) for other in found):
+            found.append(item)
+    return found
+
+
+def _position(item: T, items: Sequence[T]) -> int:
+    return next(i for i, other in enumerate(items) if _equal(item, other))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError):  # demos that hold arrays have no single truth value
+        return a is b

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial
+from rich.errors import LiveError
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,7 +19,7 @@ from rich.progress import (
 
 
 class SearchBar:
-    """Counts program calls and shows the best trial so far."""
+    """Counts program calls and trials."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
@@ -35,14 +36,20 @@ class SearchBar:
 
 @contextmanager
 def progress_bar(title: str, max_calls: int) -> Iterator[SearchBar]:
-    """A bar over ``max_calls`` program calls."""
-    columns = (
+    """A bar over ``max_calls`` program calls; invisible where another live display owns the terminal."""
+    progress = Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("calls · {task.fields[trials]} trials ·"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
-        task = progress.add_task(title, total=max_calls, trials=0)
+    task = progress.add_task(title, total=max_calls, trials=0)
+    try:
+        progress.start()
+    except LiveError:
+        progress.disable = True
+    try:
         yield SearchBar(progress, task)
+    finally:
+        progress.stop()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dspy.teleprompt.utils import save_candidate_program
 from optuna.trial import FrozenTrial, TrialState
 
-from mpromptune.history import EXAMPLES
+from mpromptune.history import EXAMPLES, SCORES
 from mpromptune.programs import ProgramSpace
 from mpromptune.result import Measured, SearchResult
 
+logger = logging.getLogger(__name__)
+
 Build = Callable[[Mapping[str, int]], Any]
+
+# What makes a compiled program heavy; each entry holds programs of its own.
+_STATISTICS = ("trial_logs", "candidate_programs", "mb_candidate_programs", "search_result")
+
+
+def forget_statistics(program: Any) -> None:
+    """Takes off what an earlier compile attached, or every candidate would carry a copy of it."""
+    for name in _STATISTICS:
+        program.__dict__.pop(name, None)
 
 
 def attach_statistics(
@@ -23,29 +35,32 @@ def attach_statistics(
     Scores are percentages, as DSPy's are. One program object serves all entries of a configuration.
     """
     build = _memoised(programs.build)
-    best.score = _percent(result.best_score)
+    best.score = percent(result.best_score)
     best.trial_logs = trial_logs(result, build, log_dir)
     best.candidate_programs = _ranked(
         [_entry(build(m.params), m.mean, True) for m in result.configurations if m.fully]
     )
     best.mb_candidate_programs = _ranked(
-        [_entry(build(t.params), t.value or 0.0, False) for t in _completed(result)]
+        [_entry(build(t.params), _mean(t), False) for t in _completed(result) if _is_partial(t, result)]
     )
     best.total_calls = result.calls
     best.prompt_model_total_calls = 0
 
 
 def trial_logs(result: SearchResult, build: Build, log_dir: str | None) -> dict[int, dict[str, Any]]:
-    """DSPy's log of every trial: numbered from 1, in the order in which they were asked.
+    """DSPy's log of every completed trial: numbered from 1, in the order in which they were asked.
 
-    The trial that completes a configuration is logged as its full evaluation.
+    The trial that completes a configuration is logged as its full evaluation, with the score over
+    all examples; every other one as a minibatch. With ``log_dir``, each program is saved there.
     """
     full = {_key(m.params): m for m in result.configurations if m.fully}
     last = {_key(t.params): t.number for t in _completed(result)}
     logs: dict[int, dict[str, Any]] = {}
     calls = 0
-    for trial in _completed(result):
-        calls += len(trial.user_attrs[EXAMPLES])
+    for trial in result.study.get_trials(deepcopy=False):
+        calls += len(trial.user_attrs.get(SCORES, ()))
+        if trial.state != TrialState.COMPLETE:
+            continue
         is_last = last[_key(trial.params)] == trial.number
         whole = full.get(_key(trial.params)) if is_last else None
         logs[trial.number + 1] = {
@@ -56,25 +71,44 @@ def trial_logs(result: SearchResult, build: Build, log_dir: str | None) -> dict[
     return logs
 
 
+def percent(score: float) -> float:
+    """A score as DSPy prints it."""
+    return round(100.0 * score, 2)
+
+
 def _evaluation(
     trial: FrozenTrial, program: Any, whole: Measured | None, log_dir: str | None
 ) -> dict[str, Any]:
-    kind, score = ("mb", trial.value) if whole is None else ("full_eval", whole.mean)
+    kind, score = ("mb", _mean(trial)) if whole is None else ("full_eval", whole.mean)
     note = None if whole is None else "full_eval"
-    path = save_candidate_program(program, log_dir, trial.number + 1, note)
     return {
-        f"{kind}_score": _percent(score or 0.0),
+        f"{kind}_score": percent(score),
         f"{kind}_program": program,
-        f"{kind}_program_path": path,
+        f"{kind}_program_path": _saved(program, log_dir, trial.number + 1, note),
     }
+
+
+def _saved(program: Any, log_dir: str | None, number: int, note: str | None) -> str | None:
+    """Where the program was saved; a program that cannot be does not cost the whole search."""
+    try:
+        path: str | None = save_candidate_program(program, log_dir, number, note)
+    except Exception as error:  # noqa: BLE001 - whatever the demos' own serialisation raises
+        logger.warning("The program of trial %d could not be saved: %s", number, error)
+        return None
+    return path
+
+
+def _mean(trial: FrozenTrial) -> float:
+    assert trial.value is not None  # only completed trials come here
+    return trial.value
+
+
+def _is_partial(trial: FrozenTrial, result: SearchResult) -> bool:
+    return len(trial.user_attrs[EXAMPLES]) < result.n_examples
 
 
 def _completed(result: SearchResult) -> list[FrozenTrial]:
     return result.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
-def _percent(score: float) -> float:
-    return round(100.0 * score, 2)
 
 
 def _key(params: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
@@ -94,7 +128,7 @@ def _memoised(build: Build) -> Build:
 
 
 def _entry(program: Any, score: float, full_eval: bool) -> dict[str, Any]:
-    return {"score": _percent(score), "program": program, "full_eval": full_eval}
+    return {"score": percent(score), "program": program, "full_eval": full_eval}
 
 
 def _ranked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
