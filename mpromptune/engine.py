@@ -195,8 +195,9 @@ class _Search:
     def run(self) -> SearchResult:
         """Rounds until the budget is spent or nothing is left to measure."""
         try:
-            while self._fill() or self.in_flight:
-                self._finish(self.in_flight.popleft())
+            while self._fill():
+                self._finish(self.in_flight[0])
+                self.in_flight.popleft()
         except BaseException:
             self._abandon()
             raise
@@ -244,7 +245,7 @@ class _Search:
 
     def _leader(self) -> Row:
         """The highest posterior mean among what can still be fully measured."""
-        rows = [row for row in self.scores if self.schedule.available(row) >= 0]
+        rows = [row for row in self.scores if self.schedule.is_affordable(row)]
         means, _ = self._posterior(rows)
         return rows[int(means.argmax())]
 
@@ -281,39 +282,38 @@ class _Search:
     def _finish(self, round_: list[_Running]) -> None:
         """Waits for a round and tells it in the order in which it was asked."""
         outcomes = [[future.result() for future in running.futures] for running in round_]
-        self._require_sense(outcomes)
-        for running, results in zip(round_, outcomes, strict=True):
+        self._require_sense(round_, outcomes)
+        for running, results in zip(list(round_), outcomes, strict=True):
             self._tell(running, results)
+            round_.remove(running)
+        if self.schedule.is_dropped(self.schedule.baseline):
+            raise self._stopped("the baseline's trials failing", _first_error(outcomes))
 
-    def _require_sense(self, outcomes: list[list[Outcome]]) -> None:
-        """Stops on a fatal error, and when nothing at all succeeded in a whole round."""
+    def _require_sense(self, round_: list[_Running], outcomes: list[list[Outcome]]) -> None:
+        """Stops on a fatal error, and when a round's failures cannot be the candidates' own."""
         flat = [outcome for results in outcomes for outcome in results]
-        errors = [o.error for o in flat if o.error is not None]
-        fatal = [o.error for o in flat if self.workers.verdict(o) is Verdict.STOP]
-        if not fatal and (not errors or len(errors) < len(flat)):
-            return
+        verdicts = [self.workers.verdict(outcome) for outcome in flat]
+        if Verdict.STOP in verdicts:
+            fatal = flat[verdicts.index(Verdict.STOP)].error
+            raise self._stopped("an error that no further call can mend", fatal)
+        several = len({running.row for running in round_}) > 1
+        many = len(flat) >= len(self.schedule.blocks[0]) and set(verdicts) == {Verdict.RETRY}
+        if (several or many) and None not in verdicts:
+            raise self._stopped(f"all {len(flat)} calls of a round failing", _first_error(outcomes))
+
+    def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
-        cause = (fatal or errors)[0]
-        what = "an error that no further call can mend" if fatal else f"all {len(flat)} calls of a round failing"
-        raise SearchStoppedError(
+        error = SearchStoppedError(
             f"The search stopped on {what}: {type(cause).__name__}: {cause}. "
             f"{self.calls} calls measured before are kept in the study.",
             self.study,
-        ) from cause
+        )
+        error.__cause__ = cause
+        return error
 
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> None:
-        """Tells a trial's mean score; a trial with a failed call FAILs and gives its budget back."""
         measured = {o.example: s for o in outcomes if (s := self._score_of(o)) is not None}
-        self.scores.setdefault(running.row, {}).update(measured)
-        self.calls += len(measured)
-        lost = [e for e in running.examples if e not in measured]
-        self.schedule.release(running.row, lost)
-        running.trial.set_user_attr(EXAMPLES, list(measured))
-        running.trial.set_user_attr(SCORES, list(measured.values()))
-        if lost:
-            frozen = self.study.tell(running.trial, state=TrialState.FAIL)
-        else:
-            frozen = self.study.tell(running.trial, sum(measured.values()) / len(measured))
+        frozen = self._close(running, measured)
         for callback in self.callbacks:
             callback(self.study, frozen)
 
@@ -328,8 +328,20 @@ class _Search:
         for running in open_trials:
             for future in running.futures:
                 future.cancel()
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(trial.number, state=TrialState.FAIL)
+        for running in open_trials:
+            done = [f.result() for f in running.futures if not f.cancelled()]
+            self._close(running, {o.example: o.score for o in done if o.score is not None})
+
+    def _close(self, running: _Running, measured: dict[int, float]) -> FrozenTrial:
+        """Tells a trial: its mean when every example was measured, FAIL otherwise."""
+        self.scores.setdefault(running.row, {}).update(measured)
+        self.calls += len(measured)
+        self.schedule.release(running.row, [e for e in running.examples if e not in measured])
+        running.trial.set_user_attr(EXAMPLES, list(measured))
+        running.trial.set_user_attr(SCORES, list(measured.values()))
+        if len(measured) < len(running.examples):
+            return self.study.tell(running.trial, state=TrialState.FAIL)
+        return self.study.tell(running.trial, sum(measured.values()) / len(measured))
 
     def _result(self) -> SearchResult:
         rows = [row for row, scores in self.scores.items() if scores]
@@ -358,3 +370,7 @@ class _Search:
             configurations=tuple(ranked),
             study=self.study,
         )
+
+
+def _first_error(outcomes: list[list[Outcome]]) -> BaseException | None:
+    return next((o.error for results in outcomes for o in results if o.error is not None), None)

@@ -87,7 +87,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._independent_sampler = independent_sampler
         self._search_space = IntersectionSearchSpace()
         self._prompts: Encoding | None = None
-        self._is_open: Callable[[Row], bool] = lambda row: True
+        self._is_open: Callable[[Row], bool] = _always
         self._lock = threading.RLock()
 
     def bound_to(
@@ -223,7 +223,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         def is_free(row: Row) -> bool:
             return row not in pending and is_open(row)
 
-        for allowed in (is_free, is_open, lambda row: True):
+        for allowed in (is_free, is_open, _always):
             choices = choice_set(encoding.space, self.max_space_size, allowed, rng, value, starts)
             if len(choices):
                 return choices
@@ -233,6 +233,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 def resolve_embedder(spec: Any) -> CachedEmbedder | None:
     """As `as_embedder`, with ``"index"`` for no embedding at all."""
     return None if spec == "index" else as_embedder(spec)
+
+
+def _always(row: Row) -> bool:
+    return True
 
 
 def _at_least(name: str, value: int, minimum: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ from mpromptune.errors import InvalidArgumentError
 from mpromptune.space import Row
 
 Examples = tuple[int, ...]
+
+# Trials of one configuration that may fail before it is given up.
+_MAX_FAILURES = 3
 
 
 def partition(n_examples: int, block_size: int, seed: int) -> tuple[Examples, ...]:
@@ -42,6 +46,7 @@ class Schedule:
         assigned: Configuration to the examples measured or being measured.
         baseline: The configuration that the winner is compared with.
         confirm: Whether winner and baseline are to end fully measured.
+        failures: Configuration to how many of its trials failed.
         spent: Calls made or committed to.
     """
 
@@ -51,6 +56,7 @@ class Schedule:
     baseline: Row
     confirm: bool = True
     assigned: dict[Row, set[int]] = field(default_factory=dict)
+    failures: Counter[Row] = field(default_factory=Counter)
     spent: int = 0
 
     @property
@@ -82,6 +88,15 @@ class Schedule:
         lost = set(examples)
         self.assigned[row] -= lost
         self.spent -= len(lost)
+        self.failures[row] += bool(lost)
+
+    def is_dropped(self, row: Row) -> bool:
+        """Whether so many trials of ``row`` failed that no further call is risked on it."""
+        return self.failures[row] >= _MAX_FAILURES
+
+    def is_affordable(self, row: Row) -> bool:
+        """Whether ``row`` can still be fully measured, together with the baseline."""
+        return not self.is_dropped(row) and self.available(row) >= 0
 
     def available(self, winner: Row | None = None) -> int:
         """Calls free for exploration.
@@ -105,7 +120,7 @@ class Schedule:
         any more cannot win, so no call is spent on it.
         """
         measured = len(self.assigned.get(row, ()))
-        return measured < self.n_examples and self.available(row) >= 0
+        return measured < self.n_examples and self.is_affordable(row)
 
     def anything_open(self, space_size: int) -> bool:
         """Whether any of the ``space_size`` configurations is open."""

@@ -1,0 +1,115 @@
+"""Texts to vectors, and vectors to distances."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from embedders import letters
+
+from mpromptune import PromptSpace, embedding
+from mpromptune.embedding import CachedEmbedder, as_embedder, split_text
+from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidArgumentError
+from mpromptune.geometry import geometry_of, squared_distances
+
+
+def test_each_text_is_embedded_once() -> None:
+    """The cache goes by content."""
+    seen: list[str] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        seen.extend(texts)
+        return letters(texts)
+
+    cached = CachedEmbedder(embed)
+    cached(["a", "b", "a"])
+    assert cached(["b", "c"]).shape == (2, 27)
+    assert sorted(seen) == ["a", "b", "c"]
+
+
+def test_cost_is_the_sum_of_the_candidates() -> None:
+    """30 x 30 configurations of 60 texts: 60 texts are embedded."""
+    seen: list[str] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        seen.extend(texts)
+        return letters(texts)
+
+    components = {name: [f"{name} {i}" for i in range(30)] for name in ("x", "y")}
+    geometry_of(PromptSpace(components), CachedEmbedder(embed))
+    assert len(seen) == 60
+
+
+def test_default_model_is_all_minilm() -> None:
+    """Similar texts are nearer than others, in 384 dimensions."""
+    vectors = as_embedder()(["Think step by step.", "Reason step by step.", "Bananas are yellow."])
+    assert vectors.shape == (3, 384)
+    assert vectors[0] @ vectors[1] > 0.2 + vectors[0] @ vectors[2]
+
+
+def test_text_beyond_the_models_cut_still_counts() -> None:
+    """A text whose difference lies after the first 256 word pieces gets another vector."""
+    long = "word " * 600
+    first, second = as_embedder()([long + "apples and oranges " * 20, long])
+    assert first @ second < 0.999
+
+
+def test_an_unavailable_model_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on disk nor on the hub: the error names the command."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(EmbedderUnavailableError, match=r"pip install 'm-promptune\[offline\]'"):
+        as_embedder("no-such/model")(["text"])
+
+
+def test_the_hub_is_asked_when_the_offline_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package there is no local path."""
+    monkeypatch.setattr(embedding, "OFFLINE_PACKAGE", "no_such_package")
+    assert embedding._offline_path() is None
+
+
+@pytest.mark.parametrize("bad", [lambda t: [[1.0]], lambda t: [[np.nan]] * len(t), lambda t: 3.0])
+def test_a_bad_embedder_is_an_error(bad: object) -> None:
+    """One finite vector per text, or a clear message."""
+    with pytest.raises(EmbeddingError):
+        as_embedder(bad)(["a", "b"])
+
+
+def test_a_non_embedder_is_an_error() -> None:
+    """The message names the value."""
+    with pytest.raises(InvalidArgumentError, match="42"):
+        as_embedder(42)
+
+
+def test_objects_with_encode_are_embedders() -> None:
+    """A SentenceTransformer, or anything shaped like one."""
+
+    class Model:
+        max_seq_length = 8
+
+        def encode(self, texts: list[str], show_progress_bar: bool = True) -> np.ndarray:
+            return letters(texts)
+
+    assert as_embedder(Model())(["some text " * 20, "b"]).shape == (2, 27)
+
+
+def test_split_text_keeps_every_word() -> None:
+    """Pieces are within the limit and lose nothing but white space."""
+    text = "one two three four five " * 20
+    pieces = split_text(text, 50)
+    assert max(map(len, pieces)) <= 50
+    assert " ".join(pieces).split() == text.split()
+    assert split_text("", 50) == [""]
+
+
+def test_demo_sets_are_told_apart_by_content_and_number() -> None:
+    """Zero-shot is far from every few-shot set; the order of demos does not matter."""
+    space = PromptSpace({"0_predictor_demos": [[], ["abc"], ["abc", "xyz"], ["xyz", "abc"]]})
+    (geometry,) = geometry_of(space, CachedEmbedder(letters))
+    text, count = geometry.views
+    assert text[2, 3] == count[2, 3] == pytest.approx(0.0, abs=1e-9)
+    assert count[0, 1] > count[1, 2] > 0.0
+
+
+def test_distances_have_a_median_of_one() -> None:
+    """By hand: squared distances 1, 4, 9 become 1/4, 1, 9/4."""
+    distances = squared_distances(np.array([[0.0], [1.0], [3.0]]))
+    assert sorted(distances[np.triu_indices(3, 1)]) == pytest.approx([0.25, 1.0, 2.25])

@@ -1,0 +1,308 @@
+"""search(): the loop by itself, on tables of scores."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from embedders import letters
+from optuna.trial import TrialState
+
+from mpromptune import PromptSpace, SearchResult, qEISampler, search
+from mpromptune.errors import InvalidArgumentError, MPromptuneError, ScoreError, SearchStoppedError
+from mpromptune.execution import RetryPolicy, Verdict
+from mpromptune.history import EXAMPLES, SCORES
+
+N = 40
+SPACE = PromptSpace(
+    {
+        "0_predictor_instruction": [f"{'a' * i} style" for i in range(6)],
+        "0_predictor_demos": [[], ["abc"], ["abc", "xyz"]],
+    }
+)
+_rng = np.random.default_rng(0)
+SKILL = {row: 0.3 + 0.08 * row[0] + 0.05 * row[1] for row in map(tuple, SPACE.rows().tolist())}
+TABLE = {row: (_rng.random(N) < skill).astype(float) for row, skill in SKILL.items()}
+
+
+class Scores:
+    """The table as a score function that counts what it is asked."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.asked: Counter[tuple[tuple[int, ...], int]] = Counter()
+        self._delay = delay
+        self._lock = threading.Lock()
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        row = SPACE.row(params)
+        with self._lock:
+            self.asked[row, example] += 1
+        if self._delay:
+            time.sleep(self._delay * np.random.default_rng([*row, example]).random())
+        return float(TABLE[row][example])
+
+
+def run(score: Any = None, **kwargs: Any) -> SearchResult:
+    arguments = {
+        "n_examples": N,
+        "max_calls": 300,
+        "sampler": qEISampler(embedder=letters, seed=0, batch_size=4, n_batches=4),
+        "num_threads": 4,
+        "block_size": 5,
+        "seed": 0,
+        **kwargs,
+    }
+    return search(SPACE, score or Scores(), **arguments)
+
+
+def trials_of(result: SearchResult) -> list[tuple]:
+    return [(t.number, t.params, t.value, t.user_attrs[EXAMPLES]) for t in result.study.trials]
+
+
+def test_the_budget_is_spent_exactly_and_no_pair_twice() -> None:
+    """The ledger equals what the score function itself counted."""
+    scores = Scores()
+    result = run(scores)
+    assert result.calls == sum(scores.asked.values()) == 300
+    assert max(scores.asked.values()) == 1
+
+
+def test_winner_and_baseline_are_measured_on_every_example() -> None:
+    """Scores are exact means over the validation set, comparable with any other run."""
+    result = run(baseline={"0_predictor_demos": 1, "0_predictor_instruction": 2})
+    assert result.best_score == TABLE[SPACE.row(result.best_params)].mean()
+    assert result.baseline_score == TABLE[2, 1].mean()
+    assert result.best_score >= result.baseline_score
+
+
+def test_a_baseline_that_nothing_beats_is_returned() -> None:
+    """Never worse than what the user came with."""
+    best = max(TABLE, key=lambda row: TABLE[row].mean())
+    result = run(lambda params, e: float(SPACE.row(params) == best), baseline=SPACE.params(best))
+    assert SPACE.row(result.best_params) == best
+
+
+@pytest.mark.parametrize("sampler", ["qei", "QEI", "tpe", "gp", "random", optuna.samplers.QMCSampler(seed=0)])
+def test_every_sampler_spends_the_same_budget(sampler: Any) -> None:
+    """By name in any case, or an object; what is left over could finish no configuration."""
+    scores = Scores()
+    result = run(scores, sampler=sampler, max_calls=160)
+    assert 150 <= result.calls == sum(scores.asked.values()) <= 160
+    assert max(scores.asked.values()) == 1
+
+
+def test_the_same_seed_gives_the_same_trials_whatever_the_threads() -> None:
+    """1 thread, and 32 threads with shuffled latencies."""
+    serial = run(Scores(), num_threads=1, batch_size=4)
+    threaded = run(Scores(delay=0.01), num_threads=32, batch_size=4)
+    assert trials_of(serial) == trials_of(threaded)
+    assert serial.best_params == threaded.best_params
+
+
+def test_an_exhausted_space_ends_the_search() -> None:
+    """Every pair measured once, then a clean stop below the budget."""
+    scores = Scores()
+    result = run(scores, max_calls=10**6)
+    assert result.calls == len(scores.asked) == SPACE.size * N
+    assert all(measured.fully for measured in result.configurations)
+    assert result.best_params == result.configurations[0].params
+
+
+def test_only_listed_combinations_are_measured() -> None:
+    """For foreign samplers too, which know nothing of combinations."""
+    rows = [(0, 0), (1, 1), (2, 2), (3, 0), (5, 2)]
+    space = PromptSpace(SPACE.components, combinations=rows)
+    for sampler in ("tpe", "gp", "random", qEISampler(embedder=letters, seed=0)):
+        asked = set()
+
+        def score(params: dict[str, int], example: int, asked: set = asked) -> float:
+            asked.add(space.row(params))
+            return float(TABLE[space.row(params)][example])
+
+        search(space, score, n_examples=N, max_calls=150, sampler=sampler, block_size=5, seed=1)
+        assert asked <= set(rows)
+
+
+def test_rounds_share_a_block() -> None:
+    """The first round's configurations are compared on the same examples."""
+    trials = run().study.trials
+    assert len({tuple(t.user_attrs[EXAMPLES]) for t in trials[:4]}) == 1
+    assert len({tuple(t.user_attrs[EXAMPLES]) for t in trials[:8]}) == 2
+
+
+def test_trials_hold_scores_per_example() -> None:
+    """The study alone tells what was measured."""
+    for trial in run().study.trials:
+        expected = TABLE[SPACE.row(trial.params)][trial.user_attrs[EXAMPLES]]
+        assert trial.user_attrs[SCORES] == expected.tolist()
+        assert trial.value == pytest.approx(expected.mean())
+
+
+def test_without_confirmation_every_call_explores() -> None:
+    """confirm=False allows budgets below two full evaluations."""
+    result = run(max_calls=60, confirm=False)
+    assert result.calls == 60
+    assert result.best_params == result.configurations[0].params
+
+
+def test_a_flaky_network_costs_waiting_not_trials() -> None:
+    """Every third call times out once; all trials complete and nothing counts as a score of 0."""
+    scores, failed = Scores(), set()
+
+    def flaky(params: dict[str, int], example: int) -> float:
+        key = (SPACE.row(params), example)
+        if example % 3 == 0 and key not in failed:
+            failed.add(key)
+            raise TimeoutError("slow")
+        return scores(params, example)
+
+    result = run(flaky, retry=RetryPolicy(max_wait=0.001))
+    assert failed
+    assert {t.state for t in result.study.trials} == {TrialState.COMPLETE}
+    assert trials_of(result) == trials_of(run())
+
+
+def test_a_configuration_that_keeps_failing_is_dropped() -> None:
+    """One example of one configuration is never answered: the search goes on without it."""
+    broken = max(SKILL, key=SKILL.get)
+
+    def score(params: dict[str, int], example: int) -> float:
+        if SPACE.row(params) == broken and example % 5 == 0:
+            raise ConnectionError("down")
+        return float(TABLE[SPACE.row(params)][example])
+
+    result = run(score, retry=RetryPolicy(attempts=1))
+    assert SPACE.row(result.best_params) != broken
+    assert 280 <= result.calls <= 300
+
+
+def test_a_baseline_that_keeps_failing_stops_the_search() -> None:
+    """Without the baseline there is nothing to compare with."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        if SPACE.row(params) == (0, 0) and example == 3:
+            raise ConnectionError("down")
+        return float(TABLE[SPACE.row(params)][example])
+
+    with pytest.raises(SearchStoppedError, match="baseline"):
+        run(score, retry=RetryPolicy(attempts=1))
+
+
+def test_an_outage_is_not_read_as_bad_prompts() -> None:
+    """From call 100 on the network is gone: the search stops, no zero is recorded."""
+    scores = Scores()
+
+    def score(params: dict[str, int], example: int) -> float:
+        if sum(scores.asked.values()) >= 100:
+            raise ConnectionError("gone")
+        return scores(params, example)
+
+    with pytest.raises(SearchStoppedError, match="gone") as caught:
+        run(score, retry=RetryPolicy(attempts=1))
+    for trial in caught.value.study.trials:
+        expected = TABLE[SPACE.row(trial.params)][trial.user_attrs.get(EXAMPLES, [])]
+        assert trial.user_attrs.get(SCORES, []) == expected.tolist()
+
+
+def test_an_example_that_never_answers_fails_its_trial_and_returns_the_budget() -> None:
+    """FAIL, not 0.0; what was measured of the trial is kept and not paid again."""
+    scores = Scores()
+    broken = {((1, 1), 3), ((4, 2), 7)}
+
+    def score(params: dict[str, int], example: int) -> float:
+        if (SPACE.row(params), example) in broken:
+            raise ConnectionError("down")
+        return scores(params, example)
+
+    result = run(score, retry=RetryPolicy(attempts=2, max_wait=0.001))
+    assert result.calls == sum(scores.asked.values())
+    assert max(scores.asked.values()) == 1
+    failed = [t for t in result.study.trials if t.state == TrialState.FAIL]
+    assert all((SPACE.row(t.params), e) not in broken for t in failed for e in t.user_attrs[EXAMPLES])
+
+
+def test_a_candidates_own_error_scores_failure_score() -> None:
+    """An exception of the program is a result, with the score that the user chose."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        if params["0_predictor_instruction"] == 0:
+            raise ValueError("cannot parse")
+        return float(TABLE[SPACE.row(params)][example])
+
+    result = run(score, failure_score=-1.0, baseline={"0_predictor_instruction": 0, "0_predictor_demos": 0})
+    assert result.baseline_score == -1.0
+    assert result.calls == 300
+
+
+@pytest.mark.parametrize("bad", [None, "0.5", float("nan"), {"score": 1}])
+def test_a_metric_without_a_number_stops_the_search(bad: Any) -> None:
+    """The error names the value; nothing is recorded as a score."""
+    with pytest.raises(SearchStoppedError, match="The metric returned") as caught:
+        run(lambda params, example: bad)
+    assert isinstance(caught.value.__cause__, ScoreError)
+    assert all(t.state == TrialState.FAIL for t in caught.value.study.trials)
+
+
+def test_a_fatal_error_stops_and_keeps_what_was_measured() -> None:
+    """Authentication fails at call 100: no call starts afterwards, the study keeps the rest."""
+    scores = Scores()
+
+    def score(params: dict[str, int], example: int) -> float:
+        if sum(scores.asked.values()) >= 100:
+            raise PermissionError("bad key")
+        return scores(params, example)
+
+    def verdict(error: BaseException) -> Verdict:
+        return Verdict.STOP if isinstance(error, PermissionError) else Verdict.CANDIDATE
+
+    with pytest.raises(SearchStoppedError, match="bad key") as caught:
+        run(score, classify=verdict, num_threads=1)
+    trials = caught.value.study.trials
+    kept = sum(len(t.user_attrs.get(SCORES, ())) for t in trials)
+    assert kept == 100
+    assert all(t.state.is_finished() for t in trials)
+
+
+def test_when_everything_fails_the_search_stops() -> None:
+    """A round in which no call succeeds is an outage, not a set of bad prompts."""
+
+    def down(params: dict[str, int], example: int) -> float:
+        raise ValueError("whatever it is")
+
+    with pytest.raises(SearchStoppedError, match="all 20 calls of a round failing"):
+        run(down)
+
+
+def test_callbacks_come_in_order_and_progress_counts_every_call() -> None:
+    """One callback per trial, from the coordinator."""
+    numbers: list[int] = []
+    calls: list[int] = []
+    run(
+        callbacks=[lambda study, trial: numbers.append(trial.number)],
+        on_call=lambda n, total: calls.append(n),
+    )
+    assert numbers == sorted(numbers)
+    assert sum(calls) == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_calls": 79}, "80 calls that measuring the winner"),
+        ({"block_size": 41}, "block_size must be between 1 and the 40"),
+        ({"sampler": "tpee"}, "sampler must be one of"),
+        ({"baseline": {"0_predictor_instruction": 0}}, "lack"),
+    ],
+)
+def test_bad_input_is_refused_before_any_call(arguments: dict, message: str) -> None:
+    """Nothing is spent on arguments that cannot work."""
+    scores = Scores()
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        run(scores, **arguments)
+    assert isinstance(caught.value, MPromptuneError)
+    assert not scores.asked

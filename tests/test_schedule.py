@@ -1,0 +1,87 @@
+"""Blocks, budgets, and what DSPy would have spent."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpromptune.errors import InvalidArgumentError
+from mpromptune.schedule import Schedule, default_batch_size, partition, stock_calls
+
+A, B = (0,), (1,)
+
+
+def schedule(max_calls: int = 100, confirm: bool = True) -> Schedule:
+    return Schedule(6, ((0, 1), (2, 3), (4, 5)), max_calls, baseline=A, confirm=confirm)
+
+
+@given(st.integers(1, 200), st.data())
+def test_blocks_partition_the_examples(n: int, data: st.DataObject) -> None:
+    """Every example in one block, none larger than asked, sizes within one of each other."""
+    block_size = data.draw(st.integers(1, n))
+    blocks = partition(n, block_size, seed=3)
+    assert sorted(e for block in blocks for e in block) == list(range(n))
+    sizes = {len(block) for block in blocks}
+    assert max(sizes) <= block_size
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("block_size", [0, 7])
+def test_impossible_block_sizes_are_refused(block_size: int) -> None:
+    """The message names both numbers."""
+    with pytest.raises(InvalidArgumentError, match=f"6 validation examples; got {block_size}"):
+        partition(6, block_size, seed=0)
+
+
+def test_a_configuration_takes_the_rounds_block_or_its_next_missing_one() -> None:
+    """No example twice, the last trial cut to the budget."""
+    plan = schedule()
+    assert plan.next_examples(B, 1, limit=10) == (2, 3)
+    plan.assign(B, (2, 3))
+    assert plan.next_examples(B, 1, limit=10) == (4, 5)
+    assert plan.next_examples(B, 1, limit=1) == (4,)
+    plan.assign(B, (4, 5, 0, 1))
+    assert plan.next_examples(B, 1, limit=10) == ()
+
+
+def test_winner_and_baseline_are_kept_back() -> None:
+    """Of 20 calls, 2 spent on each: 16 left, 4 + 4 of them reserved, so 8 are free."""
+    plan = schedule(max_calls=20)
+    plan.assign(A, (0, 1))
+    plan.assign(B, (0, 1))
+    assert plan.available(winner=B) == 8
+    assert plan.available() == 6
+    assert schedule(max_calls=20, confirm=False).available() == 20
+
+
+def test_what_cannot_be_finished_is_closed() -> None:
+    """A configuration that could not be fully measured any more is worth no call."""
+    plan = schedule(max_calls=13)
+    assert plan.is_open(B)
+    plan.assign(A, (0, 1))
+    plan.assign((2,), (0, 1))
+    assert not plan.is_open(B)
+    assert plan.is_open((2,))
+    assert plan.anything_open(space_size=3)
+
+
+def test_a_failed_trial_gives_its_budget_back() -> None:
+    """And its examples may be measured again."""
+    plan = schedule(max_calls=20)
+    plan.assign(B, (0, 1))
+    plan.release(B, [1])
+    assert plan.spent == 1
+    assert plan.missing(B) == (1, 2, 3, 4, 5)
+
+
+def test_stock_calls_by_hand() -> None:
+    """18 minibatches of 35 and 5 full evaluations of 200: the medium run of DESIGN's benchmark."""
+    assert stock_calls(18, 200) == 18 * 35 + 5 * 200 == 1630
+    assert stock_calls(10, 40, minibatch=False) == 40 * 11
+
+
+def test_a_round_occupies_every_worker() -> None:
+    """At least 4 configurations, more when the pool is larger than four blocks."""
+    assert default_batch_size(8, 10) == 4
+    assert default_batch_size(64, 10) == 7
