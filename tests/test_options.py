@@ -1,0 +1,150 @@
+"""Options: where they may be given, and what is refused before any LM call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import dspy
+import optuna
+import pytest
+from embedders import hashed
+from lms import ScriptedLM, arithmetic_lm
+from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
+
+from mpromptune import MIPROv2
+from mpromptune.errors import InvalidArgumentError, UnknownOptionError
+from mpromptune.options import OPTION_NAMES, gather, resolve
+
+
+def _optimizer(lm: ScriptedLM, **options: Any) -> MIPROv2:
+    with dspy.context(lm=lm):
+        return MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=2, **ZERO_SHOT, **options)
+
+
+def _compile(lm: ScriptedLM, optimizer: MIPROv2, **options: Any) -> Any:
+    with dspy.context(lm=lm):
+        return optimizer.compile(Adder(), trainset=TRAIN, valset=VAL, **{**SMALL_RUN, **options})
+
+
+def test_nothing_given_means_no_search_of_ours() -> None:
+    """No option, None, and n_jobs alone leave DSPy's search in place."""
+    assert resolve({}, {}) is None
+    assert resolve({}, gather({"sampler": None}, {"batch_size": None})) is None
+    assert resolve({"n_jobs": 4}, {}) is None
+
+
+def test_compile_overrides_the_constructor() -> None:
+    """An option of compile replaces the constructor's; the others stay."""
+    options = resolve({"sampler": "qei", "batch_size": 2, "block_size": 3}, {"batch_size": 5})
+    assert options is not None
+    assert (options.sampler, options.batch_size, options.block_size) == ("qei", 5, 3)
+
+
+def test_another_sampler_drops_the_arguments_of_qei() -> None:
+    """sampler='tpe' in compile is not refused for qEI's arguments in the constructor."""
+    options = resolve({"sampler": "qei", "max_space_size": 100, "batch_size": 2}, {"sampler": "tpe"})
+    assert options is not None
+    assert (options.sampler, options.max_space_size, options.batch_size) == ("tpe", None, 2)
+
+
+def test_unknown_option_lists_the_valid_ones() -> None:
+    """A misspelt name is a TypeError that names it, our options and DSPy's."""
+    lm = arithmetic_lm()
+    with pytest.raises(TypeError, match="'batchsize'.*batch_size.*minibatch_size.*sampler") as caught:
+        _compile(lm, _optimizer(lm), batchsize=4)
+    assert isinstance(caught.value, UnknownOptionError)
+    with pytest.raises(TypeError, match=r"'smapler'.*batch_size"):
+        _compile(lm, _optimizer(lm), sampler_config={"smapler": "qei"})
+    with pytest.raises(TypeError, match=r"'metrics'.*max_labeled_demos"):
+        _optimizer(lm, metrics=None)
+    assert lm.calls == []
+
+
+def test_sampler_given_twice_is_refused() -> None:
+    """The same option as keyword and in sampler_config is a ValueError, unless one of them is None."""
+    lm = arithmetic_lm()
+    with pytest.raises(ValueError, match="'sampler' is given twice: 'qei' and 'tpe'"):
+        _compile(lm, _optimizer(lm), sampler_config={"sampler": "qei"}, sampler="tpe")
+    with pytest.raises(ValueError, match="'sampler' is given twice"):
+        _optimizer(lm, sampler_config={"sampler": "qei"}, sampler="qei")
+    assert lm.calls == []
+    assert gather({"sampler": "qei"}, {"sampler": None}) == {"sampler": "qei"}
+
+
+@pytest.mark.parametrize("config", ["qei", 3, ["sampler"], optuna.samplers.RandomSampler()])
+def test_sampler_config_must_be_a_mapping(config: Any) -> None:
+    """sampler_config of another type is a ValueError that names it."""
+    lm = arithmetic_lm()
+    with pytest.raises(ValueError, match="sampler_config must be a dict"):
+        _compile(lm, _optimizer(lm), sampler_config=config)
+    assert lm.calls == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sampler": "cmaes"}, "'cmaes'"),
+        ({"sampler": 3}, "3"),
+        ({"n_jobs": 0}, "n_jobs.*0"),
+        ({"n_jobs": -1, "sampler": "qei"}, "n_jobs.*-1"),
+        ({"batch_size": 0}, "batch_size.*0"),
+        ({"batch_size": 2.5}, "batch_size.*2.5"),
+        ({"batch_size": True}, "batch_size.*True"),
+        ({"max_space_size": 0}, "max_space_size.*0"),
+        ({"n_batches": -1}, "n_batches.*-1"),
+        ({"min_cold_start": 0}, "min_cold_start.*0"),
+        ({"block_size": 0}, "block_size.*0"),
+        ({"block_size": 13}, "block_size=13.*12"),
+        ({"max_calls": 0}, "max_calls.*0"),
+        ({"max_calls": 23}, "max_calls=23.*24"),
+        ({"embedder": 3.5}, "embedder.*3.5"),
+        ({"failure_score": float("nan")}, "failure_score.*nan"),
+        ({"failure_score": "0"}, "failure_score.*'0'"),
+        ({"callbacks": 3}, "callbacks.*3"),
+        ({"callbacks": [3]}, "callbacks.*3"),
+        ({"sampler": "tpe", "max_space_size": 10}, "max_space_size.*'tpe'"),
+        ({"sampler": optuna.samplers.RandomSampler(), "embedder": hashed}, "embedder.*RandomSampler"),
+        ({"sampler": "qei", "num_trials": 0}, "num_trials.*0"),
+    ],
+)
+def test_bad_values_are_refused_before_any_call(options: dict[str, Any], named: str) -> None:
+    """A value out of range is a ValueError that names it, and no LM call has been made."""
+    lm = arithmetic_lm()
+    with pytest.raises(ValueError, match=named) as caught:
+        _compile(lm, _optimizer(lm), **options)
+    assert isinstance(caught.value, InvalidArgumentError)
+    assert lm.calls == []
+
+
+def test_the_constructor_refuses_bad_values_itself() -> None:
+    """Options in the constructor fail there, not in compile."""
+    with pytest.raises(ValueError, match="batch_size"):
+        _optimizer(arithmetic_lm(), sampler_config={"sampler": "qei", "batch_size": 0})
+
+
+@pytest.mark.parametrize("empty", [{"trainset": []}, {"valset": []}])
+def test_empty_data_is_refused_before_any_call(empty: dict[str, list]) -> None:
+    """An empty trainset or valset is a ValueError."""
+    lm = arithmetic_lm()
+    data = {"trainset": TRAIN, "valset": VAL, **empty}
+    with dspy.context(lm=lm), pytest.raises(ValueError, match="(?i)set"):
+        _optimizer(lm, sampler="qei").compile(Adder(), **data, **SMALL_RUN)
+    assert lm.calls == []
+
+
+def test_an_existing_study_name_is_refused_before_any_call(tmp_path: Any) -> None:
+    """A study of that name in the storage is found before the bootstrap is paid for."""
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    optuna.create_study(storage=storage, study_name="taken")
+    lm = arithmetic_lm()
+    with pytest.raises(ValueError, match="'taken' already exists"):
+        _compile(lm, _optimizer(lm), sampler="random", storage=storage, study_name="taken")
+    assert lm.calls == []
+
+
+def test_signatures_show_all_options() -> None:
+    """The signatures list DSPy's parameters and ours, for callers that filter by them."""
+    for ours, stock in [(MIPROv2.compile, dspy.MIPROv2.compile), (MIPROv2.__init__, dspy.MIPROv2.__init__)]:
+        names = set(inspect.signature(ours).parameters)
+        assert names == {*inspect.signature(stock).parameters, "sampler_config", *OPTION_NAMES}
