@@ -1,0 +1,131 @@
+"""The methods compared: each takes a problem, a budget and a seed, and returns a configuration."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+
+from benchmarks.tables import Problem
+from mpromptune import qEISampler, search
+from mpromptune.samplers import OpenSampler, distributions_of
+from mpromptune.schedule import stock_calls
+
+Method = Callable[[Problem, int, int, int], dict[str, int]]  # problem, calls, seed, q
+
+_MINIBATCH, _FULL_STEPS = 35, 5
+
+
+def stock(sampler: Callable[[int], BaseSampler]) -> Method:
+    """DSPy's protocol: minibatches of 35, and every 5 trials the best one on all examples.
+
+    Stock samples components that form a product; where only listed combinations exist, a proposal
+    is replaced by the existing one with most components in common.
+    """
+
+    def run(problem: Problem, calls: int, seed: int, q: int) -> dict[str, int]:
+        rng = random.Random(seed)
+        space = problem.space
+        study = optuna.create_study(
+            direction="maximize", sampler=OpenSampler(sampler(seed), space, lambda row: True, seed)
+        )
+        distributions = distributions_of(space)
+
+        def measure(params: dict[str, int], n: int) -> float:
+            examples = rng.sample(range(problem.n_examples), n)
+            return float(np.mean([problem.score(params, e) for e in examples]))
+
+        def full(params: dict[str, int]) -> None:
+            best[tuple(params.items())] = measure(params, problem.n_examples)
+            study.add_trial(
+                optuna.create_trial(
+                    params=params, distributions=distributions, value=best[tuple(params.items())]
+                )
+            )
+
+        best: dict[tuple[tuple[str, int], ...], float] = {}
+        minibatches: dict[tuple[tuple[str, int], ...], list[float]] = defaultdict(list)
+        full(problem.baseline)
+        num_trials = trials_for(calls, problem.n_examples)
+        for step in range(1, num_trials + 1):
+            trial = study.ask(distributions)
+            value = measure(trial.params, _MINIBATCH)
+            study.tell(trial, value)
+            minibatches[tuple(trial.params.items())].append(value)
+            if step % _FULL_STEPS == 0 or step == num_trials:
+                open_ = {k: float(np.mean(v)) for k, v in minibatches.items() if k not in best}
+                if open_:
+                    full(dict(max(open_, key=lambda k: open_[k])))
+        return dict(max(best, key=lambda k: best[k]))
+
+    return run
+
+
+def trials_for(calls: int, n_examples: int) -> int:
+    """The most trials that DSPy's protocol fits into ``calls`` (at least one)."""
+    trials = 1
+    while stock_calls(trials + 1, n_examples) <= calls:
+        trials += 1
+    return trials
+
+
+def halving(problem: Problem, calls: int, seed: int, q: int) -> dict[str, int]:
+    """Paired successive halving: all on the same examples, the better half goes on."""
+    order = np.random.default_rng(seed).permutation(problem.n_examples)
+    alive = np.arange(problem.space.size)
+    rungs = max(1, math.ceil(math.log2(len(alive))))
+    seen, spent = 0, 0
+    for rung in range(rungs):
+        share = (calls - spent) // (rungs - rung)
+        more = min(share // len(alive), problem.n_examples - seen)
+        seen, spent = seen + more, spent + more * len(alive)
+        means = problem.scores[alive][:, order[:seen]].mean(axis=1) if seen else np.zeros(len(alive))
+        alive = alive[np.argsort(-means, kind="stable")[: max(1, len(alive) // 2)]]
+    return problem.space.params(problem.space.rows()[alive[0]])
+
+
+def ours(sampler: str, embeddings: bool = True) -> Method:
+    """`search` with one of its samplers."""
+
+    def run(problem: Problem, calls: int, seed: int, q: int) -> dict[str, int]:
+        chosen: Any = sampler
+        if sampler == "qei":
+            chosen = qEISampler(embedder=problem.embed if embeddings else "index", seed=seed)
+        result = search(
+            problem.space,
+            problem.score,
+            n_examples=problem.n_examples,
+            max_calls=calls,
+            sampler=chosen,
+            num_threads=1,
+            batch_size=q,
+            baseline=problem.baseline,
+            seed=seed,
+            confirm=calls >= 3 * problem.n_examples,
+        )
+        assert result.calls <= calls
+        return result.best_params
+
+    return run
+
+
+def _tpe(seed: int) -> BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+
+
+METHODS: dict[str, Method] = {
+    "stock-tpe": stock(_tpe),
+    "stock-gp": stock(lambda seed: optuna.samplers.GPSampler(seed=seed)),
+    "stock-random": stock(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
+    "halving": halving,
+    "search-random": ours("random"),
+    "search-tpe": ours("tpe"),
+    "search-qei-index": ours("qei", embeddings=False),
+    "search-qei": ours("qei"),
+}
