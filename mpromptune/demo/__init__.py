@@ -1,0 +1,1 @@
+"""The demo: a DSPy program compiled against recorded answers, or live."""
