@@ -1,0 +1,59 @@
+# Every command installs what it needs first, into $(VENV).
+#   make demo                        compile a real DSPy program, against a replayed LM
+#   make demo ARGS="--sampler tpe"   the same with another sampler
+#   make test                        all tests; ARGS="-k kernels" for some
+#   make lint types                  ruff, mypy
+#   make check                       all of the above
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types check clean
+
+help:
+	@sed -n 's/^# *//p' Makefile
+
+demo: $(VENV)/.installed
+	$(BIN)/mpromptune demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+check:
+	$(MAKE) lint
+	$(MAKE) types
+	$(MAKE) test ARGS=
+	$(MAKE) demo ARGS=
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mpromptune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+ifeq ($(VENV),.venv)
+	rm -rf .venv
+endif
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first, so that no other package's requirements choose its build.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes a few minutes."
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[offline,test]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --editable '.[dev]'
+	touch $@
