@@ -76,18 +76,14 @@ class MIPROv2(dspy.MIPROv2):
     """
 
     @_extending(_STOCK_INIT)
-    def __init__(
-        self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         ours, stock = _split(kwargs, _STOCK_INIT)
         self._defaults = gather(sampler_config, ours)
         resolve(self._defaults, {})  # fails now rather than after the bootstrap
         super().__init__(*args, **stock)
 
     @_extending(_STOCK_COMPILE)
-    def compile(
-        self, student: Any, *, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
+    def compile(self, student: Any, *, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Optimizes ``student``.
 
         Args:
@@ -130,7 +126,9 @@ class MIPROv2(dspy.MIPROv2):
             options.check_run(len(valset), num_trials)
         return settings
 
-    def _bootstrap_fewshot_examples(self, program: Any, trainset: list[Any], *args: Any, **kwargs: Any) -> Any:
+    def _bootstrap_fewshot_examples(
+        self, program: Any, trainset: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
         labelled_only = kwargs.get("max_bootstrapped_demos") == 0 and kwargs.get("max_labeled_demos", 0) > 0
         if _OPTIONS.get() is None or not labelled_only:
             return super()._bootstrap_fewshot_examples(program, trainset, *args, **kwargs)

@@ -100,6 +100,7 @@ class ProgramScorer:
         self._built = lru_cache(maxsize=_BUILT)(lambda items: _Built(programs.build(dict(items))))
 
     def __call__(self, params: Mapping[str, int], example: int) -> float:
+        """The metric's value; an exception of the program or of the metric is passed on."""
         built = self._built(tuple(sorted(params.items())))
         item = self._valset[example]
         try:

@@ -27,9 +27,7 @@ def forget_statistics(program: Any) -> None:
         program.__dict__.pop(name, None)
 
 
-def attach_statistics(
-    best: Any, programs: ProgramSpace, result: SearchResult, log_dir: str | None
-) -> None:
+def attach_statistics(best: Any, programs: ProgramSpace, result: SearchResult, log_dir: str | None) -> None:
     """Sets ``score``, ``trial_logs``, ``candidate_programs`` and ``mb_candidate_programs``.
 
     Scores are percentages, as DSPy's are. One program object serves all entries of a configuration.

@@ -168,7 +168,9 @@ class Describer(dspy.Module):
 def test_images_and_lists_in_demos(shots: dict[str, int]) -> None:
     """Demos of any signature and custom type are searched over and embedded."""
     data = [
-        dspy.Example(photo=PHOTO, tags=[f"t{i}", "x"], caption=f"some caption {i % 2}").with_inputs("photo", "tags")
+        dspy.Example(photo=PHOTO, tags=[f"t{i}", "x"], caption=f"some caption {i % 2}").with_inputs(
+            "photo", "tags"
+        )
         for i in range(18)
     ]
     lm = ScriptedLM(lambda field, messages: f"some {field} {len(str(messages)) % 2}")
