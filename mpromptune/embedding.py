@@ -58,10 +58,13 @@ class CachedEmbedder:
 def _checked(vectors: Any, n: int) -> FloatArray:
     array = np.asarray(vectors, dtype=np.float64)
     if array.ndim != 2 or len(array) != n:
-        raise EmbeddingError(f"The embedder got {n} texts and returned shape {array.shape}; expected ({n}, d).")
+        raise EmbeddingError(
+            f"The embedder got {n} texts and returned shape {array.shape}; expected ({n}, d)."
+        )
     if not np.isfinite(array).all():
         raise EmbeddingError("The embedder returned NaN or infinite values.")
-    return array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
+    unit: FloatArray = array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def as_embedder(spec: Any = None) -> CachedEmbedder:

@@ -126,7 +126,9 @@ def _values(distribution: BaseDistribution, observed: Sequence[Any]) -> tuple[An
     return tuple(sorted(grid | set(observed)))
 
 
-def _views(distribution: BaseDistribution, points: tuple[Any, ...], embedder: CachedEmbedder | None) -> Tensor:
+def _views(
+    distribution: BaseDistribution, points: tuple[Any, ...], embedder: CachedEmbedder | None
+) -> Tensor:
     if not isinstance(distribution, CategoricalDistribution):
         return numeric_views([_position(distribution, value) for value in points])
     if embedder is not None and all(isinstance(choice, str) for choice in points):

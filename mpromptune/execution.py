@@ -69,6 +69,7 @@ class Outcome:
 
     @property
     def was_skipped(self) -> bool:
+        """Whether the run was stopped before the item had its turn."""
         return self.score is None and self.error is None
 
 
@@ -112,7 +113,7 @@ class Workers:
             return Outcome(example)
         try:
             return Outcome(example, score=self._retrying()(self._scored, params, example))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever `score` raises is judged, never lost
             if self._classify(error) is Verdict.STOP:
                 self.stopped.set()
             return Outcome(example, error=error)

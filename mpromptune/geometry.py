@@ -80,10 +80,10 @@ def _set_views(sets: Sequence[Sequence[str]], embedder: CachedEmbedder) -> Tenso
 def squared_distances(points: FloatArray) -> FloatArray:
     """``n x d`` points to ``n x n`` squared distances, scaled to a median of 1 where they differ."""
     squares = (points**2).sum(axis=1)
-    distances = np.maximum(squares[:, None] + squares[None, :] - 2.0 * points @ points.T, 0.0)
+    distances: FloatArray = np.maximum(squares[:, None] + squares[None, :] - 2.0 * points @ points.T, 0.0)
     np.fill_diagonal(distances, 0.0)
     apart = distances[distances > 1e-9]
-    return distances / np.median(apart) if apart.size else distances
+    return distances / float(np.median(apart)) if apart.size else distances
 
 
 def _stack(views: Sequence[FloatArray]) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gpytorch.kernels import Kernel
@@ -65,6 +65,8 @@ class ComponentKernel(Kernel):
     """
 
     is_stationary = False
+    views: Tensor
+    identity: Tensor
 
     def __init__(self, views: Tensor) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class ComponentKernel(Kernel):
         weights = torch.softmax(self.logits, dim=0)
         scales = 2.0 * torch.exp(2.0 * self.log_lengthscale)
         similar = torch.exp(-self.views / scales.view(-1, 1, 1))
-        text = (weights[:-1].view(-1, 1, 1) * similar).sum(dim=0)
+        text: Tensor = (weights[:-1].view(-1, 1, 1) * similar).sum(dim=0)
         return text + weights[-1] * self.identity
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
@@ -119,10 +121,8 @@ class PromptKernel(Kernel):
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
         """``... x n x (C + 1)`` and ``... x m x (C + 1)`` indices to ``... x n x m`` covariances."""
         i1, i2 = x1.long(), x2.long()
-        tables = [
-            _lookup(kernel.table(), i1[..., c], i2[..., c], diag)
-            for c, kernel in enumerate(self.components)
-        ]
+        kernels = [cast(ComponentKernel, kernel) for kernel in self.components]
+        tables = [_lookup(k.table(), i1[..., c], i2[..., c], diag) for c, k in enumerate(kernels)]
         parts, variances = zip(*(self._group(g, tables) for g in range(len(self.members))), strict=True)
         total = torch.stack(parts).sum(dim=0)
         return total if len(parts) == 1 else total + self._interaction(parts, variances)

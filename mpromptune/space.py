@@ -108,7 +108,8 @@ class IndexSpace:
     def _listed_neighbours(self, rows: IndexArray, centre: IndexArray) -> IndexArray:
         differs = rows != centre
         by_group = [differs[:, np.array(self.groups) == g].any(axis=1) for g in set(self.groups)]
-        return rows[np.sum(by_group, axis=0) == 1]
+        moved: IndexArray = rows[np.sum(by_group, axis=0) == 1]
+        return moved
 
 
 class PromptSpace(IndexSpace):
