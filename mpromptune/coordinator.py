@@ -112,7 +112,7 @@ class Coordinator:
         available = self._available()
         round_: list[_Running] = []
         for _ in range(self.schedule.size_of_round(self.batch_size, available)):
-            first = self.rounds == 0 and not round_
+            first = not self.schedule.assigned
             if not first and not self.schedule.anything_open(self.space.size):
                 break
             left = available - sum(len(running.examples) for running in round_)
@@ -134,7 +134,9 @@ class Coordinator:
         """
         if not self.schedule.confirm:
             return []
-        finalists = [self.schedule.baseline] if self.in_flight else [self.schedule.baseline, self._leader()]
+        finalists = [self.schedule.baseline]
+        if self.scores and not self.in_flight:
+            finalists.append(self._leader())
         lacking = [(row, self.schedule.missing(row)) for row in dict.fromkeys(finalists)]
         return [self._measure(self._ask(row), row, examples) for row, examples in lacking if examples]
 

@@ -306,3 +306,18 @@ def test_bad_input_is_refused_before_any_call(arguments: dict, message: str) -> 
         run(scores, **arguments)
     assert isinstance(caught.value, MPromptuneError)
     assert not scores.asked
+
+
+@pytest.mark.parametrize("max_calls", [80, 81, 95])
+def test_the_smallest_budgets_measure_baseline_and_one_rival(max_calls: int) -> None:
+    """Twice the validation set: the baseline, and one configuration to compare with it."""
+    result = run(max_calls=max_calls)
+    assert sum(m.fully for m in result.configurations) >= 1
+    assert 80 <= result.calls <= max_calls
+
+
+def test_one_configuration_is_measured_and_returned() -> None:
+    """Nothing to search: the baseline is the winner."""
+    space = PromptSpace({"a": ["only"]})
+    result = search(space, lambda params, e: float(e % 2), n_examples=10, max_calls=50)
+    assert (result.best_score, result.calls) == (0.5, 10)
