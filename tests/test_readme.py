@@ -1,0 +1,53 @@
+"""The README: its code runs, its table of options is complete, its commands exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from lms import arithmetic_lm
+from tasks import Adder, Counted, additions
+
+from mpromptune.options import OPTION_NAMES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def readme_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What the README calls the reader's own, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    with dspy.context(lm=arithmetic_lm()):
+        yield {"program": Adder(), "metric": Counted(), "trainset": additions(30)}
+
+
+def test_python_blocks_run_in_order(readme_names: dict[str, Any]) -> None:
+    """Every example runs as it is printed, each going on from those before it."""
+    assert len(BLOCKS) == 5
+    for number, block in enumerate(BLOCKS):
+        exec(compile(block, f"README.md, Python block {number}", "exec"), readme_names)
+    assert Path("best.json").exists()
+    assert readme_names["study"].best_params["style"] in readme_names["styles"][:2]
+    result = readme_names["result"]
+    assert result.best_score >= result.baseline_score
+    assert result.calls <= 300
+
+
+def test_every_option_is_in_the_table() -> None:
+    """The table has a row for each option that `compile` takes, and no other."""
+    table = README.split("## Options", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(OPTION_NAMES)
+
+
+@pytest.mark.parametrize("command", ["demo", "test"])
+def test_commands_of_the_readme_exist(command: str) -> None:
+    """`make demo` and `make test` stand in the README's first block and in the Makefile."""
+    assert f"make {command} " in README.split("```console", 1)[1].split("```", 1)[0]
+    assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
