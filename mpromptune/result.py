@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
+import optuna
 from optuna.study import Study
 
 RESULT_VERSION = 1
@@ -55,6 +57,12 @@ class SearchResult:
     configurations: tuple[Measured, ...] = field(repr=False)
     study: Study = field(repr=False)
     version: int = RESULT_VERSION
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the sampler: it holds the user's embedder, which need not be picklable."""
+        study = copy.copy(self.study)
+        study.sampler = optuna.samplers.RandomSampler()
+        return {**self.__dict__, "study": study}
 
     def __deepcopy__(self, memo: dict[int, object]) -> SearchResult:
         return self  # frozen; a copied program shares it

@@ -56,7 +56,6 @@ class Unpicklable:
         raise TypeError("this embedder cannot be pickled")
 
 
-@pytest.mark.xfail(reason="the study in the result holds the sampler, and that its embedder", strict=True)
 @pytest.mark.parametrize("as_object", [True, False])
 def test_saving_does_not_depend_on_the_embedder(tmp_path: Any, as_object: bool) -> None:
     """The result can be pickled even if the embedder cannot."""
