@@ -34,7 +34,7 @@ class History:
         train_X: ``n x (C + 1)`` candidate indices and example-set index (-1: none recorded).
         train_Y: ``n x 1`` values; negated for a study that minimises.
         train_Yvar: ``n x 1`` observation variances, or None where no per-example scores exist.
-        overlap: ``m x m`` shares of common examples of the m example sets.
+        overlap: ``m x m`` shares of common examples of the m example sets (see `BlockKernel`).
         block_variance: Variance of the examples' difficulty.
         measured: Configuration to the examples that it was measured on.
         pending: Configurations of running trials.
@@ -77,7 +77,7 @@ def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_compone
     measured = _measured(finished)
     closed = frozenset(row for row, examples in measured.items() if len(examples) >= n_examples)
     maximise = study.direction == StudyDirection.MAXIMIZE
-    return _with_tensors(observed, maximise, num_components, measured, pending, closed)
+    return _with_tensors(observed, maximise, num_components, n_examples, measured, pending, closed)
 
 
 def _measured(finished: Sequence[tuple[FrozenTrial, Row]]) -> dict[Row, set[int]]:
@@ -91,6 +91,7 @@ def _with_tensors(
     observed: Sequence[tuple[FrozenTrial, Row]],
     maximise: bool,
     num_components: int,
+    n_examples: int,
     measured: dict[Row, set[int]],
     pending: tuple[Row, ...],
     closed: frozenset[Row],
@@ -104,7 +105,7 @@ def _with_tensors(
         train_X=torch.tensor(rows, dtype=torch.float64).reshape(len(rows), num_components + 1),
         train_Y=torch.from_numpy(values if maximise else -values).unsqueeze(-1),
         train_Yvar=yvar,
-        overlap=_overlap(sets),
+        overlap=_overlap(sets, n_examples),
         block_variance=block_variance,
         measured=measured,
         pending=pending,
@@ -136,14 +137,20 @@ def _noise(observed: Sequence[tuple[FrozenTrial, Row]]) -> tuple[Tensor | None, 
     return torch.from_numpy(variances).unsqueeze(-1), components.difficulty
 
 
-def _overlap(sets: Sequence[tuple[int, ...]]) -> Tensor:
-    r"""``m x m``: :math:`|B \cap B'| / (|B| |B'|)`."""
+def _overlap(sets: Sequence[tuple[int, ...]], n_examples: int) -> Tensor:
+    r"""``m x m``: :math:`|B \cap B'| / (|B| |B'|) - 1 / N`.
+
+    The last term is the finite-population correction: difficulties are deviations from the mean of
+    the validation set, so a trial on all N examples has none, and what is uncertain about a
+    configuration is not what all configurations share.
+    """
     if not sets:
         return torch.zeros(0, 0, dtype=torch.float64)
     membership = np.zeros((len(sets), 1 + max(max(s) for s in sets)))
     for i, examples in enumerate(sets):
         membership[i, list(examples)] = 1.0 / len(examples)
-    return torch.from_numpy(membership @ membership.T)
+    correction = 1.0 / n_examples if n_examples else 0.0
+    return torch.from_numpy(membership @ membership.T - correction)
 
 
 def fit_history(history: History, geometries: Sequence[Geometry]) -> SingleTaskGP:

@@ -149,15 +149,15 @@ class PromptKernel(Kernel):
 class BlockKernel(Kernel):
     r"""Covariance of two trials through the examples that they share.
 
-    .. math:: k(B, B') = \sigma_b^2 |B \cap B'| / (|B| |B'|)
+    .. math:: k(B, B') = \sigma_b^2 (|B \cap B'| / (|B| |B'|) - 1 / N)
 
-    For blocks that partition the examples this is, at trial level, the mixed model
-    :math:`y = f(prompt) + b(example) + \epsilon` with :math:`b \sim N(0, \sigma_b^2)`: a trial's
-    value is a mean over its block, so two trials on one block share the mean of its difficulties.
-    Block -1 is an average example and shares nothing with any block.
+    For blocks that partition the N examples this is, at trial level, the mixed model
+    :math:`y = f(prompt) + b(example) + \epsilon` with :math:`b \sim N(0, \sigma_b^2)` and
+    :math:`\sum b = 0`: a trial's value is a mean over its block, so two trials on one block share
+    the mean of its difficulties. Block -1 is the average example and shares nothing with any block.
 
     Args:
-        overlap: ``m x m``, :math:`|B \cap B'| / (|B| |B'|)` for every pair of example sets.
+        overlap: ``m x m``, the bracket above for every pair of example sets.
         variance: :math:`\sigma_b^2`, in the units of the model.
     """
 

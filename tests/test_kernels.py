@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpromptune.geometry import Geometry, identity_views, numeric_views, squared_distances
+from mpromptune.history import _overlap
 from mpromptune.kernels import BlockKernel, ComponentKernel, PromptKernel
 from mpromptune.surrogate import at_average_example, fit, posterior_mean_and_variance
 
@@ -86,6 +87,13 @@ def test_trials_on_one_block_correlate_as_the_mixed_model_says() -> None:
     assert covariance[0, 1].item() == pytest.approx(variance / n)
     assert covariance[0, 2].item() == 0.0
     assert covariance[3].abs().sum().item() == 0.0
+
+
+def test_difficulties_are_deviations_from_the_mean_of_the_validation_set() -> None:
+    """Two blocks of 2 partition N = 4: opposite difficulties; a trial on all four has none."""
+    overlap = _overlap([(0, 1), (2, 3), (0, 1, 2, 3)], n_examples=4)
+    expected = torch.tensor([[0.25, -0.25, 0.0], [-0.25, 0.25, 0.0], [0.0, 0.0, 0.0]])
+    assert torch.allclose(overlap, expected.double())
 
 
 def test_posterior_removes_the_difficulty_that_two_trials_share() -> None:
