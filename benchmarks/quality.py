@@ -63,6 +63,7 @@ def slices(tables: tuple[str, ...]) -> Iterator[Cell]:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=2, help="processes")

@@ -85,6 +85,7 @@ class Problem:
 
     @property
     def n_examples(self) -> int:
+        """Size of the validation set."""
         return self.scores.shape[1]
 
     def embed(self, texts: Sequence[str]) -> FloatArray:
@@ -117,7 +118,9 @@ class Problem:
         return positions
 
 
-def draw(table: Table, seed: int, pool: int = 72, n_val: int = 200, few_shot: bool = False, shuffled: bool = False) -> Problem:
+def draw(
+    table: Table, seed: int, pool: int = 72, n_val: int = 200, few_shot: bool = False, shuffled: bool = False
+) -> Problem:
     """Draws a pool and a validation set.
 
     Args:

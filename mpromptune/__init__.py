@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpromptune.engine import search
     from mpromptune.errors import MPromptuneError
     from mpromptune.optimizer import MIPROv2
     from mpromptune.result import SearchResult
     from mpromptune.sampler import qEISampler
-    from mpromptune.engine import search
     from mpromptune.space import PromptSpace
 
 __version__ = "0.1.0"

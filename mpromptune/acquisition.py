@@ -58,7 +58,7 @@ def propose(
     with quiet_single_thread():
         greedy = _greedy(acqf, shuffled, q)
         rival = _best_random_batch(acqf, shuffled, q, n_batches, generator)
-    return greedy if rival is None else _better(acqf, greedy, rival)
+        return greedy if rival is None else _better(acqf, greedy, rival)
 
 
 def expected_improvement(
@@ -81,9 +81,7 @@ def plug_in_incumbent(model: SingleTaskGP, measured: Tensor) -> float:
 
 
 def _greedy(acqf: AcquisitionFunction, choices: Tensor, q: int) -> Tensor:
-    candidates, _ = optimize_acqf_discrete(
-        acqf, q=q, choices=at_average_example(choices), return_acq_values=False
-    )
+    candidates, _ = optimize_acqf_discrete(acqf, q=q, choices=at_average_example(choices))
     return candidates.reshape(q, -1)[:, :-1].to(choices.dtype)
 
 

@@ -13,10 +13,11 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from mpromptune.attributes import EXAMPLES, N_EXAMPLES, SCORES
 from mpromptune.encoding import encode_prompts
 from mpromptune.errors import SearchStoppedError
 from mpromptune.execution import Outcome, Verdict, Workers
-from mpromptune.history import EXAMPLES, N_EXAMPLES, SCORES, fit_history, read
+from mpromptune.history import fit_history, read
 from mpromptune.result import Measured, SearchResult
 from mpromptune.sampler import qEISampler
 from mpromptune.samplers import OpenSampler, distributions_of
@@ -71,14 +72,8 @@ class Coordinator:
         study_name: str | None,
     ) -> None:
         """Creates the study, with the sampler bound to the space."""
-        if isinstance(sampler, qEISampler):
-            bound: BaseSampler = sampler.bound_to(self.space, self.batch_size, self.schedule.is_open)
-            self.encoding = bound.prompts()
-        else:
-            bound = OpenSampler(sampler, self.space, self.schedule.is_open, seed)
-            self.encoding = encode_prompts(self.space, None)
         self.study = optuna.create_study(
-            storage=storage, study_name=study_name, sampler=bound, direction="maximize"
+            storage=storage, study_name=study_name, sampler=self._bound(sampler, seed), direction="maximize"
         )
         self.study.set_user_attr(N_EXAMPLES, self.schedule.n_examples)
         self.distributions = distributions_of(self.space)
@@ -86,6 +81,15 @@ class Coordinator:
         self.in_flight: deque[list[_Running]] = deque()
         self.rounds = 0
         self.calls = 0
+
+    def _bound(self, sampler: BaseSampler, seed: int) -> BaseSampler:
+        """The sampler made to propose open configurations, and the encoding that judges them."""
+        if isinstance(sampler, qEISampler):
+            ours = sampler.bound_to(self.space, self.batch_size, self.schedule.is_open)
+            self.encoding = ours.prompts() or encode_prompts(self.space, None)
+            return ours
+        self.encoding = encode_prompts(self.space, None)
+        return OpenSampler(sampler, self.space, self.schedule.is_open, seed)
 
     def run(self) -> SearchResult:
         """Rounds until the budget is spent or nothing is left to measure."""

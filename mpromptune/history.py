@@ -12,16 +12,12 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from mpromptune.attributes import EXAMPLES, N_EXAMPLES, PROPOSED, SCORES
+from mpromptune.embedding import FloatArray
 from mpromptune.geometry import Geometry
 from mpromptune.noise import Measurement, observation_variances, variance_components
 from mpromptune.space import Row
 from mpromptune.surrogate import fit
-
-# Attributes of trials and studies; the whole state of a search lives in these.
-EXAMPLES = "mpromptune:examples"  # trial: indices of the validation examples measured
-SCORES = "mpromptune:scores"  # trial: their scores, in the same order
-N_EXAMPLES = "mpromptune:n_examples"  # study: size of the validation set
-PROPOSED = "mpromptune:proposed"  # trial: params handed to a trial that has not suggested them yet
 
 RowOf = Callable[[dict[str, object]], Row | None]
 
@@ -117,11 +113,12 @@ def _examples(trial: FrozenTrial) -> tuple[int, ...]:
     return tuple(trial.user_attrs.get(EXAMPLES, ()))
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def _finite(values: FloatArray) -> FloatArray:
     """Clips infinite values to the finite ones' range, as Optuna's own GP sampler does."""
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    return np.clip(values, low, high)
+    clipped: FloatArray = np.clip(values, low, high)
+    return clipped
 
 
 def _noise(observed: Sequence[tuple[FrozenTrial, Row]]) -> tuple[Tensor | None, float]:

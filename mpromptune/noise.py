@@ -37,6 +37,7 @@ class VarianceComponents:
 
     @property
     def difficulty_share(self) -> float:
+        """Part of the variance that configurations on the same examples share."""
         total = self.difficulty + self.residual
         return self.difficulty / total if total > 0.0 else 0.0
 
@@ -86,7 +87,8 @@ def observation_variances(
     floor = _FLOOR * (float(np.var([scores.mean() for _, scores in measurements])) or 1.0)
     noise_share = 1.0 - components.difficulty_share
     sizes = np.array([len(scores) for _, scores in measurements])
-    return np.maximum(noise_share * np.array([own[owner] for owner in owners]) / sizes, floor)
+    variances: FloatArray = noise_share * np.array([own[owner] for owner in owners]) / sizes
+    return np.maximum(variances, floor)
 
 
 def pooled_variance(samples: Sequence[FloatArray]) -> float:

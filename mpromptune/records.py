@@ -9,7 +9,7 @@ from typing import Any
 from dspy.teleprompt.utils import save_candidate_program
 from optuna.trial import FrozenTrial, TrialState
 
-from mpromptune.history import EXAMPLES, SCORES
+from mpromptune.attributes import EXAMPLES, SCORES
 from mpromptune.programs import ProgramSpace
 from mpromptune.result import Measured, SearchResult
 

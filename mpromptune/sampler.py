@@ -15,20 +15,18 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from mpromptune.acquisition import plug_in_incumbent, propose
-from mpromptune.candidates import choice_set
+from mpromptune.attributes import PLAN, PROPOSED
+from mpromptune.candidates import Value, choice_set
 from mpromptune.embedding import CachedEmbedder, as_embedder
 from mpromptune.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.history import PROPOSED, History, fit_history, proposed_params, read
+from mpromptune.history import History, fit_history, proposed_params, read
 from mpromptune.space import PromptSpace, Row
 from mpromptune.surrogate import at_average_example, posterior_mean_and_variance, quiet_single_thread
-
-# Trial attribute: the batch that this trial's proposal belongs to, and what was known then.
-_PLAN = "mpromptune:plan"
 
 
 class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler is known
@@ -90,9 +88,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._is_open: Callable[[Row], bool] = _always
         self._lock = threading.RLock()
 
-    def bound_to(
-        self, space: PromptSpace, batch_size: int, is_open: Callable[[Row], bool]
-    ) -> qEISampler:
+    def bound_to(self, space: PromptSpace, batch_size: int, is_open: Callable[[Row], bool]) -> qEISampler:
         """A copy for the configurations of ``space``, proposing only those that are open."""
         bound = copy(self)
         bound.space, bound._prompts, bound._lock = space, None, threading.RLock()
@@ -112,9 +108,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
             self._prompts = encode_prompts(self.space, self._embedder)
         return self._prompts
 
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters that all trials share, and those of ``space``."""
         shared = {k: d for k, d in self._search_space.calculate(study).items() if not d.single()}
         return {**shared, **_index_distributions(self.space)}
@@ -167,8 +161,8 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         if params is None:
             batch = self._propose(study, trial, search_space, others)
             params = batch[0]
-            plan = {"known": known, "batch": batch}
-            study._storage.set_trial_system_attr(trial._trial_id, _PLAN, plan)
+            plan: dict[str, Any] = {"known": known, "batch": batch}
+            study._storage.set_trial_system_attr(trial._trial_id, PLAN, plan)
         return params
 
     def _propose(
@@ -183,9 +177,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         rows = self._rows(encoding, history, self._seed_for(trial))
         return [_restricted(encoding.params(row), search_space) for row in rows]
 
-    def _encoding(
-        self, search_space: dict[str, BaseDistribution], others: list[FrozenTrial]
-    ) -> Encoding:
+    def _encoding(self, search_space: dict[str, BaseDistribution], others: list[FrozenTrial]) -> Encoding:
         prompts = self.prompts()
         if prompts is not None and search_space == _index_distributions(self.space):
             return prompts
@@ -256,27 +248,26 @@ def _restricted(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str
     return {name: params[name] for name in names}
 
 
-def _next_of_plan(
-    others: list[FrozenTrial], known: int, names: list[str]
-) -> dict[str, Any] | None:
+def _next_of_plan(others: list[FrozenTrial], known: int, names: list[str]) -> dict[str, Any] | None:
     """The next configuration of the newest batch, while nothing has been learnt since."""
-    leader = next((t for t in reversed(others) if _PLAN in t.system_attrs), None)
-    if leader is None or leader.system_attrs[_PLAN]["known"] != known:
+    leader = next((t for t in reversed(others) if PLAN in t.system_attrs), None)
+    if leader is None or leader.system_attrs[PLAN]["known"] != known:
         return None
     handed_out = [proposed_params(t) for t in others if t.number >= leader.number]
-    for params in leader.system_attrs[_PLAN]["batch"]:
+    for params in leader.system_attrs[PLAN]["batch"]:
         taken = any(params.items() <= other.items() for other in handed_out)
         if set(params) == set(names) and not taken:
             return dict(params)
     return None
 
 
-def _expected_improvement(model: SingleTaskGP, best_f: float) -> Any:
+def _expected_improvement(model: SingleTaskGP, best_f: float) -> Value:
     acqf = LogExpectedImprovement(model, best_f)
 
     def value(rows: Tensor) -> Tensor:
         with torch.no_grad(), quiet_single_thread():
-            return acqf(at_average_example(rows).unsqueeze(-2))
+            values: Tensor = acqf(at_average_example(rows).unsqueeze(-2))
+        return values
 
     return value
 

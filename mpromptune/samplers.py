@@ -72,9 +72,7 @@ class OpenSampler(BaseSampler):
         self._seed = abs(seed)
         self._distributions = {k: d for k, d in distributions_of(space).items() if not d.single()}
 
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._distributions
 
     def sample_relative(
@@ -111,4 +109,6 @@ class OpenSampler(BaseSampler):
 
     def _open_rows(self, rng: np.random.Generator) -> IndexArray:
         rows = self._space.sample(_REPLACEMENTS, rng)
-        return rows[np.array([self._is_open(tuple(r)) for r in rows.tolist()], dtype=bool)]
+        keep = np.array([self._is_open(tuple(r)) for r in rows.tolist()], dtype=bool)
+        open_rows: IndexArray = rows[keep]
+        return open_rows

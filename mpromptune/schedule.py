@@ -61,6 +61,7 @@ class Schedule:
 
     @property
     def remaining(self) -> int:
+        """Calls not yet committed to."""
         return self.max_calls - self.spent
 
     def missing(self, row: Row) -> Examples:
@@ -144,10 +145,7 @@ def stock_calls(
     It evaluates the default program, then every trial on a minibatch, and after every
     ``minibatch_full_eval_steps`` of them (and at the end) the best one so far on all examples.
     """
-    if not minibatch or minibatch_size >= n_examples:
-        per_trial = n_examples
-    else:
-        per_trial = minibatch_size
+    per_trial = min(minibatch_size, n_examples) if minibatch else n_examples
     full = _stock_full_evaluations(num_trials, minibatch_full_eval_steps) if minibatch else 0
     return n_examples * (1 + full) + per_trial * num_trials
 

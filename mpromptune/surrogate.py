@@ -90,6 +90,7 @@ def posterior_mean_and_variance(model: SingleTaskGP, rows: Tensor) -> tuple[Tens
     """Posterior of the mean score on an average example.
 
     Args:
+        model: A fitted surrogate.
         rows: ``n x C`` candidate indices.
 
     Returns:

@@ -38,7 +38,9 @@ class ScriptedLM(dspy.BaseLM):
         latency: Seconds that a call takes, or a function of the messages.
     """
 
-    def __init__(self, answer: Answer, latency: float | Callable[[list], float] = 0.0, model: str = "scripted") -> None:
+    def __init__(
+        self, answer: Answer, latency: float | Callable[[list], float] = 0.0, model: str = "scripted"
+    ) -> None:
         super().__init__(model, "chat", 0.0, 1000, False)
         self._answer = answer
         self._latency = latency

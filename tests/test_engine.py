@@ -14,9 +14,9 @@ from embedders import letters
 from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
+from mpromptune.attributes import EXAMPLES, SCORES
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, ScoreError, SearchStoppedError
 from mpromptune.execution import RetryPolicy, Verdict
-from mpromptune.history import EXAMPLES, SCORES
 
 N = 40
 SPACE = PromptSpace(

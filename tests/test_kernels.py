@@ -101,9 +101,13 @@ def test_posterior_removes_the_difficulty_that_two_trials_share() -> None:
     block_variance, noise = 0.5, 1e-4
     x = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     y = torch.tensor([[0.3], [0.5]], dtype=torch.float64)
-    model = fit(x, y, torch.full_like(y, noise), [Geometry(identity_views(2), 0)], torch.eye(1), block_variance)
+    model = fit(
+        x, y, torch.full_like(y, noise), [Geometry(identity_views(2), 0)], torch.eye(1), block_variance
+    )
     with torch.no_grad():
-        covariance = model.posterior(at_average_example(torch.tensor([[0], [1]]))).distribution.covariance_matrix
+        covariance = model.posterior(
+            at_average_example(torch.tensor([[0], [1]]))
+        ).distribution.covariance_matrix
         scale = float(y.std()) ** 2
         prior = model.covar_module.kernels[0](grid(2), grid(2)).to_dense() * scale
     observed = prior + block_variance + noise * torch.eye(2)

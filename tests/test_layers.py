@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mpromptune"
 
 # From the bottom to the top; a module imports only from lines above its own in this table.
 MATHEMATICS = (
-    ("errors",),
+    ("attributes", "errors"),
     ("embedding", "space"),
     ("candidates", "geometry", "noise"),
     ("kernels",),

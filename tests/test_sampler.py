@@ -13,10 +13,14 @@ from embedders import letters
 from optuna.trial import Trial, TrialState
 
 from mpromptune import PromptSpace, qEISampler
+from mpromptune.attributes import PROPOSED
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.history import PROPOSED
 
-TEXTS = [f"{verb} {manner}" for verb in ("solve", "answer", "reply") for manner in ("tersely", "with care", "aloud")]
+TEXTS = [
+    f"{verb} {manner}"
+    for verb in ("solve", "answer", "reply")
+    for manner in ("tersely", "with care", "aloud")
+]
 
 
 def sampler(**kwargs: object) -> qEISampler:
@@ -209,7 +213,8 @@ def test_a_component_with_one_candidate_is_no_obstacle() -> None:
     space = PromptSpace({"a": ["only"], "b": TEXTS})
     study = optuna.create_study(direction="maximize", sampler=sampler(space=space))
     distributions = {
-        n: optuna.distributions.CategoricalDistribution(range(s)) for n, s in zip(space.names, space.sizes)
+        n: optuna.distributions.CategoricalDistribution(range(s))
+        for n, s in zip(space.names, space.sizes, strict=True)
     }
     for _ in range(6):
         trial = study.ask(distributions)
@@ -220,13 +225,14 @@ def test_a_component_with_one_candidate_is_no_obstacle() -> None:
 def test_embeddings_carry_over_to_unseen_texts() -> None:
     """After a few trials the best unseen text is chosen for its likeness, not by index."""
     good, bad = [f"aaa {c}" for c in "bcdefghij"], [f"zzz {c}" for c in "bcdefghij"]
-    texts = [t for pair in zip(good, bad) for t in pair]
+    texts = [t for pair in zip(good, bad, strict=True) for t in pair]
     study = study_of(lambda: sampler(min_cold_start=4, batch_size=1))
     study.enqueue_trial({"text": "aaa b"})
     for text in ("zzz b", "zzz c", "aaa c"):
         study.enqueue_trial({"text": text})
     study.optimize(
-        lambda t: float(t.suggest_categorical("text", texts).startswith("aaa")) + 0.01 * (t.number % 3), n_trials=8
+        lambda t: float(t.suggest_categorical("text", texts).startswith("aaa")) + 0.01 * (t.number % 3),
+        n_trials=8,
     )
     assert all(t.params["text"].startswith("aaa") for t in study.trials[4:])
 
