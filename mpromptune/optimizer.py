@@ -5,19 +5,19 @@ from __future__ import annotations
 import inspect
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import dspy
 from optuna.samplers import BaseSampler
 
-from mpromptune import bootstrap
 from mpromptune.lm_errors import classify
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.programs import ProgramScorer, ProgramSpace
-from mpromptune.progress import progress_bar
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
+from mpromptune.steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ _STOCK_INIT = inspect.signature(dspy.MIPROv2.__init__)
 _STOCK_COMPILE = inspect.signature(dspy.MIPROv2.compile)
 # The options of the compile that is running in this context; None means DSPy's own search.
 _OPTIONS: ContextVar[SearchOptions | None] = ContextVar("mpromptune_options", default=None)
+# The steps of that compile before the search, when there are options.
+_STEPS: ContextVar[Steps] = ContextVar("mpromptune_steps")
 
 
 def _extending(stock: inspect.Signature) -> Callable[[F], F]:
@@ -108,9 +110,28 @@ class MIPROv2(dspy.MIPROv2):
             stock["seed"] = _Zero()
         token = _OPTIONS.set(options)
         try:
-            return super().compile(student, **stock)
+            if options is None:
+                return super().compile(student, **stock)
+            with self._steps(options, stock):
+                return super().compile(student, **stock)
         finally:
             _OPTIONS.reset(token)
+
+    @contextmanager
+    def _steps(self, options: SearchOptions, stock: Mapping[str, Any]) -> Iterator[None]:
+        """Concurrent steps before the search, for as long as a compile takes."""
+        defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
+        steps = Steps(self, self._threads(options), {**defaults, **stock})
+        token = _STEPS.set(steps)
+        try:
+            yield
+        finally:
+            _STEPS.reset(token)
+            steps.close()
+
+    def _threads(self, options: SearchOptions) -> int:
+        """Program calls at a time."""
+        return int(self.num_threads or dspy.settings.num_threads) * options.n_jobs
 
     def _set_random_seeds(self, seed: int) -> None:
         if _OPTIONS.get() is None:
@@ -126,15 +147,17 @@ class MIPROv2(dspy.MIPROv2):
             options.check_run(len(valset), num_trials)
         return settings
 
-    def _bootstrap_fewshot_examples(
-        self, program: Any, trainset: list[Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        labelled_only = kwargs.get("max_bootstrapped_demos") == 0 and kwargs.get("max_labeled_demos", 0) > 0
-        if _OPTIONS.get() is None or not labelled_only:
-            return super()._bootstrap_fewshot_examples(program, trainset, *args, **kwargs)
-        return bootstrap.labelled_demo_sets(
-            program, trainset, kwargs["num_fewshot_candidates"], kwargs["max_labeled_demos"], self.rng
-        )
+    def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super()._bootstrap_fewshot_examples
+        if _OPTIONS.get() is None:
+            return stock(*args, **kwargs)
+        return _STEPS.get().demo_sets(stock, *args, **kwargs)
+
+    def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super()._propose_instructions
+        if _OPTIONS.get() is None:
+            return stock(*args, **kwargs)
+        return _STEPS.get().instructions(stock, *args, **kwargs)
 
     def _optimize_prompt_parameters(
         self,
@@ -167,6 +190,7 @@ class MIPROv2(dspy.MIPROv2):
         from mpromptune.schedule import stock_calls
 
         stock = stock_calls(num_trials, len(valset), minibatch, minibatch_size, minibatch_full_eval_steps)
+        _STEPS.get().close_threads()
         forget_statistics(program)
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
         scorer = ProgramScorer(programs, valset, self.metric, _wants_traceback(evaluate))
@@ -184,27 +208,27 @@ class MIPROv2(dspy.MIPROv2):
     ) -> Any:
         from mpromptune.engine import search
 
-        threads = (self.num_threads or dspy.settings.num_threads) * options.n_jobs
-        with progress_bar("Searching", max_calls) as bar:
-            return search(
-                programs.prompt_space(),
-                scorer,
-                n_examples=n_examples,
-                max_calls=max_calls,
-                sampler=_sampler(options, seed),
-                num_threads=threads,
-                batch_size=_batch_size(options, threads, n_examples),
-                block_size=options.block_size,
-                baseline=programs.baseline,
-                seed=seed,
-                storage=options.storage,
-                study_name=options.study_name,
-                callbacks=(bar.on_trial, *options.callbacks),
-                confirm=options.confirm,
-                classify=classify,
-                failure_score=options.failure_score,
-                on_call=bar.on_call,
-            )
+        threads = self._threads(options)
+        bar = _STEPS.get().display.bar("Searching", max_calls, "calls")
+        return search(
+            programs.prompt_space(),
+            scorer,
+            n_examples=n_examples,
+            max_calls=max_calls,
+            sampler=_sampler(options, seed),
+            num_threads=threads,
+            batch_size=_batch_size(options, threads, n_examples),
+            block_size=options.block_size,
+            baseline=programs.baseline,
+            seed=seed,
+            storage=options.storage,
+            study_name=options.study_name,
+            callbacks=(bar.on_trial, *options.callbacks),
+            confirm=options.confirm,
+            classify=classify,
+            failure_score=options.failure_score,
+            on_call=bar.on_call,
+        )
 
     def _finished(self, programs: ProgramSpace, result: Any) -> Any:
         """The winner as a program, with what the search found out."""

@@ -1,9 +1,6 @@
-"""The live progress bar of a compile."""
+"""The live display of a compile: a bar for each of its steps."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial
@@ -18,38 +15,47 @@ from rich.progress import (
 )
 
 
-class SearchBar:
-    """Counts program calls and trials."""
+class Bar:
+    """Counts what is done of one step."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
 
+    def advance(self, number: int = 1) -> None:
+        """So many more are done; any thread may say so."""
+        self._progress.advance(self._task, number)
+
     def on_call(self, calls: int, max_calls: int) -> None:
-        """More program calls have come back; any thread may say so."""
-        self._progress.advance(self._task, calls)
+        """More program calls have come back."""
+        self.advance(calls)
 
     def on_trial(self, study: Study, trial: FrozenTrial) -> None:
         """A trial was told."""
-        self._progress.update(self._task, trials=trial.number + 1)
+        self._progress.update(self._task, unit=f"calls · {trial.number + 1} trials")
 
 
-@contextmanager
-def progress_bar(title: str, max_calls: int) -> Iterator[SearchBar]:
-    """A bar over ``max_calls`` program calls; invisible where another live display owns the terminal."""
-    progress = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("calls · {task.fields[trials]} trials ·"),
-        TimeRemainingColumn(),
-    )
-    task = progress.add_task(title, total=max_calls, trials=0)
-    try:
-        progress.start()
-    except LiveError:
-        progress.disable = True
-    try:
-        yield SearchBar(progress, task)
-    finally:
-        progress.stop()
+class Display:
+    """Bars below each other; invisible where another live display owns the terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]} ·"),
+            TimeRemainingColumn(),
+        )
+
+    def bar(self, title: str, total: int, unit: str) -> Bar:
+        """A bar below those of the steps before; the first one opens the display."""
+        if not self._progress.tasks:
+            try:
+                self._progress.start()
+            except LiveError:
+                self._progress.disable = True
+        return Bar(self._progress, self._progress.add_task(title, total=total, unit=unit))
+
+    def close(self) -> None:
+        """Leaves the bars as they are."""
+        self._progress.stop()

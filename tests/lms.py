@@ -82,7 +82,7 @@ def arithmetic_lm(**kwargs: Any) -> ScriptedLM:
     def answer(field: str, messages: list[dict[str, Any]]) -> str:
         text = "".join(str(m["content"]) for m in messages)
         if field == "proposed_instruction":
-            return f"Add carefully, style {digest(text, len(lm.calls)) % 50}."
+            return f"Add carefully, style {digest(text) % 50}."
         if field != "answer":
             return f"some {field}"
         question = re.findall(r"(\d+)\+(\d+)", str(messages[-1]["content"]))[-1]

@@ -33,9 +33,9 @@ LOOP = (
     ("engine",),
 )
 ADAPTER = (
-    ("bootstrap", "lm_errors", "progress"),
-    ("programs",),
-    ("records",),
+    ("lm_errors", "progress", "threads"),
+    ("bootstrap", "programs", "proposal"),
+    ("records", "steps"),
     ("optimizer",),
     ("demo",),
     ("cli",),
