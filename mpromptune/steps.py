@@ -54,16 +54,18 @@ class Steps:
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
         self._proposals = proposal.Proposals(optimizer, self._threads)
 
-    def demo_sets(self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kw: Any) -> Any:
+    def demo_sets(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Demo sets; ``stock`` is the serial method, which also says what the arguments mean."""
-        given = _bind(stock, (program, trainset, *args), kw)
+        given = _bind(stock, (program, trainset, *args), kwargs)
         if proposal.is_supported() and None not in self._flags.values():
             self._proposals.start(program, trainset, self._flags)
         number, labelled = given.get("num_fewshot_candidates", 0), given.get("max_labeled_demos", 0)
         if given.get("max_bootstrapped_demos") == 0 and labelled > 0:
             return bootstrap.labelled_demo_sets(program, trainset, number, labelled, self._optimizer.rng)
         if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
-            return _serially("bootstrap", stock, program, trainset, *args, **kw)
+            return _serially("bootstrap", stock, program, trainset, *args, **kwargs)
         bar = self.display.bar("Bootstrapping", number, "demo sets")
         plan = self._plan(program, trainset, given)
         return plan.build(self._optimizer.rng, self._threads, bar.advance)
@@ -89,12 +91,12 @@ class Steps:
         )
 
     def instructions(
-        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kw: Any
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Instructions, the first of each predictor its own; ``stock`` as in `demo_sets`."""
-        given = _bind(stock, (program, trainset, *args), kw)
+        given = _bind(stock, (program, trainset, *args), kwargs)
         if not proposal.is_supported() or not set(_PROPOSAL) <= given.keys():
-            return _serially("proposal", stock, program, trainset, *args, **kw)
+            return _serially("proposal", stock, program, trainset, *args, **kwargs)
         number, demos = given["num_instruct_candidates"], given["demo_candidates"]
         each = min(number, max(len(demos[0]), 1)) if demos else number
         bar = self.display.bar("Proposing", each * len(program.predictors()), "instructions")

@@ -91,5 +91,4 @@ def arithmetic_lm(**kwargs: Any) -> ScriptedLM:
         luck = random.Random(digest(question, style and style.group(1))).random()
         return str(int(question[0]) + int(question[1]) + (luck > skill))
 
-    lm = ScriptedLM(answer, **kwargs)
-    return lm
+    return ScriptedLM(answer, **kwargs)

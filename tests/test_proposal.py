@@ -1,0 +1,230 @@
+"""Instructions proposed concurrently are those that DSPy proposes one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+import pytest
+from dspy.propose import GroundedProposer
+from embedders import hashed
+from lms import completion, digest, requested_fields
+from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, VAL, ZERO_SHOT, Adder, Planner, additions
+
+from mpromptune import MIPROv2, bootstrap, proposal
+from mpromptune.threads import Threads
+
+TRAIN = additions(24)
+Call = tuple[str, Any, str]  # messages, rollout, what was asked for
+
+
+class RolloutLM(dspy.BaseLM):
+    """Answers depend on the messages and on the rollout, as a real LM's do; every call is recorded."""
+
+    def __init__(self, delay: Callable[[str], float] = lambda text: 0.0, fail_on: str | None = None) -> None:
+        super().__init__("rollouts", "chat", 0.0, 1000, False)
+        self.calls: list[Call] = []
+        self._delay = delay
+        self._fail_on = fail_on
+        self._lock = threading.Lock()
+
+    def forward(self, prompt: str | None = None, messages: list | None = None, **kwargs: Any) -> Any:
+        fields = requested_fields(messages or [])
+        rollout = kwargs.get("rollout_id", self.kwargs.get("rollout_id"))
+        with self._lock:
+            self.calls.append((repr(messages), rollout, fields[-1]))
+        time.sleep(self._delay(repr((messages, rollout))))
+        if fields[-1] == self._fail_on:
+            raise ValueError(f"no {fields[-1]}")
+        text = "".join(f"[[ ## {f} ## ]]\n{f} {digest(messages, rollout)}\n\n" for f in fields)
+        return completion(text + "[[ ## completed ## ]]", "rollouts")
+
+    def __deepcopy__(self, memo: dict) -> RolloutLM:
+        return self
+
+
+def _jitter(text: str) -> float:
+    return digest(text, "jitter") % 8 / 1000
+
+
+def _metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+    return bool(digest(example.question, prediction.answer) % 100 < 60)
+
+
+class _HandedError(Exception):
+    """What the search step is handed, instead of a search."""
+
+
+class _Before:
+    """A MIPROv2 that stops before the search and says what it has got."""
+
+    def _optimize_prompt_parameters(self, program: Any, instructions: Any, demos: Any, *args: Any) -> Any:
+        raise _HandedError(instructions, demos, self.rng.getstate())  # type: ignore[attr-defined]
+
+
+class Stock(_Before, dspy.MIPROv2):
+    pass
+
+
+class Ours(_Before, MIPROv2):
+    pass
+
+
+def _handed(
+    cls: Any, program: dspy.Module, lm: RolloutLM, init: dict[str, Any], **options: Any
+) -> tuple[Any, ...]:
+    """Instructions, demo sets, generator state and LM calls of the steps before the search."""
+    settings = {"auto": None, "num_candidates": 5, "seed": 3, **init}
+    with dspy.context(lm=lm), pytest.raises(_HandedError) as caught:
+        cls(metric=_metric, **settings).compile(program, trainset=TRAIN, valset=VAL, **SMALL_RUN, **options)
+    return *caught.value.args, Counter(lm.calls)
+
+
+@pytest.mark.parametrize("threads", [1, 8, 32])
+@pytest.mark.parametrize("shots", [ZERO_SHOT, FEW_SHOT], ids=["zero", "few"])
+@pytest.mark.parametrize("program_class", [Adder, Planner])
+def test_equals_the_serial_steps(program_class: Any, shots: dict[str, int], threads: int) -> None:
+    """Same instructions and demos in the same order, same draws, the same LM calls, at any latency."""
+    init = {**shots, "num_threads": threads}
+    serial = _handed(Stock, program_class(), RolloutLM(), init)
+    ours = _handed(Ours, program_class(), RolloutLM(_jitter), init, sampler="qei")
+    assert ours == serial
+    assert len(set(serial[0][0])) == 5
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"data_aware_proposer": False},
+        {"program_aware_proposer": False, "view_data_batch_size": 3},
+        {"tip_aware_proposer": False},
+        {"fewshot_aware_proposer": False},
+    ],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_flags_of_the_proposer(flags: dict[str, Any]) -> None:
+    """What DSPy's proposer is told to look at, ours looks at."""
+    serial = _handed(Stock, Planner(), RolloutLM(), FEW_SHOT, **flags)
+    assert _handed(Ours, Planner(), RolloutLM(_jitter), FEW_SHOT, sampler="qei", **flags) == serial
+
+
+def test_labelled_only_leaves_the_proposer_in_order() -> None:
+    """Where DSPy's bootstrap crashes, instructions are still proposed, and twice the same."""
+    first, second = (_handed(Ours, Adder(), RolloutLM(), LABELLED_ONLY, sampler="qei") for _ in range(2))
+    assert first == second
+    assert len(first[0][0]) == 5
+
+
+def test_prompt_model_of_its_own() -> None:
+    """Proposals and the summary go to the prompt model, wherever the bootstrap's calls go."""
+    prompt_models = RolloutLM(), RolloutLM()
+    init = [{**FEW_SHOT, "prompt_model": model, "task_model": RolloutLM()} for model in prompt_models]
+    serial = _handed(Stock, Planner(), RolloutLM(), init[0])
+    ours = _handed(Ours, Planner(), RolloutLM(), init[1], sampler="qei")
+    assert ours == serial
+    assert Counter(prompt_models[0].calls) == Counter(prompt_models[1].calls)
+    assert not ours[3]
+
+
+@pytest.mark.parametrize("field", ["observations", "summary", "program_description", "module_description"])
+def test_failures_that_dspy_lives_with(field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a summary or a description of the program, proposals are made all the same."""
+    serial = _handed(Stock, Adder(), RolloutLM(fail_on=field), FEW_SHOT)
+    assert _handed(Ours, Adder(), RolloutLM(fail_on=field), FEW_SHOT, sampler="qei") == serial
+
+
+def test_failure_that_ends_a_compile() -> None:
+    """A proposal that raises ends the compile with its error, as in DSPy."""
+    for cls, options in ((Stock, {}), (Ours, {"sampler": "qei"})):
+        lm = RolloutLM(fail_on="proposed_instruction")
+        with pytest.raises(ValueError, match="no proposed_instruction"):
+            _handed(cls, Adder(), lm, FEW_SHOT, **options)
+
+
+def test_summary_is_written_during_the_bootstrap() -> None:
+    """The chain of calls about the data begins before the first demo set is complete."""
+    lm = RolloutLM(lambda text: 0.01)
+    _handed(Ours, Adder(), lm, {**FEW_SHOT, "num_threads": 8}, sampler="qei")
+    asked = [field for *_, field in lm.calls]
+    assert asked.index("observations") < len(asked) - 1 - asked[::-1].index("answer")
+
+
+def test_proposals_overlap() -> None:
+    """Ten chains of three calls take about as long as one."""
+    lm = RolloutLM(lambda text: 0.03)
+    proposer_calls = itertools.count()
+    with dspy.context(lm=lm), Threads(32) as threads:
+        proposer = proposal.ConcurrentProposer(
+            threads, prompt_model=lm, program=Planner(), trainset=TRAIN, use_dataset_summary=False,
+            rng=random.Random(0), use_instruct_history=False, set_history_randomly=False,
+        )  # fmt: skip
+        start = time.perf_counter()
+        proposed = proposer.propose_instructions_for_program(
+            TRAIN, Planner(), None, {}, 5, on_instruction=lambda: next(proposer_calls)
+        )
+    assert time.perf_counter() - start < 0.5 * 30 * 0.03
+    assert next(proposer_calls) == 10 == sum(map(len, proposed.values()))
+
+
+def test_summary_stops_when_the_bootstrap_fails() -> None:
+    """A chain of eleven calls that nobody needs any more ends with the one under way."""
+    lm = RolloutLM(lambda text: 0.05)
+
+    class Broken(Adder):
+        def forward(self, question: str) -> Any:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        _handed(Ours, Broken(), lm, {**FEW_SHOT, "max_errors": 2}, view_data_batch_size=2, sampler="qei")
+    assert len(lm.calls) <= 2
+
+
+@pytest.mark.parametrize("module", [bootstrap, proposal])
+def test_unknown_dspy_runs_serially(
+    module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where DSPy's internals are not those that were counted on, its own serial step runs, with a warning."""
+    monkeypatch.setattr(module, "is_supported", lambda: False)
+    serial = _handed(Stock, Planner(), RolloutLM(), FEW_SHOT)
+    with caplog.at_level(logging.WARNING, "mpromptune"):
+        assert _handed(Ours, Planner(), RolloutLM(), FEW_SHOT, sampler="qei") == serial
+    assert "running it serially" in caplog.text
+
+
+def test_support_is_read_from_dspy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proposer that draws anything more, or cannot be read, is left to DSPy."""
+    assert proposal.is_supported()
+    assert bootstrap.is_supported()
+
+    def drawing_twice(self: Any) -> None:
+        self.rng.randint(0, 10**9)
+        self.rng.random()
+
+    monkeypatch.setattr(GroundedProposer, "propose_instruction_for_predictor", drawing_twice)
+    assert not proposal.is_supported()
+    monkeypatch.delattr(GroundedProposer, "propose_instruction_for_predictor")
+    assert not proposal.is_supported()
+
+
+def test_a_whole_compile_repeats_itself() -> None:
+    """The same seed gives the same program with 2 threads and with 16."""
+
+    def program(threads: int) -> Any:
+        settings = {"auto": None, "num_candidates": 3, "num_threads": threads, **FEW_SHOT}
+        with dspy.context(lm=RolloutLM(_jitter)):
+            optimizer = MIPROv2(metric=_metric, **settings)
+            best = optimizer.compile(
+                Adder(), trainset=TRAIN, valset=VAL, sampler="qei", embedder=hashed, batch_size=4, **SMALL_RUN
+            )
+        return best.dump_state()["solve"], best.score
+
+    with contextlib.redirect_stdout(None):
+        assert program(2) == program(16)
