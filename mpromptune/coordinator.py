@@ -154,6 +154,8 @@ class Coordinator:
         """Posterior mean and variance of configurations, given everything told."""
         trials = self.study.get_trials(deepcopy=False)
         history = read(self.study, trials, self.encoding.row, len(self.encoding.names))
+        if not len(history):  # every trial so far has failed
+            return torch.zeros(len(rows)), torch.ones(len(rows))
         model = fit_history(history, self.encoding.geometries)
         return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
 

@@ -193,6 +193,18 @@ def test_a_baseline_that_keeps_failing_stops_the_search() -> None:
         run(score, retry=RetryPolicy(attempts=1))
 
 
+def test_one_bad_example_does_not_stop_the_others() -> None:
+    """Every first trial fails on its one unanswerable example; the search goes on with the rest."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        if example % 5 == 0 and SPACE.row(params) != (0, 0):
+            raise ConnectionError("filtered")
+        return float(TABLE[SPACE.row(params)][example])
+
+    result = run(score, retry=RetryPolicy(attempts=1), block_size=N, max_calls=200)
+    assert result.best_params == SPACE.params((0, 0))
+
+
 def test_an_outage_is_not_read_as_bad_prompts() -> None:
     """From call 100 on the network is gone: the search stops, no zero is recorded."""
     scores = Scores()
