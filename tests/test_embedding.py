@@ -113,3 +113,10 @@ def test_distances_have_a_median_of_one() -> None:
     """By hand: squared distances 1, 4, 9 become 1/4, 1, 9/4."""
     distances = squared_distances(np.array([[0.0], [1.0], [3.0]]))
     assert sorted(distances[np.triu_indices(3, 1)]) == pytest.approx([0.25, 1.0, 2.25])
+
+
+def test_a_dspy_embedder_is_an_embedder() -> None:
+    """DSPy's own wrapper, around a function or a hosted model."""
+    import dspy
+
+    assert as_embedder(dspy.Embedder(letters))(["some text", "b"]).shape == (2, 27)
