@@ -151,7 +151,7 @@ def test_failure_that_ends_a_compile() -> None:
     """A proposal that raises ends the compile with its error, as in DSPy."""
     errors = []
     for cls, options in ((Stock, {}), (Ours, {"sampler": "qei"})):
-        with pytest.raises(Exception, match="no proposed_instruction") as caught:
+        with pytest.raises(Exception, match="proposed_instruction") as caught:
             _handed(cls, Adder(), RolloutLM(fail_on="proposed_instruction"), FEW_SHOT, **options)
         errors.append(caught.type)
     assert errors[0] is errors[1]
