@@ -19,11 +19,6 @@ _STEPS = 8
 _KEPT = 64
 
 
-def is_enumerable(space: IndexSpace, max_space_size: int) -> bool:
-    """Whether every configuration takes part in every proposal."""
-    return space.size <= max_space_size
-
-
 def choice_set(
     space: IndexSpace,
     max_space_size: int,
@@ -44,7 +39,7 @@ def choice_set(
         starts: Configurations to start from, the best first.
     """
     rows = space.sample(max_space_size, rng)
-    if value is not None and not is_enumerable(space, max_space_size):
+    if value is not None and space.size > max_space_size:
         found = [local_search(space, start, value) for start in starts[:_STARTS]]
         rows = np.unique(np.concatenate([rows, *found]), axis=0)
     keep = [allowed(tuple(row)) for row in rows.tolist()]

@@ -30,6 +30,8 @@ OnCall = Callable[[int, int], None]
 
 # Rounds being measured at any time: while one is being told, the next keeps the workers busy.
 _ROUNDS_IN_FLIGHT = 2
+# Small rounds in a row without a single answer that are read as an outage.
+_BARREN_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Coordinator:
         self.scores: dict[Row, dict[int, float]] = {}
         self.in_flight: deque[list[_Running]] = deque()
         self.rounds = 0
+        self.barren = 0
         self.calls = 0
 
     def _bound(self, sampler: BaseSampler, seed: int) -> BaseSampler:
@@ -97,32 +100,37 @@ class Coordinator:
             while self._fill():
                 self._finish(self.in_flight[0])
                 self.in_flight.popleft()
-        except BaseException:
+        except (SearchStoppedError, KeyboardInterrupt, SystemExit):
             self._abandon()
             raise
+        except BaseException as error:
+            self._abandon()
+            raise self._stopped("an error outside the program calls", error) from error
         return self._result()
 
     def _fill(self) -> bool:
         """Starts rounds until enough are in flight; whether any is."""
         while len(self.in_flight) < _ROUNDS_IN_FLIGHT:
-            round_ = self._explore() or self._confirm()
+            round_: list[_Running] = []
+            self.in_flight.append(round_)  # before it is filled: what has started is never lost
+            self._explore(round_)
             if not round_:
+                self._confirm(round_)
+            if not round_:
+                self.in_flight.pop()
                 break
-            self.in_flight.append(round_)
         return bool(self.in_flight)
 
-    def _explore(self) -> list[_Running]:
-        """Asks and starts the next round of the search proper; empty when the budget is kept back."""
+    def _explore(self, round_: list[_Running]) -> None:
+        """Asks and starts a round of the search proper; none when the budget is kept back."""
         available = self._available()
-        round_: list[_Running] = []
         for _ in range(self.schedule.size_of_round(self.batch_size, available)):
-            first = not self.schedule.assigned
+            first = not self.schedule.assigned.get(self.schedule.baseline)
             if not first and not self.schedule.anything_open(self.space.size):
                 break
             left = available - sum(len(running.examples) for running in round_)
             round_.append(self._start(self.schedule.baseline if first else None, left))
         self.rounds += bool(round_)
-        return round_
 
     def _available(self) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
@@ -131,33 +139,38 @@ class Coordinator:
             return max(cautious, 0)
         return max(self.schedule.available(self._leader()), 0)
 
-    def _confirm(self) -> list[_Running]:
+    def _confirm(self, round_: list[_Running]) -> None:
         """Measures what winner and baseline still lack, once the last round has been told.
 
         The baseline's examples do not depend on any result, so they fill the wait.
         """
         if not self.schedule.confirm:
-            return []
+            return
         finalists = [self.schedule.baseline]
-        if self.scores and not self.in_flight:
+        if self.scores and len(self.in_flight) == 1:
             finalists.append(self._leader())
-        lacking = [(row, self.schedule.missing(row)) for row in dict.fromkeys(finalists)]
-        return [self._measure(self._ask(row), row, examples) for row, examples in lacking if examples]
+        for row in dict.fromkeys(finalists):
+            examples = self.schedule.missing(row)
+            if examples:
+                round_.append(self._measure(self._ask(row), row, examples))
 
     def _leader(self) -> Row:
         """The highest posterior mean among what can still be fully measured."""
-        rows = [row for row in self.scores if self.schedule.is_affordable(row)]
+        rows = [row for row, by in self.scores.items() if by and self.schedule.is_affordable(row)]
+        if not rows:
+            return self.schedule.baseline
         means, _ = self._posterior(rows)
         return rows[int(means.argmax())]
 
     def _posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and variance of configurations, given everything told."""
         trials = self.study.get_trials(deepcopy=False)
-        history = read(self.study, trials, self.encoding.row, len(self.encoding.names))
-        if not len(history):  # every trial so far has failed
-            return torch.zeros(len(rows)), torch.ones(len(rows))
-        model = fit_history(history, self.encoding.geometries)
-        return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
+        with torch.device("cpu"):
+            history = read(self.study, trials, self.encoding.row, len(self.encoding.names))
+            if not len(history):  # every trial so far has failed
+                return torch.zeros(len(rows)), torch.ones(len(rows))
+            model = fit_history(history, self.encoding.geometries)
+            return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
 
     def _ask(self, row: Row | None) -> Trial:
         if row is not None:
@@ -187,8 +200,8 @@ class Coordinator:
         outcomes = [[future.result() for future in running.futures] for running in round_]
         self._require_sense(round_, outcomes)
         for running, results in zip(list(round_), outcomes, strict=True):
+            round_.remove(running)  # before the callbacks: what is told is not closed again
             self._tell(running, results)
-            round_.remove(running)
         if self.schedule.is_dropped(self.schedule.baseline):
             raise self._stopped("the baseline's trials failing", _first_error(outcomes))
 
@@ -200,8 +213,9 @@ class Coordinator:
             fatal = flat[verdicts.index(Verdict.STOP)].error
             raise self._stopped("an error that no further call can mend", fatal)
         several = len({running.row for running in round_}) > 1
-        many = len(flat) >= len(self.schedule.blocks[0]) and set(verdicts) == {Verdict.RETRY}
-        if (several or many) and None not in verdicts:
+        self.barren = self.barren + 1 if set(verdicts) == {Verdict.RETRY} else 0
+        many = self.barren >= _BARREN_ROUNDS or len(flat) >= len(self.schedule.blocks[0])
+        if None not in verdicts and (several or (self.barren and many)):
             raise self._stopped(f"all {len(flat)} calls of a round failing", _first_error(outcomes))
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
@@ -232,8 +246,10 @@ class Coordinator:
             for future in running.futures:
                 future.cancel()
         for running in open_trials:
-            done = [f.result() for f in running.futures if not f.cancelled()]
+            done = [f.result() for f in running.futures if not f.cancelled() and not f.exception()]
             self._close(running, {o.example: o.score for o in done if o.score is not None})
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.study.tell(trial.number, state=TrialState.FAIL)  # asked, but never started
 
     def _close(self, running: _Running, measured: dict[int, float]) -> FrozenTrial:
         """Tells a trial: its mean when every example was measured, FAIL otherwise."""

@@ -56,8 +56,13 @@ class CachedEmbedder:
 
 
 def _checked(vectors: Any, n: int) -> FloatArray:
-    array = np.asarray(vectors, dtype=np.float64)
-    if array.ndim != 2 or len(array) != n:
+    try:
+        array = np.asarray(vectors, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise EmbeddingError(
+            f"The embedder returned {type(vectors).__name__}, not numbers: {error}"
+        ) from error
+    if array.ndim != 2 or len(array) != n or not array.shape[1]:
         raise EmbeddingError(
             f"The embedder got {n} texts and returned shape {array.shape}; expected ({n}, d)."
         )

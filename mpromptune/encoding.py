@@ -29,6 +29,7 @@ from mpromptune.space import IndexSpace, PromptSpace, Row, groups_of
 # NOTE: grid of a numeric parameter. The observed values are added to it, so the model never rounds
 # what it has seen; 64 levels are finer than a fitted length-scale.
 _GRID = 64
+_ALL_LEVELS = 1000
 
 Numeric = FloatDistribution | IntDistribution
 
@@ -72,8 +73,10 @@ class Encoding:
 
 
 def _key(value: Any) -> Any:
-    # True == 1 == 1.0 as dictionary keys, but not as choices.
-    return (type(value).__name__, value) if isinstance(value, bool | str) else value
+    # True == 1 == 1.0 as dictionary keys, but not as choices; NaN is no key, lists are not hashable.
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        return value
+    return type(value).__name__, repr(value)
 
 
 def encode_prompts(space: PromptSpace, embedder: CachedEmbedder | None) -> Encoding:
@@ -101,7 +104,8 @@ def encode_distributions(
     groups = groups_of(names)
     values, geometries = [], []
     for group, (name, distribution) in zip(groups, search_space.items(), strict=True):
-        points = _values(distribution, [p[name] for p in observed if name in p])
+        seen = [p[name] for p in observed if name in p]
+        points = _values(distribution, [value for value in seen if _is_within(distribution, value)])
         views = _known_views(known, name, points)
         if views is None:
             views = _views(distribution, points, embedder)
@@ -122,8 +126,23 @@ def _values(distribution: BaseDistribution, observed: Sequence[Any]) -> tuple[An
     if isinstance(distribution, CategoricalDistribution):
         return tuple(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
-    grid = {_level(distribution, u) for u in np.linspace(0.0, 1.0, _GRID)}
+    grid = {_level(distribution, u) for u in np.linspace(0.0, 1.0, _levels(distribution))}
     return tuple(sorted(grid | set(observed)))
+
+
+def _levels(distribution: Numeric) -> int:
+    """All values of a stepped parameter where they are few; a grid otherwise."""
+    if distribution.step is None or distribution.log:
+        return _GRID
+    count = round((distribution.high - distribution.low) / distribution.step) + 1
+    return count if count <= _ALL_LEVELS else _GRID
+
+
+def _is_within(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a value seen earlier is still in the range, which may have changed since."""
+    if isinstance(distribution, FloatDistribution | IntDistribution):
+        return bool(distribution.low <= value <= distribution.high)
+    return True
 
 
 def _views(

@@ -11,7 +11,7 @@ from optuna.samplers import BaseSampler
 
 from mpromptune.coordinator import Callback, Coordinator, OnCall
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.execution import Classify, RetryPolicy, Score, Workers, classify_builtin
+from mpromptune.execution import Classify, RetryPolicy, Score, Workers, as_score, classify_builtin
 from mpromptune.result import SearchResult
 from mpromptune.sampler import qEISampler
 from mpromptune.samplers import resolve_sampler
@@ -45,8 +45,8 @@ def search(
 
     Rounds of ``batch_size`` configurations are measured on one shared block of examples each, two
     rounds at a time; promising configurations are measured on further blocks; no example of a
-    configuration is paid for twice. Proposals depend on ``seed`` and on what earlier rounds
-    measured, never on the timing of threads.
+    configuration is paid for twice. Proposals depend on ``seed``, on ``batch_size`` (which by
+    default grows with more than 40 threads) and on what earlier rounds measured, never on timing.
 
     Args:
         space: The configurations.
@@ -78,6 +78,8 @@ def search(
         InvalidArgumentError: An argument cannot work; no call was made.
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
     """
+    _require_positive(n_examples=n_examples, batch_size=batch_size, num_threads=num_threads)
+    as_score(failure_score)
     block = min(10, n_examples) if block_size is None else block_size
     start = space.first() if baseline is None else space.row(baseline)
     schedule = Schedule(n_examples, partition(n_examples, block, seed), max_calls, start, confirm)
@@ -95,6 +97,12 @@ def search(
         )
         run.open_study(resolve_sampler(sampler, space, seed), seed, storage, study_name)
         return run.run()
+
+
+def _require_positive(**arguments: int | None) -> None:
+    for name, value in arguments.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InvalidArgumentError(f"{name} must be a positive integer; got {value!r}.")
 
 
 def _own_batch_size(sampler: object) -> int | None:

@@ -1,4 +1,4 @@
-"""Every error and warning of the package, under one root each."""
+"""Every error of the package, under one root."""
 
 from __future__ import annotations
 
@@ -23,10 +23,6 @@ class EmbeddingError(MPromptuneError, ValueError):
     """An embedder returned something that is not one finite vector per text."""
 
 
-class SpaceExhaustedError(MPromptuneError, RuntimeError):
-    """Every configuration is already measured; there is nothing left to propose."""
-
-
 class ScoreError(MPromptuneError, TypeError):
     """A metric returned something that is not one finite number."""
 
@@ -41,7 +37,3 @@ class SearchStoppedError(MPromptuneError, RuntimeError):
     def __init__(self, message: str, study: object = None) -> None:
         super().__init__(message)
         self.study = study
-
-
-class MPromptuneWarning(UserWarning):
-    """Root of all warnings issued by m-promptune."""

@@ -67,10 +67,9 @@ class Outcome:
     score: float | None = None
     error: BaseException | None = None
 
-    @property
-    def was_skipped(self) -> bool:
-        """Whether the run was stopped before the item had its turn."""
-        return self.score is None and self.error is None
+
+class _Stopped(Exception):  # noqa: N818 - a signal, not an error
+    """The run was stopped before this attempt."""
 
 
 class Workers:
@@ -113,12 +112,16 @@ class Workers:
             return Outcome(example)
         try:
             return Outcome(example, score=self._retrying()(self._scored, params, example))
+        except _Stopped:
+            return Outcome(example)
         except Exception as error:  # noqa: BLE001 - whatever `score` raises is judged, never lost
             if self._classify(error) is Verdict.STOP:
                 self.stopped.set()
             return Outcome(example, error=error)
 
     def _scored(self, params: dict[str, int], example: int) -> float:
+        if self.stopped.is_set():  # while waiting for another attempt
+            raise _Stopped
         return as_score(self._score(params, example))
 
     def _retrying(self) -> Retrying:
@@ -140,6 +143,8 @@ def as_score(value: Any) -> float:
     Raises:
         ScoreError: It is not one finite real number (or bool).
     """
+    if getattr(value, "ndim", None) == 0:  # scalars of numpy and torch; np.bool_ is no Real
+        value = value.item()
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
     raise ScoreError(

@@ -92,10 +92,11 @@ def observation_variances(
 
 
 def pooled_variance(samples: Sequence[FloatArray]) -> float:
-    """Variance within samples, pooled over samples; 0 when none has two scores."""
+    """Variance within samples, pooled over samples; of all scores when no sample has two."""
     df = sum(len(scores) - 1 for scores in samples)
-    squares = sum(float(((scores - scores.mean()) ** 2).sum()) for scores in samples)
-    return squares / df if df else 0.0
+    if not df:
+        return float(np.var(np.concatenate(samples)))
+    return sum(float(((scores - scores.mean()) ** 2).sum()) for scores in samples) / df
 
 
 def _shrunk_variance(samples: Sequence[FloatArray], pooled: float) -> float:

@@ -145,6 +145,7 @@ class MIPROv2(dspy.MIPROv2):
         if options is not None:
             num_trials, valset, *_ = settings
             options.check_run(len(valset), num_trials)
+            _check_embedder(options)
         return settings
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,6 +264,14 @@ def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
     from mpromptune.sampler import qEISampler
 
     return qEISampler(**options.qei_arguments, seed=seed)
+
+
+def _check_embedder(options: SearchOptions) -> None:
+    """Fails now, rather than after the bootstrap, where the embedding model cannot be had."""
+    sampler = _sampler(options, 0)
+    check = getattr(sampler, "check_embedder", None)
+    if check is not None:
+        check()
 
 
 def _split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:

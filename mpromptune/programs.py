@@ -142,8 +142,7 @@ def metric_value(value: Any) -> float:
     """
     if isinstance(value, dspy.Example) and "score" in value:
         value = value["score"]
-    # Scalars of numpy and torch; a numpy bool is no `numbers.Real`.
-    return as_score(value.item() if getattr(value, "ndim", None) == 0 else value)
+    return as_score(value)
 
 
 def demo_text(demo: Any) -> str:

@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from mpromptune.acquisition import plug_in_incumbent, propose
@@ -93,6 +93,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         bound = copy(self)
         bound.space, bound._prompts, bound._lock = space, None, threading.RLock()
         bound.batch_size = batch_size
+        bound._search_space = IntersectionSearchSpace()  # it remembers its study
         bound._is_open = is_open
         return bound
 
@@ -110,7 +111,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters that all trials share, and those of ``space``."""
-        shared = {k: d for k, d in self._search_space.calculate(study).items() if not d.single()}
+        if self._is_open is not _always:  # bound: the space is all there is
+            return _index_distributions(self.space)
+        found = self._search_space.calculate(study) or _suggested_by_running(study)
+        shared = {k: d for k, d in found.items() if not d.single()}
         return {**shared, **_index_distributions(self.space)}
 
     def sample_relative(
@@ -124,7 +128,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._raise_error_if_multi_objective(study)
         if not search_space:
             return {}
-        with self._lock:
+        with self._lock, torch.device("cpu"):
             params = self._sample(study, trial, search_space)
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSED, params)
         return params
@@ -147,6 +151,11 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         """Reseeds only the independent sampler: our own draws depend on the trial number alone."""
         if self._independent_sampler is not None:
             self._independent_sampler.reseed_rng()
+
+    def check_embedder(self) -> None:
+        """Embeds two words, so that an embedder that cannot work fails before anything is paid."""
+        if self._embedder is not None:
+            self._embedder(["instruction", "demo"])
 
     def _seed_for(self, trial: FrozenTrial, *extra: int) -> int:
         entropy = [abs(self.seed), trial.number, *extra]
@@ -244,6 +253,20 @@ def _index_distributions(space: PromptSpace | None) -> dict[str, BaseDistributio
     return {name: CategoricalDistribution(range(n)) for name, n in sizes if n > 1}
 
 
+def _suggested_by_running(study: Study) -> dict[str, BaseDistribution]:
+    """Before any trial is complete: the parameters on which the running ones agree."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    spaces = [t.distributions for t in running if t.distributions]
+    if not spaces:
+        return {}
+    return {k: d for k, d in sorted(spaces[0].items()) if all(s.get(k) == d for s in spaces)}
+
+
+def _agrees(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether ``other`` has these params; by representation, since NaN is not equal to itself."""
+    return all(name in other and repr(other[name]) == repr(value) for name, value in params.items())
+
+
 def _restricted(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
     return {name: params[name] for name in names}
 
@@ -255,7 +278,7 @@ def _next_of_plan(others: list[FrozenTrial], known: int, names: list[str]) -> di
         return None
     handed_out = [proposed_params(t) for t in others if t.number >= leader.number]
     for params in leader.system_attrs[PLAN]["batch"]:
-        taken = any(params.items() <= other.items() for other in handed_out)
+        taken = any(_agrees(params, other) for other in handed_out)
         if set(params) == set(names) and not taken:
             return dict(params)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ class OpenSampler(BaseSampler):
     """
 
     def __init__(self, inner: BaseSampler, space: PromptSpace, is_open: IsOpen, seed: int) -> None:
-        self._inner = inner
+        self._inner = copy.deepcopy(inner)  # samplers remember their study
         self._space = space
         self._is_open = is_open
         self._seed = abs(seed)

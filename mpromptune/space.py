@@ -141,6 +141,9 @@ class PromptSpace(IndexSpace):
         self.names = tuple(self.components)
         if not self.names:
             raise InvalidArgumentError("A PromptSpace needs at least one component; got none.")
+        texts = [name for name, candidates in components.items() if isinstance(candidates, str)]
+        if texts:
+            raise InvalidArgumentError(f"Components {texts} are single texts; give a list of candidates.")
         empty = [name for name, candidates in self.components.items() if not candidates]
         if empty:
             raise InvalidArgumentError(f"Components {empty} have no candidate; give at least one each.")

@@ -76,7 +76,10 @@ def fit(
             outcome_transform=Standardize(m=1),
         )
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
-        fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": _MAX_ITERATIONS}})
+        # A fit that fails is tried again from a draw of the priors, by torch's global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": _MAX_ITERATIONS}})
     return model
 
 

@@ -197,12 +197,27 @@ def test_one_bad_example_does_not_stop_the_others() -> None:
     """Every first trial fails on its one unanswerable example; the search goes on with the rest."""
 
     def score(params: dict[str, int], example: int) -> float:
-        if example % 5 == 0 and SPACE.row(params) != (0, 0):
+        if example == 5 and SPACE.row(params) != (0, 0):
             raise ConnectionError("filtered")
         return float(TABLE[SPACE.row(params)][example])
 
     result = run(score, retry=RetryPolicy(attempts=1), block_size=N, max_calls=200)
     assert result.best_params == SPACE.params((0, 0))
+
+
+def test_an_outage_in_the_last_small_rounds_is_noticed() -> None:
+    """Rounds of one short trial, and the network gone: the search ends all the same."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        score.calls += 1
+        if score.calls > 90:
+            raise ConnectionError("gone")
+        return float(TABLE[SPACE.row(params)][example])
+
+    score.calls = 0
+    with pytest.raises(SearchStoppedError):
+        run(score, retry=RetryPolicy(attempts=1), max_calls=100, num_threads=1, batch_size=1)
+    assert score.calls < 300
 
 
 def test_an_outage_is_not_read_as_bad_prompts() -> None:
@@ -333,3 +348,77 @@ def test_one_configuration_is_measured_and_returned() -> None:
     space = PromptSpace({"a": ["only"]})
     result = search(space, lambda params, e: float(e % 2), n_examples=10, max_calls=50)
     assert (result.best_score, result.calls) == (0.5, 10)
+
+
+def test_an_error_of_a_callback_stops_cleanly() -> None:
+    """The first error is the one reported; nothing stays RUNNING; all scores are kept."""
+
+    def callback(study: optuna.Study, trial: Any) -> None:
+        if trial.number == 2:
+            raise RuntimeError("mine")
+
+    with pytest.raises(SearchStoppedError, match="mine") as caught:
+        run(callbacks=[callback])
+    trials = caught.value.study.trials
+    assert all(t.state.is_finished() for t in trials)
+    assert sum(len(t.user_attrs[SCORES]) for t in trials[:3]) == 15
+
+
+def test_an_error_of_the_sampler_loses_no_score() -> None:
+    """The sampler fails in the middle of a round: what had started is kept, nothing stays open."""
+
+    class Failing(optuna.samplers.RandomSampler):
+        asked = 0
+
+        def sample_independent(self, *args: Any) -> Any:
+            type(self).asked += 1
+            if type(self).asked > 12:
+                raise RuntimeError("no proposal")
+            return super().sample_independent(*args)
+
+    scores = Scores()
+    with pytest.raises(SearchStoppedError, match="no proposal") as caught:
+        run(scores, sampler=Failing(seed=0), batch_size=4)
+    trials = caught.value.study.trials
+    assert all(t.state.is_finished() for t in trials)
+    kept = sum(len(t.user_attrs.get(SCORES, ())) for t in trials)
+    assert kept == sum(scores.asked.values())
+
+
+def test_one_sampler_object_serves_several_searches() -> None:
+    """A second search, over another space, equals one with a fresh sampler."""
+    other = PromptSpace({"style": [f"{'b' * i} style" for i in range(8)]})
+
+    def score(params: dict[str, int], example: int) -> float:
+        return float(params["style"] > example % 8)
+
+    def second(sampler: qEISampler) -> SearchResult:
+        return search(other, score, n_examples=16, max_calls=80, sampler=sampler, block_size=4)
+
+    used = qEISampler(embedder=letters, seed=0)
+    run(sampler=used, max_calls=100)
+    assert trials_of(second(used)) == trials_of(second(qEISampler(embedder=letters, seed=0)))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"batch_size": 0}, {"batch_size": -1}, {"n_examples": 0}, {"num_threads": 0}]
+)
+def test_counts_must_be_positive(bad: dict) -> None:
+    """The message names argument and value."""
+    with pytest.raises(InvalidArgumentError, match=next(iter(bad))):
+        run(**bad)
+
+
+def test_numpy_booleans_are_scores() -> None:
+    """A metric may compare arrays."""
+    result = run(lambda params, e: TABLE[SPACE.row(params)][e] > 0.5)
+    assert result.calls == 300
+
+
+def test_another_default_device_does_not_matter() -> None:
+    """The surrogate lives on the CPU, whatever the caller's default device is."""
+    import torch
+
+    with torch.device("meta"):
+        result = run(max_calls=100)
+    assert result.calls == 100

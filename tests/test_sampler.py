@@ -273,3 +273,61 @@ def test_infinite_values_do_not_break_the_model() -> None:
     values = itertools.cycle([1.0, float("inf"), float("-inf"), 2.0])
     study.optimize(lambda t: t.suggest_categorical("text", TEXTS) and next(values), n_trials=6)
     assert len(study.trials) == 6
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_the_first_batch_has_no_text_twice(fixed: bool) -> None:
+    """Before any trial is complete, running ones are pending already."""
+    for seed in range(5):
+        study = study_of(lambda s=seed: sampler(seed=s))
+        distribution = optuna.distributions.CategoricalDistribution(TEXTS)
+        asked = []
+        for _ in range(9):
+            trial = study.ask({"text": distribution} if fixed else None)
+            asked.append(trial.suggest_categorical("text", TEXTS))
+        repeats = 9 - len(set(asked))
+        assert repeats <= (0 if fixed else 1)
+
+
+def test_nan_lists_and_booleans_are_choices() -> None:
+    """Whatever Optuna takes as a choice; none is tried twice before all are measured."""
+    choices = [float("nan"), True, 3, 2.0, None, "text"]
+    study = study_of(lambda: sampler(min_cold_start=2))
+    space = {"x": optuna.distributions.CategoricalDistribution(choices)}
+    for _ in choices:
+        trial = study.ask(space)
+        study.tell(trial, float(trial.number % 3))
+    assert len({repr(t.params["x"]) for t in study.trials}) == len(choices)
+
+
+def test_every_integer_is_tried_before_any_is_repeated() -> None:
+    """Stepped numbers are enumerated, not put on a coarse grid."""
+    study = study_of(lambda: sampler(min_cold_start=68, batch_size=1))
+    study.optimize(lambda t: -abs(t.suggest_int("x", 0, 69) - 30.0), n_trials=70)
+    assert len({t.params["x"] for t in study.trials}) == 70
+
+
+def test_values_of_an_earlier_range_are_not_proposed() -> None:
+    """A failed trial with a wider range leaves no candidates behind."""
+    study = study_of(lambda: sampler(min_cold_start=2))
+    wide = study.ask({"x": optuna.distributions.FloatDistribution(0.0, 1000.0)})
+    study.tell(wide, state=TrialState.FAIL)
+    study.optimize(lambda t: t.suggest_float("x", 0.0, 1.0), n_trials=6)
+    proposed = [t.system_attrs[PROPOSED]["x"] for t in study.trials if PROPOSED in t.system_attrs]
+    assert all(value <= 1.0 for value in proposed[1:])
+
+
+def test_fits_leave_the_global_generator_alone() -> None:
+    """Even a fit that is tried again: same study, same proposals, same generator state."""
+    import torch
+
+    def trials() -> list[dict]:
+        study = study_of(lambda: sampler(min_cold_start=2))
+        study.optimize(lambda t: np.sin(9 * t.suggest_float("x", 0, 1)) + objective(t), n_trials=8)
+        return [t.params for t in study.trials]
+
+    before = torch.random.get_rng_state()
+    first = trials()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(3)
+    assert trials() == first
