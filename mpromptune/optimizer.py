@@ -139,13 +139,13 @@ class MIPROv2(dspy.MIPROv2):
         else:
             self.rng = random.Random(seed)  # DSPy 3.2 seeds numpy's global generator as well
 
-    def _set_hyperparams_from_run_mode(self, *args: Any, **kwargs: Any) -> Any:
-        settings = super()._set_hyperparams_from_run_mode(*args, **kwargs)
+    def _set_hyperparams_from_run_mode(self, program: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = super()._set_hyperparams_from_run_mode(program, *args, **kwargs)
         options = _OPTIONS.get()
         if options is not None:
             num_trials, valset, *_ = settings
             options.check_run(len(valset), num_trials)
-            _check_embedder(options)
+            _check_embedder(options, program)
         return settings
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
@@ -266,12 +266,11 @@ def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
     return qEISampler(**options.qei_arguments, seed=seed)
 
 
-def _check_embedder(options: SearchOptions) -> None:
-    """Fails now, rather than after the bootstrap, where the embedding model cannot be had."""
-    sampler = _sampler(options, 0)
-    check = getattr(sampler, "check_embedder", None)
+def _check_embedder(options: SearchOptions, program: Any) -> None:
+    """Embeds the student's instructions: an embedder that cannot work fails before any LM call."""
+    check = getattr(_sampler(options, 0), "check_embedder", None)
     if check is not None:
-        check()
+        check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
 
 
 def _split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -152,10 +152,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         if self._independent_sampler is not None:
             self._independent_sampler.reseed_rng()
 
-    def check_embedder(self) -> None:
-        """Embeds two words, so that an embedder that cannot work fails before anything is paid."""
-        if self._embedder is not None:
-            self._embedder(["instruction", "demo"])
+    def check_embedder(self, texts: Sequence[str]) -> None:
+        """Embeds ``texts`` now, so that an embedder that cannot work fails before anything is paid."""
+        if self._embedder is not None and texts:
+            self._embedder(texts)
 
     def _seed_for(self, trial: FrozenTrial, *extra: int) -> int:
         entropy = [abs(self.seed), trial.number, *extra]

@@ -17,7 +17,7 @@ from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import MIPROv2, execution
 from mpromptune.errors import SearchStoppedError
-from mpromptune.history import SCORES
+from mpromptune.attributes import SCORES
 
 
 @pytest.fixture(autouse=True)

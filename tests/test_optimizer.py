@@ -26,8 +26,8 @@ from tasks import (
     Planner,
 )
 
-from mpromptune import MIPROv2, qEISampler
-from mpromptune.history import EXAMPLES
+from mpromptune import MIPROv2, MPromptuneError, qEISampler
+from mpromptune.attributes import EXAMPLES
 
 QEI = {"sampler": "qei", "embedder": hashed}
 PHOTO = dspy.Image("data:image/png;base64," + "QUJD" * 200)
@@ -315,3 +315,12 @@ def test_the_search_leaves_global_state_alone() -> None:
 
     _compile(metric=metric, init={"num_threads": 1}, **QEI)
     assert state() == states[0]
+
+
+def test_an_embedder_that_cannot_work_fails_before_any_call() -> None:
+    """Bootstrap and proposals are not paid for, only to stop at the search."""
+    lm = arithmetic_lm()
+    optimizer = MIPROv2(metric=lambda e, p, trace=None: True, task_model=lm, prompt_model=lm)
+    with pytest.raises(MPromptuneError):
+        optimizer.compile(Adder(), trainset=TRAIN, valset=VAL, sampler="qei", embedder=lambda texts: "no")
+    assert not lm.calls
