@@ -16,8 +16,8 @@ from optuna.trial import TrialState
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import MIPROv2, execution
-from mpromptune.errors import SearchStoppedError
 from mpromptune.attributes import SCORES
+from mpromptune.errors import SearchStoppedError
 
 
 @pytest.fixture(autouse=True)
