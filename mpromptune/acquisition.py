@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mpromptune.surrogate import at_average_example, posterior_mean_and_variance, quiet_single_thread
 
-# NOTE: 128 Sobol points put the error of log EI below the differences between real candidates; 256
-# changed no proposal on the recorded tables.
+# NOTE: 128 Sobol points agree with the closed form and with brute force to a few percent wherever
+# the improvement is not negligible (tests/test_acquisition.py).
 _MC_SAMPLES = 128
 
 

@@ -12,8 +12,8 @@ from mpromptune.space import IndexArray, IndexSpace, Row
 
 Value = Callable[[Tensor], Tensor]  # n x C rows -> n values, the higher the better
 
-# NOTE: starts and steps of the local search. Three starts cover the leader, a rival and one more;
-# a predictor or two changes at a time, so eight steps reach an optimum from any of them.
+# NOTE: starts, steps, and rows kept of a step. A bound on the work rather than a tuned choice: the
+# leader and two rivals, and more steps than a program of a few predictors has components.
 _STARTS = 3
 _STEPS = 8
 _KEPT = 64

@@ -27,7 +27,7 @@ from mpromptune.geometry import (
 from mpromptune.space import IndexSpace, PromptSpace, Row, groups_of
 
 # NOTE: grid of a numeric parameter. The observed values are added to it, so the model never rounds
-# what it has seen; 64 levels are finer than a fitted length-scale.
+# what it has seen; 64 levels are finer than what tens of trials can tell apart.
 _GRID = 64
 _ALL_LEVELS = 1000
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from mpromptune.geometry import Geometry
 from mpromptune.kernels import BlockKernel, PromptKernel
 
-# NOTE: 8 components x 50 evaluations is where L-BFGS has converged on all the recorded tables; the
-# bound only stops the rare fit that creeps along a flat ridge.
+# NOTE: fits on the recorded tables stop by themselves after about a dozen evaluations; the bound is
+# for the rare one that creeps along a flat ridge.
 _MAX_ITERATIONS = 75
 
 
