@@ -16,7 +16,7 @@ _FLOOR = 0.02
 
 def headline(rows: list[Cell]) -> str:
     """Regret by table and method at stock's calls, pool 72, as a Markdown table."""
-    chosen = [r for r in rows if r["pool"] == 72 and r["share"] == 1.0 and r["q"] == 4 and _plain(r)]
+    chosen = _at_stock_calls(rows)
     methods = [m for m in METHODS if any(r["method"] == m for r in chosen)]
     lines = [_markdown(["table", *methods, "exhaustive"]), _markdown(["---"] * (len(methods) + 2))]
     for table in dict.fromkeys(r["table"] for r in chosen):
@@ -29,7 +29,7 @@ def headline(rows: list[Cell]) -> str:
 
 def excess_ratios(rows: list[Cell], method: str = "search-qei", base: str = "stock-tpe") -> dict[str, float]:
     """Excess regret over exhaustive evaluation, ``method`` divided by ``base``, for each table."""
-    chosen = [r for r in rows if r["pool"] == 72 and r["share"] == 1.0 and r["q"] == 4 and _plain(r)]
+    chosen = _at_stock_calls(rows)
     excess = {(r["table"], r["method"]): r["excess"] for r in chosen}
     tables = dict.fromkeys(t for t, m in excess if m == method and (t, base) in excess)
     return {t: max(excess[t, method], _FLOOR) / max(excess[t, base], _FLOOR) for t in tables}
@@ -44,7 +44,7 @@ def plot(rows: list[Cell], path: Path) -> None:
     """Bars of regret by table and method."""
     from matplotlib.figure import Figure
 
-    chosen = [r for r in rows if r["pool"] == 72 and r["share"] == 1.0 and r["q"] == 4 and _plain(r)]
+    chosen = _at_stock_calls(rows)
     tables = list(dict.fromkeys(r["table"] for r in chosen))
     methods = [m for m in METHODS if any(r["method"] == m for r in chosen)]
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -61,8 +61,10 @@ def plot(rows: list[Cell], path: Path) -> None:
     figure.savefig(path)
 
 
-def _plain(row: Cell) -> bool:
-    return not row["few_shot"] and not row["shuffled"]
+def _at_stock_calls(rows: list[Cell]) -> list[Cell]:
+    """The headline's rows: pool 72, q = 4, the calls of stock, nothing left out or shuffled."""
+    wanted = {"pool": 72, "share": 1.0, "q": 4, "few_shot": False, "shuffled": False}
+    return [r for r in rows if wanted.items() <= r.items()]
 
 
 def _regret(row: Cell) -> str:

@@ -10,7 +10,7 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from mpromptune.coordinator import Callback, Coordinator, OnCall
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import InvalidArgumentError, require_count
 from mpromptune.execution import Classify, RetryPolicy, Score, Workers, as_score, classify_builtin
 from mpromptune.result import SearchResult
 from mpromptune.sampler import qEISampler
@@ -78,7 +78,10 @@ def search(
         InvalidArgumentError: An argument cannot work; no call was made.
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
     """
-    _require_positive(n_examples=n_examples, batch_size=batch_size, num_threads=num_threads)
+    require_count("n_examples", n_examples)
+    require_count("num_threads", num_threads)
+    if batch_size is not None:
+        require_count("batch_size", batch_size)
     as_score(failure_score)
     block = min(10, n_examples) if block_size is None else block_size
     start = space.first() if baseline is None else space.row(baseline)
@@ -97,12 +100,6 @@ def search(
         )
         run.open_study(resolve_sampler(sampler, space, seed), seed, storage, study_name)
         return run.run()
-
-
-def _require_positive(**arguments: int | None) -> None:
-    for name, value in arguments.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InvalidArgumentError(f"{name} must be a positive integer; got {value!r}.")
 
 
 def _own_batch_size(sampler: object) -> int | None:

@@ -1,6 +1,9 @@
-"""Every error of the package, under one root."""
+"""Every error of the package, under one root, and the check of counts that all layers share."""
 
 from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
 
 
 class MPromptuneError(Exception):
@@ -37,3 +40,14 @@ class SearchStoppedError(MPromptuneError, RuntimeError):
     def __init__(self, message: str, study: object = None) -> None:
         super().__init__(message)
         self.study = study
+
+
+def require_count(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an int.
+
+    Raises:
+        InvalidArgumentError: It is not an integer of at least ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InvalidArgumentError(f"{name} must be an integer of at least {least}; got {value!r}.")
+    return int(value)

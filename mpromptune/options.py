@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler
 
-from mpromptune.errors import InvalidArgumentError, UnknownOptionError
+from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count
 
 SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
 _QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder")
@@ -57,7 +57,8 @@ class SearchOptions:
     def __post_init__(self) -> None:
         self._check_sampler()
         for name in _COUNTS:
-            _check_count(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                require_count(name, getattr(self, name), least=0 if name == "n_batches" else 1)
         self._check_embedder()
         self._check_callbacks()
         real = isinstance(self.failure_score, numbers.Real)
@@ -70,10 +71,7 @@ class SearchOptions:
         elif isinstance(self.sampler, str) and self.sampler.lower() in SAMPLER_NAMES:
             name = self.sampler.lower()
         else:
-            raise InvalidArgumentError(
-                f"sampler must be one of {list(SAMPLER_NAMES)} or an optuna BaseSampler; "
-                f"got {self.sampler!r}."
-            )
+            raise unknown_sampler(self.sampler)
         given = [key for key in _QEI_ONLY if getattr(self, key) is not None]
         if given and name != "qei":
             raise InvalidArgumentError(
@@ -178,8 +176,8 @@ def unknown_option(name: str, others: Sequence[str] = ()) -> UnknownOptionError:
     return UnknownOptionError(f"Unknown option {name!r}. Valid options are: {', '.join(valid)}.")
 
 
-def _check_count(name: str, value: Any) -> None:
-    least = 0 if name == "n_batches" else 1
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if value is not None and not (whole and value >= least):
-        raise InvalidArgumentError(f"{name} must be an integer of at least {least}; got {value!r}.")
+def unknown_sampler(given: Any) -> InvalidArgumentError:
+    """The error for a sampler that is neither a known name nor an Optuna sampler."""
+    return InvalidArgumentError(
+        f"sampler must be one of {list(SAMPLER_NAMES)} or an optuna BaseSampler; got {given!r}."
+    )

@@ -23,7 +23,7 @@ from mpromptune.attributes import PLAN, PROPOSED
 from mpromptune.candidates import Value, choice_set
 from mpromptune.embedding import CachedEmbedder, as_embedder
 from mpromptune.encoding import Encoding, encode_distributions, encode_prompts
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import require_count
 from mpromptune.history import History, fit_history, proposed_params, read
 from mpromptune.space import PromptSpace, Row
 from mpromptune.surrogate import at_average_example, posterior_mean_and_variance, quiet_single_thread
@@ -75,10 +75,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         independent_sampler: BaseSampler | None = None,
         seed: int | None = None,
     ) -> None:
-        self.max_space_size = _at_least("max_space_size", max_space_size, 1)
-        self.n_batches = _at_least("n_batches", n_batches, 0)
-        self.batch_size = _at_least("batch_size", batch_size, 1)
-        self.min_cold_start = _at_least("min_cold_start", min_cold_start, 1)
+        self.max_space_size = require_count("max_space_size", max_space_size, 1)
+        self.n_batches = require_count("n_batches", n_batches, 0)
+        self.batch_size = require_count("batch_size", batch_size, 1)
+        self.min_cold_start = require_count("min_cold_start", min_cold_start, 1)
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self.space = space
         self._embedder = resolve_embedder(embedder)
@@ -238,12 +238,6 @@ def resolve_embedder(spec: Any) -> CachedEmbedder | None:
 
 def _always(row: Row) -> bool:
     return True
-
-
-def _at_least(name: str, value: int, minimum: int) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
-        raise InvalidArgumentError(f"{name} must be an integer of at least {minimum}; got {value!r}.")
-    return int(value)
 
 
 def _index_distributions(space: PromptSpace | None) -> dict[str, BaseDistribution]:

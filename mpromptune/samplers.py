@@ -13,8 +13,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from mpromptune.errors import InvalidArgumentError
-from mpromptune.options import SAMPLER_NAMES
+from mpromptune.options import unknown_sampler
 from mpromptune.sampler import qEISampler
 from mpromptune.space import IndexArray, PromptSpace, Row
 
@@ -42,9 +41,7 @@ def resolve_sampler(spec: BaseSampler | str | None, space: PromptSpace, seed: in
         return optuna.samplers.GPSampler(seed=seed)
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    raise InvalidArgumentError(
-        f"sampler must be one of {list(SAMPLER_NAMES)} or an optuna BaseSampler; got {spec!r}."
-    )
+    raise unknown_sampler(spec)
 
 
 def distributions_of(space: PromptSpace) -> dict[str, BaseDistribution]:
