@@ -69,6 +69,16 @@ class Shared:
             raise error
 
 
+class EveryOther(threading.local):
+    """True for every other call of a thread, so that a retry in the same thread succeeds."""
+
+    last = False
+
+    def __call__(self) -> bool:
+        self.last = not self.last
+        return self.last
+
+
 @pytest.mark.parametrize(
     "convert",
     [
@@ -175,28 +185,29 @@ def test_authentication_errors_stop_at_once() -> None:
 
 @pytest.mark.skipif(not hasattr(dspy_errors, "LMRateLimitError"), reason="this DSPy has no LMRateLimitError")
 def test_rate_limits_are_retried() -> None:
-    """Every third call is refused once; no score is lost and none is counted twice."""
+    """Every request is refused once; no score is lost and none is counted twice."""
     metric = Counted()
+    every_other = EveryOther()
 
     def fails(instruction: str, call: int) -> Exception | None:
-        return dspy_errors.LMRateLimitError("slow down") if metric.calls and call % 3 == 0 else None
+        return dspy_errors.LMRateLimitError("slow down") if metric.calls and every_other() else None
 
     program = Failing(fails)
     result = _compile(metric, program, max_calls=36).search_result
     assert 24 <= result.calls == metric.calls <= 36
     assert {t.state for t in result.study.trials} == {TrialState.COMPLETE}
-    assert program.state.calls > metric.calls + 10  # six of them in the bootstrap
+    assert program.state.calls >= 2 * (metric.calls - 1)
 
 
 @pytest.mark.skipif(not hasattr(dspy_errors, "LMServerError"), reason="this DSPy has no LMServerError")
 def test_errors_raised_by_the_lm_itself_arrive_unchanged() -> None:
     """A server error raised inside the LM's call is retried, whatever DSPy wraps around it."""
     lm = arithmetic_lm()
-    forward, seen = lm.forward, []
+    forward, seen, every_other = lm.forward, [], EveryOther()
 
     def flaky(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)
-        if metric.calls and len(seen) % 5 == 0:
+        if metric.calls and every_other():
             raise dspy_errors.LMServerError("overloaded")
         return forward(*args, **kwargs)
 
