@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 from botorch.acquisition import AcquisitionFunction
+from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.acquisition.logei import qLogExpectedImprovement
+from botorch.acquisition.objective import PosteriorTransform
 from botorch.models import SingleTaskGP
 from botorch.optim import optimize_acqf_discrete
+from botorch.posteriors import GPyTorchPosterior
 from botorch.sampling import SobolQMCNormalSampler
+from gpytorch.distributions import MultivariateNormal
 from torch import Tensor
 
 from mpromptune.surrogate import at_average_example, posterior_mean_and_variance, quiet_single_thread
@@ -15,6 +19,9 @@ from mpromptune.surrogate import at_average_example, posterior_mean_and_variance
 # NOTE: 128 Sobol points agree with the closed form and with brute force to a few percent wherever
 # the improvement is not negligible (tests/test_acquisition.py).
 _MC_SAMPLES = 128
+# NOTE: joint values are computed for this many choices, the best by their own expected improvement:
+# the time of a proposal then hardly depends on the size of the space.
+_SHORTLIST = 128
 
 
 def propose(
@@ -25,6 +32,7 @@ def propose(
     X_pending: Tensor | None = None,
     n_batches: int = 0,
     seed: int = 0,
+    noise: float | None = None,
 ) -> Tensor:
     r"""The q choices that together have the highest expected improvement (qLogEI).
 
@@ -50,24 +58,74 @@ def propose(
     .. [Wilson2018] J. Wilson, F. Hutter, M. Deisenroth. Maximizing acquisition functions for
         Bayesian optimization. NeurIPS 2018.
     """
-    q = min(q, len(choices))
+    q = q if noise else min(q, len(choices))
     generator = torch.Generator().manual_seed(seed)
     # Ties go to the first choice, so the order must favour none.
     shuffled = choices[torch.randperm(len(choices), generator=generator)]
-    acqf = expected_improvement(model, best_f, X_pending, seed)
+    shuffled = _shortlist(model, shuffled, best_f)
+    acqf = expected_improvement(model, best_f, X_pending, seed, noise)
     with quiet_single_thread():
-        greedy = _greedy(acqf, shuffled, q)
+        greedy = _greedy(acqf, shuffled, q, unique=noise is None)
         rival = _best_random_batch(acqf, shuffled, q, n_batches, generator)
         return greedy if rival is None else _better(acqf, greedy, rival)
 
 
 def expected_improvement(
-    model: SingleTaskGP, best_f: float, X_pending: Tensor | None = None, seed: int = 0
+    model: SingleTaskGP,
+    best_f: float,
+    X_pending: Tensor | None = None,
+    seed: int = 0,
+    noise: float | None = None,
 ) -> qLogExpectedImprovement:
     """qLogEI at an average example, with base samples fixed by ``seed``."""
     sampler = SobolQMCNormalSampler(torch.Size([_MC_SAMPLES]), seed=seed)
     pending = None if X_pending is None or not len(X_pending) else at_average_example(X_pending)
-    return qLogExpectedImprovement(model, best_f=best_f, sampler=sampler, X_pending=pending)
+    return qLogExpectedImprovement(
+        model,
+        best_f=best_f,
+        sampler=sampler,
+        X_pending=pending,
+        posterior_transform=None if noise is None else NextPosteriorMean(noise),
+    )
+
+
+class NextPosteriorMean(PosteriorTransform):
+    r"""From the posterior of f to that of the posterior mean once all of X has been measured.
+
+    .. math:: \mu' \sim N(\mu, \Sigma (\Sigma + \tau^2 I)^{-1} \Sigma)
+
+    A point may occur several times in X: each is one more measurement of it.
+
+    Args:
+        noise: :math:`\tau^2`, variance of one measurement.
+    """
+
+    scalarize = True
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, posterior: GPyTorchPosterior, X: Tensor | None = None) -> GPyTorchPosterior:
+        """The transformed posterior."""
+        mean = posterior.mean.squeeze(-1)
+        covariance = posterior.distribution.covariance_matrix
+        eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
+        half = torch.linalg.cholesky(covariance + self.noise * eye)
+        root = torch.linalg.solve_triangular(half, covariance, upper=False)
+        jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
+        return GPyTorchPosterior(MultivariateNormal(mean, root.mT @ root + jitter))
+
+    def evaluate(self, Y: Tensor) -> Tensor:
+        """Outcomes as they are."""
+        return Y
+
+
+def log_expected_improvement(model: SingleTaskGP, best_f: float, rows: Tensor) -> Tensor:
+    """Log EI of single configurations, ``n x C`` to ``n``, in closed form [Ament2023]_."""
+    with torch.no_grad(), quiet_single_thread():
+        values: Tensor = LogExpectedImprovement(model, best_f)(at_average_example(rows).unsqueeze(-2))
+    return values
 
 
 def plug_in_incumbent(model: SingleTaskGP, measured: Tensor) -> float:
@@ -80,8 +138,16 @@ def plug_in_incumbent(model: SingleTaskGP, measured: Tensor) -> float:
     return float(mean.max())
 
 
-def _greedy(acqf: AcquisitionFunction, choices: Tensor, q: int) -> Tensor:
-    candidates, _ = optimize_acqf_discrete(acqf, q=q, choices=at_average_example(choices))
+def _shortlist(model: SingleTaskGP, choices: Tensor, best_f: float) -> Tensor:
+    """The choices that are worth a joint evaluation, in their order."""
+    if len(choices) <= _SHORTLIST:
+        return choices
+    best = log_expected_improvement(model, best_f, choices).topk(_SHORTLIST).indices
+    return choices[best.sort().values]
+
+
+def _greedy(acqf: AcquisitionFunction, choices: Tensor, q: int, unique: bool) -> Tensor:
+    candidates, _ = optimize_acqf_discrete(acqf, q=q, choices=at_average_example(choices), unique=unique)
     return candidates.reshape(q, -1)[:, :-1].to(choices.dtype)
 
 

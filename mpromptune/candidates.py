@@ -32,7 +32,8 @@ def choice_set(
     Args:
         space: The configurations that exist.
         max_space_size: Up to this size all of them are choices. Above it, ``max_space_size`` of
-            them drawn at random and, with ``value``, what a coordinate-wise local search meets.
+            them drawn at random and, with ``value``, what a coordinate-wise local search meets,
+            and the starts themselves: what was measured may be measured again.
         allowed: Whether a configuration may be proposed.
         rng: Draws the sample.
         value: Acquisition value of single configurations, for the local search.
@@ -41,7 +42,7 @@ def choice_set(
     rows = space.sample(max_space_size, rng)
     if value is not None and space.size > max_space_size:
         found = [local_search(space, start, value) for start in starts[:_STARTS]]
-        rows = np.unique(np.concatenate([rows, *found]), axis=0)
+        rows = np.unique(np.concatenate([rows, *found, np.array(starts, dtype=rows.dtype)]), axis=0)
     keep = [allowed(tuple(row)) for row in rows.tolist()]
     return torch.from_numpy(rows[np.array(keep, dtype=bool)])
 

@@ -23,7 +23,7 @@ from mpromptune.sampler import qEISampler
 from mpromptune.samplers import OpenSampler, distributions_of
 from mpromptune.schedule import Examples, Schedule
 from mpromptune.space import PromptSpace, Row
-from mpromptune.surrogate import posterior_mean_and_variance
+from mpromptune.surrogate import on_cpu, posterior_mean_and_variance
 
 Callback = Callable[[Study, FrozenTrial], None]
 OnCall = Callable[[int, int], None]
@@ -165,7 +165,7 @@ class Coordinator:
     def _posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and variance of configurations, given everything told."""
         trials = self.study.get_trials(deepcopy=False)
-        with torch.device("cpu"):
+        with on_cpu():
             history = read(self.study, trials, self.encoding.row, len(self.encoding.names))
             if not len(history):  # every trial so far has failed
                 return torch.zeros(len(rows)), torch.ones(len(rows))

@@ -49,6 +49,11 @@ class History:
     def __len__(self) -> int:
         return len(self.train_Y)
 
+    @property
+    def trial_noise(self) -> float | None:
+        """Variance of a typical trial's value; None where trials have no per-example scores."""
+        return None if self.train_Yvar is None else float(self.train_Yvar.median())
+
 
 def proposed_params(trial: FrozenTrial) -> dict[str, object]:
     """The params of a trial, or those that a sampler handed to it and that it has yet to suggest."""
@@ -68,7 +73,7 @@ def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_compone
     placed = [(t, row) for t in trials if (row := row_of(proposed_params(t))) is not None]
     observed = [(t, row) for t, row in placed if t.state == TrialState.COMPLETE]
     finished = [(t, row) for t, row in placed if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    pending = tuple(dict.fromkeys(row for t, row in placed if t.state == TrialState.RUNNING))
+    pending = tuple(row for t, row in placed if t.state == TrialState.RUNNING)
     n_examples = study.user_attrs.get(N_EXAMPLES, 0)
     measured = _measured(finished)
     closed = frozenset(row for row, examples in measured.items() if len(examples) >= n_examples)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.models import SingleTaskGP
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
@@ -18,15 +18,20 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from mpromptune.acquisition import plug_in_incumbent, propose
+from mpromptune.acquisition import log_expected_improvement, plug_in_incumbent, propose
 from mpromptune.attributes import PLAN, PROPOSED
-from mpromptune.candidates import Value, choice_set
+from mpromptune.candidates import choice_set
 from mpromptune.embedding import CachedEmbedder, as_embedder
 from mpromptune.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.errors import require_count
 from mpromptune.history import History, fit_history, proposed_params, read
 from mpromptune.space import PromptSpace, Row
-from mpromptune.surrogate import at_average_example, posterior_mean_and_variance, quiet_single_thread
+from mpromptune.surrogate import on_cpu, posterior_mean_and_variance
+
+# NOTE: a proposal is valued as if it were to be measured on three blocks rather than one: one block
+# of a noisy metric says so little that all values are alike [Frazier2010]_. On the recorded tables
+# the mean excess regret was 0.59 with one block, 0.49 with three and 0.75 with no noise at all.
+_LOOKAHEAD = 3.0
 
 
 class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler is known
@@ -128,7 +133,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._raise_error_if_multi_objective(study)
         if not search_space:
             return {}
-        with self._lock, torch.device("cpu"):
+        with self._lock, on_cpu():
             params = self._sample(study, trial, search_space)
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSED, params)
         return params
@@ -166,13 +171,17 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
     ) -> dict[str, Any]:
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         known = sum(t.state.is_finished() for t in others)
-        params = _next_of_plan(others, known, list(search_space))
+        params = _next_of_plan(others, known, list(search_space), self._may_be_measured)
         if params is None:
             batch = self._propose(study, trial, search_space, others)
             params = batch[0]
             plan: dict[str, Any] = {"known": known, "batch": batch}
             study._storage.set_trial_system_attr(trial._trial_id, PLAN, plan)
         return params
+
+    def _may_be_measured(self, params: dict[str, Any]) -> bool:
+        row = None if self._is_open is _always else self.prompts().row(params)
+        return row is None or self._is_open(row)
 
     def _propose(
         self,
@@ -203,7 +212,8 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         best_f = plug_in_incumbent(model, measured)
         choices = self._choices(encoding, history, rng, (model, best_f, measured))
         pending = torch.tensor(history.pending, dtype=torch.float64)
-        rows = propose(model, choices, self.batch_size, best_f, pending, self.n_batches, seed)
+        noise = history.trial_noise and history.trial_noise / _LOOKAHEAD
+        rows = propose(model, choices, self.batch_size, best_f, pending, self.n_batches, seed, noise)
         return [[int(i) for i in row] for row in rows.tolist()]
 
     def _choices(
@@ -214,9 +224,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         fitted: tuple[SingleTaskGP, float, Tensor] | None = None,
     ) -> Tensor:
         """Open configurations; those that only wait for a running trial; or, at last, all."""
-        value = None if fitted is None else _expected_improvement(fitted[0], fitted[1])
+        value = None if fitted is None else partial(log_expected_improvement, fitted[0], fitted[1])
         starts = [] if fitted is None else _best_first(fitted[0], fitted[2])
-        pending = set(history.pending)
+        # One more block of what is being measured can matter; where trials have no noise it cannot.
+        pending = set(history.pending) if history.trial_noise is None else set()
 
         def is_open(row: Row) -> bool:
             return row not in history.closed and self._is_open(row)
@@ -265,28 +276,21 @@ def _restricted(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str
     return {name: params[name] for name in names}
 
 
-def _next_of_plan(others: list[FrozenTrial], known: int, names: list[str]) -> dict[str, Any] | None:
+def _next_of_plan(
+    others: list[FrozenTrial], known: int, names: list[str], allowed: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any] | None:
     """The next configuration of the newest batch, while nothing has been learnt since."""
     leader = next((t for t in reversed(others) if PLAN in t.system_attrs), None)
     if leader is None or leader.system_attrs[PLAN]["known"] != known:
         return None
     handed_out = [proposed_params(t) for t in others if t.number >= leader.number]
     for params in leader.system_attrs[PLAN]["batch"]:
-        taken = any(_agrees(params, other) for other in handed_out)
-        if set(params) == set(names) and not taken:
+        taken = next((i for i, other in enumerate(handed_out) if _agrees(params, other)), None)
+        if taken is not None:
+            del handed_out[taken]
+        elif set(params) == set(names) and allowed(params):
             return dict(params)
     return None
-
-
-def _expected_improvement(model: SingleTaskGP, best_f: float) -> Value:
-    acqf = LogExpectedImprovement(model, best_f)
-
-    def value(rows: Tensor) -> Tensor:
-        with torch.no_grad(), quiet_single_thread():
-            values: Tensor = acqf(at_average_example(rows).unsqueeze(-2))
-        return values
-
-    return value
 
 
 def _best_first(model: SingleTaskGP, measured: Tensor) -> list[Row]:
