@@ -38,7 +38,7 @@ class Used:
     seconds: float
 
 
-class SimulatedLM(dspy.BaseLM):
+class SimulatedLM(dspy.BaseLM):  # type: ignore[misc]
     """Answers every field that is asked for, after a lognormal time.
 
     An ``answer`` is the sum asked for or not, by the skill of the prompt (instruction and demos) and

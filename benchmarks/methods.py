@@ -53,20 +53,25 @@ def stock(sampler: Callable[[int], BaseSampler]) -> Method:
         num_trials = trials_for(calls, problem.n_examples)
         for step in range(1, num_trials + 1):
             trial = study.ask(distributions)
-            value = measure(trial.params, _MINIBATCH)
+            value = measure(trial.params, min(_MINIBATCH, problem.n_examples))
             study.tell(trial, value)
             minibatches[_key(trial.params)].append(value)
             if step % _FULL_STEPS == 0 or step == num_trials:
                 open_ = {k: float(np.mean(v)) for k, v in minibatches.items() if k not in best}
                 if open_:
-                    full(dict(max(open_, key=lambda k: open_[k])))
-        return dict(max(best, key=lambda k: best[k]))
+                    full(_best(open_))
+        return _best(best)
 
     return run
 
 
 def _key(params: dict[str, Any]) -> Params:
     return tuple(params.items())
+
+
+def _best(means: dict[Params, float]) -> dict[str, int]:
+    winner: Params = max(means, key=lambda key: means[key])
+    return dict(winner)
 
 
 def trials_for(calls: int, n_examples: int) -> int:
