@@ -170,9 +170,10 @@ def proposal_table(rows: list[Cell]) -> str:
     for combinations, trials in dict.fromkeys((r["combinations"], r["trials"]) for r in rows):
         cell = {"combinations": combinations, "trials": trials}
         ours, tpe, gp = (find({**cell, "sampler": s}, rows) for s in ("ours", "tpe", "gp"))
-        ratios = [_quotient(ours, other) for other in (tpe, gp)]
+        ratios = [_quotient(ours, tpe), _quotient(ours, gp), _quotient(ours, gp, "cpu")]
         lines.append([str(combinations), str(trials), *map(_cost, (ours, tpe, gp)), *ratios])
-    return markdown(["combinations", "trials", "ours", "TPE", "GP", "ours / TPE", "ours / GP"], lines)
+    ratio_names = ["ours / TPE", "ours / GP", "ours / GP, CPU time"]
+    return markdown(["combinations", "trials", "ours", "TPE", "GP", *ratio_names], lines)
 
 
 def _cost(row: Cell | None) -> str:
@@ -182,12 +183,12 @@ def _cost(row: Cell | None) -> str:
     return over if row["seconds"] is None else f"{row['seconds']:.3f} s, {row['memory']:.0f} MB"
 
 
-def _quotient(row: Cell | None, other: Cell | None) -> str:
-    if not row or not other or row["seconds"] is None:
+def _quotient(row: Cell | None, other: Cell | None, figure: str = "seconds") -> str:
+    if not row or not other or row[figure] is None:
         return ""
-    if other["seconds"] is None:
-        return f"< {row['seconds'] / other['limit']:.3f}"
-    return f"{row['seconds'] / other['seconds']:.3f}"
+    if other[figure] is None:
+        return f"< {row[figure] / other['limit']:.3f}"
+    return f"{row[figure] / other[figure]:.2f}"
 
 
 def select(rows: Iterable[Cell], **wanted: Any) -> list[Cell]:

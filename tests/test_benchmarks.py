@@ -197,7 +197,7 @@ def result_files(folder: Path) -> None:
     cell = {"combinations": 72, "trials": 10, "limit": 60.0, "memory": 1.0}
     seconds = {"ours": 0.1, "tpe": 0.05, "gp": None}
     (folder / "proposal.json").write_text(
-        json.dumps([{**cell, "sampler": name, "seconds": s} for name, s in seconds.items()])
+        json.dumps([{**cell, "sampler": name, "seconds": s, "cpu": s} for name, s in seconds.items()])
     )
 
 
@@ -211,7 +211,7 @@ def test_report_of_a_small_file(tmp_path: Path) -> None:
     assert "| t one | search-qei | 1.00 ± 0.50 | 3.00 ± 0.50 |" in text["Configurations in a round"]
     assert "| +0.50 ± 0.00 |" in text["Shuffled embeddings"]
     assert "| t one + t two | 8.00 ± 0.50 | 2.00 ± 0.50 | 0.25 |" in text["Programs of several predictors"]
-    assert "| 0.100 s, 1 MB | 0.050 s, 1 MB | over 60 s | 2.000 | < 0.002 |" in text["Four asks"]
+    assert "| 0.100 s, 1 MB | 0.050 s, 1 MB | over 60 s | 2.00 | < 0.002 | < 0.002 |" in text["Four asks"]
 
 
 def test_report_prints_without_matplotlib(
@@ -250,5 +250,5 @@ def test_a_study_is_filled_and_asked(sampler: str) -> None:
     assert len(study.trials) == 60
     seen = [(tuple(t.params.values()), e) for t in study.trials for e in t.user_attrs["mpromptune:examples"]]
     assert len(set(seen)) == len(seen) == 600
-    assert proposal.four_asks(study, space) > 0.0
+    assert min(proposal.four_asks(study, space)) > 0.0
     assert len(study.trials) == 64
