@@ -4,7 +4,7 @@
 #   make test                        all tests; ARGS="-k kernels" for some
 #   make lint types                  ruff, mypy
 #   make check                       all of the above
-#   make bench                       all benchmarks: hours; ARGS="--seeds 2" for a look
+#   make bench                       all benchmarks: hours, and finished cells are kept
 #   make report                      tables and pictures of the results
 
 PYTHON ?= python3
@@ -39,10 +39,9 @@ check:
 	$(MAKE) test ARGS=
 	$(MAKE) demo ARGS=
 
-# Finished cells are kept: a run that was stopped is taken up again.
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.quality $(ARGS)
-	$(BIN)/python -m benchmarks.pipelines $(ARGS)
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.pipelines
 	$(BIN)/python -m benchmarks.proposal
 	$(BIN)/python -m benchmarks.wallclock
 	$(MAKE) report ARGS=
