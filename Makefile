@@ -4,6 +4,8 @@
 #   make test                        all tests; ARGS="-k kernels" for some
 #   make lint types                  ruff, mypy
 #   make check                       all of the above
+#   make bench                       all benchmarks: hours, and finished cells are kept
+#   make report                      tables and pictures of the results
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check clean
+.PHONY: help demo test lint types check bench report clean
 
 help:
 	@sed -n 's/^# *//p' Makefile
@@ -36,6 +38,17 @@ check:
 	$(MAKE) types
 	$(MAKE) test ARGS=
 	$(MAKE) demo ARGS=
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.pipelines
+	$(BIN)/python -m benchmarks.proposal
+	$(BIN)/python -m benchmarks.wallclock
+	$(MAKE) report ARGS=
+
+report: $(VENV)/.installed
+	$(INSTALL) --editable '.[bench]'
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,7 +38,7 @@ class Used:
     seconds: float
 
 
-class SimulatedLM(dspy.BaseLM):
+class SimulatedLM(dspy.BaseLM):  # type: ignore[misc]
     """Answers every field that is asked for, after a lognormal time.
 
     An ``answer`` is the sum asked for or not, by the skill of the prompt (instruction and demos) and
@@ -59,7 +59,7 @@ class SimulatedLM(dspy.BaseLM):
         with self._lock:
             return Used(int(self._meter[0]), self._meter[1])
 
-    def forward(self, prompt: str | None = None, messages: list | None = None, **kwargs: Any) -> Any:
+    def forward(self, prompt: str | None = None, messages: list[Any] | None = None, **kwargs: Any) -> Any:
         """One completion, as DSPy asks for it."""
         contents = [str(m["content"]) for m in messages or []]
         rollout = kwargs.get("rollout_id", self.kwargs.get("rollout_id"))
@@ -80,7 +80,7 @@ class SimulatedLM(dspy.BaseLM):
         twin.history, twin.kwargs = [], {**self.kwargs, **kwargs}
         return twin
 
-    def __deepcopy__(self, memo: dict) -> SimulatedLM:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SimulatedLM:
         return self
 
 

@@ -12,12 +12,14 @@ import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
-from benchmarks.tables import Problem
+from benchmarks.hbbops import hbbops
+from benchmarks.tables import Task
 from mpromptune import qEISampler, search
 from mpromptune.samplers import OpenSampler, distributions_of
 from mpromptune.schedule import stock_calls
 
-Method = Callable[[Problem, int, int, int], dict[str, int]]  # problem, calls, seed, q
+Method = Callable[[Task, int, int, int], dict[str, int]]  # problem, calls, seed, q
+Params = tuple[tuple[str, int], ...]
 
 _MINIBATCH, _FULL_STEPS = 35, 5
 
@@ -29,7 +31,7 @@ def stock(sampler: Callable[[int], BaseSampler]) -> Method:
     is replaced by the existing one with most components in common.
     """
 
-    def run(problem: Problem, calls: int, seed: int, q: int) -> dict[str, int]:
+    def run(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
         rng = random.Random(seed)
         space = problem.space
         study = optuna.create_study(
@@ -42,29 +44,34 @@ def stock(sampler: Callable[[int], BaseSampler]) -> Method:
             return float(np.mean([problem.score(params, e) for e in examples]))
 
         def full(params: dict[str, int]) -> None:
-            best[tuple(params.items())] = measure(params, problem.n_examples)
-            study.add_trial(
-                optuna.create_trial(
-                    params=params, distributions=distributions, value=best[tuple(params.items())]
-                )
-            )
+            value = best[_key(params)] = measure(params, problem.n_examples)
+            study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
 
-        best: dict[tuple[tuple[str, int], ...], float] = {}
-        minibatches: dict[tuple[tuple[str, int], ...], list[float]] = defaultdict(list)
+        best: dict[Params, float] = {}
+        minibatches: dict[Params, list[float]] = defaultdict(list)
         full(problem.baseline)
         num_trials = trials_for(calls, problem.n_examples)
         for step in range(1, num_trials + 1):
             trial = study.ask(distributions)
-            value = measure(trial.params, _MINIBATCH)
+            value = measure(trial.params, min(_MINIBATCH, problem.n_examples))
             study.tell(trial, value)
-            minibatches[tuple(trial.params.items())].append(value)
+            minibatches[_key(trial.params)].append(value)
             if step % _FULL_STEPS == 0 or step == num_trials:
                 open_ = {k: float(np.mean(v)) for k, v in minibatches.items() if k not in best}
                 if open_:
-                    full(dict(max(open_, key=lambda k: open_[k])))
-        return dict(max(best, key=lambda k: best[k]))
+                    full(_best(open_))
+        return _best(best)
 
     return run
+
+
+def _key(params: dict[str, Any]) -> Params:
+    return tuple(params.items())
+
+
+def _best(means: dict[Params, float]) -> dict[str, int]:
+    winner: Params = max(means, key=lambda key: means[key])
+    return dict(winner)
 
 
 def trials_for(calls: int, n_examples: int) -> int:
@@ -75,25 +82,28 @@ def trials_for(calls: int, n_examples: int) -> int:
     return trials
 
 
-def halving(problem: Problem, calls: int, seed: int, q: int) -> dict[str, int]:
+def halving(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
     """Paired successive halving: all on the same examples, the better half goes on."""
-    order = np.random.default_rng(seed).permutation(problem.n_examples)
-    alive = np.arange(problem.space.size)
+    space, order = problem.space, np.random.default_rng(seed).permutation(problem.n_examples)
+    alive = space.rows()
+    totals = np.zeros(len(alive))
     rungs = max(1, math.ceil(math.log2(len(alive))))
     seen, spent = 0, 0
     for rung in range(rungs):
         share = (calls - spent) // (rungs - rung)
         more = min(share // len(alive), problem.n_examples - seen)
+        new = order[seen : seen + more].tolist()
         seen, spent = seen + more, spent + more * len(alive)
-        means = problem.scores[alive][:, order[:seen]].mean(axis=1) if seen else np.zeros(len(alive))
-        alive = alive[np.argsort(-means, kind="stable")[: max(1, len(alive) // 2)]]
-    return problem.space.params(problem.space.rows()[alive[0]])
+        totals += [sum(problem.score(space.params(row), e) for e in new) for row in alive]
+        kept = np.argsort(-totals, kind="stable")[: max(1, len(alive) // 2)]
+        alive, totals = alive[kept], totals[kept]
+    return space.params(alive[0])
 
 
 def ours(sampler: str, embeddings: bool = True) -> Method:
     """`search` with one of its samplers."""
 
-    def run(problem: Problem, calls: int, seed: int, q: int) -> dict[str, int]:
+    def run(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
         chosen: Any = sampler
         if sampler == "qei":
             chosen = qEISampler(embedder=problem.embed if embeddings else "index", seed=seed)
@@ -124,6 +134,7 @@ METHODS: dict[str, Method] = {
     "stock-gp": stock(lambda seed: optuna.samplers.GPSampler(seed=seed)),
     "stock-random": stock(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
     "halving": halving,
+    "hbbops": hbbops,
     "search-random": ours("random"),
     "search-tpe": ours("tpe"),
     "search-qei-index": ours("qei", embeddings=False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 from benchmarks.methods import METHODS
@@ -14,7 +14,16 @@ from mpromptune.schedule import stock_calls
 # Trials of DSPy's light, medium and heavy runs, by the number of configurations that they make.
 STOCK_TRIALS = {18: 10, 72: 18, 162: 27}
 N_VAL = 200
-Q_MATTERS = ("search-qei", "search-qei-index")
+SOME = ("stock-tpe", "halving", "search-random", "search-qei-index", "search-qei")
+NOT_INDEX = tuple(method for method in SOME if method != "search-qei-index")
+# The tables that slices vary one factor on: a wide field of prompts, and a flat one.
+FOCUS = ("gsm8k_llama33_70b_s43", "agnews_llama33_70b_s42")
+COST = """\
+CPU seconds of a run at pool 72 and stock's calls, measured on a busy machine: search-qei and
+search-qei-index 6, hbbops 4, search-random and search-tpe 1, the others under 0.5; search-qei 17 at twice the
+calls, 13 with q = 1, 19 with a pool of 162. With 40 seeds that makes, in CPU hours: headline 1.1, means 0.2,
+budgets 0.9, q 0.5, pools 0.6, shuffled 0.2, few-shot 0.3. Finished cells are kept, so that a run can be
+stopped and taken up again."""
 
 
 def measure(cell: Cell, seed: int) -> dict[str, float]:
@@ -28,7 +37,7 @@ def measure(cell: Cell, seed: int) -> dict[str, float]:
 
 def cell(method: str, table: str, pool: int = 72, share: float = 1.0, q: int = 4, **kind: bool) -> Cell:
     """One row: ``share`` is the fraction of the calls that DSPy's MIPROv2 would spend."""
-    calls = round(share * stock_calls(STOCK_TRIALS[pool], N_VAL))
+    calls = int(share * stock_calls(STOCK_TRIALS[pool], N_VAL))
     return {
         "method": method,
         "table": table,
@@ -41,40 +50,82 @@ def cell(method: str, table: str, pool: int = 72, share: float = 1.0, q: int = 4
     }
 
 
-def headline(tables: tuple[str, ...]) -> Iterator[Cell]:
-    """Every method at stock's calls, pool 72."""
-    for table, method in product(tables, METHODS):
-        yield cell(method, table)
+def headline() -> Iterator[Cell]:
+    """Every method at stock's calls, pool 72 (all prompts of a smaller table), q = 4."""
+    yield from (cell(method, table) for table, method in product(PER_EXAMPLE, METHODS))
 
 
-def slices(tables: tuple[str, ...]) -> Iterator[Cell]:
-    """One factor at a time around the headline: budget, q, pool; shuffled and few-shot rows."""
-    some = ("stock-tpe", "halving", "search-random", *Q_MATTERS)
-    for table, method, share in product(tables, some, (0.25, 0.5, 2.0)):
+def means() -> Iterator[Cell]:
+    """The headline where only mean scores are recorded: examples are drawn independently."""
+    yield from (cell(method, table) for table, method in product(MEANS_ONLY, SOME))
+
+
+def budgets() -> Iterator[Cell]:
+    """Other shares of stock's calls; below 435 of them DSPy's protocol spends 435."""
+    for table, method, share in product(FOCUS, SOME, (0.25, 0.5)):
         yield cell(method, table, share=share)
-    for table, q in product(tables, (1, 8, 16)):
-        yield cell("search-qei", table, q=q)
-    for table, method in product(tables, Q_MATTERS):
-        yield cell(method, table, shuffled=True)
-    for table, method, pool in product(tables[:3], some, (18, 162)):
-        yield cell(method, table, pool=pool)
-    for table, method in product(tables[:3], some):
-        yield cell(method, table, few_shot=True)
+    for table, method in product(FOCUS, NOT_INDEX):
+        yield cell(method, table, share=2.0)
+    for table, share in product(FOCUS, (0.125, 0.375, 0.75)):
+        yield cell("search-qei", table, share=share)
+
+
+def batch_sizes() -> Iterator[Cell]:
+    """Configurations in a round."""
+    yield from (cell("search-qei", table, q=q) for table, q in product(FOCUS, (1, 8, 16)))
+
+
+def pools() -> Iterator[Cell]:
+    """As many prompts, and calls, as DSPy's light and heavy runs have."""
+    yield from (cell(m, table, pool=pool) for table, m, pool in product(FOCUS, NOT_INDEX, (18, 162)))
+
+
+def shuffled() -> Iterator[Cell]:
+    """Embeddings dealt out at random; for search-qei-index that is the headline's run."""
+    for table in (*FOCUS, "subj_llama33_70b_s42"):
+        yield cell("search-qei", table, shuffled=True)
+
+
+def few_shot() -> Iterator[Cell]:
+    """Only prompts with demos."""
+    yield from (cell(method, table, few_shot=True) for table, method in product(FOCUS, SOME))
+
+
+SLICES: dict[str, Callable[[], Iterator[Cell]]] = {
+    "headline": headline,
+    "means": means,
+    "budgets": budgets,
+    "q": batch_sizes,
+    "pools": pools,
+    "shuffled": shuffled,
+    "few-shot": few_shot,
+}
+
+
+def chosen(names: Sequence[str], tables: Sequence[str], methods: Sequence[str]) -> list[Cell]:
+    """The cells of some slices that are about these tables and methods."""
+    cells = [c for name in names for c in SLICES[name]()]
+    return [c for c in cells if c["table"] in tables and c["method"] in methods]
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    described = "\n".join(f"  {name}: {slice_.__doc__}" for name, slice_ in SLICES.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n\nSlices:\n{described}",
+        epilog=COST,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="*", default=list(SLICES), choices=list(SLICES), help="slices")
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--tables", nargs="*", default=[*PER_EXAMPLE, *MEANS_ONLY])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--headline", action="store_true", help="only stock's calls, pool 72, q = 4")
+    parser.add_argument("--headline", action="store_true", help="--only headline means")
     parser.add_argument("--output", default="quality.json", help="file under benchmarks/results")
     arguments = parser.parse_args()
-    tables = tuple(arguments.tables)
-    cells = list(headline(tables)) + ([] if arguments.headline else list(slices(tables)))
-    wanted = [c for c in cells if c["method"] in arguments.methods]
+    names = ["headline", "means"] if arguments.headline else arguments.only
+    wanted = chosen(names, arguments.tables, arguments.methods)
     run_cells(wanted, measure, arguments.seeds, RESULTS / arguments.output, arguments.jobs)
 
 

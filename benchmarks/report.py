@@ -1,94 +1,270 @@
-"""Committed results as a Markdown table and a picture: `python -m benchmarks.report`."""
+"""Committed results as Markdown tables and pictures: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from benchmarks.methods import METHODS
-from benchmarks.runner import RESULTS, Cell
+from benchmarks.runner import RESULTS, Cell, find, read
 
 # NOTE: an excess of zero would make a geometric mean zero by one lucky table: floor at 0.02 points.
 _FLOOR = 0.02
+OURS, STOCK = "search-qei", "stock-tpe"
+
+HEADLINE = {"pool": 72, "share": 1.0, "q": 4, "few_shot": False, "shuffled": False}
 
 
-def headline(rows: list[Cell]) -> str:
-    """Regret by table and method at stock's calls, pool 72, as a Markdown table."""
-    chosen = _at_stock_calls(rows)
-    methods = [m for m in METHODS if any(r["method"] == m for r in chosen)]
-    lines = [_markdown(["table", *methods, "exhaustive"]), _markdown(["---"] * (len(methods) + 2))]
-    for table in dict.fromkeys(r["table"] for r in chosen):
-        by = {r["method"]: r for r in chosen if r["table"] == table}
-        cells = [_regret(by[m]) if m in by else "" for m in methods]
+def headline(rows: list[Cell], **other: Any) -> str:
+    """Regret by table and method at stock's calls, pool 72, or with one of these changed."""
+    rows = select(rows, **{**HEADLINE, **other})
+    methods = methods_of(rows)
+    lines = []
+    for table in tables_of(rows):
+        by = {r["method"]: r for r in rows if r["table"] == table}
         exhaustive = f"{next(iter(by.values()))['exhaustive']:.2f}"
-        lines.append(_markdown([table.replace("_", " "), *cells, exhaustive]))
-    return "\n".join(lines)
+        lines.append([pretty(table), *(_regret(by.get(m)) for m in methods), exhaustive])
+    return markdown(["table", *methods, "exhaustive"], lines)
 
 
-def excess_ratios(rows: list[Cell], method: str = "search-qei", base: str = "stock-tpe") -> dict[str, float]:
+def excess_ratios(rows: list[Cell], method: str = OURS, base: str = STOCK) -> dict[str, float]:
     """Excess regret over exhaustive evaluation, ``method`` divided by ``base``, for each table."""
-    chosen = _at_stock_calls(rows)
-    excess = {(r["table"], r["method"]): r["excess"] for r in chosen}
-    tables = dict.fromkeys(t for t, m in excess if m == method and (t, base) in excess)
-    return {t: max(excess[t, method], _FLOOR) / max(excess[t, base], _FLOOR) for t in tables}
+    rows = select(rows, **HEADLINE)
+    excess = {(r["table"], r["method"]): r["excess"] for r in rows}
+    both = [t for t in tables_of(rows) if (t, method) in excess and (t, base) in excess]
+    return {t: _ratio(excess[t, method], excess[t, base]) for t in both}
 
 
-def geometric_mean(values: list[float]) -> float:
-    """The mean on the scale of ratios."""
-    return math.exp(sum(map(math.log, values)) / len(values))
+def excess_table(rows: list[Cell]) -> str:
+    """Excess of every method, divided by stock TPE's, and the geometric mean of the per-example tables."""
+    methods = [m for m in methods_of(select(rows, **HEADLINE)) if m != STOCK]
+    ratios = {m: excess_ratios(rows, m) for m in methods}
+    tables = list(dict.fromkeys(t for by in ratios.values() for t in by))
+    lines = [[pretty(t), *(_number(ratios[m].get(t)) for m in methods)] for t in tables]
+    means = [[r for t, r in ratios[m].items() if not t.startswith("means")] for m in methods]
+    lines.append(["geometric mean, per-example tables", *(_number(geometric_mean(v)) for v in means)])
+    return markdown(["excess / stock-tpe's", *methods], lines)
 
 
-def plot(rows: list[Cell], path: Path) -> None:
-    """Bars of regret by table and method."""
-    from matplotlib.figure import Figure
-
-    chosen = _at_stock_calls(rows)
-    tables = list(dict.fromkeys(r["table"] for r in chosen))
-    methods = [m for m in METHODS if any(r["method"] == m for r in chosen)]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots()
-    for k, method in enumerate(methods):
-        by = {r["table"]: r for r in chosen if r["method"] == method}
-        at = [i + (k - len(methods) / 2) * 0.1 for i, t in enumerate(tables) if t in by]
-        heights = [by[t]["regret"] for t in tables if t in by]
-        errors = [by[t]["regret_se"] for t in tables if t in by]
-        axes.bar(at, heights, 0.1, yerr=errors, label=method)
-    axes.set_xticks(range(len(tables)), [t.replace("_", "\n", 1) for t in tables], fontsize=8)
-    axes.set_ylabel("regret, percentage points")
-    axes.legend(ncols=4, fontsize=8)
-    figure.savefig(path)
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """The mean on the scale of ratios; None of nothing."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
-def _at_stock_calls(rows: list[Cell]) -> list[Cell]:
-    """The headline's rows: pool 72, q = 4, the calls of stock, nothing left out or shuffled."""
-    wanted = {"pool": 72, "share": 1.0, "q": 4, "few_shot": False, "shuffled": False}
-    return [r for r in rows if wanted.items() <= r.items()]
+def budget_curve(rows: list[Cell], table: str, method: str) -> list[tuple[float, Cell]]:
+    """Rows of a method by the share of stock's calls, in order."""
+    wanted = {k: v for k, v in HEADLINE.items() if k != "share"}
+    found = select(rows, **wanted, table=table, method=method)
+    return sorted(((r["share"], r) for r in found), key=lambda pair: pair[0])
 
 
-def _regret(row: Cell) -> str:
-    return f"{row['regret']:.2f} ± {row['regret_se']:.2f}"
+def share_reached(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """The smallest share at which a curve of (share, mean regret), joined by lines, is at ``target``.
+
+    The first share itself if it is there already; None if the curve never gets there.
+    """
+    if curve and curve[0][1] <= target:
+        return curve[0][0]
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if y1 <= target:
+            return x0 + (x1 - x0) * (y0 - target) / (y0 - y1)
+    return None
 
 
-def _markdown(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def budget_table(rows: list[Cell]) -> str:
+    """Regret by share of stock's calls, and the share at which stock TPE's regret at 1 is reached."""
+    shares = sorted({r["share"] for r in rows})
+    lines = []
+    for table in tables_of(r for r in rows if r["share"] != 1.0):
+        target = find({**HEADLINE, "table": table, "method": STOCK}, rows)
+        for method in methods_of(rows):
+            curve = budget_curve(rows, table, method)
+            by = dict(curve)
+            points = [(share, row["regret"]) for share, row in curve]
+            at = _share(points, target["regret"]) if target and method != STOCK else ""
+            if len(curve) > 1:
+                lines.append([pretty(table), method, *(_regret(by.get(s)) for s in shares), at])
+    return markdown(["table", "method", *map(str, shares), "share for stock-tpe's regret at 1"], lines)
+
+
+def _share(points: Sequence[tuple[float, float]], target: float) -> str:
+    at = share_reached(points, target)
+    if at is None:
+        return "not reached"
+    return f"≤ {at:.3f}" if at == points[0][0] else f"{at:.2f}"
+
+
+def slice_table(rows: list[Cell], name: str) -> str:
+    """Regret by the values of one thing (q, pool), all else as in the headline."""
+    wanted = {k: v for k, v in HEADLINE.items() if k != name}
+    rows = select(rows, **wanted)
+    values = sorted({r[name] for r in rows})
+    lines = []
+    for table in tables_of(r for r in rows if r[name] != HEADLINE[name]):
+        for method in methods_of(rows):
+            by = {r[name]: r for r in rows if r["table"] == table and r["method"] == method}
+            if len(by) > 1:
+                lines.append([pretty(table), method, *(_regret(by.get(v)) for v in values)])
+    return markdown(["table", "method", *(f"{name} {v}" for v in values)], lines)
+
+
+def shuffled_table(rows: list[Cell]) -> str:
+    """Embeddings dealt out at random, against none: the mean difference over the same seeds."""
+    lines = []
+    for row in select(rows, **{**HEADLINE, "shuffled": True}, method=OURS):
+        index = find({**HEADLINE, "table": row["table"], "method": "search-qei-index"}, rows)
+        real = find({**HEADLINE, "table": row["table"], "method": OURS}, rows)
+        difference = paired(row, index) if index else None
+        text = "" if difference is None else f"{difference[0]:+.2f} ± {difference[1]:.2f}"
+        lines.append([pretty(row["table"]), _regret(real), _regret(row), _regret(index), text])
+    return markdown(["table", OURS, "shuffled", "search-qei-index", "shuffled - index, paired"], lines)
+
+
+def paired(row: Cell, other: Cell) -> tuple[float, float] | None:
+    """Mean and standard error of the difference, over the seeds that both have (two at least)."""
+    n = min(len(row.get("regrets", ())), len(other.get("regrets", ())))
+    if n < 2:
+        return None
+    differences = np.array(row["regrets"][:n]) - np.array(other["regrets"][:n])
+    return float(differences.mean()), float(differences.std(ddof=1)) / n**0.5
+
+
+def pipelines_table(rows: list[Cell]) -> str:
+    """Regret of programs of several predictors, and search-qei's divided by stock TPE's."""
+    methods = methods_of(rows)
+    lines, ratios = [], []
+    for program in dict.fromkeys(r["program"] for r in rows):
+        by = {r["method"]: r for r in rows if r["program"] == program}
+        ratio = _ratio(by[OURS]["regret"], by[STOCK]["regret"]) if {OURS, STOCK} <= set(by) else None
+        ratios += [] if ratio is None else [ratio]
+        lines.append([pretty(program), *(_regret(by.get(m)) for m in methods), _number(ratio)])
+    lines.append(["geometric mean", *([""] * len(methods)), _number(geometric_mean(ratios))])
+    return markdown(["program", *methods, f"{OURS} / {STOCK}"], lines)
+
+
+def wallclock_table(rows: list[Cell]) -> str:
+    """Wall time and utilisation of a whole compile, stock and ours."""
+    lines = []
+    for row in rows:
+        same = {name: row[name] for name in ("mode", "workers", "scale")}
+        stock = find({**same, "method": "stock"}, rows)
+        if row["method"] == "ours" and stock:
+            pair = (stock, row)
+            walls = [f"{r['wall']:.1f}" for r in pair]
+            busy = [f"{r['utilisation']:.2f} (search {r['search_utilisation']:.2f})" for r in pair]
+            lines.append([*map(str, same.values()), *walls, _number(row["wall"] / stock["wall"]), *busy])
+    names = ["mode", "workers", "latency, s", "stock, s", "ours, s", "ours / stock"]
+    return markdown([*names, "utilisation, stock", "utilisation, ours"], lines)
+
+
+def proposal_table(rows: list[Cell]) -> str:
+    """Seconds (and MB) of four asks, and ours divided by Optuna's."""
+    lines = []
+    for combinations, trials in dict.fromkeys((r["combinations"], r["trials"]) for r in rows):
+        cell = {"combinations": combinations, "trials": trials}
+        ours, tpe, gp = (find({**cell, "sampler": s}, rows) for s in ("ours", "tpe", "gp"))
+        ratios = [_quotient(ours, tpe), _quotient(ours, gp), _quotient(ours, gp, "cpu")]
+        lines.append([str(combinations), str(trials), *map(_cost, (ours, tpe, gp)), *ratios])
+    ratio_names = ["ours / TPE", "ours / GP", "ours / GP, CPU time"]
+    return markdown(["combinations", "trials", "ours", "TPE", "GP", *ratio_names], lines)
+
+
+def _cost(row: Cell | None) -> str:
+    if row is None:
+        return ""
+    over = f"over {row['limit']:.0f} s"
+    return over if row["seconds"] is None else f"{row['seconds']:.3f} s, {row['memory']:.0f} MB"
+
+
+def _quotient(row: Cell | None, other: Cell | None, figure: str = "seconds") -> str:
+    if not row or not other or row[figure] is None:
+        return ""
+    if other[figure] is None:
+        return f"< {row[figure] / other['limit']:.3f}"
+    return f"{row[figure] / other[figure]:.2f}"
+
+
+def select(rows: Iterable[Cell], **wanted: Any) -> list[Cell]:
+    """The rows with these values."""
+    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def tables_of(rows: Iterable[Cell]) -> list[str]:
+    """Names of tables in the order of their first row."""
+    return list(dict.fromkeys(r["table"] for r in rows))
+
+
+def methods_of(rows: Iterable[Cell]) -> list[str]:
+    """Names of the methods that rows are about, in the order of `METHODS`."""
+    found = {r["method"] for r in rows}
+    return [m for m in METHODS if m in found]
+
+
+def pretty(name: str) -> str:
+    """A table's or a program's name to read."""
+    return " + ".join(part.replace("_", " ") for part in name.split("+"))
+
+
+def _regret(row: Cell | None) -> str:
+    return "" if row is None else f"{row['regret']:.2f} ± {row['regret_se']:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _ratio(value: float, base: float) -> float:
+    return max(value, _FLOOR) / max(base, _FLOOR)
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def sections(results: Path) -> Iterator[tuple[str, str]]:
+    """Title and table of everything that there are results of."""
+    if rows := read(results / "quality.json"):
+        yield "Regret at stock's calls, percentage points ± standard error", headline(rows)
+        yield "Excess over exhaustive evaluation", excess_table(rows)
+        yield "Budgets", budget_table(rows)
+        yield "Configurations in a round", slice_table(rows, "q")
+        yield "Pools, at the calls of DSPy's light, medium and heavy runs", _pools(rows)
+        yield "Shuffled embeddings", shuffled_table(rows)
+        yield "Few-shot prompts only", headline(rows, few_shot=True)
+    if rows := read(results / "pipelines.json"):
+        yield "Programs of several predictors", pipelines_table(rows)
+    if (path := results / "wallclock.json").exists():
+        yield "Wall-clock time of a compile", wallclock_table(json.loads(path.read_text())["rows"])
+    if rows := read(results / "proposal.json"):
+        yield "Four asks", proposal_table(rows)
+
+
+def _pools(rows: list[Cell]) -> str:
+    return slice_table(rows, "pool")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", default=str(RESULTS / "quality.json"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--no-plots", action="store_true", help="tables only: no matplotlib")
     arguments = parser.parse_args()
-    path = Path(arguments.results)
-    rows = json.loads(path.read_text())
-    print(headline(rows))
-    per_example = {t: r for t, r in excess_ratios(rows).items() if not t.startswith("means")}
-    print("\nexcess over exhaustive, search-qei / stock-tpe:")
-    for table, ratio in per_example.items():
-        print(f"  {table}: {ratio:.2f}")
-    print(f"  geometric mean: {geometric_mean(list(per_example.values())):.2f}")
-    plot(rows, path.with_suffix(".png"))
+    for title, table in sections(arguments.results):
+        if table.count("\n") > 1:
+            print(f"### {title}\n\n{table}\n")
+    if not arguments.no_plots:
+        from benchmarks.plots import plot_all
+
+        for path in plot_all(arguments.results):
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

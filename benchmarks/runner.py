@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 
 Cell = dict[str, Any]
-Measure = Callable[[Cell, int], dict[str, float]]  # cell, seed -> figures
+Figures = dict[str, float]
+Measure = Callable[[Cell, int], Figures]  # cell, seed -> figures, "regret" among them
 
 
 def quiet() -> None:
@@ -33,54 +35,70 @@ def run_cells(cells: Iterable[Cell], measure: Measure, seeds: int, path: Path, j
     """Measures every cell over ``range(seeds)`` and writes the file after each.
 
     Args:
-        cells: What distinguishes a row of the table.
+        cells: Everything that defines a row of the table: a row is taken as done only if all of it
+            is the same.
         measure: Figures of one seed; runs in another process.
         seeds: Number of seeds.
         path: JSON file; rows already there, with as many seeds, are taken as they are.
         jobs: Processes.
     """
-    done = {_key(row): row for row in _read(path) if row["seeds"] >= seeds}
     rows = []
     with ProcessPoolExecutor(jobs, initializer=quiet) as pool:
         for cell in cells:
-            if _key(cell) not in done:
-                start = time.perf_counter()
-                figures = list(pool.map(measure, [cell] * seeds, range(seeds)))
-                seconds = (time.perf_counter() - start) * jobs / seeds
-                done[_key(cell)] = {**cell, "seeds": seeds, "seconds": round(seconds, 2), **_summary(figures)}
-                _write(path, list(done.values()))
-            rows.append(done[_key(cell)])
-            print(line(rows[-1]), flush=True)
+            row = find(cell, read(path))
+            if row is None or len(row.get("regrets", ())) < seeds:
+                figures = list(pool.map(partial(_timed, measure, cell), range(seeds)))
+                row = {**cell, "seeds": seeds, **_summary(figures)}
+                keep(row, cell, path)
+            rows.append(row)
+            print(line(row), flush=True)
     return rows
 
 
-def _key(row: Cell) -> str:
-    names = ("method", "table", "pool", "calls", "q", "stages", "few_shot", "shuffled")
-    return json.dumps({name: row[name] for name in names if name in row})
+def _timed(measure: Measure, cell: Cell, seed: int) -> Figures:
+    """The figures, and the CPU time that they took."""
+    start = time.process_time()
+    figures = measure(cell, seed)
+    return {**figures, "seconds": time.process_time() - start}
 
 
-def _summary(figures: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of every figure; of the regret also standard error and 90th percentile."""
+def find(cell: Cell, rows: list[Cell]) -> Cell | None:
+    """The row of a cell, if there is one."""
+    return next((row for row in rows if _is_of(row, cell)), None)
+
+
+def _is_of(row: Cell, cell: Cell) -> bool:
+    return all(name in row and row[name] == value for name, value in cell.items())
+
+
+def _summary(figures: list[Figures]) -> Cell:
+    """Means; of the regret also its standard error, 90th percentile and every seed's."""
     means = {name: round(float(np.mean([f[name] for f in figures])), 4) for name in figures[0]}
     regrets = np.array([f["regret"] for f in figures])
+    spread = float(regrets.std(ddof=1)) if len(regrets) > 1 else 0.0
     return {
         **means,
-        "regret_se": round(float(regrets.std(ddof=1) / len(regrets) ** 0.5), 4),
+        "regret_se": round(spread / len(regrets) ** 0.5, 4),
         "regret_p90": round(float(np.quantile(regrets, 0.9)), 4),
+        "regrets": [round(float(r), 2) for r in regrets],
     }
 
 
 def line(row: Cell) -> str:
-    """One row as text."""
-    return "  ".join(f"{k}={v}" for k, v in row.items())
+    """One row as text, without the list of every seed's regret."""
+    return "  ".join(f"{k}={v}" for k, v in row.items() if k != "regrets")
 
 
-def _read(path: Path) -> list[Cell]:
-    return json.loads(path.read_text()) if path.exists() else []
+def read(path: Path) -> list[Cell]:
+    """The rows of a file; none where there is no file."""
+    rows: list[Cell] = json.loads(path.read_text()) if path.exists() else []
+    return rows
 
 
-def _write(path: Path, rows: list[Cell]) -> None:
+def keep(row: Cell, cell: Cell, path: Path) -> None:
+    """Writes the row of a cell to the file, in the place of an older one."""
+    others = [other for other in read(path) if not _is_of(other, cell)]
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    temporary.write_text("[\n" + ",\n".join(json.dumps(r) for r in [*others, row]) + "\n]\n")
     os.replace(temporary, path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,28 @@ def load(name: str) -> Table:
     )
 
 
+class Task(Protocol):
+    """What a method may know: the configurations, their texts, and scores that it pays for."""
+
+    @property
+    def space(self) -> PromptSpace:
+        """The configurations."""
+
+    @property
+    def baseline(self) -> dict[str, int]:
+        """The program as it came."""
+
+    @property
+    def n_examples(self) -> int:
+        """Size of the validation set."""
+
+    def embed(self, texts: Sequence[str]) -> FloatArray:
+        """Vectors of texts of the space."""
+
+    def score(self, params: Mapping[str, int], example: int) -> float:
+        """One program call."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A pool of prompts and a validation set drawn from a table.
@@ -86,7 +108,7 @@ class Problem:
     @property
     def n_examples(self) -> int:
         """Size of the validation set."""
-        return self.scores.shape[1]
+        return int(self.scores.shape[1])
 
     def embed(self, texts: Sequence[str]) -> FloatArray:
         """The recorded embeddings of text keys."""
@@ -147,7 +169,8 @@ def _validation(table: Table, chosen: NDArray[Any], n_val: int, rng: np.random.G
     if table.scores is None:  # means only: independent examples with the recorded mean
         return (rng.random((len(chosen), n_val)) < table.truth[chosen, None]).astype(float)
     examples = rng.choice(table.scores.shape[1], n_val, replace=False)
-    return table.scores[np.ix_(chosen, examples)]
+    validation: FloatArray = table.scores[np.ix_(chosen, examples)]
+    return validation
 
 
 def _space(table: Table, chosen: NDArray[Any]) -> tuple[PromptSpace, list[int]]:
