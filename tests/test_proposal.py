@@ -91,6 +91,8 @@ def _handed(
 ) -> tuple[Any, ...]:
     """Instructions, demo sets, generator state and LM calls of the steps before the search."""
     settings = {"auto": None, "num_candidates": 5, "seed": 3, **init}
+    if cls is Ours:
+        options["confirm"] = False  # else calls of the search are made ahead, while threads are idle
     with dspy.context(lm=lm), pytest.raises(_HandedError) as caught:
         cls(metric=_metric, **settings).compile(program, trainset=TRAIN, valset=VAL, **SMALL_RUN, **options)
     return *caught.value.args, Counter(lm.calls)
