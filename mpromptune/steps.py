@@ -84,7 +84,7 @@ class Steps:
         given = _bind(stock, (program, trainset, *args), kwargs)
         if proposal.is_supported() and None not in self._flags.values():
             self._proposals.start(program, trainset, self._flags)
-        self._begin_ahead(program)
+        self._begin_ahead(program, trainset)
         number, labelled = given.get("num_fewshot_candidates", 0), given.get("max_labeled_demos", 0)
         if given.get("max_bootstrapped_demos") == 0 and labelled > 0:
             return bootstrap.labelled_demo_sets(program, trainset, number, labelled, self._optimizer.rng)
@@ -94,8 +94,8 @@ class Steps:
         plan = self._plan(program, trainset, given)
         return plan.build(self._optimizer.rng, self._threads, bar.advance)
 
-    def _begin_ahead(self, program: Any) -> None:
-        """Of calls that are equal to the search's, none is made twice: it takes what has come back."""
+    def _begin_ahead(self, program: Any, trainset: Any) -> None:
+        """Leaves out what the bootstrap may be asking for just now: the search finds that in the cache."""
         if self._valset is None:
             return
         student = ProgramSpace(program, {i: [] for i, _ in enumerate(program.predictors())}, None)
@@ -104,7 +104,9 @@ class Steps:
         )
         score = partial(scorer, student.baseline)
         self._ahead = _Ahead(program, self._valset, score, _max_errors(self._optimizer.max_errors))
-        self._threads.fill(self._ahead.calls())
+        bootstrapped = {hash(repr(example)) for example in trainset}
+        others = [i for i, x in enumerate(self._valset) if hash(repr(x)) not in bootstrapped]
+        self._threads.fill(self._ahead.calls(others))
 
     def _plan(self, program: Any, trainset: Any, given: Mapping[str, Any]) -> bootstrap.DemoSetPlan:
         """As MIPROv2 has it: a zero-shot run bootstraps demos too, for the proposer to look at."""
@@ -166,9 +168,9 @@ class _Ahead:
         self._max_errors = max_errors
         self._outcomes: dict[int, float | Exception] = {}
 
-    def calls(self) -> Iterator[Callable[[], None]]:
+    def calls(self, examples: list[int]) -> Iterator[Callable[[], None]]:
         """One for each example, for as long as there is hope."""
-        for example in range(len(self.valset)):
+        for example in examples:
             if self._is_hopeless():
                 return
             yield partial(self._measure, example)

@@ -20,10 +20,10 @@ from mpromptune.threads import Threads
 
 
 class Seen(MIPROv2):
-    """Remembers how many scores the metric had given when the search began."""
+    """Remembers how many scores the metric had given when the search began, and on what."""
 
     def _optimize_prompt_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        self.before = self.metric.calls
+        self.before, self.asked = self.metric.calls, set(self.metric.asked)
         return super()._optimize_prompt_parameters(*args, **kwargs)
 
 
@@ -56,11 +56,12 @@ def _jittery_lm() -> ScriptedLM:
 
 def _compile(metric: Any, lm: ScriptedLM | None = None, shots: Any = FEW_SHOT, **options: Any) -> Any:
     """The optimizer, and the program that it returned."""
+    valset = options.pop("valset", VAL)
     settings = {"auto": None, "num_candidates": 3, "num_threads": 8, **shots}
     with dspy.context(lm=lm or _jittery_lm()):
         optimizer = Seen(metric=metric, **settings)
         run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "batch_size": 4, **options}
-        return optimizer, optimizer.compile(Planner(), trainset=TRAIN, valset=VAL, **run)
+        return optimizer, optimizer.compile(Planner(), trainset=TRAIN, valset=valset, **run)
 
 
 def _measured(best: Any) -> list[Any]:
@@ -86,6 +87,13 @@ def test_nothing_is_scored_ahead_that_may_not_be_needed() -> None:
     """Without ``confirm``, the search may well leave examples of the student unmeasured."""
     optimizer, _ = _compile(Exact(), confirm=False)
     assert optimizer.before == 0
+
+
+def test_examples_of_the_bootstrap_are_not_asked_for_ahead() -> None:
+    """At the same time, a cache could not answer one of two equal requests."""
+    optimizer, _ = _compile(Exact(), shots=ZERO_SHOT, valset=[*TRAIN, *VAL])
+    assert optimizer.asked
+    assert not optimizer.asked & {example.question for example in TRAIN}
 
 
 def test_an_outage_is_left_to_the_search() -> None:
