@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import dspy
 from optuna.samplers import BaseSampler
 
+from mpromptune.execution import Score
 from mpromptune.lm_errors import classify
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
-from mpromptune.steps import Steps
+from mpromptune.steps import Steps, wants_traceback
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,8 @@ class MIPROv2(dspy.MIPROv2):
             num_trials, valset, *_ = settings
             options.check_run(len(valset), num_trials)
             _check_embedder(options, program)
+            if options.confirm:
+                _STEPS.get().score_ahead(valset)
         return settings
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,14 +197,15 @@ class MIPROv2(dspy.MIPROv2):
         _STEPS.get().close_threads()
         forget_statistics(program)
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
-        scorer = ProgramScorer(programs, valset, self.metric, _wants_traceback(evaluate))
-        result = self._search(programs, scorer, len(valset), options, options.max_calls or stock, int(seed))
+        scorer = ProgramScorer(programs, valset, self.metric, wants_traceback(evaluate.provide_traceback))
+        score = _STEPS.get().scored_ahead(programs, valset, scorer)
+        result = self._search(programs, score, len(valset), options, options.max_calls or stock, int(seed))
         return self._finished(programs, result)
 
     def _search(
         self,
         programs: ProgramSpace,
-        scorer: ProgramScorer,
+        score: Score,
         n_examples: int,
         options: SearchOptions,
         max_calls: int,
@@ -213,7 +217,7 @@ class MIPROv2(dspy.MIPROv2):
         bar = _STEPS.get().display.bar("Searching", max_calls, "calls")
         return search(
             programs.prompt_space(),
-            scorer,
+            score,
             n_examples=n_examples,
             max_calls=max_calls,
             sampler=_sampler(options, seed),
@@ -242,11 +246,6 @@ class MIPROv2(dspy.MIPROv2):
         scores = percent(result.best_score), percent(result.baseline_score)
         logger.info("Best program scores %.2f (baseline %.2f).", *scores)
         return best
-
-
-def _wants_traceback(evaluate: Any) -> bool:
-    own = evaluate.provide_traceback
-    return bool(dspy.settings.provide_traceback if own is None else own)
 
 
 def _batch_size(options: SearchOptions, threads: int, n_examples: int) -> int | None:

@@ -6,26 +6,38 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+import dspy
 from dspy.propose import GroundedProposer
+from dspy.propose.grounded_proposer import GenerateModuleInstruction, generate_instruction_class
 from dspy.teleprompt.mipro_optimizer_v2 import BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT
+from dspy.utils.callback import BaseCallback
 
 from mpromptune.threads import Threads
 
 # Everything that one proposal draws, in all versions of DSPy so far.
 _DRAW = "self.rng.randint(0, 10**9)"
+# All that one proposal does with the dataset summary, in all versions of DSPy so far.
+_USE = "dataset_description=data_summary"
+# What decides, besides the summary, which fields the request for an instruction has.
+_FIELDS = ("program_aware", "use_task_demos", "use_instruct_history", "use_tip")
 
 
 def is_supported() -> bool:
-    """Whether this DSPy draws for one proposal exactly what `ConcurrentProposer` draws beforehand."""
+    """Whether this DSPy draws and reads for one proposal exactly what `ConcurrentProposer` counts on."""
     try:
         source = inspect.getsource(GroundedProposer.propose_instruction_for_predictor)
+        steps = inspect.getsource(GenerateModuleInstruction.forward)
         own = dict.fromkeys(("prompt_model", "verbose", "rng", "init_temperature"))
         inspect.signature(GroundedProposer).bind(**_arguments_of(None, None, {}), **own)
+        inspect.signature(generate_instruction_class).bind(False, **dict.fromkeys(_FIELDS))
     except (AttributeError, OSError, TypeError):
         return False
-    return source.count("rng") == source.count(_DRAW) == 1
+    used = steps.split("):", 1)[-1]  # after the parameters, of which the summary is one
+    draws_once = source.count("rng") == source.count(_DRAW) == 1
+    return draws_once and used.count("data_summary") == used.count(_USE) == 1
 
 
 class ConcurrentProposer(GroundedProposer):
@@ -33,11 +45,17 @@ class ConcurrentProposer(GroundedProposer):
 
     Args:
         threads: Run the proposals.
-        **arguments: As ``GroundedProposer``.
+        summary: A proposer to be, whose dataset summary is taken for this one's.
+        **arguments: As ``GroundedProposer``; with a ``summary``, ``use_dataset_summary`` is that one's.
     """
 
-    def __init__(self, threads: Threads, **arguments: Any) -> None:
+    def __init__(
+        self, threads: Threads, summary: Future[GroundedProposer] | None = None, **arguments: Any
+    ) -> None:
         self._threads = threads
+        self._summary = summary
+        if summary is not None:
+            arguments["use_dataset_summary"] = False
         super().__init__(**arguments)
 
     def propose_instructions_for_program(
@@ -57,8 +75,33 @@ class ConcurrentProposer(GroundedProposer):
         """Starts a proposal, with the tip that has just been drawn and a rollout that is drawn here."""
         drawn = copy.copy(self)
         drawn.rng = _Drawn(self.rng.randint(0, 10**9))
-        ask = super(ConcurrentProposer, drawn).propose_instruction_for_predictor
-        return self._threads.submit(ask, *args, **kwargs)
+        return self._threads.submit(drawn._ask, *args, **kwargs)
+
+    def _ask(self, *args: Any, **kwargs: Any) -> str:
+        ask: Callable[..., str] = super().propose_instruction_for_predictor
+        if self._summary is None:
+            return ask(*args, **kwargs)
+        with dspy.context(callbacks=[*dspy.settings.callbacks, _LateSummary(self._summary)]):
+            return ask(*args, **kwargs)
+
+
+class _LateSummary(BaseCallback):
+    """Has a proposal wait for the dataset summary at its last call, the only one that mentions it."""
+
+    def __init__(self, summary: Future[GroundedProposer]) -> None:
+        self._summary = summary
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        """Replaces the last step of DSPy's module, which was made without knowing of a summary."""
+        if isinstance(instance, GenerateModuleInstruction):
+            # Read now: a failure to describe the program changes the module, but not its last request.
+            fields = {name: getattr(instance, name) for name in _FIELDS}
+            instance.generate_module_instruction = partial(self._generate, fields)
+
+    def _generate(self, fields: Mapping[str, Any], **inputs: Any) -> Any:
+        summarised = self._summary.result()
+        ask = generate_instruction_class(summarised.use_dataset_summary, **fields)
+        return ask(**{**inputs, "dataset_description": summarised.data_summary})
 
 
 class _Drawn:
@@ -94,7 +137,7 @@ class Proposals:
     def __init__(self, optimizer: Any, threads: Threads) -> None:
         self._optimizer = optimizer
         self._threads = threads
-        self._early: tuple[dict[str, Any], Future[ConcurrentProposer]] | None = None
+        self._early: tuple[dict[str, Any], Future[GroundedProposer]] | None = None
 
     def start(self, program: Any, trainset: list[Any], flags: Mapping[str, Any]) -> None:
         """Begins with what needs no demos.
@@ -106,7 +149,7 @@ class Proposals:
                 of ``dspy.MIPROv2.compile``.
         """
         arguments = _arguments_of(program, trainset, flags)
-        self._early = arguments, self._threads.submit(self._proposer, arguments)
+        self._early = arguments, self._threads.submit(self._summarised, arguments)
 
     def instructions(
         self,
@@ -122,30 +165,27 @@ class Proposals:
         if self._early is None or self._early[0] != arguments:
             self.start(program, trainset, flags)
         assert self._early is not None
-        return (
-            self._early[1]
-            .result()
-            .propose_instructions_for_program(
-                trainset=trainset,
-                program=program,
-                demo_candidates=demo_candidates,
-                N=number,
-                trial_logs={},
-                on_instruction=on_instruction,
-            )
+        proposer = ConcurrentProposer(self._threads, self._early[1], **arguments, **self._own())
+        return proposer.propose_instructions_for_program(
+            trainset=trainset,
+            program=program,
+            demo_candidates=demo_candidates,
+            N=number,
+            trial_logs={},
+            on_instruction=on_instruction,
         )
 
-    def _proposer(self, arguments: Mapping[str, Any]) -> ConcurrentProposer:
+    def _summarised(self, arguments: Mapping[str, Any]) -> GroundedProposer:
+        """DSPy's proposer, which writes the summary as it is made, and is asked for nothing else."""
         trainset = arguments["trainset"]
         if type(trainset) is list:  # anything else would read differently as a list
             trainset = _Watched(trainset, self._threads)
-        own = {
-            "prompt_model": self._optimizer.prompt_model,
-            "verbose": self._optimizer.verbose,
-            "rng": self._optimizer.rng,
-            "init_temperature": self._optimizer.init_temperature,
-        }
-        return ConcurrentProposer(self._threads, **{**arguments, **own, "trainset": trainset})
+        return GroundedProposer(**{**arguments, **self._own(), "program_aware": False, "trainset": trainset})
+
+    def _own(self) -> dict[str, Any]:
+        """What MIPROv2 passes to ``GroundedProposer`` from itself."""
+        names = ("prompt_model", "verbose", "rng", "init_temperature")
+        return {name: getattr(self._optimizer, name) for name in names}
 
 
 def _arguments_of(program: Any, trainset: Any, flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -29,11 +29,23 @@ class Threads:
         self.number = number
         self._executor = ThreadPoolExecutor(number, thread_name_prefix="mpromptune-step")
         self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._unfinished = 0
+        self._fillers: Iterator[Callable[[], object]] = iter(())
 
     def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """Queues a call, to be run in a copy of the caller's context (where DSPy's settings live)."""
-        context = contextvars.copy_context()
-        return self._executor.submit(context.run, self._call, function, *args, **kwargs)
+        with self._lock:
+            return self._submit(contextvars.copy_context(), function, *args, **kwargs)
+
+    def fill(self, calls: Iterable[Callable[[], object]]) -> None:
+        """Has the threads that nothing else needs make these calls, in order; each handles its errors.
+
+        They are taken from ``calls`` one by one when a thread is free, in a copy of this context.
+        """
+        with self._lock:
+            self._fillers, self._context = iter(calls), contextvars.copy_context()
+            self._fill()
 
     def check(self) -> None:
         """Ends a chain of calls that nobody waits for any more.
@@ -46,7 +58,8 @@ class Threads:
 
     def close(self) -> None:
         """Starts nothing more, and waits for the calls that are under way."""
-        self._stopped.set()
+        with self._lock:  # no call is being submitted
+            self._stopped.set()
         # Not `cancel_futures`: nobody who is in `wait` for a future is told of its cancellation.
         self._executor.shutdown(wait=True)
 
@@ -56,6 +69,25 @@ class Threads:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _submit(
+        self, context: contextvars.Context, function: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> Future[T]:
+        future = self._executor.submit(context.run, self._call, function, *args, **kwargs)
+        self._unfinished += 1
+        return future
+
+    def _fill(self) -> None:
+        while self._unfinished < self.number and not self._stopped.is_set():
+            call = next(self._fillers, None)
+            if call is None:
+                break
+            self._submit(self._context.copy(), call)
+
     def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        self.check()
-        return function(*args, **kwargs)
+        try:
+            self.check()
+            return function(*args, **kwargs)
+        finally:
+            with self._lock:
+                self._unfinished -= 1
+                self._fill()

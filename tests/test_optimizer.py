@@ -313,7 +313,8 @@ def test_the_search_leaves_global_state_alone() -> None:
             states.append(state())
         return bool(example.answer == prediction.answer)
 
-    _compile(metric=metric, init={"num_threads": 1}, **QEI)
+    # Without confirm, no call of the search is made before it.
+    _compile(metric=metric, init={"num_threads": 1}, confirm=False, **QEI)
     assert state() == states[0]
 
 

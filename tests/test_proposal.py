@@ -16,6 +16,8 @@ from typing import Any
 import dspy
 import pytest
 from dspy.propose import GroundedProposer
+from dspy.propose.grounded_proposer import GenerateModuleInstruction
+from dspy.utils.callback import BaseCallback
 from embedders import hashed
 from lms import completion, digest, requested_fields
 from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, VAL, ZERO_SHOT, Adder, Planner, additions
@@ -89,6 +91,8 @@ def _handed(
 ) -> tuple[Any, ...]:
     """Instructions, demo sets, generator state and LM calls of the steps before the search."""
     settings = {"auto": None, "num_candidates": 5, "seed": 3, **init}
+    if cls is Ours:
+        options["confirm"] = False  # else calls of the search are made ahead, while threads are idle
     with dspy.context(lm=lm), pytest.raises(_HandedError) as caught:
         cls(metric=_metric, **settings).compile(program, trainset=TRAIN, valset=VAL, **SMALL_RUN, **options)
     return *caught.value.args, Counter(lm.calls)
@@ -165,6 +169,44 @@ def test_summary_is_written_during_the_bootstrap() -> None:
     assert asked.index("observations") < len(asked) - 1 - asked[::-1].index("answer")
 
 
+def test_programs_are_described_during_the_summary() -> None:
+    """Only the last call of a proposal waits for the dataset summary."""
+    lm = RolloutLM(lambda text: 0.05 if "observations" in text else 0.0)
+    _handed(Ours, Adder(), lm, {**FEW_SHOT, "num_threads": 8}, view_data_batch_size=3, sampler="qei")
+    asked = [field for *_, field in lm.calls]
+    assert asked.count("module_description") == asked.count("proposed_instruction") == 5
+    last = [len(asked) - 1 - asked[::-1].index(f) for f in ("module_description", "summary")]
+    assert last[0] < last[1] < asked.index("proposed_instruction")
+
+
+@pytest.mark.parametrize("field", ["observations", "module_description"])
+@pytest.mark.parametrize("tips", [True, False])
+def test_failures_under_flags(field: str, tips: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last call has the fields that DSPy gives it, whatever failed before it and late."""
+    flags = {"tip_aware_proposer": tips, "fewshot_aware_proposer": not tips}
+    slow = RolloutLM(lambda text: 0.01 if "observations" in text else 0.0, fail_on=field)
+    serial = _handed(Stock, Planner(), RolloutLM(fail_on=field), FEW_SHOT, **flags)
+    assert _handed(Ours, Planner(), slow, FEW_SHOT, sampler="qei", **flags) == serial
+
+
+def test_callbacks_of_the_caller_are_kept() -> None:
+    """What watches DSPy's modules sees those of the proposals, as it does in DSPy."""
+
+    class Watcher(BaseCallback):
+        def __init__(self) -> None:
+            self.seen: Counter[str] = Counter()
+
+        def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            self.seen[type(instance).__name__] += 1
+
+    watchers = Watcher(), Watcher()
+    for watcher, cls, options in zip(watchers, (Stock, Ours), ({}, {"sampler": "qei"}), strict=True):
+        with dspy.context(callbacks=[watcher]):
+            _handed(cls, Planner(), RolloutLM(), FEW_SHOT, **options)
+    assert watchers[1].seen["GenerateModuleInstruction"] == 10
+    assert watchers[0].seen == watchers[1].seen
+
+
 def test_proposals_overlap() -> None:
     """Ten chains of three calls take about as long as one."""
     lm = RolloutLM(lambda text: 0.03)
@@ -208,7 +250,7 @@ def test_unknown_dspy_runs_serially(
 
 
 def test_support_is_read_from_dspy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proposer that draws anything more, or cannot be read, is left to DSPy."""
+    """A proposer that draws or reads anything more, or cannot be read, is left to DSPy."""
     assert proposal.is_supported()
     assert bootstrap.is_supported()
 
@@ -216,6 +258,13 @@ def test_support_is_read_from_dspy(monkeypatch: pytest.MonkeyPatch) -> None:
         self.rng.randint(0, 10**9)
         self.rng.random()
 
+    def reading_twice(self: Any, data_summary: str) -> None:
+        self.describe_program(summary=data_summary)
+        self.generate_module_instruction(dataset_description=data_summary)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerateModuleInstruction, "forward", reading_twice)
+        assert not proposal.is_supported()
     monkeypatch.setattr(GroundedProposer, "propose_instruction_for_predictor", drawing_twice)
     assert not proposal.is_supported()
     monkeypatch.delattr(GroundedProposer, "propose_instruction_for_predictor")

@@ -1,0 +1,197 @@
+"""The steps before the search use the threads they leave idle, and change nothing by it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import dspy
+import pytest
+from embedders import hashed
+from lms import ScriptedLM, arithmetic_lm, digest
+from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, Planner
+
+from mpromptune import MIPROv2
+from mpromptune.steps import Steps
+from mpromptune.threads import Threads
+
+
+class Seen(MIPROv2):
+    """Remembers how many scores the metric had given when the search began, and on what."""
+
+    def _optimize_prompt_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        self.before, self.asked = self.metric.calls, set(self.metric.asked)
+        return super()._optimize_prompt_parameters(*args, **kwargs)
+
+
+class Exact:
+    """Exact match; counts what the search asks for (the bootstrap passes a trace), and may fail first.
+
+    Args:
+        failures: Per question, the errors that its first calls raise.
+    """
+
+    def __init__(self, failures: dict[str, list[Exception]] | None = None) -> None:
+        self.calls = 0
+        self.asked: Counter[str] = Counter()
+        self._failures = failures or {}
+        self._lock = threading.Lock()
+
+    def __call__(self, example: Any, prediction: Any, trace: Any = None) -> bool:
+        if trace is None:
+            with self._lock:
+                self.calls += 1
+                self.asked[example.question] += 1
+                if errors := self._failures.get(example.question):
+                    raise errors.pop()
+        return bool(example.answer == prediction.answer)
+
+
+def _jittery_lm() -> ScriptedLM:
+    return arithmetic_lm(latency=lambda messages: digest(messages, "latency") % 8 / 1000)
+
+
+def _compile(metric: Any, lm: ScriptedLM | None = None, shots: Any = FEW_SHOT, **options: Any) -> Any:
+    """The optimizer, and the program that it returned."""
+    valset = options.pop("valset", VAL)
+    settings = {"auto": None, "num_candidates": 3, "num_threads": 8, **shots}
+    with dspy.context(lm=lm or _jittery_lm()):
+        optimizer = Seen(metric=metric, **settings)
+        run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "batch_size": 4, **options}
+        return optimizer, optimizer.compile(Planner(), trainset=TRAIN, valset=valset, **run)
+
+
+def _measured(best: Any) -> list[Any]:
+    """Every trial: what was tried, on which examples, with which scores."""
+    return [(t.params, t.user_attrs, t.value) for t in best.search_result.study.trials]
+
+
+@pytest.mark.parametrize("shots", [ZERO_SHOT, FEW_SHOT], ids=["zero", "few"])
+def test_same_search_for_the_same_calls(shots: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the student scored ahead, trials, winner and LM calls are what they are without."""
+    ahead_lm, plain_lm = _jittery_lm(), _jittery_lm()
+    optimizer, ahead = _compile(Exact(), ahead_lm, shots)
+    monkeypatch.setattr(Steps, "score_ahead", lambda self, valset: None)
+    unaided, plain = _compile(Exact(), plain_lm, shots)
+    assert _measured(ahead) == _measured(plain)
+    assert (ahead.score, ahead.dump_state()) == (plain.score, plain.dump_state())
+    assert Counter(map(repr, ahead_lm.calls)) == Counter(map(repr, plain_lm.calls))
+    assert optimizer.metric.calls == unaided.metric.calls == SMALL_RUN_CALLS
+    assert optimizer.before > unaided.before == 0
+
+
+def test_nothing_is_scored_ahead_that_may_not_be_needed() -> None:
+    """Without ``confirm``, the search may well leave examples of the student unmeasured."""
+    optimizer, _ = _compile(Exact(), confirm=False)
+    assert optimizer.before == 0
+
+
+def test_examples_of_the_bootstrap_are_not_asked_for_ahead() -> None:
+    """At the same time, a cache could not answer one of two equal requests."""
+    optimizer, _ = _compile(Exact(), shots=ZERO_SHOT, valset=[*TRAIN, *VAL])
+    assert optimizer.asked
+    assert not optimizer.asked & {example.question for example in TRAIN}
+
+
+def test_an_outage_is_left_to_the_search() -> None:
+    """It ends the scoring ahead; the search tries again, and misses nothing."""
+    question = VAL[0].question
+    expected = _compile(Exact())[1]
+    optimizer, best = _compile(Exact({question: [ConnectionError("down")]}))
+    assert _measured(best) == _measured(expected)
+    assert optimizer.metric.calls == SMALL_RUN_CALLS + 1
+
+
+def test_a_failure_of_the_student_is_paid_once() -> None:
+    """What the program itself got wrong is not asked for again, and scores ``failure_score``."""
+    failures = {example.question: [ValueError("odd")] for example in VAL[::6]}
+    optimizer, best = _compile(Exact(failures), failure_score=-1.0)
+    assert optimizer.metric.calls == SMALL_RUN_CALLS
+    baseline = best.search_result.study.trials[0].params
+    scores = next(m.scores for m in best.search_result.configurations if m.params == baseline)
+    assert [example for example, score in scores.items() if score == -1.0] == [0, 6]
+
+
+def test_a_student_that_never_works_is_given_up() -> None:
+    """No more scores are asked for ahead than errors are allowed and threads are there."""
+    failures = {example.question: [ValueError("odd")] for example in VAL}
+    optimizer, _ = _compile(Exact(failures), shots={**FEW_SHOT, "num_threads": 3, "max_errors": 2})
+    assert 2 <= optimizer.before <= 2 + 3
+
+
+def test_a_program_that_was_replaced_is_measured_itself() -> None:
+    """Scores belong to the very program and validation set that they were measured with."""
+
+    class Another(MIPROv2):
+        def _optimize_prompt_parameters(self, program: Any, *args: Any, **kwargs: Any) -> Any:
+            return super()._optimize_prompt_parameters(program.deepcopy(), *args, **kwargs)
+
+    metric = Exact()
+    with dspy.context(lm=_jittery_lm()):
+        optimizer = Another(metric=metric, auto=None, num_candidates=3, num_threads=8, **FEW_SHOT)
+        optimizer.compile(
+            Planner(), trainset=TRAIN, valset=VAL, sampler="qei", embedder=hashed, batch_size=4, **SMALL_RUN
+        )
+    assert SMALL_RUN_CALLS < metric.calls <= SMALL_RUN_CALLS + len(VAL)
+
+
+def test_fillers_take_the_threads_that_are_left() -> None:
+    """Never more calls at a time than threads, and what is submitted goes before what only fills."""
+    order: list[str] = []
+    running, most = Counter[str](), Counter[str]()
+    lock = threading.Lock()
+
+    def call(name: str) -> None:
+        with lock:
+            order.append(name)
+            running["all"] += 1
+            most["all"] = max(most["all"], running["all"])
+        time.sleep(0.01)
+        with lock:
+            running["all"] -= 1
+
+    with Threads(3) as threads:
+        threads.fill((lambda: call("filler")) for _ in range(12))
+        futures = [threads.submit(call, "submitted") for _ in range(6)]
+        for future in futures:
+            future.result()
+        at_most = order.count("filler")
+        time.sleep(0.2)
+    assert order.count("filler") == 12
+    assert order[:3] == ["filler"] * 3
+    assert order[3:9] == ["submitted"] * 6
+    assert at_most <= 3 + 3
+    assert most["all"] == 3
+
+
+def test_closing_takes_no_further_filler() -> None:
+    """Of a stream of calls, only those are taken that are begun."""
+    taken: list[int] = []
+
+    def calls() -> Iterator[Any]:
+        for number in range(1000):
+            taken.append(number)
+            yield lambda: time.sleep(0.01)
+
+    threads = Threads(2)
+    threads.fill(calls())
+    time.sleep(0.05)
+    threads.close()
+    done = len(taken)
+    assert 2 <= done < 30
+    time.sleep(0.05)
+    assert len(taken) == done
+
+
+def test_fillers_keep_the_context() -> None:
+    """DSPy's settings of the moment reach them, each in a context of its own."""
+    seen: list[Any] = []
+    lm = arithmetic_lm()
+    with Threads(4) as threads:
+        with dspy.context(lm=lm):
+            threads.fill((lambda: seen.append(dspy.settings.lm)) for _ in range(8))
+        time.sleep(0.1)
+    assert seen == [lm] * 8
