@@ -49,9 +49,11 @@ def propose(
         X_pending: ``p x C`` configurations that are being measured.
         n_batches: Number of random joint batches.
         seed: Fixes the Monte-Carlo base samples and the random batches.
+        noise: Variance of a measurement. With it the improvement is that of the next posterior mean
+            (see `NextPosteriorMean`), and a choice may be taken, or be pending, several times.
 
     Returns:
-        ``min(q, N) x C`` rows of ``choices``.
+        ``q x C`` rows of ``choices``; without ``noise`` at most N, all distinct.
 
     .. [Ament2023] S. Ament et al. Unexpected Improvements to Expected Improvement for Bayesian
         Optimization. NeurIPS 2023.
@@ -116,7 +118,7 @@ class NextPosteriorMean(PosteriorTransform):
         jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
         return GPyTorchPosterior(MultivariateNormal(mean, root.mT @ root + jitter))
 
-    def evaluate(self, Y: Tensor) -> Tensor:
+    def evaluate(self, Y: Tensor, X: Tensor | None = None) -> Tensor:  # noqa: N803 - BoTorch's name
         """Outcomes as they are."""
         return Y
 

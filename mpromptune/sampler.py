@@ -180,8 +180,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         return params
 
     def _may_be_measured(self, params: dict[str, Any]) -> bool:
-        row = None if self._is_open is _always else self.prompts().row(params)
-        return row is None or self._is_open(row)
+        return self.space is None or self._is_open is _always or self._is_open(self.space.row(params))
 
     def _propose(
         self,
