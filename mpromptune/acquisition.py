@@ -9,7 +9,7 @@ from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models import SingleTaskGP
 from botorch.optim import optimize_acqf_discrete
-from botorch.posteriors import GPyTorchPosterior
+from botorch.posteriors import GPyTorchPosterior, Posterior
 from botorch.sampling import SobolQMCNormalSampler
 from gpytorch.distributions import MultivariateNormal
 from torch import Tensor
@@ -108,9 +108,10 @@ class NextPosteriorMean(PosteriorTransform):
         super().__init__()
         self.noise = noise
 
-    def forward(self, posterior: GPyTorchPosterior, X: Tensor | None = None) -> GPyTorchPosterior:
+    def forward(self, posterior: Posterior, X: Tensor | None = None) -> GPyTorchPosterior:
         """The transformed posterior."""
         mean = posterior.mean.squeeze(-1)
+        assert isinstance(posterior, GPyTorchPosterior)
         covariance = posterior.distribution.covariance_matrix
         eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
         half = torch.linalg.cholesky(covariance + self.noise * eye)
