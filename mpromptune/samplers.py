@@ -13,8 +13,10 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from mpromptune.encoding import Encoding, encode_prompts
 from mpromptune.options import unknown_sampler
 from mpromptune.sampler import qEISampler
+from mpromptune.schedule import default_batch_size
 from mpromptune.space import IndexArray, PromptSpace, Row
 
 IsOpen = Callable[[Row], bool]
@@ -42,6 +44,24 @@ def resolve_sampler(spec: BaseSampler | str | None, space: PromptSpace, seed: in
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     raise unknown_sampler(spec)
+
+
+def round_size(given: int | None, sampler: object, num_threads: int, trial_size: int) -> int:
+    """Configurations in a round: as given, or as the sampler has it, or enough for all threads."""
+    own = sampler.batch_size if isinstance(sampler, qEISampler) else None
+    return given or own or default_batch_size(num_threads, trial_size)
+
+
+def bind(
+    sampler: BaseSampler, space: PromptSpace, batch_size: int, is_open: IsOpen, seed: int
+) -> tuple[BaseSampler, Encoding]:
+    """The sampler made to propose open configurations only, and the encoding that judges them."""
+    if not isinstance(sampler, qEISampler):
+        return OpenSampler(sampler, space, is_open, seed), encode_prompts(space, None)
+    bound = sampler.bound_to(space, batch_size, is_open)
+    encoding = bound.prompts()
+    assert encoding is not None  # it has a space
+    return bound, encoding
 
 
 def distributions_of(space: PromptSpace) -> dict[str, BaseDistribution]:

@@ -16,6 +16,7 @@ from dspy.teleprompt.utils import get_signature
 
 from mpromptune import bootstrap, proposal
 from mpromptune.progress import Display
+from mpromptune.schedule import Minibatches
 from mpromptune.threads import Threads
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,14 @@ class Steps:
         self.display = Display()
         self._optimizer = optimizer
         self._threads = Threads(threads)
+        self._arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
         self._proposals = proposal.Proposals(optimizer, self._threads)
+
+    def minibatches(self, enabled: bool) -> Minibatches:
+        """DSPy's arguments of its search step; ``auto`` decides whether there are minibatches."""
+        size, steps = (self._arguments[f"minibatch_{name}"] for name in ("size", "full_eval_steps"))
+        return Minibatches(size, steps, enabled)
 
     def demo_sets(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
