@@ -36,7 +36,7 @@ class BlockPlan:
         self.n_examples = self.schedule.n_examples
         self.max_calls = self.schedule.max_calls
         self.baseline = self.schedule.baseline
-        self.trial_size = len(self.schedule.blocks[0])
+        self.outage = len(self.schedule.blocks[0])
 
     def is_open(self, row: Row) -> bool:
         """Whether measuring ``row`` further could matter."""
@@ -84,7 +84,7 @@ class BlockPlan:
     def _available(self, known: Knowledge) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
         cautious = self.schedule.available()
-        if cautious >= self.batch_size * self.trial_size or not known.ledger.scores:
+        if cautious >= self.batch_size * len(self.schedule.blocks[0]) or not known.ledger.scores:
             return max(cautious, 0)
         return max(self.schedule.available(self._leader(known)[0]), 0)
 

@@ -135,7 +135,7 @@ class Coordinator:
             raise self._stopped("an error that no further call can mend", fatal)
         several = len({running.row for running in round_}) > 1
         self.barren = self.barren + 1 if set(verdicts) == {Verdict.RETRY} else 0
-        many = self.barren >= _BARREN_ROUNDS or len(flat) >= self.plan.trial_size
+        many = self.barren >= _BARREN_ROUNDS or len(flat) >= self.plan.outage
         if None not in verdicts and (several or (self.barren and many)):
             raise self._stopped(f"all {len(flat)} calls of a round failing", _first_error(outcomes))
 

@@ -46,7 +46,7 @@ class MiproPlan:
     _decided: int = 0  # full evaluations of their best
 
     def __post_init__(self) -> None:
-        self.trial_size = self.minibatches.size
+        self.outage = self.n_examples  # what a full evaluation lacks may fail again, and yet be its own fault
         self.num_trials = self.minibatches.trials_for(self.max_calls, self.n_examples)
         self._steps = self.minibatches.full_eval_steps if self.minibatches.enabled else self.num_trials
         self._full: dict[Row, None] = {}  # in the order in which they were completed
@@ -89,7 +89,7 @@ class MiproPlan:
     def _minibatch(self, row: Row, number: int) -> Examples:
         # The last entry tells this stream from the others that start from (seed, trial number).
         rng = np.random.default_rng([abs(self.seed), number, self.n_examples])
-        drawn = rng.choice(self.n_examples, self.trial_size, replace=False)
+        drawn = rng.choice(self.n_examples, self.minibatches.size, replace=False)
         return tuple(sorted(int(example) for example in drawn))
 
     def _boundary(self) -> int:

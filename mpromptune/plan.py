@@ -35,7 +35,7 @@ class Plan(Protocol):
     n_examples: int
     max_calls: int
     baseline: Row
-    trial_size: int  # examples of an ordinary trial
+    outage: int  # failures in a round that are read as an outage, though all of one configuration
 
     def is_open(self, row: Row) -> bool:
         """Whether the sampler may propose ``row``."""
