@@ -40,9 +40,9 @@ class Knowledge:
     def posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and variance of configurations."""
         model = self._model()
-        if model is None:  # every trial so far has failed
-            return torch.zeros(len(rows)), torch.ones(len(rows))
         with torch.device("cpu"):
+            if model is None:  # every trial so far has failed
+                return torch.zeros(len(rows)), torch.ones(len(rows))
             return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
 
     def best_first(self, rows: Sequence[Row]) -> list[tuple[Row, float]]:

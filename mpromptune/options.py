@@ -122,6 +122,7 @@ class SearchOptions:
             check_block_size(self.block_size, n_examples)
         if self.max_calls is None:
             require_count("num_trials", num_trials)
+            minibatches.within(n_examples)
         elif self.schedule == "mipro":
             minibatches.within(n_examples).trials_for(self.max_calls, n_examples)
         else:

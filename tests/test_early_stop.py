@@ -80,13 +80,14 @@ def test_an_unreachable_target_changes_nothing() -> None:
 
 
 def test_a_leader_that_misses_the_target_is_not_the_end() -> None:
-    """All are right on the first two rounds' blocks, one on the others too: it is looked for further."""
+    """All but the baseline are right on the blocks that come first, one on the others too."""
     easy = {*in_full()[0][3], *in_full()[4][3]}
     tried = [trial[1] for trial in in_full()[:8]]
     good = next(row for row in TABLE if SPACE.params(row) not in tried)
 
     def score(params: dict[str, int], example: int) -> float:
-        return float(SPACE.row(params) == good or example in easy or example % 4 == 0)
+        row = SPACE.row(params)
+        return float(row == good or (example in easy and row != (0, 0)) or example % 4 == 0)
 
     result = run(score, max_calls=BUDGET, target=0.9)
     trials = result.study.trials

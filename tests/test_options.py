@@ -106,6 +106,15 @@ def test_sampler_config_must_be_a_mapping(config: Any) -> None:
         ({"sampler": "tpe", "max_space_size": 10}, "max_space_size.*'tpe'"),
         ({"sampler": optuna.samplers.RandomSampler(), "embedder": hashed}, "embedder.*RandomSampler"),
         ({"sampler": "qei", "num_trials": 0}, "num_trials.*0"),
+        ({"sampler": "qei", "minibatch_full_eval_steps": 0}, "minibatch_full_eval_steps.*0"),
+        ({"patience": 0}, "patience.*0"),
+        ({"target": "0.9"}, "target.*'0.9'"),
+        ({"target": float("inf")}, "target.*inf"),
+        ({"schedule": "stock"}, "schedule.*'blocks', 'mipro'.*'stock'"),
+        ({"schedule": "mipro", "max_calls": 27}, "max_calls=27.*28"),
+        ({"schedule": "mipro", "minibatch_size": 13}, "minibatch_size=13.*12"),
+        ({"schedule": "mipro", "block_size": 3}, "block_size.*'mipro'"),
+        ({"schedule": "mipro", "patience": 3, "confirm": False}, "patience.*confirm.*'mipro'"),
     ],
 )
 def test_bad_values_are_refused_before_any_call(options: dict[str, Any], named: str) -> None:
