@@ -102,8 +102,10 @@ def search(
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
     """
     require_count("n_examples", n_examples)
+    require_count("max_calls", max_calls)
     require_count("num_threads", num_threads)
-    for name, count in (("batch_size", batch_size), ("patience", patience)):
+    optional = {"batch_size": batch_size, "block_size": block_size, "patience": patience}
+    for name, count in optional.items():
         if count is not None:
             require_count(name, count)
     if target is not None:

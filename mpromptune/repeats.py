@@ -24,7 +24,8 @@ def without_repeats(observed: Sequence[Placed]) -> list[Placed]:
     the mean of its scores: exact where the program is deterministic, cautious where it is not.
 
     Args:
-        observed: Completed trials and their configurations; those without examples stay as they are.
+        observed: Completed trials and their configurations; those without scores by example stay as
+            they are.
 
     Returns:
         The same, each pooled trial in the place of its first.
@@ -32,7 +33,7 @@ def without_repeats(observed: Sequence[Placed]) -> list[Placed]:
     groups: dict[Row, list[_Group]] = {}
     order: list[_Group] = []
     for trial, row in observed:
-        new = _Group([(trial, row)], set(trial.user_attrs.get(EXAMPLES, ())))
+        new = _Group([(trial, row)], _examples(trial))
         of_row = groups.setdefault(row, [])
         kin = [group for group in of_row if not group.examples.isdisjoint(new.examples)]
         if kin:
@@ -41,6 +42,10 @@ def without_repeats(observed: Sequence[Placed]) -> list[Placed]:
             of_row.append(new)
             order.append(new)
     return [_pooled(group.trials) for group in order if group.trials]
+
+
+def _examples(trial: FrozenTrial) -> set[int]:
+    return set(trial.user_attrs[EXAMPLES]) if trial.user_attrs.get(SCORES) else set()
 
 
 @dataclass

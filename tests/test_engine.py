@@ -433,7 +433,17 @@ def test_one_sampler_object_serves_several_searches() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"batch_size": 0}, {"batch_size": -1}, {"n_examples": 0}, {"num_threads": 0}]
+    "bad",
+    [
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"n_examples": 0},
+        {"num_threads": 0},
+        {"max_calls": 0},
+        {"max_calls": 100.5},
+        {"block_size": 0},
+        {"block_size": 2.5},
+    ],
 )
 def test_counts_must_be_positive(bad: dict) -> None:
     """The message names argument and value."""
