@@ -18,7 +18,7 @@ from mpromptune.space import Row
 from mpromptune.stopping import expected_gains, standard_error
 from mpromptune.surrogate import posterior_mean_and_variance
 
-# NOTE: as many configurations as a proposal looks at by default: their joint covariance takes 32 MB.
+# NOTE: as many configurations as a proposal looks at by default.
 _RIVALS = 2000
 
 

@@ -26,6 +26,9 @@ from mpromptune.surrogate import at_average_example, quiet_single_thread
 # examples). A gain of a tenth of it would widen that uncertainty, added in quadrature, by half a
 # percent: nobody could tell it from the luck of the examples. It was reasoned, not tuned.
 _NEGLIGIBLE = 0.1
+# Configurations whose joint posterior with the leader is computed at once; only their covariances
+# with the leader matter, so the chunks are small.
+_CHUNK = 128
 
 
 @dataclass
@@ -71,6 +74,10 @@ def expected_gains(model: SingleTaskGP, rows: Tensor, leader: Tensor) -> Tensor:
     Returns:
         Length n, in the units of the observations.
     """
+    return torch.cat([_gains(model, chunk, leader) for chunk in torch.split(rows, _CHUNK)])
+
+
+def _gains(model: SingleTaskGP, rows: Tensor, leader: Tensor) -> Tensor:
     points = torch.cat([leader.unsqueeze(0).to(rows), rows])
     with torch.no_grad(), quiet_single_thread():
         posterior = cast(GPyTorchPosterior, model.posterior(at_average_example(points)))

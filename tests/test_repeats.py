@@ -56,6 +56,14 @@ def test_shared_examples_are_pooled_by_hand() -> None:
     assert observed[0][0].user_attrs[EXAMPLES] == [0, 1]  # what was given is not changed
 
 
+def test_trials_without_scores_by_example_are_left_alone() -> None:
+    """A study of someone else's: values only, or examples only."""
+    bare = [trial(A, {0: 1.0}) for _ in range(2)]
+    bare[0].user_attrs, bare[1].user_attrs = {}, {EXAMPLES: [0]}
+    observed = [(t, A) for t in (*bare, trial(A, {0: 0.0}))]
+    assert all(a[0] is b[0] for a, b in zip(without_repeats(observed), observed, strict=True))
+
+
 def test_a_trial_can_join_two_others() -> None:
     """The third shares one example with each of the first two."""
     observed = [(trial(A, {0: 1.0}), A), (trial(A, {1: 0.0}), A), (trial(A, {0: 1.0, 1: 0.0}), A)]
