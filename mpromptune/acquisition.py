@@ -110,8 +110,8 @@ class NextPosteriorMean(PosteriorTransform):
 
     def forward(self, posterior: Posterior, X: Tensor | None = None) -> GPyTorchPosterior:
         """The transformed posterior."""
-        mean = posterior.mean.squeeze(-1)
         assert isinstance(posterior, GPyTorchPosterior)
+        mean = posterior.mean.squeeze(-1)
         covariance = posterior.distribution.covariance_matrix
         eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
         half = torch.linalg.cholesky(covariance + self.noise * eye)

@@ -9,14 +9,20 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import optuna
 from optuna.samplers import BaseSampler
 
+from mpromptune.attributes import N_EXAMPLES
+from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator, OnCall
-from mpromptune.errors import InvalidArgumentError, require_count
+from mpromptune.errors import require_count, require_finite
 from mpromptune.execution import Classify, RetryPolicy, Score, Workers, as_score, classify_builtin
+from mpromptune.knowledge import Knowledge
+from mpromptune.mipro_plan import MiproPlan
+from mpromptune.options import check_schedule
+from mpromptune.plan import Plan
 from mpromptune.result import SearchResult
-from mpromptune.sampler import qEISampler
-from mpromptune.samplers import resolve_sampler
-from mpromptune.schedule import Schedule, default_batch_size, partition
+from mpromptune.samplers import bind, resolve_sampler, round_size
+from mpromptune.schedule import Minibatches, Schedule, check_budget, default_block_size, partition
 from mpromptune.space import PromptSpace
+from mpromptune.stopping import Stopping
 
 
 def search(
@@ -35,6 +41,12 @@ def search(
     study_name: str | None = None,
     callbacks: Sequence[Callback] = (),
     confirm: bool = True,
+    patience: int | None = None,
+    target: float | None = None,
+    schedule: str = "blocks",
+    minibatch: bool = True,
+    minibatch_size: int = 35,
+    minibatch_full_eval_steps: int = 5,
     executor: Executor | None = None,
     classify: Classify = classify_builtin,
     retry: RetryPolicy | None = None,
@@ -45,8 +57,10 @@ def search(
 
     Rounds of ``batch_size`` configurations are measured on one shared block of examples each, two
     rounds at a time; promising configurations are measured on further blocks; no example of a
-    configuration is paid for twice. Proposals depend on ``seed``, on ``batch_size`` (which by
-    default grows with more than 40 threads) and on what earlier rounds measured, never on timing.
+    configuration is paid for twice. With ``schedule="mipro"`` trials are measured on random
+    minibatches instead and, now and then, the best one so far on all examples, as in DSPy's MIPROv2.
+    Proposals depend on ``seed``, on ``batch_size`` (which by default grows with more than 40
+    threads) and on what earlier rounds measured, never on timing.
 
     Args:
         space: The configurations.
@@ -65,6 +79,15 @@ def search(
         callbacks: Called as ``callback(study, trial)`` after every finished trial, in order.
         confirm: Keep calls back so that winner and baseline end measured on every example. With
             False the winner is the highest posterior mean, whatever it was measured on.
+        patience: Stop after so many rounds in a row after which, by the posterior, no open
+            configuration is expected to gain over the leader a tenth of a full evaluation's
+            standard error. None: never. It cannot judge where all scores are the same.
+        target: Stop exploring once the leader's posterior mean is at or above this mean score; go
+            on if, fully measured, it is not.
+        schedule: ``"blocks"`` or ``"mipro"``.
+        minibatch: (mipro) False measures every trial on all examples.
+        minibatch_size: (mipro) Examples of a trial.
+        minibatch_full_eval_steps: (mipro) Trials from one full evaluation to the next.
         executor: Runs the work items; by default a thread pool of ``num_threads``.
         classify: The verdict on an exception of ``score``.
         retry: How infrastructure errors are retried.
@@ -79,41 +102,43 @@ def search(
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
     """
     require_count("n_examples", n_examples)
+    require_count("max_calls", max_calls)
     require_count("num_threads", num_threads)
-    if batch_size is not None:
-        require_count("batch_size", batch_size)
+    optional = {"batch_size": batch_size, "block_size": block_size, "patience": patience}
+    for name, count in optional.items():
+        if count is not None:
+            require_count(name, count)
+    if target is not None:
+        require_finite("target", target)
     as_score(failure_score)
-    block = min(10, n_examples) if block_size is None else block_size
+    check_schedule(schedule, block_size, confirm, patience, target)
     start = space.first() if baseline is None else space.row(baseline)
-    schedule = Schedule(n_examples, partition(n_examples, block, seed), max_calls, start, confirm)
-    _require_budget(schedule)
-    q = batch_size or _own_batch_size(sampler) or default_batch_size(num_threads, block)
+    plan: Plan
+    if schedule == "mipro":
+        batches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch).within(n_examples)
+        q = round_size(batch_size, sampler, num_threads, batches.size)
+        plan = MiproPlan(n_examples, max_calls, start, space.size, q, batches, seed)
+    else:
+        block = default_block_size(n_examples) if block_size is None else block_size
+        q = round_size(batch_size, sampler, num_threads, block)
+        blocks = partition(n_examples, block, seed)
+        check_budget(max_calls, n_examples, confirm)
+        plan = BlockPlan(
+            Schedule(n_examples, blocks, max_calls, start, confirm), space.size, q, Stopping(target, patience)
+        )
+    bound, encoding = bind(resolve_sampler(sampler, space, seed), space, q, plan.is_open, seed)
+    study = optuna.create_study(storage=storage, study_name=study_name, sampler=bound, direction="maximize")
+    study.set_user_attr(N_EXAMPLES, n_examples)
     with _executor(executor, num_threads) as pool:
-        run = Coordinator(
+        return Coordinator(
             space=space,
-            schedule=schedule,
+            plan=plan,
             workers=Workers(score, pool, classify, retry),
-            batch_size=q,
+            known=Knowledge(study, encoding),
             failure_score=failure_score,
             callbacks=callbacks,
             on_call=on_call,
-        )
-        run.open_study(resolve_sampler(sampler, space, seed), seed, storage, study_name)
-        return run.run()
-
-
-def _own_batch_size(sampler: object) -> int | None:
-    return sampler.batch_size if isinstance(sampler, qEISampler) else None
-
-
-def _require_budget(schedule: Schedule) -> None:
-    least = 2 * schedule.n_examples if schedule.confirm else 1
-    if schedule.max_calls < least:
-        raise InvalidArgumentError(
-            f"max_calls={schedule.max_calls} is below the {least} calls that measuring the winner and the "
-            f"baseline on all {schedule.n_examples} examples takes. Raise max_calls, use fewer "
-            "validation examples, or pass confirm=False."
-        )
+        ).run()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""Every error of the package, under one root, and the check of counts that all layers share."""
+"""Every error of the package, under one root, and the checks of numbers that all layers share."""
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -51,3 +52,14 @@ def require_count(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InvalidArgumentError(f"{name} must be an integer of at least {least}; got {value!r}.")
     return int(value)
+
+
+def require_finite(name: str, value: Any) -> float:
+    """``value`` as a float.
+
+    Raises:
+        InvalidArgumentError: It is not a finite number.
+    """
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise InvalidArgumentError(f"{name} must be a finite number; got {value!r}.")
+    return float(value)

@@ -16,6 +16,7 @@ from mpromptune.attributes import EXAMPLES, N_EXAMPLES, PROPOSED, SCORES
 from mpromptune.embedding import FloatArray
 from mpromptune.geometry import Geometry
 from mpromptune.noise import Measurement, observation_variances, variance_components
+from mpromptune.repeats import without_repeats
 from mpromptune.space import Row
 from mpromptune.surrogate import fit
 
@@ -71,7 +72,7 @@ def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_compone
         num_components: C.
     """
     placed = [(t, row) for t in trials if (row := row_of(proposed_params(t))) is not None]
-    observed = [(t, row) for t, row in placed if t.state == TrialState.COMPLETE]
+    observed = without_repeats([(t, row) for t, row in placed if t.state == TrialState.COMPLETE])
     finished = [(t, row) for t, row in placed if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     pending = tuple(row for t, row in placed if t.state == TrialState.RUNNING)
     n_examples = study.user_attrs.get(N_EXAMPLES, 0)

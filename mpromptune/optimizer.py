@@ -18,6 +18,7 @@ from mpromptune.lm_errors import classify
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
+from mpromptune.schedule import Minibatches, default_block_size
 from mpromptune.steps import Steps, wants_traceback
 
 logger = logging.getLogger(__name__)
@@ -144,8 +145,8 @@ class MIPROv2(dspy.MIPROv2):
         settings = super()._set_hyperparams_from_run_mode(program, *args, **kwargs)
         options = _OPTIONS.get()
         if options is not None:
-            num_trials, valset, *_ = settings
-            options.check_run(len(valset), num_trials)
+            num_trials, valset, minibatch, *_ = settings
+            options.check_run(len(valset), num_trials, _STEPS.get().minibatches(minibatch))
             _check_embedder(options, program)
             if options.confirm:
                 _STEPS.get().score_ahead(valset)
@@ -190,16 +191,14 @@ class MIPROv2(dspy.MIPROv2):
                 minibatch_full_eval_steps,
                 seed,
             )
-        # Torch is loaded here, once the bootstrap has shown that the program runs at all.
-        from mpromptune.schedule import stock_calls
-
-        stock = stock_calls(num_trials, len(valset), minibatch, minibatch_size, minibatch_full_eval_steps)
+        minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
+        max_calls = options.max_calls or minibatches.calls(num_trials, len(valset))
         _STEPS.get().close_threads()
         forget_statistics(program)
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
         scorer = ProgramScorer(programs, valset, self.metric, wants_traceback(evaluate.provide_traceback))
         score = _STEPS.get().scored_ahead(programs, valset, scorer)
-        result = self._search(programs, score, len(valset), options, options.max_calls or stock, int(seed))
+        result = self._search(programs, score, len(valset), options, max_calls, minibatches, int(seed))
         return self._finished(programs, result)
 
     def _search(
@@ -209,11 +208,15 @@ class MIPROv2(dspy.MIPROv2):
         n_examples: int,
         options: SearchOptions,
         max_calls: int,
+        minibatches: Minibatches,
         seed: int,
     ) -> Any:
+        # Torch is loaded here, once the bootstrap has shown that the program runs at all.
         from mpromptune.engine import search
 
         threads = self._threads(options)
+        blocks = options.block_size or default_block_size(n_examples)
+        trial_size = blocks if options.schedule == "blocks" else minibatches.within(n_examples).size
         bar = _STEPS.get().display.bar("Searching", max_calls, "calls")
         return search(
             programs.prompt_space(),
@@ -222,7 +225,7 @@ class MIPROv2(dspy.MIPROv2):
             max_calls=max_calls,
             sampler=_sampler(options, seed),
             num_threads=threads,
-            batch_size=_batch_size(options, threads, n_examples),
+            batch_size=_batch_size(options, threads, trial_size),
             block_size=options.block_size,
             baseline=programs.baseline,
             seed=seed,
@@ -230,6 +233,12 @@ class MIPROv2(dspy.MIPROv2):
             study_name=options.study_name,
             callbacks=(bar.on_trial, *options.callbacks),
             confirm=options.confirm,
+            patience=options.patience,
+            target=options.target,
+            schedule=options.schedule,
+            minibatch=minibatches.enabled,
+            minibatch_size=minibatches.size,
+            minibatch_full_eval_steps=minibatches.full_eval_steps,
             classify=classify,
             failure_score=options.failure_score,
             on_call=bar.on_call,
@@ -248,13 +257,11 @@ class MIPROv2(dspy.MIPROv2):
         return best
 
 
-def _batch_size(options: SearchOptions, threads: int, n_examples: int) -> int | None:
-    """As given, or as the sampler object has it, or enough to occupy all threads."""
-    from mpromptune.schedule import default_batch_size
+def _batch_size(options: SearchOptions, threads: int, trial_size: int) -> int:
+    """For the sampler as the user gave it: a name has no batch size of its own."""
+    from mpromptune.samplers import round_size
 
-    if options.batch_size is not None or isinstance(options.sampler, BaseSampler):
-        return options.batch_size
-    return default_batch_size(threads, options.block_size or min(10, n_examples))
+    return round_size(options.batch_size, options.sampler, threads, trial_size)
 
 
 def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,11 +9,21 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler
 
-from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count
+from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
+from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
 
 SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
 _QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder")
-_COUNTS = ("n_jobs", "batch_size", "max_space_size", "n_batches", "min_cold_start", "block_size", "max_calls")
+_COUNTS = (
+    "n_jobs",
+    "batch_size",
+    "max_space_size",
+    "n_batches",
+    "min_cold_start",
+    "block_size",
+    "max_calls",
+    "patience",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,9 @@ class SearchOptions:
         block_size: Validation examples per trial (default 10).
         max_calls: Program calls to spend; by default exactly what DSPy's MIPROv2 would.
         confirm: Keep calls back so that winner and baseline end fully measured.
+        patience: Stop after so many rounds in a row without a gain in sight (default: never).
+        target: Stop once a mean score of the metric is reached and confirmed (default: none).
+        schedule: ``"blocks"``, or ``"mipro"`` for minibatches and full evaluations as DSPy's.
         failure_score: What an example scores when the candidate itself fails on it.
         storage: Optuna storage or its URL; by default memory.
         study_name: Name of the study in the storage.
@@ -49,6 +60,9 @@ class SearchOptions:
     block_size: int | None = None
     max_calls: int | None = None
     confirm: bool = True
+    patience: int | None = None
+    target: float | None = None
+    schedule: str = "blocks"
     failure_score: float = 0.0
     storage: Any = None
     study_name: str | None = None
@@ -61,9 +75,10 @@ class SearchOptions:
                 require_count(name, getattr(self, name), least=0 if name == "n_batches" else 1)
         self._check_embedder()
         self._check_callbacks()
-        real = isinstance(self.failure_score, numbers.Real)
-        if not (real and math.isfinite(self.failure_score)):
-            raise InvalidArgumentError(f"failure_score must be a finite number; got {self.failure_score!r}.")
+        require_finite("failure_score", self.failure_score)
+        if self.target is not None:
+            require_finite("target", self.target)
+        check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
 
     def _check_sampler(self) -> None:
         if isinstance(self.sampler, BaseSampler):
@@ -92,28 +107,26 @@ class SearchOptions:
         if not is_list or not all(callable(callback) for callback in self.callbacks):
             raise InvalidArgumentError(f"callbacks must be a list of callables; got {self.callbacks!r}.")
 
-    def check_run(self, n_examples: int, num_trials: int) -> None:
+    def check_run(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> None:
         """Whether a search can be run at all; called before anything is paid for.
 
         Args:
             n_examples: Size of the validation set.
             num_trials: DSPy's, from which the budget follows unless ``max_calls`` is given.
+            minibatches: DSPy's too.
 
         Raises:
             InvalidArgumentError: It cannot.
         """
-        if self.block_size is not None and self.block_size > n_examples:
-            raise InvalidArgumentError(
-                f"block_size={self.block_size} exceeds the {n_examples} validation examples."
-            )
-        if self.max_calls is None and num_trials < 1:
-            raise InvalidArgumentError(f"num_trials must be at least 1; got {num_trials!r}.")
-        if self.max_calls is not None and self.confirm and self.max_calls < 2 * n_examples:
-            raise InvalidArgumentError(
-                f"max_calls={self.max_calls} is below the {2 * n_examples} calls that measuring the winner "
-                f"and the baseline on all {n_examples} validation examples takes. Raise max_calls, use "
-                "fewer validation examples, or pass confirm=False."
-            )
+        if self.block_size is not None:
+            check_block_size(self.block_size, n_examples)
+        if self.max_calls is None:
+            require_count("num_trials", num_trials)
+            minibatches.within(n_examples)
+        elif self.schedule == "mipro":
+            minibatches.within(n_examples).trials_for(self.max_calls, n_examples)
+        else:
+            check_budget(self.max_calls, n_examples, self.confirm)
         self._check_study()
 
     def _check_study(self) -> None:
@@ -129,6 +142,24 @@ class SearchOptions:
         """What was given of qEISampler's arguments."""
         names = (*_QEI_ONLY, "batch_size")
         return {key: value for key in names if (value := getattr(self, key)) is not None}
+
+
+def check_schedule(
+    schedule: str, block_size: int | None, confirm: bool, patience: int | None, target: float | None
+) -> None:
+    """Refuses an unknown schedule, and options that mean nothing to the one named.
+
+    Raises:
+        InvalidArgumentError: Which of them.
+    """
+    if schedule not in SCHEDULE_NAMES:
+        raise InvalidArgumentError(f"schedule must be one of {list(SCHEDULE_NAMES)}; got {schedule!r}.")
+    given = {"block_size": block_size, "patience": patience, "target": target}
+    foreign = {name: value for name, value in given.items() if value is not None}
+    if not confirm:
+        foreign["confirm"] = False
+    if schedule != "blocks" and foreign:
+        raise InvalidArgumentError(f"{foreign} only apply to schedule='blocks'; got schedule={schedule!r}.")
 
 
 OPTION_NAMES = tuple(field.name for field in fields(SearchOptions))

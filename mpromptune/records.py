@@ -48,19 +48,20 @@ def attach_statistics(best: Any, programs: ProgramSpace, result: SearchResult, l
 def trial_logs(result: SearchResult, build: Build, log_dir: str | None) -> dict[int, dict[str, Any]]:
     """DSPy's log of every completed trial: numbered from 1, in the order in which they were asked.
 
-    The trial that completes a configuration is logged as its full evaluation, with the score over
-    all examples; every other one as a minibatch. With ``log_dir``, each program is saved there.
+    A trial on all examples is logged as a full evaluation; where none completes a configuration by
+    itself, its last trial is, with the score over all examples; every other one as a minibatch. With
+    ``log_dir``, each program is saved there.
     """
     full = {_key(m.params): m for m in result.configurations if m.fully}
-    last = {_key(t.params): t.number for t in _completed(result)}
+    last = _last_evaluations(result)
     logs: dict[int, dict[str, Any]] = {}
     calls = 0
     for trial in result.study.get_trials(deepcopy=False):
         calls += len(trial.user_attrs.get(SCORES, ()))
         if trial.state != TrialState.COMPLETE:
             continue
-        is_last = last[_key(trial.params)] == trial.number
-        whole = full.get(_key(trial.params)) if is_last else None
+        closes = last[_key(trial.params)] == trial.number
+        whole = full.get(_key(trial.params)) if closes else None
         logs[trial.number + 1] = {
             **trial.params,
             **_evaluation(trial, build(trial.params), whole, log_dir),
@@ -99,6 +100,13 @@ def _saved(program: Any, log_dir: str | None, number: int, note: str | None) -> 
 def _mean(trial: FrozenTrial) -> float:
     assert trial.value is not None  # only completed trials come here
     return trial.value
+
+
+def _last_evaluations(result: SearchResult) -> dict[tuple[tuple[str, int], ...], int]:
+    """Configuration to the trial that completes it: the last one, or the last on all examples."""
+    trials = _completed(result)
+    whole = [t for t in trials if not _is_partial(t, result)]
+    return {_key(t.params): t.number for t in (*trials, *whole)}
 
 
 def _is_partial(trial: FrozenTrial, result: SearchResult) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -13,8 +13,10 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from mpromptune.encoding import Encoding, encode_prompts
 from mpromptune.options import unknown_sampler
 from mpromptune.sampler import qEISampler
+from mpromptune.schedule import default_batch_size
 from mpromptune.space import IndexArray, PromptSpace, Row
 
 IsOpen = Callable[[Row], bool]
@@ -42,6 +44,24 @@ def resolve_sampler(spec: BaseSampler | str | None, space: PromptSpace, seed: in
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     raise unknown_sampler(spec)
+
+
+def round_size(given: int | None, sampler: object, num_threads: int, trial_size: int) -> int:
+    """Configurations in a round: as given, or as the sampler has it, or enough for all threads."""
+    own = sampler.batch_size if isinstance(sampler, qEISampler) else None
+    return given or own or default_batch_size(num_threads, trial_size)
+
+
+def bind(
+    sampler: BaseSampler, space: PromptSpace, batch_size: int, is_open: IsOpen, seed: int
+) -> tuple[BaseSampler, Encoding]:
+    """The sampler made to propose open configurations only, and the encoding that judges them."""
+    if not isinstance(sampler, qEISampler):
+        return OpenSampler(sampler, space, is_open, seed), encode_prompts(space, None)
+    bound = sampler.bound_to(space, batch_size, is_open)
+    encoding = bound.prompts()
+    assert encoding is not None  # it has a space
+    return bound, encoding
 
 
 def distributions_of(space: PromptSpace) -> dict[str, BaseDistribution]:
@@ -80,7 +100,8 @@ class OpenSampler(BaseSampler):
         params = self._inner.sample_relative(study, trial, inner_space)
         for name, distribution in self._distributions.items():
             if name not in params:
-                params[name] = self._inner.sample_independent(study, trial, name, distribution)
+                so_far = _as_suggested(study, trial, params, self._distributions)
+                params[name] = self._inner.sample_independent(study, so_far, name, distribution)
         row = tuple(int(params.get(name, 0)) for name in self._space.names)
         chosen = self._space.params(self._nearest_open(row, trial.number))
         return {name: chosen[name] for name in self._distributions}
@@ -91,10 +112,10 @@ class OpenSampler(BaseSampler):
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._inner.before_trial(study, trial)
+        self._inner.before_trial(study, _not_enqueued(trial))
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: Any, values: Any) -> None:
-        self._inner.after_trial(study, trial, state, values)
+        self._inner.after_trial(cast(Study, _Endless(study)), trial, state, values)
 
     def _nearest_open(self, row: Row, number: int) -> Row:
         if self._space.exists(row) and self._is_open(row):
@@ -110,3 +131,34 @@ class OpenSampler(BaseSampler):
         keep = np.array([self._is_open(tuple(r)) for r in rows.tolist()], dtype=bool)
         open_rows: IndexArray = rows[keep]
         return open_rows
+
+
+class _Endless:
+    """A study that no sampler can stop: it is the search that ends, when its plan does."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def stop(self) -> None:
+        """Exhaustive samplers stop their study once they have proposed everything."""
+
+
+def _not_enqueued(trial: FrozenTrial) -> FrozenTrial:
+    """The trial as if its params were still to be sampled: grid samplers number it then."""
+    asked = copy.copy(trial)
+    asked.system_attrs = {k: v for k, v in trial.system_attrs.items() if k != "fixed_params"}
+    return asked
+
+
+def _as_suggested(
+    study: Study, trial: FrozenTrial, params: dict[str, Any], distributions: dict[str, BaseDistribution]
+) -> FrozenTrial:
+    """The trial as a study of the inner sampler's own would show it at its next parameter."""
+    suggested = copy.copy(trial)
+    suggested.system_attrs = study._storage.get_trial_system_attrs(trial._trial_id)
+    suggested.distributions = {name: distributions[name] for name in params if name in distributions}
+    suggested.params = {name: params[name] for name in suggested.distributions}
+    return suggested

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import InvalidArgumentError, require_count
 from mpromptune.space import Row
 
 Examples = tuple[int, ...]
 
+SCHEDULE_NAMES = ("blocks", "mipro")
+
 # Trials of one configuration that may fail before it is given up.
-_MAX_FAILURES = 3
+MAX_FAILURES = 3
 
 
 def partition(n_examples: int, block_size: int, seed: int) -> tuple[Examples, ...]:
@@ -26,10 +29,7 @@ def partition(n_examples: int, block_size: int, seed: int) -> tuple[Examples, ..
     Raises:
         InvalidArgumentError: ``block_size`` is not between 1 and ``n_examples``.
     """
-    if not 1 <= block_size <= n_examples:
-        raise InvalidArgumentError(
-            f"block_size must be between 1 and the {n_examples} validation examples; got {block_size}."
-        )
+    check_block_size(block_size, n_examples)
     order = np.random.default_rng([abs(seed), n_examples]).permutation(n_examples)
     blocks = np.array_split(order, math.ceil(n_examples / block_size))
     return tuple(tuple(int(i) for i in block) for block in blocks)
@@ -93,7 +93,7 @@ class Schedule:
 
     def is_dropped(self, row: Row) -> bool:
         """Whether so many trials of ``row`` failed that no further call is risked on it."""
-        return self.failures[row] >= _MAX_FAILURES
+        return self.failures[row] >= MAX_FAILURES
 
     def is_affordable(self, row: Row) -> bool:
         """Whether ``row`` can still be fully measured, together with the baseline."""
@@ -133,6 +133,81 @@ class Schedule:
         return min(batch_size, math.ceil(available / len(self.blocks[0])))
 
 
+def check_block_size(block_size: int, n_examples: int) -> None:
+    """Refuses blocks that do not fit into the validation set.
+
+    Raises:
+        InvalidArgumentError: ``block_size`` is not between 1 and ``n_examples``.
+    """
+    if not 1 <= block_size <= n_examples:
+        raise InvalidArgumentError(
+            f"block_size must be between 1 and the {n_examples} validation examples; got {block_size}."
+        )
+
+
+def check_budget(max_calls: int, n_examples: int, confirm: bool) -> None:
+    """Refuses budgets in which winner and baseline cannot be measured.
+
+    Raises:
+        InvalidArgumentError: ``max_calls`` is too low.
+    """
+    least = 2 * n_examples if confirm else 1
+    if max_calls < least:
+        raise InvalidArgumentError(
+            f"max_calls={max_calls} is below the {least} calls that measuring the winner and the "
+            f"baseline on all {n_examples} validation examples takes. Raise max_calls, use fewer "
+            "validation examples, or pass confirm=False."
+        )
+
+
+@dataclass(frozen=True)
+class Minibatches:
+    """DSPy's own arguments of the plan of MIPROv2.
+
+    Attributes:
+        size: Examples of a trial.
+        full_eval_steps: Trials from one full evaluation to the next.
+        enabled: False when every trial is a full evaluation and there are no others.
+    """
+
+    size: int = 35
+    full_eval_steps: int = 5
+    enabled: bool = True
+
+    def within(self, n_examples: int) -> Minibatches:
+        """The plan for a validation set; a minibatch of all of it is a full evaluation itself.
+
+        Raises:
+            InvalidArgumentError: A number cannot work.
+        """
+        require_count("minibatch_full_eval_steps", self.full_eval_steps)
+        if not self.enabled or require_count("minibatch_size", self.size) == n_examples:
+            return Minibatches(n_examples, self.full_eval_steps, enabled=False)
+        if self.size > n_examples:
+            raise InvalidArgumentError(
+                f"minibatch_size={self.size} exceeds the {n_examples} validation examples."
+            )
+        return self
+
+    def calls(self, num_trials: int, n_examples: int) -> int:
+        """What ``num_trials`` trials cost, with the baseline and the full evaluations."""
+        return stock_calls(num_trials, n_examples, self.enabled, self.size, self.full_eval_steps)
+
+    def trials_for(self, max_calls: int, n_examples: int) -> int:
+        """The most trials that ``max_calls`` calls allow.
+
+        Raises:
+            InvalidArgumentError: Not even one.
+        """
+        if max_calls < (least := self.calls(1, n_examples)):
+            raise InvalidArgumentError(
+                f"max_calls={max_calls} is below the {least} calls of MIPROv2's shortest plan: the baseline "
+                f"on all {n_examples} validation examples, one trial, and a full evaluation of it."
+            )
+        # Every trial costs at least one call, so there are no more of them than calls.
+        return bisect_right(range(max_calls + 1), max_calls, key=lambda n: self.calls(n, n_examples)) - 1
+
+
 def stock_calls(
     num_trials: int,
     n_examples: int,
@@ -146,19 +221,13 @@ def stock_calls(
     ``minibatch_full_eval_steps`` of them (and at the end) the best one so far on all examples.
     """
     per_trial = min(minibatch_size, n_examples) if minibatch else n_examples
-    full = _stock_full_evaluations(num_trials, minibatch_full_eval_steps) if minibatch else 0
+    full = math.ceil(num_trials / minibatch_full_eval_steps) if minibatch else 0
     return n_examples * (1 + full) + per_trial * num_trials
 
 
-def _stock_full_evaluations(num_trials: int, steps: int) -> int:
-    """Counts them as MIPROv2's trial numbering does: a full evaluation takes a number of its own."""
-    last = num_trials + num_trials // steps + 1 + (num_trials % steps != 0)
-    number, full = 1, 0
-    for _ in range(num_trials):
-        number += 1
-        if number % (steps + 1) == 0 or number == last - 1:
-            number, full = number + 1, full + 1
-    return full
+def default_block_size(n_examples: int) -> int:
+    """Ten examples, or all where there are fewer."""
+    return min(10, n_examples)
 
 
 def default_batch_size(num_threads: int, block_size: int) -> int:

@@ -23,6 +23,7 @@ from mpromptune.execution import Score, Verdict
 from mpromptune.lm_errors import classify
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Display
+from mpromptune.schedule import Minibatches
 from mpromptune.threads import Threads
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Steps:
         self.display = Display()
         self._optimizer = optimizer
         self._threads = Threads(threads)
+        self._arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
         self._proposals = proposal.Proposals(optimizer, self._threads)
         self._traceback = compile_arguments.get("provide_traceback")
@@ -76,6 +78,11 @@ class Steps:
         if ahead is None or programs.program is not ahead.program or valset is not ahead.valset:
             return score
         return partial(ahead.score_or, score, programs.baseline)
+
+    def minibatches(self, enabled: bool) -> Minibatches:
+        """DSPy's arguments of its search step; ``auto`` decides whether there are minibatches."""
+        size, steps = (self._arguments[f"minibatch_{name}"] for name in ("size", "full_eval_steps"))
+        return Minibatches(size, steps, enabled)
 
     def demo_sets(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any

@@ -96,6 +96,20 @@ def test_every_sampler_spends_the_same_budget(sampler: Any) -> None:
     assert max(scores.asked.values()) == 1
 
 
+@pytest.mark.parametrize("name", ["grid", "brute force"])
+def test_exhaustive_samplers_run_until_the_search_ends(name: str) -> None:
+    """Optuna's would stop their study, or choke on a baseline that they did not propose."""
+    grid = {name: list(range(size)) for name, size in zip(SPACE.names, SPACE.sizes, strict=True)}
+    exhaustive = {
+        "grid": optuna.samplers.GridSampler(grid, seed=0),
+        "brute force": optuna.samplers.BruteForceSampler(seed=0),
+    }
+    scores = Scores()
+    result = run(scores, sampler=exhaustive[name], max_calls=10**6)
+    assert result.calls == len(scores.asked) == SPACE.size * N
+    assert len({tuple(t.params.values()) for t in result.study.trials[1:18]}) >= 15
+
+
 def test_the_same_seed_gives_the_same_trials_whatever_the_threads() -> None:
     """1 thread, and 32 threads with shuffled latencies."""
     serial = run(Scores(), num_threads=1, batch_size=4)
@@ -266,6 +280,24 @@ def test_a_candidates_own_error_scores_failure_score() -> None:
     assert result.calls == 300
 
 
+def test_a_metric_that_raises_on_some_examples_loses_nothing_else() -> None:
+    """Every seventh example is beyond the metric: it counts failure_score for all, the rest as it is."""
+    scores = Scores()
+
+    def score(params: dict[str, int], example: int) -> float:
+        value = scores(params, example)
+        if example % 7 == 0:
+            raise ZeroDivisionError("no reference answer")
+        return value
+
+    result = run(score, failure_score=0.25)
+    assert 290 <= result.calls == sum(scores.asked.values()) <= 300
+    assert {t.state for t in result.study.trials} == {TrialState.COMPLETE}
+    for measured in result.configurations:
+        expected = {e: 0.25 if e % 7 == 0 else TABLE[SPACE.row(measured.params)][e] for e in measured.scores}
+        assert measured.scores == expected
+
+
 @pytest.mark.parametrize("bad", [None, "0.5", float("nan"), {"score": 1}])
 def test_a_metric_without_a_number_stops_the_search(bad: Any) -> None:
     """The error names the value; nothing is recorded as a score."""
@@ -401,7 +433,17 @@ def test_one_sampler_object_serves_several_searches() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"batch_size": 0}, {"batch_size": -1}, {"n_examples": 0}, {"num_threads": 0}]
+    "bad",
+    [
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"n_examples": 0},
+        {"num_threads": 0},
+        {"max_calls": 0},
+        {"max_calls": 100.5},
+        {"block_size": 0},
+        {"block_size": 2.5},
+    ],
 )
 def test_counts_must_be_positive(bad: dict) -> None:
     """The message names argument and value."""

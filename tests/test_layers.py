@@ -22,14 +22,15 @@ MATHEMATICS = (
     ("candidates", "geometry", "noise"),
     ("kernels",),
     ("surrogate",),
-    ("acquisition",),
+    ("acquisition", "stopping"),
 )
 LOOP = (
-    ("encoding", "execution", "options", "result", "schedule"),
+    ("encoding", "execution", "ledger", "result", "schedule"),
+    ("options", "repeats"),
     ("history",),
-    ("sampler",),
-    ("samplers", "qEI"),
-    ("coordinator",),
+    ("knowledge", "sampler"),
+    ("plan", "samplers", "qEI"),
+    ("block_plan", "coordinator", "mipro_plan"),
     ("engine",),
 )
 ADAPTER = (

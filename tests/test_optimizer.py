@@ -84,6 +84,40 @@ def test_any_sampler_spends_the_budget_and_beats_the_baseline(options: dict[str,
     assert best.score == round(100 * result.best_score, 2)
 
 
+@pytest.mark.parametrize(
+    "options", [{"sampler": "tpe"}, {"sampler": "random"}, QEI], ids=["tpe", "random", "qei"]
+)
+def test_dspys_plan_with_any_sampler(options: dict[str, Any]) -> None:
+    """schedule='mipro': DSPy's arguments give 4 minibatches and, with the baseline's, 3 full evaluations."""
+    metric = Counted()
+    best = _compile(metric=metric, schedule="mipro", **options)
+    assert metric.calls == best.search_result.calls == SMALL_RUN_CALLS
+    assert [len(examples) for _, examples in _trials(best)] == [12, 4, 4, 12, 4, 4, 12]
+    kinds = ["full_eval" if "full_eval_score" in log else "mb" for log in best.trial_logs.values()]
+    assert kinds == ["full_eval", "mb", "mb", "full_eval", "mb", "mb", "full_eval"]
+    assert (len(best.candidate_programs), len(best.mb_candidate_programs)) == (3, 4)
+    assert best.score == best.candidate_programs[0]["score"] == round(100 * _accuracy(best), 2)
+
+
+def test_dspys_plan_without_minibatches() -> None:
+    """minibatch=False: the baseline and 4 trials, each on all 12 examples."""
+    best = _compile(schedule="mipro", minibatch=False, sampler="random")
+    assert [len(examples) for _, examples in _trials(best)] == [12] * 5
+    assert best.mb_candidate_programs == []
+
+
+def test_a_target_ends_the_search_early() -> None:
+    """target is the metric's mean: 0.0 is reached at once, and winner and baseline are measured in full."""
+    result = _compile(target=0.0, block_size=3, **QEI).search_result
+    assert 24 <= result.calls < SMALL_RUN_CALLS
+    assert result.best_score >= result.baseline_score
+
+
+def test_patience_is_handed_on() -> None:
+    """Patience without end spends the whole budget, as none does, on the same trials."""
+    assert _trials(_compile(patience=1000, **QEI)) == _trials(_compile(**QEI))
+
+
 def test_optunas_gaussian_process_sampler() -> None:
     """'gp' runs Optuna's GPSampler within the same budget."""
     best = _compile(sampler="gp")

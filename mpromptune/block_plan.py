@@ -1,0 +1,141 @@
+"""The plan of shared blocks: explore by expected improvement, then confirm winner and baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from mpromptune.knowledge import Knowledge
+from mpromptune.ledger import Ledger
+from mpromptune.plan import Request
+from mpromptune.schedule import Examples, Schedule
+from mpromptune.space import Row
+from mpromptune.stopping import Stopping
+
+
+@dataclass
+class BlockPlan:
+    """Rounds on shared blocks until the budget is spent or the user's rules say stop.
+
+    Attributes:
+        schedule: Blocks and budget.
+        space_size: Number of configurations.
+        batch_size: Configurations per round.
+        stopping: When to stop before the budget is spent.
+    """
+
+    schedule: Schedule
+    space_size: int
+    batch_size: int
+    stopping: Stopping = field(default_factory=Stopping)
+    _rounds: int = 0
+    _judged: int = 0
+
+    def __post_init__(self) -> None:
+        self.n_examples = self.schedule.n_examples
+        self.max_calls = self.schedule.max_calls
+        self.baseline = self.schedule.baseline
+        self.outage = len(self.schedule.blocks[0])
+
+    def is_open(self, row: Row) -> bool:
+        """Whether measuring ``row`` further could matter."""
+        return self.schedule.is_open(row)
+
+    def assign(self, row: Row, examples: Sequence[int]) -> None:
+        """Commits to measuring ``row`` on ``examples``."""
+        self.schedule.assign(row, examples)
+
+    def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
+        """Takes back what could not be measured."""
+        self.schedule.release(row, lost)
+
+    def is_dropped(self, row: Row) -> bool:
+        """Whether ``row`` has failed too often."""
+        return self.schedule.is_dropped(row)
+
+    def is_full(self, row: Row, ledger: Ledger) -> bool:
+        """Whether ``row`` has a score on every example, from however many trials."""
+        return ledger.covers(row, self.n_examples)
+
+    def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
+        """A round of the search proper; once that is over, what winner and baseline lack."""
+        before = self.schedule.spent
+        yield from self._explore(known)
+        if self.schedule.spent == before:
+            yield from self._confirm(known, alone)
+
+    def _explore(self, known: Knowledge) -> Iterator[Request]:
+        if self._is_over(known):
+            return
+        available = self._available(known)
+        until = self.schedule.spent + available
+        for _ in range(self.schedule.size_of_round(self.batch_size, available)):
+            first = not self.schedule.assigned.get(self.baseline)
+            if not first and not self.schedule.anything_open(self.space_size):
+                break
+            limit = until - self.schedule.spent
+            yield Request(self.baseline if first else None, partial(self._block, self._rounds, limit))
+        self._rounds += self.schedule.spent > until - available
+
+    def _block(self, round_number: int, limit: int, row: Row, number: int) -> Examples:
+        return self.schedule.next_examples(row, round_number, limit)
+
+    def _available(self, known: Knowledge) -> int:
+        """Calls for exploration now; the rest is kept for winner and baseline."""
+        cautious = self.schedule.available()
+        if cautious >= self.batch_size * len(self.schedule.blocks[0]) or not known.ledger.scores:
+            return max(cautious, 0)
+        return max(self.schedule.available(self._leader(known)[0]), 0)
+
+    def _confirm(self, known: Knowledge, alone: bool) -> Iterator[Request]:
+        """Measures what winner and baseline still lack, once the last round has been told.
+
+        The baseline's examples do not depend on any result, so they fill the wait.
+        """
+        if not self.schedule.confirm:
+            return
+        finalists = [self.baseline]
+        if alone and known.ledger.scores:
+            finalists.append(self._leader(known)[0])
+        for row in dict.fromkeys(finalists):
+            if self.schedule.missing(row):
+                yield Request(row, lambda row, number: self.schedule.missing(row))
+
+    def _leader(self, known: Knowledge) -> tuple[Row, float]:
+        """The highest posterior mean among what can still be fully measured, and that mean."""
+        rows = [row for row in known.ledger.rows() if self.schedule.is_affordable(row)]
+        return known.best_first(rows)[0] if rows else (self.baseline, float("-inf"))
+
+    def _is_over(self, known: Knowledge) -> bool:
+        """Whether the user's rules say stop, on what has been told; asked again after every round."""
+        rules, ledger = self.stopping, known.ledger
+        if (rules.target is None and rules.patience is None) or not ledger.calls:
+            return False
+        leader, mean = self._leader(known)
+        if rules.patience is not None and self._judged < ledger.rounds:
+            self._judged = ledger.rounds
+            gain = known.largest_gain(leader, lambda row: row != leader and self.is_open(row))
+            rules.note(gain, known.standard_error(self.n_examples))
+        return rules.is_hopeless() or self._is_good_enough(leader, mean, known)
+
+    def _is_good_enough(self, leader: Row, mean: float, known: Knowledge) -> bool:
+        """By the leader's posterior, until it is fully measured; by what was measured then."""
+        ranked = [row for row, _ in known.best_first(known.ledger.rows())]
+        best = self._best_full(ranked, known.ledger)
+        if best is not None and self.stopping.is_enough(known.ledger.mean(best)):
+            return True
+        return not self.is_full(leader, known.ledger) and self.stopping.is_enough(mean)
+
+    def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
+        """The highest posterior mean; with `confirm`, of what is fully measured."""
+        if not self.schedule.confirm:
+            return ranked[0]
+        return self._best_full(ranked, ledger) or self.baseline
+
+    def _best_full(self, ranked: Sequence[Row], ledger: Ledger) -> Row | None:
+        """The first that is fully measured, or the baseline where that measured better."""
+        full = [row for row in ranked if self.is_full(row, ledger)]
+        if self.baseline in full and ledger.mean(full[0]) < ledger.mean(self.baseline):
+            return self.baseline
+        return full[0] if full else None

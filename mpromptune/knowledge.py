@@ -1,0 +1,86 @@
+"""What a search knows: the scores that came in, and what the surrogate makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from botorch.models import SingleTaskGP
+from optuna.study import Study
+
+from mpromptune.candidates import choice_set
+from mpromptune.encoding import Encoding
+from mpromptune.history import fit_history, read
+from mpromptune.ledger import Ledger
+from mpromptune.space import Row
+from mpromptune.stopping import expected_gains, standard_error
+from mpromptune.surrogate import on_cpu, posterior_mean_and_variance
+
+# NOTE: as many configurations as a proposal looks at by default.
+_RIVALS = 2000
+
+
+@dataclass
+class Knowledge:
+    """The ledger, and the posterior of everything told.
+
+    Attributes:
+        study: Its finished trials are what the surrogate is fitted to.
+        encoding: Configurations as the surrogate sees them.
+        ledger: The scores.
+    """
+
+    study: Study
+    encoding: Encoding
+    ledger: Ledger = field(default_factory=Ledger)
+    _fitted: tuple[int, SingleTaskGP | None] = (-1, None)
+
+    def posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and variance of configurations."""
+        model = self._model()
+        with on_cpu():
+            if model is None:  # every trial so far has failed
+                return torch.zeros(len(rows)), torch.ones(len(rows))
+            return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
+
+    def best_first(self, rows: Sequence[Row]) -> list[tuple[Row, float]]:
+        """Configurations and their posterior means, the highest first."""
+        if not rows:
+            return []
+        means = self.posterior(rows)[0].tolist()
+        return sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1])
+
+    def largest_gain(self, leader: Row, is_open: Callable[[Row], bool]) -> float:
+        """The most that is expected from any open configuration over ``leader``; infinite unfitted.
+
+        In spaces too large to list, the rivals are a sample and what a local search meets.
+        """
+        model = self._model()
+        if model is None:
+            return float("inf")
+
+        def gains(rows: torch.Tensor) -> torch.Tensor:
+            return expected_gains(model, rows, torch.tensor(leader))
+
+        rng = np.random.default_rng(self.ledger.rounds)
+        with on_cpu():
+            rivals = choice_set(self.encoding.space, _RIVALS, is_open, rng, gains, [leader])
+            return float(gains(rivals).max()) if len(rivals) else 0.0
+
+    def standard_error(self, n_examples: int) -> float:
+        """Of a configuration's mean over a whole validation set."""
+        scores = [np.array(list(self.ledger.means(row).values())) for row in self.ledger.rows()]
+        return standard_error(scores, n_examples)
+
+    def _model(self) -> SingleTaskGP | None:
+        """The surrogate, fitted again only when another trial has finished."""
+        trials = self.study.get_trials(deepcopy=False)
+        finished = sum(trial.state.is_finished() for trial in trials)
+        if self._fitted[0] != finished:
+            with on_cpu():
+                history = read(self.study, trials, self.encoding.row, len(self.encoding.names))
+                model = fit_history(history, self.encoding.geometries) if len(history) else None
+            self._fitted = (finished, model)
+        return self._fitted[1]
