@@ -86,10 +86,10 @@ class BlockPlan:
         cautious = self.schedule.available()
         if cautious >= self.batch_size * len(self.schedule.blocks[0]) or not known.ledger.scores:
             return max(cautious, 0)
-        return max(self.schedule.available(self._leader(known)[0]), 0)
+        return max(self.schedule.available(self._finalist(known)), 0)
 
     def _confirm(self, known: Knowledge, alone: bool) -> Iterator[Request]:
-        """Measures what winner and baseline still lack, once the last round has been told.
+        """Measures what finalist and baseline still lack, once the last round has been told.
 
         The baseline's examples do not depend on any result, so they fill the wait.
         """
@@ -97,10 +97,21 @@ class BlockPlan:
             return
         finalists = [self.baseline]
         if alone and known.ledger.scores:
-            finalists.append(self._leader(known)[0])
+            finalists.append(self._finalist(known))
         for row in dict.fromkeys(finalists):
             if self.schedule.missing(row):
                 yield Request(row, lambda row, number: self.schedule.missing(row))
+
+    def _finalist(self, known: Knowledge) -> Row:
+        """Whom the calls kept back are for: the leader, or the best rival of a baseline that leads.
+
+        The baseline is measured in any case, so its rival costs nothing that another could have.
+        """
+        if self.stopping.is_hopeless():
+            return self._leader(known)[0]
+        rivals = [row for row in known.ledger.rows() if row != self.baseline]
+        ranked = known.best_first([row for row in rivals if self.schedule.is_affordable(row)])
+        return ranked[0][0] if ranked else self.baseline
 
     def _leader(self, known: Knowledge) -> tuple[Row, float]:
         """The highest posterior mean among what can still be fully measured, and that mean."""

@@ -88,7 +88,7 @@ class Coordinator:
             round_: list[_Running] = []
             self.in_flight.append(round_)  # before it is filled: what has started is never lost
             for request in self.plan.next_round(self.known, alone=len(self.in_flight) == 1):
-                round_.append(self._start(request))
+                self._start(request, round_)
             if not round_:
                 self.in_flight.pop()
                 break
@@ -99,17 +99,20 @@ class Coordinator:
             self.study.enqueue_trial(self.space.params(row))
         return self.study.ask(fixed_distributions=self.distributions)
 
-    def _start(self, request: Request) -> _Running:
+    def _start(self, request: Request, round_: list[_Running]) -> None:
         trial = self._ask(request.row)
         row = self.space.row(trial.params)
         examples = request.examples(row, trial.number)
+        if not examples:  # in a space too large to list, the sampler may find nothing that is open
+            self.study.tell(trial, state=TrialState.FAIL)
+            return
         self.plan.assign(row, examples)
         trial.set_user_attr(EXAMPLES, list(examples))
         params = self.space.params(row)
         futures = tuple(self.workers.submit(params, example) for example in examples)
         for future in futures:
             future.add_done_callback(self._count)
-        return _Running(trial, row, examples, futures)
+        round_.append(_Running(trial, row, examples, futures))
 
     def _count(self, future: Future[Outcome]) -> None:
         if not future.cancelled() and self.on_call is not None:
