@@ -22,12 +22,14 @@ class BlockPlan:
         schedule: Blocks and budget.
         space_size: Number of configurations.
         batch_size: Configurations per round.
+        rounds_in_flight: Rounds being measured at any time.
         stopping: When to stop before the budget is spent.
     """
 
     schedule: Schedule
     space_size: int
     batch_size: int
+    rounds_in_flight: int = 2
     stopping: Stopping = field(default_factory=Stopping)
     _rounds: int = 0
     _judged: int = 0
@@ -68,15 +70,37 @@ class BlockPlan:
     def _explore(self, known: Knowledge) -> Iterator[Request]:
         if self._is_over(known):
             return
-        available = self._available(known)
-        until = self.schedule.spent + available
+        before, available = self.schedule.spent, self._available(known)
+        until = before + available
         for _ in range(self.schedule.size_of_round(self.batch_size, available)):
             first = not self.schedule.assigned.get(self.baseline)
             if not first and not self.schedule.anything_open(self.space_size):
                 break
+            if first:
+                yield Request(self.baseline, self._first_of_baseline)
+                until = self.schedule.spent + available  # its calls are kept back in any case
+                continue
             limit = until - self.schedule.spent
-            yield Request(self.baseline if first else None, partial(self._block, self._rounds, limit))
-        self._rounds += self.schedule.spent > until - available
+            yield Request(None, partial(self._block, self._rounds, limit))
+        self._rounds += self.schedule.spent > before
+
+    def _first_of_baseline(self, row: Row, number: int) -> Examples:
+        """A block; where many rounds are in flight, half of all examples if it needs them anyway.
+
+        They keep a large pool busy until the first results let the sampler choose; the other half
+        does so at the end, while the last round is awaited.
+        """
+        missing = self.schedule.missing(row)
+        half = self._is_wide and self.schedule.confirm
+        return missing[: len(missing) // 2] if half else missing[: len(self.schedule.blocks[0])]
+
+    @property
+    def _is_wide(self) -> bool:
+        return self.rounds_in_flight > 2
+
+    @property
+    def _round_calls(self) -> int:
+        return self.batch_size * len(self.schedule.blocks[0])
 
     def _block(self, round_number: int, limit: int, row: Row, number: int) -> Examples:
         return self.schedule.next_examples(row, round_number, limit)
@@ -84,9 +108,11 @@ class BlockPlan:
     def _available(self, known: Knowledge) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
         cautious = self.schedule.available()
-        if cautious >= self.batch_size * len(self.schedule.blocks[0]) or not known.ledger.scores:
+        if cautious >= self._round_calls or not known.ledger.scores:
             return max(cautious, 0)
-        return max(self.schedule.available(self._finalist(known)), 0)
+        freed = max(self.schedule.available(self._finalist(known)), 0)
+        # A large pool would idle through many small rounds for the last few calls.
+        return 0 if self._is_wide and freed < self._round_calls // 2 else freed
 
     def _confirm(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """Measures what finalist and baseline still lack, once the last round has been told.

@@ -23,8 +23,6 @@ from mpromptune.space import PromptSpace, Row
 Callback = Callable[[Study, FrozenTrial], None]
 OnCall = Callable[[int, int], None]
 
-# Rounds being measured at any time: while one is being told, the next keeps the workers busy.
-_ROUNDS_IN_FLIGHT = 2
 # Small rounds in a row without a single answer that are read as an outage.
 _BARREN_ROUNDS = 10
 
@@ -84,7 +82,7 @@ class Coordinator:
 
     def _fill(self) -> bool:
         """Starts rounds until enough are in flight; whether any is."""
-        while len(self.in_flight) < _ROUNDS_IN_FLIGHT:
+        while len(self.in_flight) < self.plan.rounds_in_flight:
             round_: list[_Running] = []
             self.in_flight.append(round_)  # before it is filled: what has started is never lost
             for request in self.plan.next_round(self.known, alone=len(self.in_flight) == 1):

@@ -20,7 +20,14 @@ from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
 from mpromptune.result import SearchResult
 from mpromptune.samplers import bind, resolve_sampler, round_size
-from mpromptune.schedule import Minibatches, Schedule, check_budget, default_block_size, partition
+from mpromptune.schedule import (
+    Minibatches,
+    Schedule,
+    check_budget,
+    default_block_size,
+    default_rounds_in_flight,
+    partition,
+)
 from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
 
@@ -124,7 +131,11 @@ def search(
         blocks = partition(n_examples, block, seed)
         check_budget(max_calls, n_examples, confirm)
         plan = BlockPlan(
-            Schedule(n_examples, blocks, max_calls, start, confirm), space.size, q, Stopping(target, patience)
+            Schedule(n_examples, blocks, max_calls, start, confirm),
+            space.size,
+            q,
+            default_rounds_in_flight(num_threads, q, block),
+            Stopping(target, patience),
         )
     bound, encoding = bind(resolve_sampler(sampler, space, seed), space, q, plan.is_open, seed)
     study = optuna.create_study(storage=storage, study_name=study_name, sampler=bound, direction="maximize")

@@ -42,6 +42,7 @@ class MiproPlan:
     minibatches: Minibatches
     seed: int
     failures: Counter[Row] = field(default_factory=Counter)
+    rounds_in_flight: int = 2
     _asked: int = 0  # trials on minibatches
     _decided: int = 0  # full evaluations of their best
 

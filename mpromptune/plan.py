@@ -35,6 +35,7 @@ class Plan(Protocol):
     n_examples: int
     max_calls: int
     baseline: Row
+    rounds_in_flight: int  # while one is being told, the others keep the workers busy
     outage: int  # failures in a round that are read as an outage, though all of one configuration
 
     def is_open(self, row: Row) -> bool:

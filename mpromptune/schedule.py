@@ -17,6 +17,13 @@ Examples = tuple[int, ...]
 
 SCHEDULE_NAMES = ("blocks", "mipro")
 
+# NOTE: up to this many threads the trials of a search do not depend on their number; it is what two
+# rounds of the smallest q, four blocks of ten, keep busy.
+_SMALL_POOL = 40
+# NOTE: at 64 workers and lognormal latencies (sigma 0.5) the pool ran dry between rounds with two or
+# three items for every worker and not with four. More cost quality: their proposals know less.
+_ITEMS_PER_WORKER = 4
+
 # Trials of one configuration that may fail before it is given up.
 MAX_FAILURES = 3
 
@@ -233,3 +240,14 @@ def default_block_size(n_examples: int) -> int:
 def default_batch_size(num_threads: int, block_size: int) -> int:
     """Smallest q of at least 4 for which one round holds a work item for every worker."""
     return max(4, math.ceil(num_threads / block_size))
+
+
+def default_rounds_in_flight(num_threads: int, batch_size: int, block_size: int) -> int:
+    """Rounds being measured at any time: two, or as many as keep a large pool busy.
+
+    Rounds are told in order, so one slow call holds up all that is asked after it: a large pool needs
+    four work items for every worker to ride that out.
+    """
+    if num_threads <= _SMALL_POOL:
+        return 2
+    return max(2, math.ceil(_ITEMS_PER_WORKER * num_threads / (batch_size * block_size)))
