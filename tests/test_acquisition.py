@@ -10,7 +10,13 @@ import torch
 from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.models import SingleTaskGP
 
-from mpromptune.acquisition import expected_improvement, plug_in_incumbent, propose
+from mpromptune.acquisition import (
+    NextPosteriorMean,
+    expected_improvement,
+    log_expected_improvement,
+    plug_in_incumbent,
+    propose,
+)
 from mpromptune.geometry import Geometry, numeric_views
 from mpromptune.surrogate import at_average_example, fit, posterior_mean_and_variance
 
@@ -111,3 +117,57 @@ def test_proposal_leaves_global_state_alone(model: SingleTaskGP) -> None:
     propose(model, rows(*range(8)), q=2, best_f=0.7, n_batches=8, seed=5)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.get_num_threads() == threads
+
+
+def next_mean_covariance(model: SingleTaskGP, indices: tuple[int, ...], noise: float) -> torch.Tensor:
+    with torch.no_grad():
+        posterior = model.posterior(at_average_example(rows(*indices)))
+        return NextPosteriorMean(noise)(posterior).distribution.covariance_matrix
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_next_mean_of_one_candidate_moves_by_what_its_measurements_say(
+    model: SingleTaskGP, times: int
+) -> None:
+    """n measurements of variance t of a value of variance s: the mean's variance is s^2 / (s + t/n)."""
+    (variance,) = joint_posterior(model, (5,))[1].diagonal()
+    covariance = next_mean_covariance(model, (5,) * times, noise=0.03)
+    assert covariance[0, 0].item() == pytest.approx(variance**2 / (variance + 0.03 / times), rel=1e-4)
+
+
+def test_next_mean_without_noise_is_the_value_itself(model: SingleTaskGP) -> None:
+    """As the noise goes to zero, the improvement becomes that of f."""
+    covariance = next_mean_covariance(model, (1, 3, 6), noise=1e-12)
+    assert np.allclose(covariance.numpy(), joint_posterior(model, (1, 3, 6))[1], rtol=1e-3, atol=1e-6)
+
+
+def test_improvement_under_noise_equals_simulated_measurements(model: SingleTaskGP) -> None:
+    """The joint value is what measuring, updating and comparing gives on average."""
+    indices, noise, best_f = (1, 3, 3), 0.05, 0.7
+    mean, covariance = joint_posterior(model, indices)
+    rng = np.random.default_rng(1)
+    f = rng.multivariate_normal(mean, covariance, size=200_000)
+    y = f + rng.normal(0.0, noise**0.5, f.shape)
+    gain = covariance @ np.linalg.inv(covariance + noise * np.eye(3))
+    updated = mean + (y - mean) @ gain.T
+    expected = np.maximum(updated.max(axis=1) - best_f, 0.0).mean()
+    with torch.no_grad():
+        value = expected_improvement(model, best_f, noise=noise)(at_average_example(rows(*indices)))
+    assert float(value.exp()) == pytest.approx(expected, rel=0.1, abs=2e-3)
+
+
+def test_under_noise_a_pending_configuration_may_be_measured_further(model: SingleTaskGP) -> None:
+    """Where one measurement says little, the most promising configuration is worth several at once."""
+    chosen = propose(model, rows(0, 2), q=3, best_f=0.7, X_pending=rows(2), noise=10.0)
+    assert chosen.flatten().tolist() == [2, 2, 2]
+
+
+def test_shortlist_keeps_the_best_of_a_large_space() -> None:
+    """Of 600 choices the one with the highest expected improvement is found."""
+    values = np.linspace(0.0, 1.0, 600)
+    train_X = at_average_example(torch.tensor([[0], [200], [400], [599]]))
+    train_Y = torch.tensor([[0.2], [0.9], [0.4], [0.1]], dtype=torch.float64)
+    large = fit(train_X, train_Y, torch.full_like(train_Y, 0.01), [Geometry(numeric_views(values), 0)])
+    alone = log_expected_improvement(large, 0.7, rows(*range(600)))
+    (chosen,) = propose(large, rows(*range(600)), q=1, best_f=0.7).flatten().tolist()
+    assert alone[chosen] == pytest.approx(float(alone.max()), abs=0.15)

@@ -464,3 +464,40 @@ def test_another_default_device_does_not_matter() -> None:
     with torch.device("meta"):
         result = run(max_calls=100)
     assert result.calls == 100
+
+
+def test_the_best_rival_of_a_leading_baseline_is_fully_measured() -> None:
+    """The baseline is measured in any case: what is kept back for a winner goes to its best rival."""
+    best = {"0_predictor_instruction": 5, "0_predictor_demos": 2}
+
+    def score(params: dict[str, int], example: int) -> float:
+        return float(params == best)
+
+    result = run(score, baseline=best, max_calls=2 * N + 20)
+    assert result.best_params == best
+    assert result.calls == 2 * N + 20
+    assert sum(measured.fully for measured in result.configurations) == 2
+
+
+@pytest.mark.parametrize("sampler", ["qei", "random"])
+def test_a_space_too_large_to_list_is_searched_to_the_end(sampler: str) -> None:
+    """Of 40^3 combinations what was measured may be measured again, and no trial is empty."""
+    names = [f"{i}_predictor_instruction" for i in range(3)]
+    space = PromptSpace({name: [f"{'ab'[k % 2] * k}" for k in range(1, 41)] for name in names})
+
+    def score(params: dict[str, int], example: int) -> float:
+        return sum(params.values()) / 117 + 0.3 * (example % 3 - 1)
+
+    chosen = qEISampler(embedder=letters, seed=0, max_space_size=50) if sampler == "qei" else sampler
+    result = search(space, score, n_examples=N, max_calls=250, sampler=chosen, block_size=5)
+    assert result.calls <= 250
+    assert all(t.user_attrs[EXAMPLES] for t in result.study.trials if t.state == TrialState.COMPLETE)
+    assert result.best_score > result.baseline_score
+
+
+def test_large_pools_have_the_same_trials_under_any_timing() -> None:
+    """With 64 threads and four rounds in flight the order of arrival decides nothing."""
+    runs = [run(Scores(delay), num_threads=64) for delay in (0.0, 0.002)]
+    assert trials_of(runs[0]) == trials_of(runs[1])
+    first = runs[0].study.trials[0]
+    assert len(first.user_attrs[EXAMPLES]) == N // 2  # half of the baseline keeps the pool busy

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.schedule import Schedule, default_batch_size, partition, stock_calls
+from mpromptune.schedule import (
+    Schedule,
+    default_batch_size,
+    default_rounds_in_flight,
+    partition,
+    stock_calls,
+)
 
 A, B = (0,), (1,)
 
@@ -85,3 +91,13 @@ def test_a_round_occupies_every_worker() -> None:
     """At least 4 configurations, more when the pool is larger than four blocks."""
     assert default_batch_size(8, 10) == 4
     assert default_batch_size(64, 10) == 7
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "batch_size", "rounds"), [(1, 4, 2), (40, 4, 2), (64, 7, 4), (128, 13, 4), (128, 4, 13)]
+)
+def test_rounds_in_flight_hold_four_items_for_every_worker_of_a_large_pool(
+    num_threads: int, batch_size: int, rounds: int
+) -> None:
+    """ceil(4 x threads / (q x 10)) above 40 threads, two up to there."""
+    assert default_rounds_in_flight(num_threads, batch_size, block_size=10) == rounds
