@@ -59,3 +59,10 @@ VAL = additions(12, offset=6)
 # 4 trials on minibatches of 4, a full evaluation after every 2 of them and of the default program.
 SMALL_RUN = {"num_trials": 4, "minibatch_size": 4, "minibatch_full_eval_steps": 2}
 SMALL_RUN_CALLS = 4 * 4 + 12 * (1 + 2)
+
+
+def is_spent(result: Any, budget: int, apart_from: dict[str, int] | None = None) -> bool:
+    """Whether the calls left over are too few to finish measuring any other configuration."""
+    others = [m for m in result.configurations if not m.fully and m.params != apart_from]
+    lacking = [result.n_examples - len(m.scores) for m in others]
+    return 0 <= budget - result.calls < min([*lacking, result.n_examples])

@@ -44,7 +44,7 @@ def test_patience_saves_calls_once_nothing_is_to_be_won() -> None:
 def test_patience_changes_no_trial_before_the_stop() -> None:
     """The trials are those of the search without it, up to the last ones, which confirm."""
     scores = Scores()
-    result = run(scores, max_calls=BUDGET, patience=1)
+    result = run(scores, max_calls=BUDGET, patience=2)
     trials = trials_of(result)
     assert result.calls == sum(scores.asked.values()) < BUDGET
     assert max(scores.asked.values()) == 1

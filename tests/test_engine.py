@@ -12,6 +12,7 @@ import optuna
 import pytest
 from embedders import letters
 from optuna.trial import TrialState
+from tasks import is_spent
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.attributes import EXAMPLES, SCORES
@@ -64,11 +65,12 @@ def trials_of(result: SearchResult) -> list[tuple]:
     return [(t.number, t.params, t.value, t.user_attrs[EXAMPLES]) for t in result.study.trials]
 
 
-def test_the_budget_is_spent_exactly_and_no_pair_twice() -> None:
+def test_the_budget_is_spent_as_far_as_it_can_matter_and_no_pair_twice() -> None:
     """The ledger equals what the score function itself counted."""
     scores = Scores()
     result = run(scores)
-    assert result.calls == sum(scores.asked.values()) == 300
+    assert result.calls == sum(scores.asked.values())
+    assert is_spent(result, 300)
     assert max(scores.asked.values()) == 1
 
 
@@ -192,7 +194,7 @@ def test_a_configuration_that_keeps_failing_is_dropped() -> None:
 
     result = run(score, retry=RetryPolicy(attempts=1))
     assert SPACE.row(result.best_params) != broken
-    assert 280 <= result.calls <= 300
+    assert is_spent(result, 300, apart_from=SPACE.params(broken))
 
 
 def test_a_baseline_that_keeps_failing_stops_the_search() -> None:
@@ -277,7 +279,7 @@ def test_a_candidates_own_error_scores_failure_score() -> None:
 
     result = run(score, failure_score=-1.0, baseline={"0_predictor_instruction": 0, "0_predictor_demos": 0})
     assert result.baseline_score == -1.0
-    assert result.calls == 300
+    assert is_spent(result, 300)
 
 
 def test_a_metric_that_raises_on_some_examples_loses_nothing_else() -> None:
@@ -341,12 +343,12 @@ def test_callbacks_come_in_order_and_progress_counts_every_call() -> None:
     """One callback per trial, from the coordinator."""
     numbers: list[int] = []
     calls: list[int] = []
-    run(
+    result = run(
         callbacks=[lambda study, trial: numbers.append(trial.number)],
         on_call=lambda n, total: calls.append(n),
     )
     assert numbers == sorted(numbers)
-    assert sum(calls) == 300
+    assert sum(calls) == result.calls
 
 
 @pytest.mark.parametrize(
@@ -454,7 +456,7 @@ def test_counts_must_be_positive(bad: dict) -> None:
 def test_numpy_booleans_are_scores() -> None:
     """A metric may compare arrays."""
     result = run(lambda params, e: TABLE[SPACE.row(params)][e] > 0.5)
-    assert result.calls == 300
+    assert trials_of(result) == trials_of(run())
 
 
 def test_another_default_device_does_not_matter() -> None:

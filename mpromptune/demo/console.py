@@ -22,7 +22,7 @@ _SELF_INFLICTED = "Input contains fields not in signature"
 
 
 class SteppedMIPROv2(MIPROv2):
-    """MIPROv2 that names its first two steps on a console, in place of the pages DSPy prints.
+    """MIPROv2 that names its first two steps on a console; its instructions are in alphabetical order.
 
     Args:
         console: Where to.
@@ -39,7 +39,9 @@ class SteppedMIPROv2(MIPROv2):
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
         with _step(self._console, "Proposing instructions"):
-            return super()._propose_instructions(*args, **kwargs)
+            proposed = super()._propose_instructions(*args, **kwargs)
+        # They are asked for concurrently, and a replay hands them out as they are asked for.
+        return {i: [own, *sorted(others)] for i, (own, *others) in proposed.items()}
 
 
 @contextlib.contextmanager
