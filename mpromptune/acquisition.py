@@ -114,9 +114,10 @@ class NextPosteriorMean(PosteriorTransform):
         mean = posterior.mean.squeeze(-1)
         covariance = posterior.distribution.covariance_matrix
         eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
-        half = torch.linalg.cholesky(covariance + self.noise * eye)
-        root = torch.linalg.solve_triangular(half, covariance, upper=False)
+        # A point that occurs twice makes both matrices singular but for this.
         jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
+        half = torch.linalg.cholesky(covariance + self.noise * eye + jitter)
+        root = torch.linalg.solve_triangular(half, covariance, upper=False)
         return GPyTorchPosterior(MultivariateNormal(mean, root.mT @ root + jitter))
 
     def evaluate(self, Y: Tensor, X: Tensor | None = None) -> Tensor:  # noqa: N803 - BoTorch's name

@@ -33,6 +33,7 @@ class BlockPlan:
     stopping: Stopping = field(default_factory=Stopping)
     _rounds: int = 0
     _judged: int = 0
+    _over: bool = False
 
     def __post_init__(self) -> None:
         self.n_examples = self.schedule.n_examples
@@ -68,7 +69,8 @@ class BlockPlan:
             yield from self._confirm(known, alone)
 
     def _explore(self, known: Knowledge) -> Iterator[Request]:
-        if self._is_over(known):
+        self._over = self._is_over(known)
+        if self._over:
             return
         before, available = self.schedule.spent, self._available(known)
         until = before + available
@@ -77,22 +79,23 @@ class BlockPlan:
             if not first and not self.schedule.anything_open(self.space_size):
                 break
             if first:
-                yield Request(self.baseline, self._first_of_baseline)
-                until = self.schedule.spent + available  # its calls are kept back in any case
+                yield from self._first_of_baseline(until)
+                until += self.schedule.confirm * (self.schedule.spent - before)  # they are kept back
                 continue
             limit = until - self.schedule.spent
             yield Request(None, partial(self._block, self._rounds, limit))
         self._rounds += self.schedule.spent > before
 
-    def _first_of_baseline(self, row: Row, number: int) -> Examples:
-        """A block; where many rounds are in flight, half of all examples if it needs them anyway.
+    def _first_of_baseline(self, until: int) -> Iterator[Request]:
+        """A block; where many rounds are in flight, half of all blocks if it needs them anyway.
 
         They keep a large pool busy until the first results let the sampler choose; the other half
         does so at the end, while the last round is awaited.
         """
-        missing = self.schedule.missing(row)
         half = self._is_wide and self.schedule.confirm
-        return missing[: len(missing) // 2] if half else missing[: len(self.schedule.blocks[0])]
+        for number in range(max(1, len(self.schedule.blocks) // 2) if half else 1):
+            limit = self.n_examples if self.schedule.confirm else until - self.schedule.spent
+            yield Request(self.baseline, partial(self._block, number, limit))
 
     @property
     def _is_wide(self) -> bool:
@@ -110,9 +113,11 @@ class BlockPlan:
         cautious = self.schedule.available()
         if cautious >= self._round_calls or not known.ledger.scores:
             return max(cautious, 0)
-        freed = max(self.schedule.available(self._finalist(known)), 0)
+        finalist = self._finalist(known)
+        freed = max(self.schedule.available(finalist), 0)
         # A large pool would idle through many small rounds for the last few calls.
-        return 0 if self._is_wide and freed < self._round_calls // 2 else freed
+        negligible = self._is_wide and finalist != self.baseline and freed < self._round_calls // 2
+        return 0 if negligible else freed
 
     def _confirm(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """Measures what finalist and baseline still lack, once the last round has been told.
@@ -122,7 +127,7 @@ class BlockPlan:
         if not self.schedule.confirm:
             return
         finalists = [self.baseline]
-        if alone and known.ledger.scores:
+        if alone and known.ledger.scores and not self._has_target(known):
             finalists.append(self._finalist(known))
         for row in dict.fromkeys(finalists):
             if self.schedule.missing(row):
@@ -133,7 +138,7 @@ class BlockPlan:
 
         The baseline is measured in any case, so its rival costs nothing that another could have.
         """
-        if self.stopping.is_hopeless():
+        if self._over:
             return self._leader(known)[0]
         rivals = [row for row in known.ledger.rows() if row != self.baseline]
         ranked = known.best_first([row for row in rivals if self.schedule.is_affordable(row)])
@@ -158,11 +163,15 @@ class BlockPlan:
 
     def _is_good_enough(self, leader: Row, mean: float, known: Knowledge) -> bool:
         """By the leader's posterior, until it is fully measured; by what was measured then."""
-        ranked = [row for row, _ in known.best_first(known.ledger.rows())]
-        best = self._best_full(ranked, known.ledger)
-        if best is not None and self.stopping.is_enough(known.ledger.mean(best)):
+        if self._has_target(known):
             return True
         return not self.is_full(leader, known.ledger) and self.stopping.is_enough(mean)
+
+    def _has_target(self, known: Knowledge) -> bool:
+        """Whether what would be returned now is fully measured, and reaches the target."""
+        ranked = [row for row, _ in known.best_first(known.ledger.rows())]
+        best = self._best_full(ranked, known.ledger)
+        return best is not None and self.stopping.is_enough(known.ledger.mean(best))
 
     def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
         """The highest posterior mean; with `confirm`, of what is fully measured."""

@@ -101,7 +101,8 @@ class Coordinator:
         trial = self._ask(request.row)
         row = self.space.row(trial.params)
         examples = request.examples(row, trial.number)
-        if not examples:  # in a space too large to list, the sampler may find nothing that is open
+        unwanted = request.row is None and not self.plan.is_open(row)
+        if unwanted or not examples:  # in a space too large to list, a sampler may find nothing open
             self.study.tell(trial, state=TrialState.FAIL)
             return
         self.plan.assign(row, examples)

@@ -36,6 +36,7 @@ class History:
         measured: Configuration to the examples that it was measured on.
         pending: Configurations of running trials.
         closed: Configurations with nothing left to measure.
+        n_trials: Trials observed, those included that were pooled into one observation.
     """
 
     train_X: Tensor
@@ -46,6 +47,7 @@ class History:
     measured: dict[Row, set[int]]
     pending: tuple[Row, ...]
     closed: frozenset[Row]
+    n_trials: int
 
     def __len__(self) -> int:
         return len(self.train_Y)
@@ -72,14 +74,14 @@ def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_compone
         num_components: C.
     """
     placed = [(t, row) for t in trials if (row := row_of(proposed_params(t))) is not None]
-    observed = without_repeats([(t, row) for t, row in placed if t.state == TrialState.COMPLETE])
+    complete = [(t, row) for t, row in placed if t.state == TrialState.COMPLETE]
     finished = [(t, row) for t, row in placed if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     pending = tuple(row for t, row in placed if t.state == TrialState.RUNNING)
     n_examples = study.user_attrs.get(N_EXAMPLES, 0)
     measured = _measured(finished)
     closed = frozenset(row for row, examples in measured.items() if len(examples) >= n_examples)
     maximise = study.direction == StudyDirection.MAXIMIZE
-    return _with_tensors(observed, maximise, num_components, n_examples, measured, pending, closed)
+    return _with_tensors(complete, maximise, num_components, n_examples, measured, pending, closed)
 
 
 def _measured(finished: Sequence[tuple[FrozenTrial, Row]]) -> dict[Row, set[int]]:
@@ -90,7 +92,7 @@ def _measured(finished: Sequence[tuple[FrozenTrial, Row]]) -> dict[Row, set[int]
 
 
 def _with_tensors(
-    observed: Sequence[tuple[FrozenTrial, Row]],
+    complete: Sequence[tuple[FrozenTrial, Row]],
     maximise: bool,
     num_components: int,
     n_examples: int,
@@ -98,6 +100,7 @@ def _with_tensors(
     pending: tuple[Row, ...],
     closed: frozenset[Row],
 ) -> History:
+    observed = without_repeats(complete)
     sets = list(dict.fromkeys(s for t, _ in observed if (s := _examples(t))))
     index_of = {s: i for i, s in enumerate(sets)}
     rows = [[*row, index_of.get(_examples(t), -1)] for t, row in observed]
@@ -112,6 +115,7 @@ def _with_tensors(
         measured=measured,
         pending=pending,
         closed=closed,
+        n_trials=len(complete),
     )
 
 

@@ -65,8 +65,9 @@ class Knowledge:
             return expected_gains(model, rows, torch.tensor(leader))
 
         rng = np.random.default_rng(self.ledger.rounds)
+        starts = [row for row, _ in self.best_first(self.ledger.rows())]
         with on_cpu():
-            rivals = choice_set(self.encoding.space, _RIVALS, is_open, rng, gains, [leader])
+            rivals = choice_set(self.encoding.space, _RIVALS, is_open, rng, gains, starts)
             return float(gains(rivals).max()) if len(rivals) else 0.0
 
     def standard_error(self, n_examples: int) -> float:

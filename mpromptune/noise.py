@@ -84,7 +84,10 @@ def observation_variances(
     for owner, (_, scores) in zip(owners, measurements, strict=True):
         samples[owner].append(scores)
     own = {owner: _shrunk_variance(trials, pooled) for owner, trials in samples.items()}
-    floor = _FLOOR * (float(np.var([scores.mean() for _, scores in measurements])) or 1.0)
+    means = np.array([scores.mean() for _, scores in measurements])
+    spread = float(means.var())
+    rounding = 1e-16 * max(1.0, float(means.mean()) ** 2)  # of equal means over unequal blocks
+    floor = _FLOOR * (spread if spread > rounding else 1.0)
     noise_share = 1.0 - components.difficulty_share
     sizes = np.array([len(scores) for _, scores in measurements])
     variances: FloatArray = noise_share * np.array([own[owner] for owner in owners]) / sizes

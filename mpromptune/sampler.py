@@ -29,8 +29,9 @@ from mpromptune.space import PromptSpace, Row
 from mpromptune.surrogate import on_cpu, posterior_mean_and_variance
 
 # NOTE: a proposal is valued as if it were to be measured on three blocks rather than one: one block
-# of a noisy metric says so little that all values are alike [Frazier2010]_. On the recorded tables
-# the mean excess regret was 0.59 with one block, 0.49 with three and 0.75 with no noise at all.
+# of a noisy metric says so little that all values are alike (the KG(*) of Frazier and Powell 2010).
+# A simulation of the recorded tables had a mean excess regret of 0.59 with one block, 0.49 with three
+# and 0.75 with no noise at all (24 seeds, standard errors of 0.15).
 _LOOKAHEAD = 3.0
 
 
@@ -203,7 +204,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
     def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
         rng = np.random.default_rng(seed)
-        if len(history) < self.min_cold_start:
+        if history.n_trials < self.min_cold_start:
             choices = self._choices(encoding, history, rng)
             return [choices[int(rng.integers(len(choices)))].tolist()]
         model = fit_history(history, encoding.geometries)
@@ -227,9 +228,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         starts = [] if fitted is None else _best_first(fitted[0], fitted[2])
         # One more block of what is being measured can matter; where trials have no noise it cannot.
         pending = set(history.pending) if history.trial_noise is None else set()
+        bound = self._is_open is not _always  # then it is the plan that says what is over
 
         def is_open(row: Row) -> bool:
-            return row not in history.closed and self._is_open(row)
+            return self._is_open(row) if bound else row not in history.closed
 
         def is_free(row: Row) -> bool:
             return row not in pending and is_open(row)

@@ -17,8 +17,8 @@ Examples = tuple[int, ...]
 
 SCHEDULE_NAMES = ("blocks", "mipro")
 
-# NOTE: up to this many threads the trials of a search do not depend on their number; it is what two
-# rounds of the smallest q, four blocks of ten, keep busy.
+# NOTE: up to this many threads the trials of a search with blocks of ten do not depend on their number;
+# it is what two rounds of the smallest q, four blocks, keep busy.
 _SMALL_POOL = 40
 # NOTE: at 64 workers and lognormal latencies (sigma 0.5) the pool ran dry between rounds with two or
 # three items for every worker and not with four. More cost quality: their proposals know less.

@@ -134,3 +134,17 @@ def test_rules_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=next(iter(bad))):
         run(scores, **bad)
     assert not scores.asked
+
+
+def test_nothing_is_paid_for_once_the_target_is_reached_and_confirmed() -> None:
+    """A baseline that is always right needs no rival: what follows its confirmation was under way."""
+    scores = Scores()
+
+    def score(params: dict[str, int], example: int) -> float:
+        scores(params, example)
+        return float(SPACE.row(params) == (0, 0))
+
+    result = run(score, max_calls=BUDGET, target=0.9)
+    assert result.best_score == 1.0
+    assert sum(measured.fully for measured in result.configurations) == 1
+    assert result.calls < 2 * N + 40
