@@ -121,6 +121,18 @@ def test_the_space_may_be_exhausted() -> None:
     assert (one.best_score, one.calls) == (1.0, 9)
 
 
+@pytest.mark.parametrize("sampler", ["qei", "random"])
+def test_minibatches_that_add_up_to_the_validation_set_are_no_full_evaluation(sampler: str) -> None:
+    """What was seen in pieces stays open, and the baseline, seen as a whole, is not proposed again."""
+    space = PromptSpace({"0_predictor_instruction": ["aa", "ab", "abc"]})
+    chosen = qEISampler(embedder=letters, seed=0) if sampler == "qei" else sampler
+    sizes = {"n_examples": 6, "minibatch_size": 4, "minibatch_full_eval_steps": 10, "max_calls": 98}
+    result = run(lambda params, e: float(e % 2), space, sampler=chosen, **sizes)
+    trials = [(t.params["0_predictor_instruction"], len(t.user_attrs[EXAMPLES])) for t in result.study.trials]
+    assert [size for index, size in trials if index == 0] == [6]
+    assert sum(size == 4 for index, size in trials) == 20
+
+
 def test_another_answer_is_a_second_observation() -> None:
     """A program that changes its mind: all answers are in the trials, and their mean in the result."""
     asked: Counter[tuple[tuple[int, ...], int]] = Counter()
