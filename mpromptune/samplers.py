@@ -122,8 +122,8 @@ class OpenSampler(BaseSampler):
             return row
         rng = np.random.default_rng([self._seed, number])
         rows = rng.permutation(self._open_rows(rng))
-        if not len(rows):
-            return row
+        if not len(rows):  # the search sees that it is not open
+            return row if self._space.exists(row) else self._space.first()
         return tuple(rows[(rows == np.array(row)).sum(axis=1).argmax()].tolist())
 
     def _open_rows(self, rng: np.random.Generator) -> IndexArray:
