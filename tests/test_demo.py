@@ -112,7 +112,7 @@ def test_demo_compiles_and_saves(
     screen = capsys.readouterr().out
     assert "Llama-3.3-70B" in screen
     assert "Stand-in" in screen
-    assert re.search(r"Program calls spent on the search\D+440\D", screen)
+    assert re.search(r"Program calls spent on the search\D+4[0-4]\d\D", screen)
     state = json.loads(path.read_text())
     assert prompt_of(state["signature"]["instructions"]) in recording.pool
     assert str(path) in screen
@@ -126,7 +126,8 @@ def test_ledger_equals_the_calls_reported(tmp_path: Path, recording: Recording, 
     assert isinstance(task.lm, ReplayLM)
     answered = task.lm.ledger.answered
     spent = {pair: n for pair, n in answered.items() if pair[1] in recording.validation}
-    assert sum(spent.values()) == len(spent) == result.calls == 440
+    assert sum(spent.values()) == len(spent) == result.calls
+    assert 400 < result.calls <= 440  # what is left over could finish no other prompt
 
 
 def test_scores_are_the_recordings(tmp_path: Path, recording: Recording) -> None:
