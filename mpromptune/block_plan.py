@@ -138,15 +138,12 @@ class BlockPlan:
 
         The baseline is measured in any case, so its rival costs nothing that another could have.
         """
-        if self._over:
-            return self._leader(known)[0]
-        rivals = [row for row in known.ledger.rows() if row != self.baseline]
-        ranked = known.best_first([row for row in rivals if self.schedule.is_affordable(row)])
-        return ranked[0][0] if ranked else self.baseline
+        return self._leader(known, apart_from=None if self._over else self.baseline)[0]
 
-    def _leader(self, known: Knowledge) -> tuple[Row, float]:
+    def _leader(self, known: Knowledge, apart_from: Row | None = None) -> tuple[Row, float]:
         """The highest posterior mean among what can still be fully measured, and that mean."""
-        rows = [row for row in known.ledger.rows() if self.schedule.is_affordable(row)]
+        others = [row for row in known.ledger.rows() if row != apart_from]
+        rows = [row for row in others if self.schedule.is_affordable(row)]
         return known.best_first(rows)[0] if rows else (self.baseline, float("-inf"))
 
     def _is_over(self, known: Knowledge) -> bool:

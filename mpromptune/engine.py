@@ -66,8 +66,9 @@ def search(
     rounds at a time; promising configurations are measured on further blocks; no example of a
     configuration is paid for twice. With ``schedule="mipro"`` trials are measured on random
     minibatches instead and, now and then, the best one so far on all examples, as in DSPy's MIPROv2.
-    Proposals depend on ``seed``, on ``batch_size`` (which by default grows with more than 40
-    threads) and on what earlier rounds measured, never on timing.
+    Proposals depend on ``seed``, on ``batch_size`` (by default a round has a call for every thread),
+    on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds
+    measured, never on timing.
 
     Args:
         space: The configurations.
