@@ -25,6 +25,7 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
+    ("storage", "usage"),
     ("encoding", "execution", "ledger", "result", "schedule"),
     ("options", "repeats"),
     ("history",),
