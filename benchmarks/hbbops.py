@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.tables import Task
-from mpromptune.acquisition import expected_improvement, plug_in_incumbent
+from mpromptune.acquisition import expected_improvement, ranked
 from mpromptune.embedding import as_embedder
 from mpromptune.geometry import geometry_of
 from mpromptune.space import Row
@@ -92,7 +92,7 @@ def _proposal(ledger: _Ledger, geometries: Any, rng: np.random.Generator) -> Row
     values = torch.tensor([[ledger.mean(row, n)] for row in rows], dtype=torch.float64)
     measured = torch.tensor(rows, dtype=torch.float64)
     model = fit(at_average_example(measured), values, None, geometries)
-    acqf = expected_improvement(model, plug_in_incumbent(model, measured), seed=len(rows))
+    acqf = expected_improvement(model, float(ranked(model, measured)[1][0]), seed=len(rows))
     with torch.no_grad(), quiet_single_thread():
         gains = acqf(at_average_example(torch.tensor(new)).unsqueeze(-2))
     return new[int(gains.argmax())]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from botorch.acquisition import AcquisitionFunction
 from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models import SingleTaskGP
+from botorch.models.model import Model
 from botorch.optim import optimize_acqf_discrete
 from botorch.posteriors import GPyTorchPosterior, Posterior
 from botorch.sampling import SobolQMCNormalSampler
 from gpytorch.distributions import MultivariateNormal
+from linear_operator import to_linear_operator
 from torch import Tensor
 
 from mpromptune.surrogate import at_average_example, posterior_mean_and_variance, quiet_single_thread
@@ -21,7 +25,7 @@ from mpromptune.surrogate import at_average_example, posterior_mean_and_variance
 _MC_SAMPLES = 128
 # NOTE: joint values are computed for this many choices, the best by their own expected improvement:
 # the time of a proposal then hardly depends on the size of the space.
-_SHORTLIST = 128
+_SHORTLIST = 64
 
 
 def propose(
@@ -65,30 +69,82 @@ def propose(
     # Ties go to the first choice, so the order must favour none.
     shuffled = choices[torch.randperm(len(choices), generator=generator)]
     shuffled = _shortlist(model, shuffled, best_f)
-    acqf = expected_improvement(model, best_f, X_pending, seed, noise)
+    pending = shuffled[:0] if X_pending is None else X_pending.to(shuffled)
     with quiet_single_thread():
-        greedy = _greedy(acqf, shuffled, q, unique=noise is None)
-        rival = _best_random_batch(acqf, shuffled, q, n_batches, generator)
-        return greedy if rival is None else _better(acqf, greedy, rival)
+        table = PosteriorTable.joint(model, torch.cat([shuffled, pending]))
+        free, running = table.positions[: len(shuffled)], table.positions[len(shuffled) :]
+        acqf = expected_improvement(table, best_f, running, seed, noise)
+        greedy = _greedy(acqf, free, q, unique=noise is None)
+        rivals = _random_batches(acqf, free, q, n_batches, generator)
+        best = _best(acqf, torch.cat([greedy.unsqueeze(0), rivals]))
+    return shuffled[best.squeeze(-1).long()]
 
 
 def expected_improvement(
-    model: SingleTaskGP,
+    model: Model,
     best_f: float,
     X_pending: Tensor | None = None,
     seed: int = 0,
     noise: float | None = None,
 ) -> qLogExpectedImprovement:
-    """qLogEI at an average example, with base samples fixed by ``seed``."""
+    """qLogEI of the points of ``model``, with base samples fixed by ``seed``."""
     sampler = SobolQMCNormalSampler(torch.Size([_MC_SAMPLES]), seed=seed)
-    pending = None if X_pending is None or not len(X_pending) else at_average_example(X_pending)
     return qLogExpectedImprovement(
         model,
         best_f=best_f,
         sampler=sampler,
-        X_pending=pending,
+        X_pending=None if X_pending is None or not len(X_pending) else X_pending,
         posterior_transform=None if noise is None else NextPosteriorMean(noise),
     )
+
+
+class PosteriorTable(Model):
+    """The posterior of a few rows at an average example, computed once and looked up by position.
+
+    A greedy batch asks for thousands of small joint posteriors of the same rows.
+
+    Args:
+        mean: Of the n rows.
+        covariance: ``n x n``; or their n variances, for posteriors of single rows only.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        super().__init__()
+        self._mean = mean
+        self._covariance = covariance
+
+    @classmethod
+    def joint(cls, model: SingleTaskGP, rows: Tensor) -> PosteriorTable:
+        """Of ``n x C`` candidate indices, of which some may be equal."""
+        with torch.no_grad():
+            posterior = cast(GPyTorchPosterior, model.posterior(at_average_example(rows)))
+            return cls(posterior.mean.squeeze(-1), posterior.distribution.covariance_matrix)
+
+    @property
+    def positions(self) -> Tensor:
+        """All of them, ``n x 1``: what BoTorch takes for inputs."""
+        return torch.arange(len(self._mean), dtype=torch.float64).unsqueeze(-1)
+
+    @property
+    def num_outputs(self) -> int:
+        """One, as of the surrogate."""
+        return 1
+
+    def posterior(
+        self,
+        X: Tensor,
+        output_indices: list[int] | None = None,
+        observation_noise: bool | Tensor = False,
+        posterior_transform: PosteriorTransform | None = None,
+    ) -> Posterior:
+        """Of the rows at ``... x q x 1`` positions."""
+        at = X.squeeze(-1).long()
+        single = self._covariance.dim() == 1
+        pairs = (at.unsqueeze(-1),) if single else (at.unsqueeze(-1), at.unsqueeze(-2))
+        # A linear operator is factorised only when it is sampled from, and mended where it is singular.
+        covariance = to_linear_operator(self._covariance[pairs])
+        posterior = GPyTorchPosterior(MultivariateNormal(self._mean[at], covariance))
+        return posterior if posterior_transform is None else posterior_transform(posterior)
 
 
 class NextPosteriorMean(PosteriorTransform):
@@ -118,7 +174,7 @@ class NextPosteriorMean(PosteriorTransform):
         jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
         half = torch.linalg.cholesky(covariance + self.noise * eye + jitter)
         root = torch.linalg.solve_triangular(half, covariance, upper=False)
-        return GPyTorchPosterior(MultivariateNormal(mean, root.mT @ root + jitter))
+        return GPyTorchPosterior(MultivariateNormal(mean, to_linear_operator(root.mT @ root + jitter)))
 
     def evaluate(self, Y: Tensor, X: Tensor | None = None) -> Tensor:  # noqa: N803 - BoTorch's name
         """Outcomes as they are."""
@@ -127,19 +183,22 @@ class NextPosteriorMean(PosteriorTransform):
 
 def log_expected_improvement(model: SingleTaskGP, best_f: float, rows: Tensor) -> Tensor:
     """Log EI of single configurations, ``n x C`` to ``n``, in closed form [Ament2023]_."""
-    with torch.no_grad(), quiet_single_thread():
-        values: Tensor = LogExpectedImprovement(model, best_f)(at_average_example(rows).unsqueeze(-2))
+    table = PosteriorTable(*posterior_mean_and_variance(model, rows))
+    with torch.no_grad():
+        values: Tensor = LogExpectedImprovement(table, best_f)(table.positions.unsqueeze(-2))
     return values
 
 
-def plug_in_incumbent(model: SingleTaskGP, measured: Tensor) -> float:
-    """``best_f``: the highest posterior mean among the ``n x C`` measured configurations.
+def ranked(model: SingleTaskGP, measured: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``n x C`` measured configurations and their posterior means, the highest first.
 
-    Unlike the best value observed it is not the luckiest one, and unlike the noisy EI's sampled
-    incumbent it leaves something to gain from measuring a promising configuration again.
+    The first mean is the plug-in incumbent, ``best_f``: unlike the best value observed it is not the
+    luckiest one, and unlike the noisy EI's sampled incumbent it leaves something to gain from measuring a
+    promising configuration again.
     """
-    mean, _ = posterior_mean_and_variance(model, measured)
-    return float(mean.max())
+    means, _ = posterior_mean_and_variance(model, measured)
+    order = means.argsort(descending=True, stable=True)
+    return measured[order], means[order]
 
 
 def _shortlist(model: SingleTaskGP, choices: Tensor, best_f: float) -> Tensor:
@@ -151,26 +210,26 @@ def _shortlist(model: SingleTaskGP, choices: Tensor, best_f: float) -> Tensor:
 
 
 def _greedy(acqf: AcquisitionFunction, choices: Tensor, q: int, unique: bool) -> Tensor:
-    candidates, _ = optimize_acqf_discrete(acqf, q=q, choices=at_average_example(choices), unique=unique)
-    return candidates.reshape(q, -1)[:, :-1].to(choices.dtype)
+    candidates, _ = optimize_acqf_discrete(acqf, q=q, choices=choices, unique=unique)
+    return candidates.reshape(q, -1)
 
 
-def _best_random_batch(
+def _random_batches(
     acqf: AcquisitionFunction, choices: Tensor, q: int, n_batches: int, generator: torch.Generator
-) -> Tensor | None:
-    """Best of ``n_batches`` batches, drawn in favour of choices that are good on their own."""
+) -> Tensor:
+    """``n_batches x q x 1`` batches, drawn in favour of choices that are good on their own."""
     if n_batches < 1 or q < 2 or len(choices) <= q:
-        return None
+        return choices.new_empty(0, q, 1)
     with torch.no_grad():
-        alone = acqf(at_average_example(choices).unsqueeze(-2))
-        odds = torch.softmax((alone - alone.max()) / alone.std().clamp_min(1e-6), dim=0)
-        odds = odds.clamp_min(1e-12).expand(n_batches, -1)
-        draws = torch.multinomial(odds, q, replacement=False, generator=generator)
-        values = acqf(at_average_example(choices[draws]))
-    return choices[draws[values.argmax()]]
+        alone = acqf(choices.unsqueeze(-2))
+    odds = torch.softmax((alone - alone.max()) / alone.std().clamp_min(1e-6), dim=0)
+    odds = odds.clamp_min(1e-12).expand(n_batches, -1)
+    return choices[torch.multinomial(odds, q, replacement=False, generator=generator)]
 
 
-def _better(acqf: AcquisitionFunction, greedy: Tensor, rival: Tensor) -> Tensor:
+def _best(acqf: AcquisitionFunction, batches: Tensor) -> Tensor:
+    """The batch of the highest value; of equal ones, the first."""
+    if len(batches) == 1:
+        return batches[0]
     with torch.no_grad():
-        values = acqf(at_average_example(torch.stack([greedy, rival])))
-    return rival if values[1] > values[0] else greedy
+        return batches[acqf(batches).argmax()]

