@@ -15,6 +15,10 @@ class InvalidArgumentError(MPromptuneError, ValueError):
     """An argument has a value that cannot work; raised before any LM call is paid for."""
 
 
+class StudyMismatchError(InvalidArgumentError):
+    """The study of that name belongs to another search, or was not made by one."""
+
+
 class UnknownOptionError(MPromptuneError, TypeError):
     """An option name is not known; the message lists the valid ones."""
 
