@@ -19,7 +19,7 @@ from mpromptune.knowledge import Knowledge
 from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
-from mpromptune.record import check_left, read_record
+from mpromptune.record import check_left, missing_of, read_record
 from mpromptune.result import SearchResult
 from mpromptune.samplers import bind, resolve_sampler, round_size
 from mpromptune.schedule import (
@@ -144,7 +144,8 @@ def search(
     settings = settings_of(space, {**arguments, "schedule": schedule, **sizes}, plan)
     require_same(study, before, settings)
     record = read_record(study)
-    check_left(record, space.params(start), n_examples, max_calls, confirm and schedule == "blocks")
+    confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all
+    check_left(record, max_calls, missing_of(record, space.params(start), n_examples) if confirmed else 0)
     encoding = _set_sampler(study, sampler, space, plan, seed)
     compare_geometry(study, encoding)
     write_settings(study, settings)

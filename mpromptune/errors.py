@@ -15,10 +15,6 @@ class InvalidArgumentError(MPromptuneError, ValueError):
     """An argument has a value that cannot work; raised before any LM call is paid for."""
 
 
-class StudyMismatchError(InvalidArgumentError):
-    """The study of that name belongs to another search, or was not made by one."""
-
-
 class UnknownOptionError(MPromptuneError, TypeError):
     """An option name is not known; the message lists the valid ones."""
 
@@ -33,6 +29,10 @@ class EmbeddingError(MPromptuneError, ValueError):
 
 class ScoreError(MPromptuneError, TypeError):
     """A metric returned something that is not one finite number."""
+
+
+class StudyMismatchError(MPromptuneError, ValueError):
+    """A study belongs to another run; the message says what differs."""
 
 
 class SearchStoppedError(MPromptuneError, RuntimeError):

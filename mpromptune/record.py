@@ -75,22 +75,32 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     return Recorded(trial.number, trial._trial_id, dict(trial.params), examples, scores, told, is_open)
 
 
-def check_left(
-    record: Record, baseline: Mapping[str, int], n_examples: int, max_calls: int, confirm: bool
-) -> None:
-    """Refuses a budget below what was spent and what the baseline still lacks.
+def check_left(record: Record, max_calls: int, missing: int) -> None:
+    """Refuses a budget below what was spent and what is bound to be spent.
+
+    Args:
+        record: The trials of earlier runs; those that are not over will be measured to their end.
+        max_calls: The budget.
+        missing: Calls that must follow besides.
 
     Raises:
         InvalidArgumentError: ``max_calls`` is too low.
     """
     spent = sum(len(recorded.scores) for recorded in record)
-    have = {e for recorded in record if recorded.params == baseline for e in recorded.scores}
-    missing = n_examples - len(have)
-    if confirm and record and missing and spent + missing > max_calls:
+    unfinished = [recorded for recorded in record if not recorded.told and recorded.examples]
+    due = missing + sum(len(r.examples or ()) - len(r.scores) for r in unfinished)
+    if record and due and spent + due > max_calls:
         raise InvalidArgumentError(
-            f"max_calls={max_calls} is too low to go on: the study holds {spent} calls, and measuring the "
-            f"baseline takes {missing} more. Raise max_calls, or pass confirm=False."
+            f"max_calls={max_calls} is too low to go on: the study holds {spent} calls, and to finish the "
+            f"trials that were left open and to measure the baseline takes {due} more. Raise max_calls."
         )
+
+
+def missing_of(record: Record, params: Mapping[str, int], n_examples: int) -> int:
+    """Examples on which the record neither has nor will have a score of a configuration."""
+    of_it = [recorded for recorded in record if recorded.params == params]
+    have = {e for r in of_it for e in (r.scores if r.told else r.examples or ())}
+    return n_examples - len(have)
 
 
 def in_memory(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
