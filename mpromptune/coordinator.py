@@ -46,7 +46,7 @@ class _Running:
 
 @dataclass
 class Coordinator:
-    """The one thread that talks to the study; workers only score.
+    """The one thread that talks to the study; workers only score, and save what they have scored.
 
     Attributes:
         space: The configurations.

@@ -75,6 +75,13 @@ def search(
     on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds
     measured, never on timing.
 
+    With ``storage`` every score is saved as it comes in, and the same call goes on where the last one
+    ended, however it ended. After ``kill -9`` the trials are those of a search in one go; trials that
+    an error or an interrupt cut off are taken up under new numbers. No saved score is paid again, and
+    a finished search is returned without a call. ``max_calls`` is for all runs together; it may
+    change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
+    sampler and the callbacks, which are not called again. One process at a time.
+
     Args:
         space: The configurations.
         score: ``score(params, example) -> float``, the higher the better; called from threads.
@@ -84,12 +91,13 @@ def search(
             than half a round is left.
         sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
         num_threads: Calls in flight at once.
-        batch_size: Configurations per round (q); by default enough to occupy all threads.
+        batch_size: Configurations per round (q); by default as before in a study that is gone on with,
+            otherwise enough to occupy all threads.
         block_size: Examples per block (default 10, or all where there are fewer).
         baseline: Configuration to compare with; by default the first of the space.
         seed: Fixes blocks, proposals and so the whole search.
-        storage: Optuna storage, or None for memory.
-        study_name: Name of the study in the storage.
+        storage: Path of a journal file, URL of a database, or an Optuna storage; None for memory.
+        study_name: Name of the study in the storage, by default ``"mpromptune"``.
         callbacks: Called as ``callback(study, trial)`` after every finished trial, in order.
         confirm: Keep calls back so that winner and baseline end measured on every example. With
             False the winner is the highest posterior mean, whatever it was measured on.
@@ -113,7 +121,10 @@ def search(
 
     Raises:
         InvalidArgumentError: An argument cannot work; no call was made.
-        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
+        StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
+            seed or schedule, or to none; no call was made.
+        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
+            where the storage failed.
     """
     _check_counts(n_examples=n_examples, max_calls=max_calls, num_threads=num_threads)
     optional = {"batch_size": batch_size, "block_size": block_size, "patience": patience}

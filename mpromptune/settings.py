@@ -130,9 +130,9 @@ def compare_geometry(study: Study, encoding: Encoding) -> None:
     """
     now = _geometry(encoding)
     before = study.user_attrs.get(GEOMETRY)
-    if now is None or now == before:
+    if now is None or (before is not None and _is_close(before, now)):
         return
-    if before is not None and not _is_close(before, now):
+    if before is not None:
         logger.warning(
             "The embedder gives other vectors than in the run that study %r goes on from. What was "
             "measured still counts, but the trials to come are not those of a search in one go.",

@@ -166,6 +166,15 @@ def test_after_an_outage_the_trials_that_it_cut_off_are_taken_up(sampler: str | 
     check_taken_up(result, down, scores)
 
 
+def test_databases_are_gone_on_with_too(tmp_path: Path) -> None:
+    """SQLite, with scores written from several threads."""
+    url, down, scores = f"sqlite:///{tmp_path}/runs.db", Failing(30, ConnectionError("down")), Scores()
+    given = {"confirm": False, "max_calls": 50, "study_name": "mine"}
+    with pytest.raises(SearchStoppedError, match="down"):
+        run(url, down, retry=RetryPolicy(attempts=1), **given)
+    check_taken_up(run(url, scores, **given), down, scores)
+
+
 def test_after_an_interruption_the_trials_that_it_cut_off_are_taken_up(tmp_path: Path) -> None:
     """Twice: what takes up an abandoned trial may be abandoned too."""
     first = Scores()
