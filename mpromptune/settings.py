@@ -56,7 +56,7 @@ def _sha256(value: Any) -> str:
 
 
 def recorded_settings(study: Study) -> Settings:
-    """The settings of the search that a study belongs to; empty for a new study.
+    """The settings of the search that a study belongs to; empty for one without any trials.
 
     Raises:
         StudyMismatchError: The study has another purpose, or was written by another version.
@@ -65,14 +65,15 @@ def recorded_settings(study: Study) -> Settings:
     name = f"The study {study.study_name!r}"
     if study.directions != [StudyDirection.MAXIMIZE]:
         raise StudyMismatchError(f"{name} does not maximise one value, as a search does. {_ADVICE}")
-    if settings is None and study.get_trials(deepcopy=False):
+    trials = study.get_trials(deepcopy=False)
+    if settings is None and trials:
         raise StudyMismatchError(f"{name} has trials that no search has left there. {_ADVICE}")
     if settings is not None and settings.get("format") != _FORMAT:
         raise StudyMismatchError(
             f"{name} was written by m-promptune {settings.get('version')} in format "
             f"{settings.get('format')}; version {__version__} reads format {_FORMAT}. {_ADVICE}"
         )
-    return dict(settings or {})
+    return dict(settings) if settings and trials else {}
 
 
 def require_same(study: Study, before: Settings, now: Settings) -> None:

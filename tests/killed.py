@@ -84,7 +84,7 @@ def run(storage: Any, score: Any, **arguments: Any) -> SearchResult:
     """A small search: twenty trials, or fewer."""
     given = {
         "n_examples": N,
-        "max_calls": 160,
+        "max_calls": 150,
         "sampler": qEISampler(embedder=letters, seed=0, batch_size=3, n_batches=0),
         "num_threads": 4,
         "block_size": 8,

@@ -118,7 +118,7 @@ def test_a_search_goes_on_from_any_line_of_its_journal(arguments: dict, tmp_path
         assert sum(recorded.values()) + sum(scores.asked.values()) == result.calls == expected.calls
 
 
-@pytest.mark.parametrize("arguments", [{}, MIPRO], ids=["blocks", "mipro"])
+@pytest.mark.parametrize("arguments", [{}, MIPRO, {"patience": 1}], ids=["blocks", "mipro", "patience"])
 def test_a_finished_search_is_returned_again_without_a_call(arguments: dict, tmp_path: Path) -> None:
     """Nor is a callback called; progress is told what there was."""
     first, scores, told, calls = run(tmp_path / "j", Scores(), **arguments), Scores(), [], []
@@ -212,7 +212,7 @@ def test_a_larger_budget_goes_on_from_there(arguments: dict, tmp_path: Path) -> 
     """All that was measured counts, and the two budgets together are not exceeded."""
     first, second = Scores(), Scores()
     small = run(tmp_path / "j", first, **arguments)
-    max_calls = arguments.get("max_calls", 160) + 60
+    max_calls = arguments.get("max_calls", 150) + 60
     large = run(tmp_path / "j", second, **{**arguments, "max_calls": max_calls})
     assert trials_of(large)[: len(small.study.trials)] == trials_of(small)
     assert large.calls == sum((first.asked + second.asked).values())
@@ -351,6 +351,14 @@ def test_studies_of_others_are_refused() -> None:
             run(storage, scores, study_name=name)
     assert not scores.asked
     assert run(storage, scores, study_name="another").calls == sum(scores.asked.values())
+
+
+def test_a_study_without_trials_belongs_to_nobody() -> None:
+    """A run that ended before its first trial does not stand in the way of other arguments."""
+    storage = InMemoryStorage()
+    study = optuna.create_study(storage=storage, study_name="mpromptune", direction="maximize")
+    study.set_user_attr(SETTINGS, run(None, Scores(), max_calls=80).study.user_attrs[SETTINGS])
+    assert run(storage, Scores(), seed=1).calls
 
 
 def test_another_embedder_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
