@@ -81,13 +81,13 @@ class Logged:
 
 
 def run(storage: Any, score: Any, **arguments: Any) -> SearchResult:
-    """A small search: twenty trials, or fewer."""
+    """A small search: a dozen trials."""
     given = {
         "n_examples": N,
-        "max_calls": 150,
-        "sampler": qEISampler(embedder=letters, seed=0, batch_size=3, n_batches=0),
+        "max_calls": 160,
+        "sampler": qEISampler(embedder=letters, seed=0, batch_size=4, n_batches=0),
         "num_threads": 4,
-        "block_size": 8,
+        "block_size": 10,
         "storage": storage,
         **arguments,
     }
