@@ -1,7 +1,12 @@
 """Names of the trial and study attributes in which the whole state of a search lives."""
 
-EXAMPLES = "mpromptune:examples"  # trial: indices of the validation examples measured
+EXAMPLES = "mpromptune:examples"  # trial: indices of the validation examples measured, or being measured
 SCORES = "mpromptune:scores"  # trial: their scores, in the same order
-N_EXAMPLES = "mpromptune:n_examples"  # study: size of the validation set
+PLANNED = "mpromptune:planned"  # trial: all that it was to be measured on, where some of it has no score
+ABANDONED = "mpromptune:abandoned"  # trial: its run ended before it did
+RESUMES = "mpromptune:resumes"  # trial: number of the abandoned one that it takes up
 PROPOSED = "mpromptune:proposed"  # trial: params handed to a trial that has not suggested them yet
 PLAN = "mpromptune:plan"  # trial: the batch that its proposal leads, and what was known then
+N_EXAMPLES = "mpromptune:n_examples"  # study: size of the validation set
+SETTINGS = "mpromptune:settings"  # study: the arguments on which its trials depend
+GEOMETRY = "mpromptune:geometry"  # study: how far candidates are from each other by their embeddings

@@ -57,6 +57,10 @@ class BlockPlan:
         """Whether ``row`` has failed too often."""
         return self.schedule.is_dropped(row)
 
+    def forgive(self, row: Row) -> None:
+        """Forgets the failures of ``row``."""
+        self.schedule.forgive(row)
+
     def is_full(self, row: Row, ledger: Ledger) -> bool:
         """Whether ``row`` has a score on every example, from however many trials."""
         return ledger.covers(row, self.n_examples)
@@ -83,6 +87,8 @@ class BlockPlan:
                 until += self.schedule.confirm * (self.schedule.spent - before)  # they are kept back
                 continue
             limit = until - self.schedule.spent
+            if limit <= 0:  # trials of an earlier run may be longer than was planned for them now
+                break
             yield Request(None, partial(self._block, self._rounds, limit))
         self._rounds += self.schedule.spent > before
 
@@ -130,7 +136,7 @@ class BlockPlan:
         if alone and known.ledger.scores and not self._has_target(known):
             finalists.append(self._finalist(known))
         for row in dict.fromkeys(finalists):
-            if self.schedule.missing(row):
+            if 0 < len(self.schedule.missing(row)) <= self.schedule.remaining:
                 yield Request(row, lambda row, number: self.schedule.missing(row))
 
     def _finalist(self, known: Knowledge) -> Row:

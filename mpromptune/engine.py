@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
-import optuna
 from optuna.samplers import BaseSampler
+from optuna.study import Study
 
-from mpromptune.attributes import N_EXAMPLES
 from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator, OnCall
+from mpromptune.encoding import Encoding
 from mpromptune.errors import require_count, require_finite
 from mpromptune.execution import Classify, RetryPolicy, Score, Workers, as_score, classify_builtin
 from mpromptune.knowledge import Knowledge
 from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
+from mpromptune.record import check_left, missing_of, read_record
 from mpromptune.result import SearchResult
 from mpromptune.samplers import bind, resolve_sampler, round_size
 from mpromptune.schedule import (
@@ -28,8 +30,11 @@ from mpromptune.schedule import (
     default_rounds_in_flight,
     partition,
 )
+from mpromptune.settings import compare_geometry, recorded_settings, require_same, settings_of, write_settings
 from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
+from mpromptune.storage import StorageSpec, open_study
+from mpromptune.trials import Trials
 
 
 def search(
@@ -44,7 +49,7 @@ def search(
     block_size: int | None = None,
     baseline: Mapping[str, int] | None = None,
     seed: int = 0,
-    storage: str | optuna.storages.BaseStorage | None = None,
+    storage: StorageSpec = None,
     study_name: str | None = None,
     callbacks: Sequence[Callback] = (),
     confirm: bool = True,
@@ -70,6 +75,13 @@ def search(
     on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds
     measured, never on timing.
 
+    With ``storage`` every score is saved as it comes in, and the same call goes on where the last one
+    ended, however it ended. After ``kill -9`` the trials are those of a search in one go; trials that
+    an error or an interrupt cut off are taken up under new numbers. No saved score is paid again, and
+    a finished search is returned without a call. ``max_calls`` is for all runs together; it may
+    change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
+    sampler and the callbacks, which are not called again. One process at a time.
+
     Args:
         space: The configurations.
         score: ``score(params, example) -> float``, the higher the better; called from threads.
@@ -79,12 +91,13 @@ def search(
             than half a round is left.
         sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
         num_threads: Calls in flight at once.
-        batch_size: Configurations per round (q); by default enough to occupy all threads.
+        batch_size: Configurations per round (q); by default as before in a study that is gone on with,
+            otherwise enough to occupy all threads.
         block_size: Examples per block (default 10, or all where there are fewer).
         baseline: Configuration to compare with; by default the first of the space.
         seed: Fixes blocks, proposals and so the whole search.
-        storage: Optuna storage, or None for memory.
-        study_name: Name of the study in the storage.
+        storage: Path of a journal file, URL of a database, or an Optuna storage; None for memory.
+        study_name: Name of the study in the storage, by default ``"mpromptune"``.
         callbacks: Called as ``callback(study, trial)`` after every finished trial, in order.
         confirm: Keep calls back so that winner and baseline end measured on every example. With
             False the winner is the highest posterior mean, whatever it was measured on.
@@ -108,15 +121,14 @@ def search(
 
     Raises:
         InvalidArgumentError: An argument cannot work; no call was made.
-        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
+        StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
+            seed or schedule, or to none; no call was made.
+        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
+            where the storage failed.
     """
-    require_count("n_examples", n_examples)
-    require_count("max_calls", max_calls)
-    require_count("num_threads", num_threads)
+    _check_counts(n_examples=n_examples, max_calls=max_calls, num_threads=num_threads)
     optional = {"batch_size": batch_size, "block_size": block_size, "patience": patience}
-    for name, count in optional.items():
-        if count is not None:
-            require_count(name, count)
+    _check_counts(**{name: count for name, count in optional.items() if count is not None})
     if target is not None:
         require_finite("target", target)
     as_score(failure_score)
@@ -125,33 +137,66 @@ def search(
     plan: Plan
     if schedule == "mipro":
         batches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch).within(n_examples)
-        q = round_size(batch_size, sampler, num_threads, batches.size)
-        plan = MiproPlan(n_examples, max_calls, start, space.size, q, batches, seed)
+        trial_size = batches.size
+        sizes = {"minibatch_size": trial_size, "minibatch_full_eval_steps": batches.full_eval_steps}
+        plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
     else:
-        block = default_block_size(n_examples) if block_size is None else block_size
-        q = round_size(batch_size, sampler, num_threads, block)
-        blocks = partition(n_examples, block, seed)
+        trial_size = default_block_size(n_examples) if block_size is None else block_size
+        sizes = {"block_size": trial_size}
+        blocks = partition(n_examples, trial_size, seed)
         check_budget(max_calls, n_examples, confirm)
-        plan = BlockPlan(
-            Schedule(n_examples, blocks, max_calls, start, confirm),
-            space.size,
-            q,
-            default_rounds_in_flight(num_threads, q, block),
-            Stopping(target, patience),
-        )
-    bound, encoding = bind(resolve_sampler(sampler, space, seed), space, q, plan.is_open, seed)
-    study = optuna.create_study(storage=storage, study_name=study_name, sampler=bound, direction="maximize")
-    study.set_user_attr(N_EXAMPLES, n_examples)
+        parts = Schedule(n_examples, blocks, max_calls, start, confirm)
+        plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
+    study = open_study(storage, study_name)
+    before = recorded_settings(study)
+    plan.batch_size = round_size(batch_size, sampler, num_threads, trial_size, before.get("batch_size"))
+    plan.rounds_in_flight = _rounds_in_flight(plan, before, num_threads, trial_size)
+    arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
+    settings = settings_of(space, {**arguments, "schedule": schedule, **sizes}, plan)
+    require_same(study, before, settings)
+    record = read_record(study)
+    confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all
+    check_left(record, max_calls, missing_of(record, space.params(start), n_examples) if confirmed else 0)
+    encoding = _set_sampler(study, sampler, space, plan, seed)
+    compare_geometry(study, encoding)
+    write_settings(study, settings)
+    trials = Trials(study, space, record, failure_score)
     with _executor(executor, num_threads) as pool:
         return Coordinator(
             space=space,
             plan=plan,
             workers=Workers(score, pool, classify, retry),
-            known=Knowledge(study, encoding),
+            trials=trials,
+            known=Knowledge(study, encoding, hidden=trials.untold),
             failure_score=failure_score,
             callbacks=callbacks,
             on_call=on_call,
         ).run()
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        require_count(name, count)
+
+
+def _set_sampler(
+    study: Study, sampler: BaseSampler | str | None, space: PromptSpace, plan: Plan, seed: int
+) -> Encoding:
+    n_trials = len(study.get_trials(deepcopy=False))
+    own = resolve_sampler(sampler, space, seed, n_trials)
+    study.sampler, encoding = bind(own, space, plan.batch_size, plan.is_open, seed)
+    if n_trials and own is sampler:  # its stream is at its beginning, and would come again
+        study.sampler.reseed_rng()
+    return encoding
+
+
+def _rounds_in_flight(plan: Plan, before: Mapping[str, Any], num_threads: int, trial_size: int) -> int:
+    """As before, so that other threads make no other trials; unless rounds are of another size now."""
+    if before.get("batch_size") == plan.batch_size:
+        return int(before["rounds_in_flight"])
+    if isinstance(plan, MiproPlan):
+        return plan.rounds_in_flight
+    return default_rounds_in_flight(num_threads, plan.batch_size, trial_size)
 
 
 @contextlib.contextmanager

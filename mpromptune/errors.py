@@ -31,6 +31,10 @@ class ScoreError(MPromptuneError, TypeError):
     """A metric returned something that is not one finite number."""
 
 
+class StudyMismatchError(MPromptuneError, ValueError):
+    """A study belongs to another run; the message says what differs."""
+
+
 class SearchStoppedError(MPromptuneError, RuntimeError):
     """The search had to stop before its budget was spent.
 

@@ -24,6 +24,7 @@ from tenacity import (
 from mpromptune.errors import ScoreError
 
 Score = Callable[[dict[str, int], int], float]
+Keep = Callable[["Outcome"], None]
 
 
 class Verdict(Enum):
@@ -98,14 +99,25 @@ class Workers:
         self._retry = retry or RetryPolicy()
         self.stopped = threading.Event()
 
-    def submit(self, params: Mapping[str, int], example: int) -> Future[Outcome]:
-        """Queues one item; the future never raises what ``score`` raised."""
+    def submit(self, params: Mapping[str, int], example: int, keep: Keep) -> Future[Outcome]:
+        """Queues one item; the future never raises what ``score`` raised.
+
+        Args:
+            params: The configuration.
+            example: The example.
+            keep: Called with the outcome, in the worker, before anybody else sees it.
+        """
         context = contextvars.copy_context()
-        return self._executor.submit(context.run, self._measure, dict(params), example)
+        return self._executor.submit(context.run, self._kept, keep, dict(params), example)
 
     def verdict(self, outcome: Outcome) -> Verdict | None:
         """The verdict on a failed outcome; None for a scored or a skipped one."""
         return None if outcome.error is None else self._classify(outcome.error)
+
+    def _kept(self, keep: Keep, params: dict[str, int], example: int) -> Outcome:
+        outcome = self._measure(params, example)
+        keep(outcome)
+        return outcome
 
     def _measure(self, params: dict[str, int], example: int) -> Outcome:
         if self.stopped.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,11 +31,13 @@ class Knowledge:
         study: Its finished trials are what the surrogate is fitted to.
         encoding: Configurations as the surrogate sees them.
         ledger: The scores.
+        hidden: Numbers of trials that an earlier run finished, and this one has yet to come to.
     """
 
     study: Study
     encoding: Encoding
     ledger: Ledger = field(default_factory=Ledger)
+    hidden: AbstractSet[int] = frozenset()
     _fitted: tuple[int, SingleTaskGP | None] = (-1, None)
 
     def posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +80,7 @@ class Knowledge:
 
     def _model(self) -> SingleTaskGP | None:
         """The surrogate, fitted again only when another trial has finished."""
-        trials = self.study.get_trials(deepcopy=False)
+        trials = [t for t in self.study.get_trials(deepcopy=False) if t.number not in self.hidden]
         finished = sum(trial.state.is_finished() for trial in trials)
         if self._fitted[0] != finished:
             with on_cpu():

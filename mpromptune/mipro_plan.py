@@ -45,6 +45,7 @@ class MiproPlan:
     rounds_in_flight: int = 2
     _asked: int = 0  # trials on minibatches
     _decided: int = 0  # full evaluations of their best
+    _spent: int = 0  # calls made or committed to
 
     def __post_init__(self) -> None:
         self.outage = self.n_examples  # what a full evaluation lacks may fail again, and yet be its own fault
@@ -63,19 +64,25 @@ class MiproPlan:
         """Whether ``row`` has failed too often."""
         return self.failures[row] >= MAX_FAILURES
 
+    def forgive(self, row: Row) -> None:
+        """Forgets the failures of ``row``."""
+        del self.failures[row]
+
     def is_full(self, row: Row, ledger: Ledger) -> bool:
         """Whether ``row`` has had a full evaluation; minibatches that add up to one do not count."""
         return row in self._full
 
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """Full evaluations that are due, or the minibatches up to the next one."""
+        if not self._is_affordable(self.minibatches.size):  # an earlier run may have spent more than planned
+            self.num_trials = min(self.num_trials, self._asked)
         if self._is_due():
             if not alone:
                 return
             self._decide(known.ledger)
         due = [row for row in self._owed if row not in self._running]
         for row in due:
-            yield Request(row, lambda row, number: self._owed[row])
+            yield Request(row, lambda row, number: self._owed.get(row, ()))
         if not due:
             yield from self._explore()
 
@@ -83,6 +90,8 @@ class MiproPlan:
         for _ in range(min(self.batch_size, self._boundary() - self._asked)):
             closed = {*self._full, *self._owed, *filter(self.is_dropped, self.failures)}
             if len(closed) >= self.space_size:
+                return
+            if not self._is_affordable(self.minibatches.size):
                 return
             self._asked += 1
             yield Request(None, self._minibatch)
@@ -92,6 +101,11 @@ class MiproPlan:
         rng = np.random.default_rng([abs(self.seed), number, self.n_examples])
         drawn = rng.choice(self.n_examples, self.minibatches.size, replace=False)
         return tuple(sorted(int(example) for example in drawn))
+
+    def _is_affordable(self, calls: int) -> bool:
+        """Whether the budget holds these calls, and after a minibatch the full evaluation that follows."""
+        follows = self.n_examples if self.minibatches.enabled else 0
+        return self._spent + calls + follows <= self.max_calls
 
     def _boundary(self) -> int:
         """Trials before the next full evaluation."""
@@ -104,11 +118,12 @@ class MiproPlan:
     def _decide(self, ledger: Ledger) -> None:
         self._decided += 1
         lacking = [row for row in ledger.rows() if self.is_open(row)]
-        if lacking:
+        if lacking and self._is_affordable(0):
             self._owed[max(lacking, key=ledger.mean)] = tuple(range(self.n_examples))
 
     def assign(self, row: Row, examples: Sequence[int]) -> None:
         """Notes full evaluations; the number of minibatches follows from the budget."""
+        self._spent += len(examples)
         if len(examples) == self.n_examples:
             self._owed[row] = tuple(examples)
         if self._owed.get(row) == tuple(examples):
@@ -117,6 +132,7 @@ class MiproPlan:
     def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
         """A full evaluation is done once every example of it has been answered, or given up."""
         missing = tuple(lost)
+        self._spent -= len(missing)
         self.failures[row] += bool(missing)
         if self._owed.get(row) != tuple(examples):
             return
@@ -124,7 +140,7 @@ class MiproPlan:
         del self._owed[row]
         if not missing:
             self._full[row] = None
-        elif not self.is_dropped(row):
+        elif row == self.baseline or not self.is_dropped(row):
             self._owed[row] = missing
 
     def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:

@@ -35,6 +35,7 @@ class Plan(Protocol):
     n_examples: int
     max_calls: int
     baseline: Row
+    batch_size: int  # configurations in a round
     rounds_in_flight: int  # while one is being told, the others keep the workers busy
     outage: int  # failures in a round that are read as an outage, though all of one configuration
 
@@ -57,6 +58,9 @@ class Plan(Protocol):
 
     def is_dropped(self, row: Row) -> bool:
         """Whether so many trials of ``row`` failed that no further call is risked on it."""
+
+    def forgive(self, row: Row) -> None:
+        """Forgets the failures of ``row``: they ended an earlier run, and may have been mended since."""
 
     def is_full(self, row: Row, ledger: Ledger) -> bool:
         """Whether ``row`` is fully evaluated."""

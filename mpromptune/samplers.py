@@ -26,8 +26,17 @@ IsOpen = Callable[[Row], bool]
 _REPLACEMENTS = 2000
 
 
-def resolve_sampler(spec: BaseSampler | str | None, space: PromptSpace, seed: int) -> BaseSampler:
+def resolve_sampler(
+    spec: BaseSampler | str | None, space: PromptSpace, seed: int, n_trials: int = 0
+) -> BaseSampler:
     """A sampler by name (any case), or the object itself.
+
+    Args:
+        spec: The name or object; None for the default.
+        space: The configurations.
+        seed: Of all randomness.
+        n_trials: Trials that the study has already. Optuna's samplers draw from a stream, of which
+            they would repeat the beginning.
 
     Raises:
         InvalidArgumentError: The name is not known.
@@ -37,19 +46,22 @@ def resolve_sampler(spec: BaseSampler | str | None, space: PromptSpace, seed: in
     name = "qei" if spec is None else str(spec).lower()
     if name == "qei":
         return qEISampler(space=space, seed=seed)
+    stream = int(np.random.SeedSequence([abs(seed), n_trials]).generate_state(1)[0]) if n_trials else seed
     if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        return optuna.samplers.TPESampler(seed=stream, multivariate=True, constant_liar=True)
     if name == "gp":
-        return optuna.samplers.GPSampler(seed=seed)
+        return optuna.samplers.GPSampler(seed=stream)
     if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.RandomSampler(seed=stream)
     raise unknown_sampler(spec)
 
 
-def round_size(given: int | None, sampler: object, num_threads: int, trial_size: int) -> int:
-    """Configurations in a round: as given, or as the sampler has it, or enough for all threads."""
+def round_size(
+    given: int | None, sampler: object, num_threads: int, trial_size: int, before: int | None = None
+) -> int:
+    """Configurations in a round: as given, as the sampler has it, as before, or enough for all threads."""
     own = sampler.batch_size if isinstance(sampler, qEISampler) else None
-    return given or own or default_batch_size(num_threads, trial_size)
+    return given or own or before or default_batch_size(num_threads, trial_size)
 
 
 def bind(
@@ -89,6 +101,9 @@ class OpenSampler(BaseSampler):
         self._is_open = is_open
         self._seed = abs(seed)
         self._distributions = {k: d for k, d in distributions_of(space).items() if not d.single()}
+
+    def reseed_rng(self) -> None:
+        self._inner.reseed_rng()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._distributions

@@ -102,6 +102,10 @@ class Schedule:
         """Whether so many trials of ``row`` failed that no further call is risked on it."""
         return self.failures[row] >= MAX_FAILURES
 
+    def forgive(self, row: Row) -> None:
+        """Forgets the failures of ``row``."""
+        del self.failures[row]
+
     def is_affordable(self, row: Row) -> bool:
         """Whether ``row`` can still be fully measured, together with the baseline."""
         return not self.is_dropped(row) and self.available(row) >= 0

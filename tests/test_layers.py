@@ -27,11 +27,12 @@ MATHEMATICS = (
 LOOP = (
     ("storage", "usage"),
     ("encoding", "execution", "ledger", "result", "schedule"),
-    ("options", "repeats"),
+    ("options", "record", "repeats"),
     ("history",),
     ("knowledge", "sampler"),
     ("plan", "samplers", "qEI"),
-    ("block_plan", "coordinator", "mipro_plan"),
+    ("block_plan", "mipro_plan", "settings", "trials"),
+    ("coordinator",),
     ("engine",),
 )
 ADAPTER = (
