@@ -30,6 +30,7 @@ from mpromptune.schedule import (
 )
 from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
+from mpromptune.storage import open_study
 
 
 def search(
@@ -140,7 +141,8 @@ def search(
             Stopping(target, patience),
         )
     bound, encoding = bind(resolve_sampler(sampler, space, seed), space, q, plan.is_open, seed)
-    study = optuna.create_study(storage=storage, study_name=study_name, sampler=bound, direction="maximize")
+    study = open_study(storage, study_name)
+    study.sampler = bound
     study.set_user_attr(N_EXAMPLES, n_examples)
     with _executor(executor, num_threads) as pool:
         return Coordinator(

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import dspy
 from optuna.samplers import BaseSampler
 
+from mpromptune.checkpoint import Checkpoint
 from mpromptune.execution import Score
+from mpromptune.fingerprint import fingerprint
 from mpromptune.lm_errors import classify
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.programs import ProgramScorer, ProgramSpace
@@ -145,9 +147,13 @@ class MIPROv2(dspy.MIPROv2):
         settings = super()._set_hyperparams_from_run_mode(program, *args, **kwargs)
         options = _OPTIONS.get()
         if options is not None:
-            num_trials, valset, minibatch, *_ = settings
+            num_trials, valset, minibatch, *candidates = settings
             options.check_run(len(valset), num_trials, _STEPS.get().minibatches(minibatch))
             _check_embedder(options, program)
+            if options.storage is not None:
+                arguments = _STEPS.get().arguments
+                run = fingerprint(self, program, valset, tuple(candidates), arguments)
+                _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
             if options.confirm:
                 _STEPS.get().score_ahead(valset)
         return settings
@@ -229,7 +235,7 @@ class MIPROv2(dspy.MIPROv2):
             block_size=options.block_size,
             baseline=programs.baseline,
             seed=seed,
-            storage=options.storage,
+            storage=_STEPS.get().storage,
             study_name=options.study_name,
             callbacks=(bar.on_trial, *options.callbacks),
             confirm=options.confirm,
