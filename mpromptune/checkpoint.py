@@ -37,7 +37,7 @@ class Checkpoint:
         storage: Opened.
 
     Raises:
-        StorageError: It cannot be read and written, or the study is none of ours.
+        StorageError: The storage cannot be read and written.
         StudyMismatchError: The study belongs to another run.
     """
 

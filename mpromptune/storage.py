@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.study import Study, StudyDirection
 
 from mpromptune.attributes import FORMAT
-from mpromptune.errors import InvalidArgumentError, StorageError
+from mpromptune.errors import InvalidArgumentError, StorageError, StudyMismatchError
 from mpromptune.journal import TolerantJournal
 
 DEFAULT_STUDY_NAME = "mpromptune"
@@ -64,7 +64,8 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
 
     Raises:
         InvalidArgumentError: ``storage`` is of no kind that is known.
-        StorageError: It cannot be read and written, or the study is none of ours.
+        StorageError: It cannot be read and written.
+        StudyMismatchError: The study is none of ours.
     """
     opened = open_storage(storage)
     with reported():
@@ -94,15 +95,14 @@ def _require_ours(study: Study) -> None:
     name = f"The study {study.study_name!r}"
     advice = "Give another study_name or storage."
     if study.directions != [StudyDirection.MAXIMIZE]:
-        directions = [direction.name.lower() for direction in study.directions]
-        raise StorageError(f"{name} has {directions} for its directions, not ['maximize']. {advice}")
+        raise StudyMismatchError(f"{name} does not maximise one value, as a search does. {advice}")
     version = study.user_attrs.get(FORMAT)
     if version is None and study.get_trials(deepcopy=False):
-        raise StorageError(f"{name} has trials that were not made by m-promptune. {advice}")
+        raise StudyMismatchError(f"{name} has trials that no search has left there. {advice}")
     if version not in (None, FORMAT_VERSION):
-        raise StorageError(
-            f"{name} is of another version of m-promptune: its format is {version!r}, not "
-            f"{FORMAT_VERSION}. {advice}"
+        raise StudyMismatchError(
+            f"{name} was written by another version of m-promptune, in format {version!r}; this one reads "
+            f"format {FORMAT_VERSION}. {advice}"
         )
 
 

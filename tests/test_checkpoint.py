@@ -22,7 +22,7 @@ from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Cou
 
 from mpromptune import MIPROv2
 from mpromptune.attributes import DEMOS, INSTRUCTIONS, STUDENT
-from mpromptune.errors import StorageError, StudyMismatchError
+from mpromptune.errors import SearchStoppedError, StorageError, StudyMismatchError
 from mpromptune.storage import open_study
 
 SHOTS = {"zero": ZERO_SHOT, "labelled": LABELLED_ONLY, "few": FEW_SHOT}
@@ -175,6 +175,21 @@ def test_killed_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert _measured(best) == _measured(expected)
     assert all(map(_is_of_valset, lm.calls))
     assert len(lm.calls) == sum(map(_is_of_valset, expected_lm.calls)) - 2 * students
+
+
+@pytest.mark.parametrize("n", [30, 60, 90])
+@pytest.mark.parametrize("schedule", ["blocks", "mipro"])
+def test_interrupted_search(tmp_path: Path, n: int, schedule: str) -> None:
+    """Wherever the run stops, the steps are not repeated, and no example of a configuration is."""
+    whole, before, after = Counted(), Counted(), Counted()
+    _compile(None, metric=whole, schedule=schedule)
+    mortal = Mortal(arithmetic_lm(), _is_of_valset, n)
+    with pytest.raises((Killed, SearchStoppedError)):
+        _compile(tmp_path / "run.log", mortal, metric=before, schedule=schedule)
+    lm = arithmetic_lm()
+    best = _compile(tmp_path / "run.log", lm, metric=after, schedule=schedule)[1]
+    assert all(map(_is_of_valset, lm.calls))
+    assert before.calls + after.calls == best.search_result.calls == whole.calls
 
 
 def test_second_call_is_free(tmp_path: Path) -> None:
@@ -418,7 +433,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize(("kind", "n"), [("_is_bootstrap", 3), ("_is_proposal", 3)])
+@pytest.mark.parametrize(("kind", "n"), [("_is_bootstrap", 3), ("_is_proposal", 3), ("_is_of_valset", 80)])
 def test_kill_9(tmp_path: Path, kind: str, n: int) -> None:
     """A process that is killed leaves what another one goes on with."""
     path = tmp_path / "run.log"

@@ -13,7 +13,7 @@ from lms import ScriptedLM, arithmetic_lm
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import MIPROv2
-from mpromptune.errors import InvalidArgumentError, StorageError, UnknownOptionError
+from mpromptune.errors import InvalidArgumentError, StudyMismatchError, UnknownOptionError
 from mpromptune.options import OPTION_NAMES, gather, resolve
 
 
@@ -148,7 +148,7 @@ def test_a_study_of_something_else_is_refused_before_any_call(tmp_path: Any) -> 
     study = optuna.create_study(storage=storage, study_name="taken", direction="maximize")
     study.tell(study.ask(), 1.0)
     lm = arithmetic_lm()
-    with pytest.raises(StorageError, match="'taken' has trials that were not made by m-promptune"):
+    with pytest.raises(StudyMismatchError, match="'taken' has trials that no search has left there"):
         _compile(lm, _optimizer(lm), sampler="random", storage=storage, study_name="taken")
     assert lm.calls == []
 
