@@ -46,7 +46,7 @@ class Checkpoint:
         self._study: Study = open_study(self.storage, study_name)
         self._kept: dict[str, Any] = self._study.user_attrs
         self._require_same(run)
-        if RUN not in self._kept:
+        if self._kept.get(RUN) != run:
             self._set(RUN, dict(run))
 
     def demo_sets(self, rng: random.Random) -> DemoSets | None:
@@ -129,18 +129,22 @@ class Checkpoint:
         then = self._kept.get(RUN)
         name = f"The study {self._study.study_name!r}"
         advice = "Give a new run another study_name or storage"
-        if then is None and self._study.get_trials(deepcopy=False) and not self._has_steps():
+        if then is None and self._has_trials() and not self._has_steps():
             raise StudyMismatchError(f"{name} was made by search(), not by MIPROv2.compile. {advice}.")
         changed = differences(then, run) if then is not None else []
-        if changed:
+        if changed and (self._has_trials() or self._has_steps()):
             raise StudyMismatchError(
                 f"{name} belongs to another run, which differs in: {', '.join(changed)}. {advice}, or go "
                 "on with what that one was given."
             )
 
+    def _has_trials(self) -> bool:
+        with reported():
+            return bool(self._study.get_trials(deepcopy=False))
+
     def _has_steps(self) -> bool:
-        """Whether a step was kept, so that it is only what identifies the run that was lost."""
-        return DEMOS in self._kept or INSTRUCTIONS in self._kept
+        """Whether anything has been paid for before a search."""
+        return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT)) for key in self._kept)
 
     def _load(self, step: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         head = self._kept.get(step)

@@ -189,8 +189,9 @@ def _parse(line: bytes) -> Record | None:
 
 def _require_journal(path: str) -> None:
     with open(path, "rb") as file:
-        start = file.readline(200).rstrip(b"\n")[: len(_FIRST_BYTES)]
-    if not _FIRST_BYTES.startswith(start):
+        line = file.readline(200)
+    start = line.rstrip(b"\n")[: len(_FIRST_BYTES)]
+    if line and not (start and _FIRST_BYTES.startswith(start)):  # the first record may be torn
         hint = f"; for a database, give sqlite:///{path}" if start.startswith(b"SQLite") else ""
         raise StorageError(f"{path} is no journal of Optuna's{hint}. Nothing was written to it.")
 

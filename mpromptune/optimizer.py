@@ -149,11 +149,10 @@ class MIPROv2(dspy.MIPROv2):
         if options is not None:
             num_trials, valset, minibatch, *candidates = settings
             options.check_run(len(valset), num_trials, _STEPS.get().minibatches(minibatch))
-            _check_embedder(options, program)
             if options.storage is not None:
-                arguments = _STEPS.get().arguments
-                run = fingerprint(self, program, valset, tuple(candidates), arguments)
+                run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
                 _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
+            _check_embedder(options, program)
             if options.confirm:
                 _STEPS.get().score_ahead(valset)
         return settings

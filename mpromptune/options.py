@@ -80,7 +80,7 @@ class SearchOptions:
         if self.target is not None:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
-        check_storage(self.storage)
+        check_storage(self.storage, self.study_name)
 
     def _check_sampler(self) -> None:
         if isinstance(self.sampler, BaseSampler):

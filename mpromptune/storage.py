@@ -45,11 +45,11 @@ def open_storage(spec: StorageSpec) -> BaseStorage:
     return JournalStorage(TolerantJournal(path))
 
 
-def check_storage(spec: object) -> None:
-    """Whether this can be a storage at all.
+def check_storage(spec: object, study_name: object = None) -> None:
+    """Whether these can be a storage and the name of a study at all.
 
     Raises:
-        InvalidArgumentError: It cannot.
+        InvalidArgumentError: They cannot.
     """
     if isinstance(spec, os.PathLike):
         spec = os.fspath(spec)
@@ -57,16 +57,19 @@ def check_storage(spec: object) -> None:
         raise InvalidArgumentError(
             f"storage must be a path, a URL such as sqlite:///run.db, or an Optuna storage; got {spec!r}."
         )
+    if not (study_name is None or isinstance(study_name, str)):
+        raise InvalidArgumentError(f"study_name must be a string; got {study_name!r}.")
 
 
 def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
     """The study of that name, which is created unless it exists; by default, `DEFAULT_STUDY_NAME`.
 
     Raises:
-        InvalidArgumentError: ``storage`` is of no kind that is known.
+        InvalidArgumentError: ``storage`` is of no kind that is known, or the name is no string.
         StorageError: It cannot be read and written.
         StudyMismatchError: The study is none of ours.
     """
+    check_storage(storage, study_name)
     opened = open_storage(storage)
     with reported():
         study = optuna.create_study(
@@ -82,10 +85,12 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Errors of a database as a `StorageError`, as those of a journal already are."""
+    """Errors of any storage as a `StorageError`, as those of `TolerantJournal` already are."""
     try:
         yield
-    except StorageInternalError as error:
+    except StorageError:
+        raise
+    except (StorageInternalError, OSError) as error:
         # Optuna's message does not say what happened, and SQLAlchemy's holds all that was to be written.
         cause = getattr(error.__cause__, "orig", error)
         raise StorageError(f"The storage cannot be read and written: {_public(cause)}") from error

@@ -274,6 +274,14 @@ def test_what_may_change(bootstrapped: Path, tmp_path: Path) -> None:
     assert not any(map(_is_bootstrap, lm.calls))
 
 
+def test_nothing_is_lost_by_a_change_before_the_first_call(tmp_path: Path) -> None:
+    """A run that failed before anything was paid for may be mended under the same name."""
+    with pytest.raises(ZeroDivisionError):
+        _compile(tmp_path / "run.log", embedder=lambda texts: 1 / 0)
+    _, best = _compile(tmp_path / "run.log", seed=1)
+    assert _measured(best) == _measured(_compile(None, seed=1)[1])
+
+
 def test_two_runs_in_one_storage(tmp_path: Path) -> None:
     """A name of its own keeps a run from another one in the same file."""
     path = tmp_path / "run.log"

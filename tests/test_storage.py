@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileOpenLock, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, search
@@ -65,6 +65,29 @@ def test_no_storage(spec: Any) -> None:
         open_storage(spec)
 
 
+def test_names_are_strings() -> None:
+    """Any other name of a study is refused."""
+    with pytest.raises(InvalidArgumentError, match="study_name must be a string; got 5"):
+        open_study(None, 5)  # type: ignore[arg-type]
+
+
+def test_first_record_may_be_torn(tmp_path: Path) -> None:
+    """A journal that was torn as it began is a journal, and nothing was in it."""
+    path = tmp_path / "run.log"
+    for torn in (b"", b'{"op', b'{"op_code":0,"worker_id":"a"'):
+        path.write_bytes(torn)
+        for _ in range(2):
+            assert open_study(path).trials == []
+
+
+def test_errors_of_other_storages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna's own journal fails with a StorageError too."""
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "run.log")))
+    monkeypatch.setattr("builtins.open", _no_writing(open, OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(StorageError, match="No space left on device"):
+        open_study(storage)
+
+
 @pytest.mark.parametrize("suffix", ["run.log", "sqlite:///{}/run.db"])
 def test_the_same_call_opens_the_same_study(tmp_path: Path, suffix: str) -> None:
     """Without a name too, a study is found again with all that was written to it."""
@@ -105,6 +128,7 @@ def test_errors_hold_no_password() -> None:
         (b'{"question": "1+1", "answer": "2"}\n', "no journal"),
         (b"\x89PNG\r\n\x1a\n\0\0", "no journal"),
         (b"notes\n", "no journal"),
+        (b"\nnotes\n", "no journal"),
     ],
 )
 def test_other_files_are_left_alone(tmp_path: Path, content: bytes, hint: str) -> None:
