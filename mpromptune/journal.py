@@ -17,8 +17,9 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-# NOTE: seconds after which a lock belongs to a process that is dead. A write takes milliseconds.
-_GRACE = 5
+# NOTE: seconds after which a lock belongs to a process that is dead; the least that Optuna takes without a
+# warning. A write takes milliseconds; one that is slower than that still appends in one piece.
+_GRACE = 3
 _FIRST_BYTES = b'{"op_code":'
 _CREATE_STUDY, _DELETE_STUDY, _CREATE_TRIAL = 0, 1, 4
 # What Optuna's replay reads of a record, by its code.

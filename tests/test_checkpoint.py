@@ -40,7 +40,6 @@ class Mortal(ScriptedLM):
         self._kind = kind
         self._left = n
         self._guard = threading.Lock()
-        self.answered: list[Any] = []
 
     def forward(self, prompt: str | None = None, messages: list | None = None, **kwargs: Any) -> Any:
         with self._guard:
@@ -48,10 +47,7 @@ class Mortal(ScriptedLM):
             dead = self._left <= 0
         if dead:
             raise Killed
-        answer = super().forward(prompt, messages, **kwargs)
-        with self._guard:
-            self.answered.append(messages)
-        return answer
+        return super().forward(prompt, messages, **kwargs)
 
 
 def _text(messages: Any) -> str:
@@ -72,7 +68,7 @@ def _is_of_valset(messages: Any) -> bool:
     return any(f"\n{x.question}\n" in last for x in VAL)
 
 
-class Uncached(MIPROv2):
+class Watched(MIPROv2):
     """Remembers what the search was given."""
 
     def _optimize_prompt_parameters(self, program: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +83,7 @@ def _compile(storage: Any, lm: Any = None, shots: Any = FEW_SHOT, program: Any =
     settings = {"metric": Counted(), "auto": None, "num_candidates": 3, "num_threads": 4, **shots, **own}
     run = {"trainset": TRAIN, "valset": VAL, "sampler": "qei", "embedder": hashed, "batch_size": 4}
     with dspy.context(lm=lm):
-        optimizer = Uncached(**settings)
+        optimizer = Watched(**settings)
         return optimizer, optimizer.compile(
             program or Planner(), storage=storage, **{**run, **SMALL_RUN, **options}
         )

@@ -286,9 +286,8 @@ def test_lost_creation_of_the_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lock", [JournalFileSymlinkLock, JournalFileOpenLock])
-def test_lock_of_a_dead_process(tmp_path: Path, lock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_a_dead_process(tmp_path: Path, lock: Any) -> None:
     """A lock that was left behind is broken after a few seconds."""
-    monkeypatch.setattr("mpromptune.journal._GRACE", 3)
     path = tmp_path / "run.log"
     _journal(path)
     lock(str(path)).acquire()
