@@ -31,6 +31,10 @@ class ScoreError(MPromptuneError, TypeError):
     """A metric returned something that is not one finite number."""
 
 
+class StorageError(MPromptuneError, OSError):
+    """A storage cannot be opened, read or written; what was recorded before is kept."""
+
+
 class StudyMismatchError(MPromptuneError, ValueError):
     """A study belongs to another run; the message says what differs."""
 

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import dspy
 from optuna.samplers import BaseSampler
 
+from mpromptune.checkpoint import Checkpoint
 from mpromptune.execution import Score
+from mpromptune.fingerprint import fingerprint
 from mpromptune.lm_errors import classify
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.programs import ProgramScorer, ProgramSpace
@@ -145,8 +147,11 @@ class MIPROv2(dspy.MIPROv2):
         settings = super()._set_hyperparams_from_run_mode(program, *args, **kwargs)
         options = _OPTIONS.get()
         if options is not None:
-            num_trials, valset, minibatch, *_ = settings
+            num_trials, valset, minibatch, *candidates = settings
             options.check_run(len(valset), num_trials, _STEPS.get().minibatches(minibatch))
+            if options.storage is not None:
+                run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
+                _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
             _check_embedder(options, program)
             if options.confirm:
                 _STEPS.get().score_ahead(valset)
@@ -229,7 +234,7 @@ class MIPROv2(dspy.MIPROv2):
             block_size=options.block_size,
             baseline=programs.baseline,
             seed=seed,
-            storage=options.storage,
+            storage=_STEPS.get().storage,
             study_name=options.study_name,
             callbacks=(bar.on_trial, *options.callbacks),
             confirm=options.confirm,

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import optuna
 from optuna.samplers import BaseSampler
 
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
 from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
+from mpromptune.storage import check_storage
 
 SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
 _QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder")
@@ -45,7 +45,8 @@ class SearchOptions:
         target: Stop once a mean score of the metric is reached and confirmed (default: none).
         schedule: ``"blocks"``, or ``"mipro"`` for minibatches and full evaluations as DSPy's.
         failure_score: What an example scores when the candidate itself fails on it.
-        storage: Optuna storage or its URL; by default memory.
+        storage: Path of a journal file, URL of a database, or an Optuna storage, in which the same
+            call goes on where it was interrupted; by default memory.
         study_name: Name of the study in the storage.
         callbacks: Called as ``callback(study, trial)`` after every trial.
     """
@@ -79,6 +80,7 @@ class SearchOptions:
         if self.target is not None:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
+        check_storage(self.storage, self.study_name)
 
     def _check_sampler(self) -> None:
         if isinstance(self.sampler, BaseSampler):
@@ -127,15 +129,6 @@ class SearchOptions:
             minibatches.within(n_examples).trials_for(self.max_calls, n_examples)
         else:
             check_budget(self.max_calls, n_examples, self.confirm)
-        self._check_study()
-
-    def _check_study(self) -> None:
-        if self.storage is None or self.study_name is None:
-            return
-        if self.study_name in optuna.get_all_study_names(self.storage):
-            raise InvalidArgumentError(
-                f"study_name={self.study_name!r} already exists in the storage; choose another name."
-            )
 
     @property
     def qei_arguments(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import optuna
@@ -60,10 +59,21 @@ class SearchResult:
     version: int = RESULT_VERSION
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the sampler: it holds the user's embedder, which need not be picklable."""
-        study = copy.copy(self.study)
-        study.sampler = optuna.samplers.RandomSampler()
-        return {**self.__dict__, "study": study}
+        """With the study in memory, by itself.
+
+        A storage has paths, locks and perhaps a password; a sampler holds the user's embedder, which
+        need not be picklable.
+        """
+        return {**self.__dict__, "study": _in_memory(self.study)}
 
     def __deepcopy__(self, memo: dict[int, object]) -> SearchResult:
         return self  # frozen; a copied program shares it
+
+
+def _in_memory(study: Study) -> Study:
+    sampler = optuna.samplers.RandomSampler()
+    copied = optuna.create_study(study_name=study.study_name, direction="maximize", sampler=sampler)
+    for key, value in study.user_attrs.items():
+        copied.set_user_attr(key, value)
+    copied.add_trials(study.get_trials(deepcopy=False))
+    return copied

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 
 from mpromptune import __version__
 from mpromptune.attributes import GEOMETRY, N_EXAMPLES, SETTINGS
@@ -59,21 +59,16 @@ def recorded_settings(study: Study) -> Settings:
     """The settings of the search that a study belongs to; empty for one without any trials.
 
     Raises:
-        StudyMismatchError: The study has another purpose, or was written by another version.
+        StudyMismatchError: It was written by another version.
     """
     settings = study.user_attrs.get(SETTINGS)
     name = f"The study {study.study_name!r}"
-    if study.directions != [StudyDirection.MAXIMIZE]:
-        raise StudyMismatchError(f"{name} does not maximise one value, as a search does. {_ADVICE}")
-    trials = study.get_trials(deepcopy=False)
-    if settings is None and trials:
-        raise StudyMismatchError(f"{name} has trials that no search has left there. {_ADVICE}")
     if settings is not None and settings.get("format") != _FORMAT:
         raise StudyMismatchError(
             f"{name} was written by m-promptune {settings.get('version')} in format "
             f"{settings.get('format')}; version {__version__} reads format {_FORMAT}. {_ADVICE}"
         )
-    return dict(settings) if settings and trials else {}
+    return dict(settings) if settings and study.get_trials(deepcopy=False) else {}
 
 
 def require_same(study: Study, before: Settings, now: Settings) -> None:

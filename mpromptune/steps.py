@@ -17,8 +17,10 @@ from dspy.teleprompt.mipro_optimizer_v2 import (
     LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT,
 )
 from dspy.teleprompt.utils import get_signature
+from optuna.storages import BaseStorage
 
 from mpromptune import bootstrap, proposal
+from mpromptune.checkpoint import Checkpoint
 from mpromptune.execution import Score, Verdict
 from mpromptune.lm_errors import classify
 from mpromptune.programs import ProgramScorer, ProgramSpace
@@ -55,18 +57,31 @@ class Steps:
         optimizer: The ``dspy.MIPROv2``; its ``rng`` is drawn from as DSPy does.
         threads: LM calls at a time.
         compile_arguments: Of ``dspy.MIPROv2.compile``, with defaults.
+
+    Attributes:
+        arguments: The same.
     """
 
     def __init__(self, optimizer: Any, threads: int, compile_arguments: Mapping[str, Any]) -> None:
         self.display = Display()
         self._optimizer = optimizer
         self._threads = Threads(threads)
-        self._arguments = compile_arguments
+        self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
         self._proposals = proposal.Proposals(optimizer, self._threads)
         self._traceback = compile_arguments.get("provide_traceback")
         self._valset: list[Any] | None = None
         self._ahead: _Ahead | None = None
+        self._checkpoint: Checkpoint | None = None
+
+    @property
+    def storage(self) -> BaseStorage | None:
+        """The storage of this run, opened, where one was given."""
+        return None if self._checkpoint is None else self._checkpoint.storage
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Takes from it what an interrupted run has paid for, and keeps in it what this one does."""
+        self._checkpoint = checkpoint
 
     def score_ahead(self, valset: list[Any]) -> None:
         """From the first step on, threads that it leaves idle score the student on ``valset``."""
@@ -77,21 +92,35 @@ class Steps:
         ahead = self._ahead
         if ahead is None or programs.program is not ahead.program or valset is not ahead.valset:
             return score
+        if self._checkpoint is not None:
+            ahead.forget(self._checkpoint.measured(programs.baseline))
         return partial(ahead.score_or, score, programs.baseline)
 
     def minibatches(self, enabled: bool) -> Minibatches:
         """DSPy's arguments of its search step; ``auto`` decides whether there are minibatches."""
-        size, steps = (self._arguments[f"minibatch_{name}"] for name in ("size", "full_eval_steps"))
+        size, steps = (self.arguments[f"minibatch_{name}"] for name in ("size", "full_eval_steps"))
         return Minibatches(size, steps, enabled)
 
     def demo_sets(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Demo sets; ``stock`` is the serial method, which also says what the arguments mean."""
-        given = _bind(stock, (program, trainset, *args), kwargs)
-        if proposal.is_supported() and None not in self._flags.values():
+        checkpoint, rng = self._checkpoint, self._optimizer.rng
+        kept = None if checkpoint is None else checkpoint.demo_sets(rng)
+        proposed = checkpoint is not None and checkpoint.has_instructions
+        if not proposed and proposal.is_supported() and None not in self._flags.values():
             self._proposals.start(program, trainset, self._flags)
-        self._begin_ahead(program, trainset)
+        self._begin_ahead(program, trainset, idle=not proposed or kept is None)
+        if kept is not None:
+            logger.info("The demo sets are those that an interrupted run has bootstrapped.")
+            return kept
+        demos = self._bootstrapped(stock, program, trainset, *args, **kwargs)
+        return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos, rng)
+
+    def _bootstrapped(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = _bind(stock, (program, trainset, *args), kwargs)
         number, labelled = given.get("num_fewshot_candidates", 0), given.get("max_labeled_demos", 0)
         if given.get("max_bootstrapped_demos") == 0 and labelled > 0:
             return bootstrap.labelled_demo_sets(program, trainset, number, labelled, self._optimizer.rng)
@@ -101,8 +130,11 @@ class Steps:
         plan = self._plan(program, trainset, given)
         return plan.build(self._optimizer.rng, self._threads, bar.advance)
 
-    def _begin_ahead(self, program: Any, trainset: Any) -> None:
-        """Leaves out what the bootstrap may be asking for just now: the search finds that in the cache."""
+    def _begin_ahead(self, program: Any, trainset: Any, idle: bool) -> None:
+        """Leaves out what the bootstrap may be asking for just now: the search finds that in the cache.
+
+        Without ``idle`` threads there is only what an interrupted run has scored.
+        """
         if self._valset is None:
             return
         student = ProgramSpace(program, {i: [] for i, _ in enumerate(program.predictors())}, None)
@@ -110,7 +142,10 @@ class Steps:
             student, self._valset, self._optimizer.metric, wants_traceback(self._traceback)
         )
         score = partial(scorer, student.baseline)
-        self._ahead = _Ahead(program, self._valset, score, _max_errors(self._optimizer.max_errors))
+        limit = _max_errors(self._optimizer.max_errors)
+        self._ahead = _Ahead(program, self._valset, score, limit, self._checkpoint)
+        if not idle:
+            return
         bootstrapped = {hash(repr(example)) for example in trainset}
         others = [i for i, x in enumerate(self._valset) if hash(repr(x)) not in bootstrapped]
         self._threads.fill(self._ahead.calls(others))
@@ -138,6 +173,18 @@ class Steps:
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Instructions, the first of each predictor its own; ``stock`` as in `demo_sets`."""
+        kept = None if self._checkpoint is None else self._checkpoint.instructions()
+        if kept is not None:
+            logger.info("The instructions are those that an interrupted run has proposed.")
+            return kept
+        proposed = self._proposed(stock, program, trainset, *args, **kwargs)
+        if self._checkpoint is not None:
+            self._checkpoint.keep_instructions(proposed)
+        return proposed
+
+    def _proposed(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         given = _bind(stock, (program, trainset, *args), kwargs)
         if not proposal.is_supported() or not set(_PROPOSAL) <= given.keys():
             return _serially("proposal", stock, program, trainset, *args, **kwargs)
@@ -167,20 +214,32 @@ class _Ahead:
     """
 
     def __init__(
-        self, program: Any, valset: list[Any], score: Callable[[int], float], max_errors: int
+        self,
+        program: Any,
+        valset: list[Any],
+        score: Callable[[int], float],
+        max_errors: int,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self.program = program
         self.valset = valset
         self._score = score
         self._max_errors = max_errors
-        self._outcomes: dict[int, float | Exception] = {}
+        self._checkpoint = checkpoint
+        self._outcomes = {} if checkpoint is None else checkpoint.student_outcomes()
 
     def calls(self, examples: list[int]) -> Iterator[Callable[[], None]]:
         """One for each example, for as long as there is hope."""
         for example in examples:
             if self._is_hopeless():
                 return
-            yield partial(self._measure, example)
+            if example not in self._outcomes:
+                yield partial(self._measure, example)
+
+    def forget(self, examples: set[int]) -> None:
+        """Leaves out scores that the search has already: asked again, it wants another answer."""
+        for example in examples:
+            self._outcomes.pop(example, None)
 
     def _is_hopeless(self) -> bool:
         errors = [o for o in tuple(self._outcomes.values()) if isinstance(o, Exception)]
@@ -189,9 +248,12 @@ class _Ahead:
 
     def _measure(self, example: int) -> None:
         try:
-            self._outcomes[example] = self._score(example)
+            outcome: float | Exception = self._score(example)
         except Exception as error:  # noqa: BLE001 - raised where the score is asked for
-            self._outcomes[example] = error
+            outcome = error
+        self._outcomes[example] = outcome
+        if self._checkpoint is not None:
+            self._checkpoint.keep_student_outcome(example, outcome)
 
     def score_or(self, score: Score, student: dict[str, int], params: dict[str, int], example: int) -> float:
         """What came of it, once: after an error, another attempt is a call of its own."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import optuna
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.study import Study, StudyDirection
+
+from mpromptune.attributes import FORMAT
+from mpromptune.errors import InvalidArgumentError, StorageError, StudyMismatchError
+from mpromptune.journal import TolerantJournal
 
 DEFAULT_STUDY_NAME = "mpromptune"
+FORMAT_VERSION = 1
 
 StorageSpec = str | os.PathLike[str] | BaseStorage | None
+
+_PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
 
 
 def open_storage(spec: StorageSpec) -> BaseStorage:
@@ -19,22 +29,95 @@ def open_storage(spec: StorageSpec) -> BaseStorage:
 
     Args:
         spec: An Optuna storage, a URL (``sqlite:///run.db``), a path of a journal file, or None.
+
+    Raises:
+        InvalidArgumentError: It is none of these.
+        StorageError: The file or the database cannot be opened.
     """
+    check_storage(spec)
     if spec is None:
         return InMemoryStorage()
     if isinstance(spec, BaseStorage):
         return spec
     path = os.fspath(spec)
     if "://" in path:
-        return optuna.storages.get_storage(path)
-    return JournalStorage(JournalFileBackend(path))
+        return _open_database(path)
+    return JournalStorage(TolerantJournal(path))
+
+
+def check_storage(spec: object, study_name: object = None) -> None:
+    """Whether these can be a storage and the name of a study at all.
+
+    Raises:
+        InvalidArgumentError: They cannot.
+    """
+    if isinstance(spec, os.PathLike):
+        spec = os.fspath(spec)
+    if spec == "" or not (spec is None or isinstance(spec, str | BaseStorage)):
+        raise InvalidArgumentError(
+            f"storage must be a path, a URL such as sqlite:///run.db, or an Optuna storage; got {spec!r}."
+        )
+    if not (study_name is None or isinstance(study_name, str)):
+        raise InvalidArgumentError(f"study_name must be a string; got {study_name!r}.")
 
 
 def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
-    """The study of that name, which is created unless it exists; by default, `DEFAULT_STUDY_NAME`."""
-    return optuna.create_study(
-        storage=open_storage(storage),
-        study_name=study_name or DEFAULT_STUDY_NAME,
-        direction="maximize",
-        load_if_exists=True,
-    )
+    """The study of that name, which is created unless it exists; by default, `DEFAULT_STUDY_NAME`.
+
+    Raises:
+        InvalidArgumentError: ``storage`` is of no kind that is known, or the name is no string.
+        StorageError: It cannot be read and written.
+        StudyMismatchError: The study is none of ours.
+    """
+    check_storage(storage, study_name)
+    opened = open_storage(storage)
+    with reported():
+        study = optuna.create_study(
+            storage=opened,
+            study_name=study_name or DEFAULT_STUDY_NAME,
+            direction="maximize",
+            load_if_exists=True,
+        )
+        _require_ours(study)
+        study.set_user_attr(FORMAT, FORMAT_VERSION)  # and shows that it can be written to
+    return study
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Errors of any storage as a `StorageError`, as those of `TolerantJournal` already are."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (StorageInternalError, OSError) as error:
+        # Optuna's message does not say what happened, and SQLAlchemy's holds all that was to be written.
+        cause = getattr(error.__cause__, "orig", error)
+        raise StorageError(f"The storage cannot be read and written: {_public(cause)}") from error
+
+
+def _require_ours(study: Study) -> None:
+    name = f"The study {study.study_name!r}"
+    advice = "Give another study_name or storage."
+    if study.directions != [StudyDirection.MAXIMIZE]:
+        raise StudyMismatchError(f"{name} does not maximise one value, as a search does. {advice}")
+    version = study.user_attrs.get(FORMAT)
+    if version is None and study.get_trials(deepcopy=False):
+        raise StudyMismatchError(f"{name} has trials that no search has left there. {advice}")
+    if version not in (None, FORMAT_VERSION):
+        raise StudyMismatchError(
+            f"{name} was written by another version of m-promptune, in format {version!r}; this one reads "
+            f"format {FORMAT_VERSION}. {advice}"
+        )
+
+
+def _open_database(url: str) -> BaseStorage:
+    try:
+        return RDBStorage(url)
+    except Exception as error:  # any of SQLAlchemy's, of its drivers', of Optuna's
+        raise StorageError(f"The database {_public(url)} cannot be opened: {_public(error)}") from error
+
+
+def _public(text: object) -> str:
+    """A message without the password that a URL in it may hold."""
+    return _PASSWORD.sub(r"\1:***@", str(text))

@@ -25,7 +25,8 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("storage", "usage"),
+    ("journal", "usage"),
+    ("storage",),
     ("encoding", "execution", "ledger", "result", "schedule"),
     ("options", "record", "repeats"),
     ("history",),
@@ -37,7 +38,8 @@ LOOP = (
 )
 ADAPTER = (
     ("lm_errors", "progress", "threads"),
-    ("bootstrap", "programs", "proposal"),
+    ("bootstrap", "demos", "fingerprint", "programs", "proposal"),
+    ("checkpoint",),
     ("records", "steps"),
     ("optimizer",),
     ("demo",),

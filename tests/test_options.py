@@ -13,7 +13,7 @@ from lms import ScriptedLM, arithmetic_lm
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import MIPROv2
-from mpromptune.errors import InvalidArgumentError, UnknownOptionError
+from mpromptune.errors import InvalidArgumentError, StudyMismatchError, UnknownOptionError
 from mpromptune.options import OPTION_NAMES, gather, resolve
 
 
@@ -142,12 +142,13 @@ def test_empty_data_is_refused_before_any_call(empty: dict[str, list]) -> None:
     assert lm.calls == []
 
 
-def test_an_existing_study_name_is_refused_before_any_call(tmp_path: Any) -> None:
-    """A study of that name in the storage is found before the bootstrap is paid for."""
+def test_a_study_of_something_else_is_refused_before_any_call(tmp_path: Any) -> None:
+    """A study of that name which is none of ours is found before the bootstrap is paid for."""
     storage = f"sqlite:///{tmp_path}/studies.db"
-    optuna.create_study(storage=storage, study_name="taken")
+    study = optuna.create_study(storage=storage, study_name="taken", direction="maximize")
+    study.tell(study.ask(), 1.0)
     lm = arithmetic_lm()
-    with pytest.raises(ValueError, match="'taken' already exists"):
+    with pytest.raises(StudyMismatchError, match="'taken' has trials that no search has left there"):
         _compile(lm, _optimizer(lm), sampler="random", storage=storage, study_name="taken")
     assert lm.calls == []
 
