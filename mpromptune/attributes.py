@@ -5,3 +5,4 @@ SCORES = "mpromptune:scores"  # trial: their scores, in the same order
 N_EXAMPLES = "mpromptune:n_examples"  # study: size of the validation set
 PROPOSED = "mpromptune:proposed"  # trial: params handed to a trial that has not suggested them yet
 PLAN = "mpromptune:plan"  # trial: the batch that its proposal leads, and what was known then
+USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from mpromptune.attributes import EXAMPLES, SCORES
+from mpromptune.attributes import EXAMPLES, SCORES, USAGE
 from mpromptune.errors import SearchStoppedError
 from mpromptune.execution import Outcome, Verdict, Workers
 from mpromptune.knowledge import Knowledge
+from mpromptune.limits import MEASURE, Budget
 from mpromptune.plan import Plan, Request
 from mpromptune.result import Measured, SearchResult
 from mpromptune.samplers import distributions_of
 from mpromptune.schedule import Examples
 from mpromptune.space import PromptSpace, Row
+from mpromptune.usage import Usage
 
 Callback = Callable[[Study, FrozenTrial], None]
 OnCall = Callable[[int, int], None]
@@ -37,6 +41,10 @@ class _Running:
     futures: tuple[Future[Outcome], ...]
 
 
+class _LimitReached(Exception):  # noqa: N818 - a signal, not an error
+    """Work items were refused because a limit is used up."""
+
+
 @dataclass
 class Coordinator:
     """The one thread that talks to the study; workers only score.
@@ -46,6 +54,7 @@ class Coordinator:
         plan: What is measured next, and who wins.
         workers: Score (configuration, example) pairs.
         known: The study, and what was learnt.
+        budget: Limits beside program calls, and what counts against them.
         failure_score: What an example scores when the candidate itself failed on it.
         callbacks: Called after every trial, in order.
         on_call: Called as program calls come back.
@@ -55,11 +64,13 @@ class Coordinator:
     plan: Plan
     workers: Workers
     known: Knowledge
+    budget: Budget
     failure_score: float
     callbacks: Sequence[Callback]
     on_call: OnCall | None
     in_flight: deque[list[_Running]] = field(default_factory=deque)
     barren: int = 0
+    binding: str | None = None  # the limit that leaves fewer calls than the plan has
 
     def __post_init__(self) -> None:
         self.study = self.known.study
@@ -72,6 +83,9 @@ class Coordinator:
             while self._fill():
                 self._finish(self.in_flight[0])
                 self.in_flight.popleft()
+                self._afford()
+        except _LimitReached:
+            self._abandon()
         except (SearchStoppedError, KeyboardInterrupt, SystemExit):
             self._abandon()
             raise
@@ -121,6 +135,8 @@ class Coordinator:
         """Waits for a round and tells it in the order in which it was asked."""
         outcomes = [[future.result() for future in running.futures] for running in round_]
         self._require_sense(round_, outcomes)
+        if self.budget.reached:
+            raise _LimitReached
         for running, results in zip(list(round_), outcomes, strict=True):
             round_.remove(running)  # before the callbacks: what is told is not closed again
             self._tell(running, results)
@@ -153,7 +169,7 @@ class Coordinator:
 
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> None:
         measured = {o.example: s for o in outcomes if (s := self._score_of(o)) is not None}
-        frozen = self._close(running, measured)
+        frozen = self._close(running, measured, _usage(outcomes))
         for callback in self.callbacks:
             callback(self.study, frozen)
 
@@ -170,24 +186,46 @@ class Coordinator:
                 future.cancel()
         for running in open_trials:
             done = [f.result() for f in running.futures if not f.cancelled() and not f.exception()]
-            self._close(running, {o.example: o.score for o in done if o.score is not None})
+            self._close(running, {o.example: o.score for o in done if o.score is not None}, _usage(done))
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)  # asked, but never started
 
-    def _close(self, running: _Running, measured: dict[int, float]) -> FrozenTrial:
+    def _close(self, running: _Running, measured: dict[int, float], usage: Usage) -> FrozenTrial:
         """Tells a trial: its mean when every example was measured, FAIL otherwise."""
-        self.ledger.add(running.row, measured)
+        self.ledger.add(running.row, measured, usage)
         lost = [example for example in running.examples if example not in measured]
         self.plan.settle(running.row, running.examples, lost)
         running.trial.set_user_attr(EXAMPLES, list(measured))
         running.trial.set_user_attr(SCORES, list(measured.values()))
+        running.trial.set_user_attr(USAGE, json.dumps(usage.as_dict()))
         if len(measured) < len(running.examples):
             return self.study.tell(running.trial, state=TrialState.FAIL)
         return self.study.tell(running.trial, sum(measured.values()) / len(measured))
 
+    def _afford(self) -> None:
+        """Tells the plan how far tokens, money and time go, so that it can keep back what it needs."""
+        left = self.budget.calls_left(self.ledger.usage, self.ledger.calls)
+        if left is not None:
+            name, calls = left
+            affordable = self.ledger.calls + calls
+            self.binding = name if affordable < self.plan.max_calls else None
+            self.plan.afford(affordable, partial(self.ledger.relative_use, MEASURE[name]))
+
+    def _winner(self, ranked: list[Row]) -> Row:
+        """The plan's, unless a limit cut it short; the plan may then not have got to its winner."""
+        stopped_by = self.budget.reached or self.binding
+        if stopped_by is None:
+            return self.plan.winner(ranked, self.ledger)
+        if not ranked:
+            raise SearchStoppedError(
+                f"{stopped_by} was reached before anything was measured: {self.budget.usage.total}.",
+                self.study,
+            )
+        return self.plan.best_so_far(ranked, self.ledger)
+
     def _result(self) -> SearchResult:
         ranked = self.known.best_first(self.ledger.rows())
-        winner = self.plan.winner([row for row, _ in ranked], self.ledger)
+        winner = self._winner([row for row, _ in ranked])
         return SearchResult(
             best_params=self.space.params(winner),
             best_score=self.ledger.mean(winner),
@@ -196,6 +234,9 @@ class Coordinator:
             n_examples=self.plan.n_examples,
             configurations=tuple(self._measured([row for row, _ in ranked])),
             study=self.study,
+            usage=self.budget.usage,
+            stopped_by=self.budget.reached or self.binding,
+            overspent=self.budget.overspent,
         )
 
     def _measured(self, rows: Sequence[Row]) -> list[Measured]:
@@ -214,3 +255,7 @@ class Coordinator:
 
 def _first_error(outcomes: list[list[Outcome]]) -> BaseException | None:
     return next((o.error for results in outcomes for o in results if o.error is not None), None)
+
+
+def _usage(outcomes: Sequence[Outcome]) -> Usage:
+    return sum((outcome.usage for outcome in outcomes), Usage())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ from mpromptune.coordinator import Callback, Coordinator, OnCall
 from mpromptune.errors import require_count, require_finite
 from mpromptune.execution import Classify, RetryPolicy, Score, Workers, as_score, classify_builtin
 from mpromptune.knowledge import Knowledge
+from mpromptune.limits import Budget, Limits
 from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
@@ -30,6 +32,7 @@ from mpromptune.schedule import (
 )
 from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
+from mpromptune.usage import metered
 
 
 def search(
@@ -59,6 +62,8 @@ def search(
     retry: RetryPolicy | None = None,
     failure_score: float = 0.0,
     on_call: OnCall | None = None,
+    limits: Limits | Budget | None = None,
+    stopped: threading.Event | None = None,
 ) -> SearchResult:
     """Finds the configuration with the highest mean score for a budget of program calls.
 
@@ -102,6 +107,10 @@ def search(
         retry: How infrastructure errors are retried.
         failure_score: What an example scores when the candidate itself failed on it.
         on_call: Called as ``on_call(calls, max_calls)`` as results come in.
+        limits: On tokens, money and time: ``score`` calls `mpromptune.usage.record` to say what it
+            used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
+            call begins once a limit is used up. A `Budget` where something was used before.
+        stopped: Set from outside, no further call begins; set when nothing more may be spent.
 
     Returns:
         The winner, its score, the baseline's, and the study.
@@ -142,12 +151,14 @@ def search(
     bound, encoding = bind(resolve_sampler(sampler, space, seed), space, q, plan.is_open, seed)
     study = optuna.create_study(storage=storage, study_name=study_name, sampler=bound, direction="maximize")
     study.set_user_attr(N_EXAMPLES, n_examples)
-    with _executor(executor, num_threads) as pool:
+    budget = limits if isinstance(limits, Budget) else Budget(limits)
+    with _executor(executor, num_threads) as pool, metered(budget.begin_search()):
         return Coordinator(
             space=space,
             plan=plan,
-            workers=Workers(score, pool, classify, retry),
+            workers=Workers(score, pool, classify, retry, budget.admits, stopped),
             known=Knowledge(study, encoding),
+            budget=budget,
             failure_score=failure_score,
             callbacks=callbacks,
             on_call=on_call,

@@ -25,7 +25,8 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("storage", "usage"),
+    ("flights", "pace", "storage", "usage"),
+    ("limits",),
     ("encoding", "execution", "ledger", "result", "schedule"),
     ("options", "repeats"),
     ("history",),
@@ -35,7 +36,8 @@ LOOP = (
     ("engine",),
 )
 ADAPTER = (
-    ("lm_errors", "progress", "threads"),
+    ("lm_errors", "prices", "progress", "threads"),
+    ("estimate", "lm_guard"),
     ("bootstrap", "programs", "proposal"),
     ("records", "steps"),
     ("optimizer",),
