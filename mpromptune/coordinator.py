@@ -205,11 +205,18 @@ class Coordinator:
     def _afford(self) -> None:
         """Tells the plan how far tokens, money and time go, so that it can keep back what it needs."""
         left = self.budget.calls_left(self.ledger.usage, self.ledger.calls)
-        if left is not None:
-            name, calls = left
+        if left is None:
+            return
+        name, calls = left
+        price = partial(self.ledger.relative_use, MEASURE[name])
+        dearest = max(map(price, self.ledger.rows()), default=1.0)
+        if calls >= dearest * (self.plan.max_calls - self.ledger.calls):  # enough, come what may
+            self.binding = None
+            self.plan.afford(self.plan.max_calls, lambda row: 1.0)
+        else:
             affordable = self.ledger.calls + calls
             self.binding = name if affordable < self.plan.max_calls else None
-            self.plan.afford(affordable, partial(self.ledger.relative_use, MEASURE[name]))
+            self.plan.afford(affordable, price)
 
     def _winner(self, ranked: list[Row]) -> Row:
         """The plan's, unless a limit cut it short; the plan may then not have got to its winner."""

@@ -71,6 +71,6 @@ def require_positive(name: str, value: Any) -> float:
     Raises:
         InvalidArgumentError: It is not a finite number above zero.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
         raise InvalidArgumentError(f"{name} must be a positive number; got {value!r}.")
     return float(value)

@@ -47,8 +47,8 @@ class Flights:
             check: Called while waiting; may raise to end it.
 
         Returns:
-            The flight to `land` when the request has ended; None where another one's answer is
-            there, or is not waited for.
+            The flight to `land` when the request has ended; one that has succeeded, where another
+            request's answer is there; None where nobody is waited for.
         """
         me = threading.get_ident()
         while True:
@@ -59,8 +59,10 @@ class Flights:
                     return flight
                 if any(other.owner == me for other in self._flights.values()):
                     return None
-            if not self._wait(flight, check) or flight.succeeded:
+            if not self._wait(flight, check):
                 return None
+            if flight.succeeded:
+                return flight
 
     def _wait(self, flight: Flight, check: Callable[[], None]) -> bool:
         """Whether the request ended while it was worth waiting for."""

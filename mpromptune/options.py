@@ -10,6 +10,8 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
+from mpromptune.limits import Limits
+from mpromptune.pace import Pace
 from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
 
 SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
@@ -23,6 +25,8 @@ _COUNTS = (
     "block_size",
     "max_calls",
     "patience",
+    "max_requests_per_minute",
+    "max_tokens_per_minute",
 )
 
 
@@ -44,6 +48,14 @@ class SearchOptions:
         patience: Stop after so many rounds in a row without a gain in sight (default: never).
         target: Stop once a mean score of the metric is reached and confirmed (default: none).
         schedule: ``"blocks"``, or ``"mipro"`` for minibatches and full evaluations as DSPy's.
+        max_tokens: Tokens that the whole compile may use, in both directions.
+        max_cost: US dollars that it may cost.
+        max_seconds: Wall-clock time that it may take.
+        prices: Model to US dollars per million prompt and completion tokens, or a callable
+            ``(model, usage) -> dollars``; by default what the provider reports or LiteLLM lists.
+        max_requests_per_minute: LM requests in any minute.
+        max_tokens_per_minute: Tokens in any minute.
+        dry_run: Return an `Estimate` of what the compile would use, and ask no LM.
         failure_score: What an example scores when the candidate itself fails on it.
         storage: Optuna storage or its URL; by default memory.
         study_name: Name of the study in the storage.
@@ -63,6 +75,13 @@ class SearchOptions:
     patience: int | None = None
     target: float | None = None
     schedule: str = "blocks"
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    max_seconds: float | None = None
+    prices: Any = None
+    max_requests_per_minute: int | None = None
+    max_tokens_per_minute: int | None = None
+    dry_run: bool = False
     failure_score: float = 0.0
     storage: Any = None
     study_name: str | None = None
@@ -75,10 +94,23 @@ class SearchOptions:
                 require_count(name, getattr(self, name), least=0 if name == "n_batches" else 1)
         self._check_embedder()
         self._check_callbacks()
+        _ = self.limits  # checks them
+        _check_prices(self.prices)
         require_finite("failure_score", self.failure_score)
         if self.target is not None:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
+
+    @property
+    def limits(self) -> Limits:
+        """On what the whole compile may use."""
+        return Limits(self.max_tokens, self.max_cost, self.max_seconds)
+
+    @property
+    def pace(self) -> Pace | None:
+        """Caps per minute, if any are given."""
+        caps = self.max_requests_per_minute, self.max_tokens_per_minute
+        return None if caps == (None, None) else Pace(*caps)
 
     def _check_sampler(self) -> None:
         if isinstance(self.sampler, BaseSampler):
@@ -129,6 +161,15 @@ class SearchOptions:
             check_budget(self.max_calls, n_examples, self.confirm)
         self._check_study()
 
+    def search_calls(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> int:
+        """Program calls of the search, at most; arguments as in `check_run`, which has been passed."""
+        if self.max_calls is None:
+            return minibatches.calls(num_trials, n_examples)
+        if self.schedule == "blocks":
+            return self.max_calls
+        batches = minibatches.within(n_examples)
+        return batches.calls(batches.trials_for(self.max_calls, n_examples), n_examples)
+
     def _check_study(self) -> None:
         if self.storage is None or self.study_name is None:
             return
@@ -160,6 +201,22 @@ def check_schedule(
         foreign["confirm"] = False
     if schedule != "blocks" and foreign:
         raise InvalidArgumentError(f"{foreign} only apply to schedule='blocks'; got schedule={schedule!r}.")
+
+
+def _check_prices(prices: Any) -> None:
+    """Refuses what is no table of prices.
+
+    Raises:
+        InvalidArgumentError: It is neither a mapping to two prices each nor a callable.
+    """
+    if prices is None or callable(prices):
+        return
+    rows = prices.values() if isinstance(prices, Mapping) else [None]
+    if not all(isinstance(row, tuple | list) and len(row) == 2 and min(row) >= 0 for row in rows):
+        raise InvalidArgumentError(
+            "prices must map each model to (US dollars per million prompt tokens, completion tokens), or "
+            f"be a callable of model and usage; got {prices!r}."
+        )
 
 
 OPTION_NAMES = tuple(field.name for field in fields(SearchOptions))

@@ -96,6 +96,12 @@ class Pace:
                     return Ticket(self._requests.take(1, now), self._tokens.take(expected, now))
             sleep(min(delay, _LOOK))
 
+    def owe(self) -> Ticket:
+        """For a request that was sent without leave: it counts all the same."""
+        with self._lock:
+            now = self._clock()
+            return Ticket(self._requests.take(1, now), self._tokens.take(0, now))
+
     def settle(self, ticket: Ticket, tokens: int) -> None:
         """The request was answered with that use of tokens."""
         with self._lock:

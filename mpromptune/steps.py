@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,12 +21,17 @@ from dspy.teleprompt.mipro_optimizer_v2 import (
 from dspy.teleprompt.utils import get_signature
 
 from mpromptune import bootstrap, proposal
+from mpromptune.errors import SearchStoppedError
+from mpromptune.estimate import Estimate, Plan, estimate
 from mpromptune.execution import Score, Verdict
+from mpromptune.limits import SEARCH, Stopped
 from mpromptune.lm_errors import classify
+from mpromptune.lm_guard import Guard, measured
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Display
 from mpromptune.schedule import Minibatches
 from mpromptune.threads import Threads
+from mpromptune.usage import Usage, current_meter, record
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +62,17 @@ class Steps:
         optimizer: The ``dspy.MIPROv2``; its ``rng`` is drawn from as DSPy does.
         threads: LM calls at a time.
         compile_arguments: Of ``dspy.MIPROv2.compile``, with defaults.
+        guard: Watches the LM requests.
     """
 
-    def __init__(self, optimizer: Any, threads: int, compile_arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        threads: int,
+        compile_arguments: Mapping[str, Any],
+        guard: Guard | None = None,
+    ) -> None:
+        self.guard = guard or Guard()
         self.display = Display()
         self._optimizer = optimizer
         self._threads = Threads(threads)
@@ -67,6 +82,30 @@ class Steps:
         self._traceback = compile_arguments.get("provide_traceback")
         self._valset: list[Any] | None = None
         self._ahead: _Ahead | None = None
+        self.search_calls = self.instructions_wanted = 0  # what DSPy makes of the compile's arguments
+
+    def estimate(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Estimate:
+        """What all steps would use; arguments as in `demo_sets`, `search_calls` and so on being set."""
+        given = _bind(stock, (program, trainset, *args), kwargs)
+        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
+        zero_shot = bootstrapped == labelled == 0  # bootstraps all the same, for the proposer
+        batch = self._flags["view_data_batch_size"] if self._flags["data_aware_proposer"] else None
+        plan = Plan(
+            predictors=len(program.predictors()),
+            train_size=len(trainset),
+            demo_sets=given["num_fewshot_candidates"],
+            bootstrapped=bootstrapped > 0 or zero_shot,
+            labelled=labelled > 0 or (zero_shot and LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT > 0),
+            instructions=self.instructions_wanted,
+            describes_program=bool(self._flags["program_aware_proposer"]),
+            summary_batch=batch or 0,
+            search_calls=self.search_calls,
+        )
+        task, prompt = self._optimizer.task_model, self._optimizer.prompt_model
+        price = self.guard.pricing.of
+        return estimate(plan, price(task, task.model), price(prompt, prompt.model))
 
     def score_ahead(self, valset: list[Any]) -> None:
         """From the first step on, threads that it leaves idle score the student on ``valset``."""
@@ -88,10 +127,34 @@ class Steps:
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Demo sets; ``stock`` is the serial method, which also says what the arguments mean."""
+        with self._step("bootstrap"):
+            return self._demo_sets(stock, program, trainset, *args, **kwargs)
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        """Counts what a step uses; a limit that is used up ends it with an error that says so."""
+        budget, began = self.guard.budget, time.monotonic()
+        try:
+            with measured(budget.step(name)):
+                yield
+                record(Usage(seconds=time.monotonic() - began))
+        except Stopped as stop:
+            if budget.reached is None:
+                raise
+            raise SearchStoppedError(
+                f"{budget.reached}={getattr(budget.limits, budget.reached)} was used up in the {name} step, "
+                f"before the search began, by {budget.usage.total}."
+            ) from stop
+
+    def _demo_sets(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         given = _bind(stock, (program, trainset, *args), kwargs)
         if proposal.is_supported() and None not in self._flags.values():
-            self._proposals.start(program, trainset, self._flags)
-        self._begin_ahead(program, trainset)
+            with measured(self.guard.budget.step("propose")):
+                self._proposals.start(program, trainset, self._flags)
+        with measured(self.guard.budget.step(SEARCH)):
+            self._begin_ahead(program, trainset)
         number, labelled = given.get("num_fewshot_candidates", 0), given.get("max_labeled_demos", 0)
         if given.get("max_bootstrapped_demos") == 0 and labelled > 0:
             return bootstrap.labelled_demo_sets(program, trainset, number, labelled, self._optimizer.rng)
@@ -138,6 +201,12 @@ class Steps:
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Instructions, the first of each predictor its own; ``stock`` as in `demo_sets`."""
+        with self._step("propose"):
+            return self._instructions(stock, program, trainset, *args, **kwargs)
+
+    def _instructions(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         given = _bind(stock, (program, trainset, *args), kwargs)
         if not proposal.is_supported() or not set(_PROPOSAL) <= given.keys():
             return _serially("proposal", stock, program, trainset, *args, **kwargs)
@@ -173,7 +242,7 @@ class _Ahead:
         self.valset = valset
         self._score = score
         self._max_errors = max_errors
-        self._outcomes: dict[int, float | Exception] = {}
+        self._outcomes: dict[int, tuple[float | Exception, Usage]] = {}
 
     def calls(self, examples: list[int]) -> Iterator[Callable[[], None]]:
         """One for each example, for as long as there is hope."""
@@ -183,22 +252,35 @@ class _Ahead:
             yield partial(self._measure, example)
 
     def _is_hopeless(self) -> bool:
-        errors = [o for o in tuple(self._outcomes.values()) if isinstance(o, Exception)]
+        errors = [o for o, _ in tuple(self._outcomes.values()) if isinstance(o, Exception)]
         foreign = any(classify(error) is not Verdict.CANDIDATE for error in errors)
         return foreign or len(errors) >= self._max_errors
 
     def _measure(self, example: int) -> None:
+        began = time.monotonic()
+        with measured() as meter:
+            outcome = self._outcome(example)
+            record(Usage(seconds=time.monotonic() - began))
+        self._outcomes[example] = outcome, meter.total
+
+    def _outcome(self, example: int) -> float | Exception:
         try:
-            self._outcomes[example] = self._score(example)
+            return self._score(example)
         except Exception as error:  # noqa: BLE001 - raised where the score is asked for
-            self._outcomes[example] = error
+            return error
 
     def score_or(self, score: Score, student: dict[str, int], params: dict[str, int], example: int) -> float:
         """What came of it, once: after an error, another attempt is a call of its own."""
-        outcome = self._outcomes.pop(example, None) if params == student else None
+        known = self._outcomes.pop(example, None) if params == student else None
+        if known is None:
+            return score(params, example)
+        outcome, usage = known
+        meter = current_meter()
+        if meter is not None:
+            meter.attribute(usage)  # the search as a whole has counted it when it was used
         if isinstance(outcome, Exception):
             raise outcome
-        return score(params, example) if outcome is None else outcome
+        return outcome
 
 
 def wants_traceback(own: bool | None) -> bool:

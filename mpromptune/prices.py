@@ -1,0 +1,78 @@
+"""What answers of language models cost, from the usage that they report."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import dspy
+
+logger = logging.getLogger(__name__)
+
+PerMillion = tuple[float, float]
+Prices = Mapping[str, PerMillion] | Callable[[str, Mapping[str, Any]], float]
+
+
+class Pricing:
+    """US dollars of an answer: as given, as the provider reports it, or as LiteLLM knows it.
+
+    Args:
+        prices: Model to US dollars per million prompt and completion tokens; or a callable
+            ``(model, usage) -> dollars``.
+        must_know: Whether a model without a price is worth a warning.
+    """
+
+    def __init__(self, prices: Prices | None = None, must_know: bool = False) -> None:
+        self._prices = prices or {}
+        self._must_know = must_know
+        self._known: dict[str, PerMillion | None] = {}
+        self._lock = threading.Lock()
+
+    def cost(self, lm: Any, model: str, usage: Mapping[str, Any]) -> float:
+        """Of one answer; 0 if nobody knows."""
+        if callable(self._prices):
+            return float(self._prices(model, usage))
+        reported = usage.get("cost")
+        if model not in self._prices and isinstance(reported, int | float) and reported > 0:
+            return float(reported)
+        price = self.of(lm, model)
+        prompt, completion = tokens_of(usage)
+        return (price[0] * prompt + price[1] * completion) / 1e6 if price else 0.0
+
+    def of(self, lm: Any, model: str) -> PerMillion | None:
+        """US dollars per million prompt and completion tokens, if known."""
+        if callable(self._prices):
+            return None
+        with self._lock:
+            if model not in self._known:
+                self._known[model] = self._prices.get(model) or _listed(lm, model)
+                if self._known[model] is None and self._must_know:
+                    logger.warning(
+                        "No price is known for %r: its answers count as free. Give prices="
+                        "{%r: (US dollars per million prompt tokens, completion tokens)}.",
+                        model,
+                        model,
+                    )
+            return self._known[model]
+
+
+def tokens_of(usage: Mapping[str, Any]) -> tuple[int, int]:
+    """Prompt and completion tokens, by the names of either of OpenAI's APIs."""
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens")) or 0
+    completion = usage.get("completion_tokens", usage.get("output_tokens")) or 0
+    return int(prompt), int(completion)
+
+
+def _listed(lm: Any, model: str) -> PerMillion | None:
+    """LiteLLM's list price; only of DSPy's own LM, whose models go by LiteLLM's names."""
+    if not isinstance(lm, dspy.LM):
+        return None
+    try:
+        from litellm import cost_per_token
+
+        prompt, completion = cost_per_token(model=model, prompt_tokens=1_000_000, completion_tokens=1_000_000)
+    except Exception:  # noqa: BLE001 - it has errors of many kinds for a name that it does not know
+        return None
+    return float(prompt), float(completion)
