@@ -59,6 +59,7 @@ class _Request:
 
     Attributes:
         lm: Who is asked.
+        inputs: What.
         relay: Takes down its usage.
         context: In which the relay is DSPy's usage tracker.
         meter: What it counts for.
@@ -69,6 +70,7 @@ class _Request:
     """
 
     lm: Any
+    inputs: Mapping[str, Any]
     relay: _Relay
     context: AbstractContextManager[None]
     meter: Meter
@@ -101,14 +103,24 @@ class Guard(BaseCallback):
     spares: bool = False
 
     def __post_init__(self) -> None:
+        self._outer: Guard | None = None
         self._flights = Flights(self.patience)
         self._requests: dict[str, _Request] = {}
         self._uncached: set[tuple[type, str]] = set()  # LMs found not to answer from a cache
+        self._charging: set[tuple[type, str]] = set()  # LMs that have reported tokens
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches the requests of this context, beside the callbacks that are in force."""
-        with dspy.context(callbacks=[*(dspy.settings.callbacks or []), self]):
+        """Watches the requests of this context, beside the callbacks that are in force.
+
+        A compile within a compile has one guard of its own, which obeys the outer one as well.
+        """
+        callbacks = list(dspy.settings.callbacks or [])
+        guards = [callback for callback in callbacks if isinstance(callback, Guard)]
+        self._outer = guards[-1] if guards else None
+        self.pace = self.pace or (self._outer and self._outer.pace)
+        callbacks = [*(c for c in callbacks if c not in guards), self]
+        with measured(self.budget.meter), dspy.context(callbacks=callbacks):
             yield
 
     def check(self) -> None:
@@ -119,13 +131,15 @@ class Guard(BaseCallback):
         """
         if self.stopped.is_set() or not (self.spares or self.budget.admits()):
             raise Stopped
+        if self._outer is not None:
+            self._outer.check()
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Has a request wait until it may be sent; if it never may, raises what no `except` catches."""
         self.check()
         request = self._request(instance, inputs)
         try:
-            self._join(request, inputs)
+            self._join(request)
             if self.pace is not None and not request.follows:
                 request.ticket = self.pace.take(self._sleep)
             self.check()
@@ -143,7 +157,9 @@ class Guard(BaseCallback):
         self._land(request, succeeded=exception is None)
         request.context.__exit__(None, None, None)
         usage = self._usage(request, exception)
-        if request.follows and usage.lm_calls and exception is None:
+        if usage.tokens:
+            self._charging.add(_kind(request.lm))
+        if request.follows and usage.tokens:
             self._uncached.add(_kind(request.lm))
         if self.pace is not None:
             self._settle(request, usage)
@@ -153,11 +169,11 @@ class Guard(BaseCallback):
         relay = _Relay(dspy.settings.usage_tracker)
         meter = dspy.settings.get(METER) or current_meter() or self.budget.meter
         use_cache = (inputs.get("kwargs") or {}).get("cache", getattr(lm, "cache", False))
-        return _Request(lm, relay, dspy.context(usage_tracker=relay), meter, bool(use_cache))
+        return _Request(lm, inputs, relay, dspy.context(usage_tracker=relay), meter, bool(use_cache))
 
-    def _join(self, request: _Request, inputs: Mapping[str, Any]) -> None:
+    def _join(self, request: _Request) -> None:
         shares = request.uses_cache and _kind(request.lm) not in self._uncached
-        key = _key(request.lm, inputs) if shares else None
+        key = _key(request.lm, request.inputs) if shares else None
         flight = None if key is None else self._flights.join(key, self.check)
         request.follows = flight is not None and flight.succeeded
         request.flight = None if request.follows else flight
@@ -171,20 +187,19 @@ class Guard(BaseCallback):
         self.check()
 
     def _usage(self, request: _Request, exception: BaseException | None) -> Usage:
-        """A request that nobody charged for was answered by a cache; an LM that asks another is neither."""
+        """What a request used; an answer that nobody charged for is a cache's."""
         entries = request.relay.entries
-        if not entries and exception is None:
-            if request.relay.wraps_another:
-                return Usage()
-            if request.uses_cache and _reports(request.lm):
-                return Usage(cache_hits=1)
+        if not entries and not _reports(request.lm):
+            entries = _remembered(request)
+        if exception is None and request.relay.wraps_another and not entries:
+            return Usage()  # the LM that it asked has been counted
         tokens = [tokens_of(usage) for _, usage in entries]
-        return Usage(
-            lm_calls=1,
-            prompt_tokens=sum(prompt for prompt, _ in tokens),
-            completion_tokens=sum(completion for _, completion in tokens),
-            cost=sum(self.pricing.cost(request.lm, model, usage) for model, usage in entries),
-        )
+        prompt, completion = sum(sent for sent, _ in tokens), sum(received for _, received in tokens)
+        free = exception is None and not prompt + completion
+        if free and request.uses_cache and (not entries or _kind(request.lm) in self._charging):
+            return Usage(cache_hits=1)
+        cost = sum(self.pricing.cost(request.lm, model, usage) for model, usage in entries)
+        return Usage(lm_calls=1, prompt_tokens=prompt, completion_tokens=completion, cost=cost)
 
     def _settle(self, request: _Request, usage: Usage) -> None:
         assert self.pace is not None
@@ -206,6 +221,16 @@ def _kind(lm: Any) -> tuple[type, str]:
 def _reports(lm: Any) -> bool:
     """Whether DSPy charges an LM's answers to the tracker; up to 3.2, it does those of its own LM only."""
     return isinstance(lm, dspy.LM) or hasattr(dspy.BaseLM, "_record_response")
+
+
+def _remembered(request: _Request) -> list[tuple[str, dict[str, Any]]]:
+    """The usage that the LM's history has for this very request; empty for one that a cache answered."""
+    ours = [request.inputs.get(name) for name in ("prompt", "messages")]
+    for entry in reversed(list(getattr(request.lm, "history", ()))):
+        if entry.get("prompt") is ours[0] and entry.get("messages") is ours[1]:
+            hit = getattr(entry.get("response"), "cache_hit", False)
+            return [(request.lm.model, {} if hit else dict(entry.get("usage") or {}))]
+    return []
 
 
 def _key(lm: Any, inputs: Mapping[str, Any]) -> Hashable:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import optuna
@@ -95,6 +97,8 @@ class SearchOptions:
         self._check_embedder()
         self._check_callbacks()
         _ = self.limits  # checks them
+        if not isinstance(self.dry_run, bool):
+            raise InvalidArgumentError(f"dry_run must be True or False; got {self.dry_run!r}.")
         _check_prices(self.prices)
         require_finite("failure_score", self.failure_score)
         if self.target is not None:
@@ -212,11 +216,16 @@ def _check_prices(prices: Any) -> None:
     if prices is None or callable(prices):
         return
     rows = prices.values() if isinstance(prices, Mapping) else [None]
-    if not all(isinstance(row, tuple | list) and len(row) == 2 and min(row) >= 0 for row in rows):
+    if not all(_is_price(row) for row in rows):
         raise InvalidArgumentError(
             "prices must map each model to (US dollars per million prompt tokens, completion tokens), or "
             f"be a callable of model and usage; got {prices!r}."
         )
+
+
+def _is_price(row: Any) -> bool:
+    is_pair = isinstance(row, tuple | list) and len(row) == 2
+    return is_pair and all(isinstance(x, Real) and 0.0 <= float(x) < math.inf for x in row)
 
 
 OPTION_NAMES = tuple(field.name for field in fields(SearchOptions))
@@ -255,7 +264,8 @@ def resolve(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SearchOpti
         defaults = {key: value for key, value in defaults.items() if key not in _QEI_ONLY}
     merged = {**defaults, **given}
     options = SearchOptions(**merged)
-    return options if set(merged) - {"n_jobs"} else None
+    silent = {"n_jobs"} if options.dry_run else {"n_jobs", "dry_run"}
+    return options if set(merged) - silent else None
 
 
 def unknown_option(name: str, others: Sequence[str] = ()) -> UnknownOptionError:

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from mpromptune import PromptSpace, search
 from mpromptune.attributes import USAGE
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
+from mpromptune.execution import RetryPolicy
 from mpromptune.flights import Flights
 from mpromptune.ledger import Ledger
 from mpromptune.limits import Budget, Limits
@@ -157,8 +158,6 @@ def test_attempts_that_failed_are_paid_for_too() -> None:
             record(Usage(lm_calls=1))
             raise ConnectionError("reset")
         return Usage(lm_calls=1)
-
-    from mpromptune.execution import RetryPolicy
 
     result = _search(use, n_examples=10, max_calls=40, retry=RetryPolicy(max_wait=0.001))
     retried = sum(example < 3 for _, example in failed)
@@ -381,15 +380,29 @@ def _nothing() -> None:
     pass
 
 
+class Arrivals:
+    """A check that says when so many threads are waiting."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.there: set[int] = set()
+        self.complete = threading.Event()
+
+    def __call__(self) -> None:
+        self.there.add(threading.get_ident())
+        if len(self.there) == self.wanted:
+            self.complete.set()
+
+
 def test_an_equal_request_waits_for_the_first() -> None:
     """It goes on when the first has landed, with its answer; another request does not wait."""
-    flights = Flights(patience=60)
+    flights, waiting = Flights(patience=60), Arrivals(1)
     first = flights.join("a", _nothing)
+    assert first is not None
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(flights.join, "a", _nothing)
-        other = flights.join("b", _nothing)
-        assert first is not None
-        assert other is not None
+        second = pool.submit(flights.join, "a", waiting)
+        assert flights.join("b", _nothing) is not None
+        assert waiting.complete.wait(10)
         assert not second.done()
         flights.land(first, succeeded=True)
         assert second.result(10) is first
@@ -397,18 +410,20 @@ def test_an_equal_request_waits_for_the_first() -> None:
 
 def test_the_next_in_line_sends_it_when_the_first_has_failed() -> None:
     """One of those that waited takes the lead, and the other waits for that one."""
-    flights = Flights(patience=60)
+    flights, waiting = Flights(patience=60), Arrivals(2)
     first = flights.join("a", _nothing)
     assert first is not None
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(flights.join, "a", _nothing) for _ in range(2)]
+        waiters = [pool.submit(flights.join, "a", waiting) for _ in range(2)]
+        assert waiting.complete.wait(10)
         flights.land(first, succeeded=False)
-        leader = None
-        while leader is None:
-            leader = next((f.result() for f in waiting if f.done()), None)
+        done, others = wait(waiters, timeout=10, return_when=FIRST_COMPLETED)
+        leader = done.pop().result()
+        assert leader is not None
         assert not leader.landed.is_set()
+        assert len(others) == 1
         flights.land(leader, succeeded=True)
-        assert [f.result(10) for f in waiting] == [leader, leader]
+        assert others.pop().result(10) is not None
 
 
 def test_nobody_waits_for_a_request_that_hangs() -> None:
