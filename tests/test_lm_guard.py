@@ -322,6 +322,43 @@ def test_a_program_of_two_predictors_pays_no_more_in_parallel(pool: ThreadPoolEx
     assert calls(lambda contexts: list(pool.map(program, contexts))) == 2
 
 
+def _dspy_lm(begun: threading.Semaphore, answer: threading.Event) -> Any:
+    """DSPy's own LM over an engine that answers when it is told to."""
+    lm15 = pytest.importorskip("dspy.lm15", reason="engines came with DSPy 3.4")
+
+    class Engine:
+        def complete(self, request: Any) -> Any:
+            begun.release()
+            assert answer.wait(10)
+            message = lm15.Message.assistant(
+                [lm15.TextPart("[[ ## answer ## ]]\n42\n\n[[ ## completed ## ]]")]
+            )
+            usage = lm15.Usage(input_tokens=10, output_tokens=5)
+            return lm15.Response(id=None, model="held", message=message, finish_reason="stop", usage=usage)
+
+        def stream(self, request: Any) -> Any:
+            return lm15.response_to_events(self.complete(request))
+
+        def close(self) -> None:
+            pass
+
+    return dspy.LM("held", engine=Engine())
+
+
+def test_an_lm_of_dspy_is_counted_and_asked_once(pool: ThreadPoolExecutor) -> None:
+    """Eight equal requests under way, and one afterwards: one call of 10 + 5 tokens, and eight hits."""
+    begun, answer = threading.Semaphore(0), threading.Event()
+    lm = _dspy_lm(begun, answer)
+    with Guard(pricing=Pricing({"held": (1.0, 1.0)})).watching(), measured() as meter:
+        futures = [_submit(pool, lm, "1+1") for _ in range(8)]
+        assert begun.acquire(timeout=10)
+        answer.set()
+        assert [f.result(10) for f in futures] == ["42"] * 8
+        assert _ask(lm, "1+1") == "42"
+    expected = Usage(lm_calls=1, cache_hits=8, prompt_tokens=10, completion_tokens=5, cost=15e-6)
+    assert meter.total == expected
+
+
 # Stopping.
 
 
