@@ -90,8 +90,7 @@ class Guard(BaseCallback):
         pricing: What answers cost.
         stopped: Set when no further request may be sent.
         pace: Caps per minute, if any.
-        patience: Age in seconds of a request that equal ones stop waiting for: half of a timeout of
-            program calls leaves those who waited as long for their own.
+        patience: Age in seconds of a request that equal ones stop waiting for.
         spares: Leaves programs under way alone that began within the limits.
     """
 
@@ -139,13 +138,15 @@ class Guard(BaseCallback):
         self.check()
         request = self._request(instance, inputs)
         try:
-            self._join(request)
-            if self.pace is not None and not request.follows:
-                request.ticket = self.pace.take(self._sleep)
+            with request.meter.waiting():
+                self._join(request)
+                if self.pace is not None and not request.follows:
+                    request.ticket = self.pace.take(self._sleep)
             self.check()
             request.context.__enter__()
         except BaseException:
             self._land(request, succeeded=False)
+            self._settle(request, Usage())
             raise
         self._requests[call_id] = request
 
@@ -161,8 +162,7 @@ class Guard(BaseCallback):
             self._charging.add(_kind(request.lm))
         if request.follows and usage.tokens:
             self._uncached.add(_kind(request.lm))
-        if self.pace is not None:
-            self._settle(request, usage)
+        self._settle(request, usage)
         request.meter.add(usage)
 
     def _request(self, lm: Any, inputs: Mapping[str, Any]) -> _Request:
@@ -202,15 +202,11 @@ class Guard(BaseCallback):
         return Usage(lm_calls=1, prompt_tokens=prompt, completion_tokens=completion, cost=cost)
 
     def _settle(self, request: _Request, usage: Usage) -> None:
-        assert self.pace is not None
-        if request.ticket is None:
-            if usage.lm_calls:  # it waited for an answer that then was not to be had
-                request.ticket = self.pace.owe()
-            else:
-                return
-        if usage.lm_calls:
-            self.pace.settle(request.ticket, usage.tokens)
-        else:
+        if self.pace is None:
+            return
+        if usage.lm_calls:  # without a ticket, it waited for an answer that then was not to be had
+            self.pace.settle(request.ticket or self.pace.owe(), usage.tokens)
+        elif request.ticket is not None:
             self.pace.refund(request.ticket)
 
 

@@ -28,18 +28,34 @@ class Pricing:
         self._prices = prices or {}
         self._must_know = must_know
         self._known: dict[str, PerMillion | None] = {}
+        self._warned: set[str] = set()
         self._lock = threading.Lock()
 
     def cost(self, lm: Any, model: str, usage: Mapping[str, Any]) -> float:
         """Of one answer; 0 if nobody knows."""
         if callable(self._prices):
-            return float(self._prices(model, usage))
+            return self._asked(self._prices, model, usage)
         reported = usage.get("cost")
         if model not in self._prices and isinstance(reported, int | float) and reported > 0:
             return float(reported)
         price = self.of(lm, model)
         prompt, completion = tokens_of(usage)
         return (price[0] * prompt + price[1] * completion) / 1e6 if price else 0.0
+
+    def _asked(self, prices: Callable[..., float], model: str, usage: Mapping[str, Any]) -> float:
+        """An answer is counted whatever becomes of its price."""
+        try:
+            return float(prices(model, usage))
+        except Exception as error:  # noqa: BLE001 - the user's own code
+            self._warn(model, "prices(%r, ...) raised %s: its answers count as free.", model, repr(error))
+            return 0.0
+
+    def _warn(self, model: str, message: str, *args: str) -> None:
+        with self._lock:
+            first = model not in self._warned
+            self._warned.add(model)
+        if first:
+            logger.warning(message, *args)
 
     def of(self, lm: Any, model: str) -> PerMillion | None:
         """US dollars per million prompt and completion tokens, if known."""
@@ -48,14 +64,14 @@ class Pricing:
         with self._lock:
             if model not in self._known:
                 self._known[model] = self._prices.get(model) or _listed(lm, model)
-                if self._known[model] is None and self._must_know:
-                    logger.warning(
-                        "No price is known for %r: its answers count as free. Give prices="
-                        "{%r: (US dollars per million prompt tokens, completion tokens)}.",
-                        model,
-                        model,
-                    )
-            return self._known[model]
+            price = self._known[model]
+        if price is None and self._must_know:
+            message = (
+                "No price is known for %r: its answers count as free. Give prices={%r: (US dollars per "
+                "million prompt tokens, completion tokens)}."
+            )
+            self._warn(model, message, model, model)
+        return price
 
 
 def tokens_of(usage: Mapping[str, Any]) -> tuple[int, int]:

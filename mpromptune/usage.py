@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, astuple, dataclass
@@ -66,12 +67,16 @@ class Meter:
 
     Args:
         parent: Counts the same, with what else belongs to it.
+        clock: Says the time, in seconds.
     """
 
-    def __init__(self, parent: Meter | None = None) -> None:
+    def __init__(self, parent: Meter | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._parent = parent
         self._lock = threading.Lock()
         self._total = Usage()
+        self._clock = clock
+        self._waiting = 0
+        self._waiting_since = self._waited = 0.0
 
     @property
     def total(self) -> Usage:
@@ -88,6 +93,27 @@ class Meter:
         """Records here alone what the whole has counted before."""
         with self._lock:
             self._total = self._total + usage
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the time that something waits by our own will, which no timeout should hold against it."""
+        with self._lock:
+            self._waiting += 1
+            if self._waiting == 1:
+                self._waiting_since = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self._waited += self._clock() - self._waiting_since
+
+    @property
+    def waited(self) -> float:
+        """Seconds of such waiting up to now."""
+        with self._lock:
+            return self._waited + (self._clock() - self._waiting_since if self._waiting else 0.0)
 
 
 _METER: ContextVar[Meter | None] = ContextVar("mpromptune_meter", default=None)

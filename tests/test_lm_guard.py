@@ -223,6 +223,19 @@ def test_a_callable_sets_the_price() -> None:
     assert pricing.cost(None, "abc", {"prompt_tokens": 10}) == 13
 
 
+def test_a_price_that_fails_loses_no_count(caplog: pytest.LogCaptureFixture) -> None:
+    """The request is counted as free, and the error is told once."""
+
+    def fail(model: str, usage: Any) -> float:
+        raise KeyError(model)
+
+    with Guard(pricing=Pricing(fail)).watching(), measured() as meter:
+        _ask(arithmetic_lm(), "1+1")
+        _ask(arithmetic_lm(), "1+2")
+    assert (meter.total.lm_calls, meter.total.cost) == (2, 0.0)
+    assert len([r for r in caplog.records if "KeyError" in r.getMessage()]) == 1
+
+
 def test_what_the_provider_reports_is_believed() -> None:
     """Some send the cost along; prices that the user gives come first."""
     usage = {"prompt_tokens": 10, "completion_tokens": 1, "cost": 0.5}

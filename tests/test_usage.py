@@ -69,3 +69,20 @@ def test_outside_of_any_meter_nothing_is_recorded() -> None:
     """Scores may say what they cost whether anybody listens or not."""
     record(Usage(lm_calls=1))
     assert current_meter() is None
+
+
+def test_waiting_is_told_apart_from_working() -> None:
+    """Two that wait from 10 to 40 and from 20 to 50 have a meter wait for forty seconds."""
+    now = [10.0]
+    meter = Meter(clock=lambda: now[0])
+    first, second = meter.waiting(), meter.waiting()
+    first.__enter__()
+    now[0] = 20.0
+    second.__enter__()
+    now[0] = 40.0
+    assert meter.waited == 30.0
+    first.__exit__(None, None, None)
+    now[0] = 50.0
+    second.__exit__(None, None, None)
+    now[0] = 99.0
+    assert meter.waited == 40.0
