@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
 import json
 import logging
 import threading
@@ -19,7 +20,7 @@ from embedders import hashed
 from lms import ScriptedLM, arithmetic_lm, completion
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted, Planner
 
-from mpromptune import MIPROv2
+from mpromptune import MIPROv2, execution
 from mpromptune.attributes import USAGE
 from mpromptune.errors import SearchStoppedError
 from mpromptune.limits import Budget, Limits, Stopped
@@ -488,6 +489,26 @@ def test_the_ledger_is_what_the_lm_counted(shots: dict[str, int]) -> None:
     assert sum(u.lm_calls for u in of_trials) == usage["search"].lm_calls == 2 * best.search_result.calls
     assert sum(u.program_calls for u in of_trials) == usage["search"].program_calls
     assert best.prompt_model_total_calls == usage["propose"].lm_calls > 0
+
+
+def test_the_ledger_is_true_when_requests_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth answer to a question is lost on its way: each attempt counts, tokens once they arrive."""
+    patient = execution.RetryPolicy(attempts=20, max_wait=0.001)
+    monkeypatch.setattr(execution, "RetryPolicy", lambda: patient)
+    sound, asked, lost = arithmetic_lm()._answer, itertools.count(), itertools.count()
+
+    def answer(field: str, messages: list[dict[str, Any]]) -> str:
+        if field == "answer" and next(asked) % 4 == 3:
+            next(lost)
+            raise ConnectionError("reset")
+        return sound(field, messages)
+
+    lm = ScriptedLM(answer)
+    usage = _compile(lm, shots=ZERO_SHOT, threads=8).search_result.usage
+    n_lost = next(lost)
+    assert n_lost > 10
+    assert usage.total.lm_calls == len(lm.calls)
+    assert usage.total.prompt_tokens == 10 * (len(lm.calls) - n_lost)
 
 
 def test_concurrent_compiles_cost_what_serial_ones_do() -> None:
