@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpromptune.engine import search
     from mpromptune.errors import MPromptuneError
+    from mpromptune.limits import Limits
     from mpromptune.optimizer import MIPROv2
     from mpromptune.result import SearchResult
     from mpromptune.sampler import qEISampler
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Limits": "limits",
     "MIPROv2": "optimizer",
     "MPromptuneError": "errors",
     "PromptSpace": "space",
@@ -28,6 +30,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Limits",
     "MIPROv2",
     "MPromptuneError",
     "PromptSpace",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -52,6 +52,11 @@ class BlockPlan:
     def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
         """Takes back what could not be measured."""
         self.schedule.release(row, lost)
+
+    def afford(self, calls: int, price: Callable[[Row], float]) -> None:
+        """Lowers the budget; what is kept back for winner and baseline counts at their price."""
+        self.schedule.max_calls = min(self.max_calls, calls)
+        self.schedule.price = price
 
     def is_dropped(self, row: Row) -> bool:
         """Whether ``row`` has failed too often."""
@@ -181,6 +186,12 @@ class BlockPlan:
         if not self.schedule.confirm:
             return ranked[0]
         return self._best_full(ranked, ledger) or self.baseline
+
+    def best_so_far(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
+        """The highest posterior mean; with `confirm`, not worse than the baseline as far as was measured."""
+        if not self.schedule.confirm:
+            return ranked[0]
+        return ledger.best_so_far(ranked, self.baseline, self.n_examples)
 
     def _best_full(self, ranked: Sequence[Row], ledger: Ledger) -> Row | None:
         """The first that is fully measured, or the baseline where that measured better."""

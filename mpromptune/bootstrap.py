@@ -17,6 +17,7 @@ import dspy
 from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
 
 from mpromptune.threads import Threads
+from mpromptune.usage import Usage, record
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,7 @@ class _Bootstrap(BootstrapFewShot):
         key = (id(example), repr([p.demos for p in alone.teacher.predictors()]))
         try:
             with self._turns.of(key):
+                record(Usage(program_calls=1))
                 success = bool(alone._bootstrap_one_example(example))
         except Exception as error:
             if not alone.error_count:

@@ -17,6 +17,7 @@ from mpromptune.execution import Verdict
 from mpromptune.fingerprint import Part, differences
 from mpromptune.lm_errors import classify
 from mpromptune.storage import StorageSpec, open_storage, open_study, reported
+from mpromptune.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -99,22 +100,25 @@ class Checkpoint:
         texts = {str(i): [str(text) for text in texts] for i, texts in instructions.items()}
         self._keep(INSTRUCTIONS, {}, texts)
 
-    def student_outcomes(self) -> dict[int, float | Exception]:
-        """Per validation example, the student's score or what it failed with."""
+    def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
+        """Per validation example, the student's score or what it failed with, and what it used."""
         return {
             int(key.removeprefix(f"{STUDENT}:")): _outcome(value)
             for key, value in self._kept.items()
             if key.startswith(f"{STUDENT}:")
         }
 
-    def keep_student_outcome(self, example: int, outcome: float | Exception) -> None:
+    def keep_student_outcome(self, example: int, outcome: float | Exception, usage: Usage) -> None:
         """Keeps it, unless it says nothing about the student; may be called by any thread."""
-        failed = isinstance(outcome, Exception)
-        if isinstance(outcome, Exception) and classify(outcome) is not Verdict.CANDIDATE:
+        kept: dict[str, Any] = {"usage": usage.as_dict()}
+        if not isinstance(outcome, Exception):
+            kept["score"] = outcome
+        elif classify(outcome) is Verdict.CANDIDATE:
+            kept["error"] = type(outcome).__name__  # not its message: nobody knows what is in it
+        else:
             return
         try:
-            # Not the message of an error: nobody knows what is in it.
-            self._set(f"{STUDENT}:{example}", {"error": type(outcome).__name__} if failed else outcome)
+            self._set(f"{STUDENT}:{example}", kept)
         except StorageError as error:  # which the search cannot do without, and will report
             logger.warning("The student's score on example %d could not be kept: %s", example, error)
 
@@ -163,7 +167,8 @@ class Checkpoint:
         self._kept[key] = value
 
 
-def _outcome(kept: Any) -> float | Exception:
-    if isinstance(kept, Mapping):
-        return RuntimeError(f"the student failed with {kept.get('error')} before the run was interrupted")
-    return float(kept)
+def _outcome(kept: Mapping[str, Any]) -> tuple[float | Exception, Usage]:
+    usage = Usage(**kept["usage"])
+    if "score" in kept:
+        return float(kept["score"]), usage
+    return RuntimeError(f"the student failed with {kept['error']} before the run was interrupted"), usage

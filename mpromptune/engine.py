@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ from mpromptune.encoding import Encoding
 from mpromptune.errors import require_count, require_finite
 from mpromptune.execution import Classify, RetryPolicy, Score, Workers, as_score, classify_builtin
 from mpromptune.knowledge import Knowledge
+from mpromptune.limits import Budget, Limits
 from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
@@ -35,6 +37,7 @@ from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
 from mpromptune.storage import StorageSpec, open_study
 from mpromptune.trials import Trials
+from mpromptune.usage import metered
 
 
 def search(
@@ -64,6 +67,8 @@ def search(
     retry: RetryPolicy | None = None,
     failure_score: float = 0.0,
     on_call: OnCall | None = None,
+    limits: Limits | Budget | None = None,
+    stopped: threading.Event | None = None,
 ) -> SearchResult:
     """Finds the configuration with the highest mean score for a budget of program calls.
 
@@ -115,6 +120,10 @@ def search(
         retry: How infrastructure errors are retried.
         failure_score: What an example scores when the candidate itself failed on it.
         on_call: Called as ``on_call(calls, max_calls)`` as results come in.
+        limits: On tokens, money and time: ``score`` calls `mpromptune.usage.record` to say what it
+            used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
+            call begins once a limit is used up. A `Budget` where something was used before.
+        stopped: Set from outside, no further call begins; set when nothing more may be spent.
 
     Returns:
         The winner, its score, the baseline's, and the study.
@@ -161,13 +170,15 @@ def search(
     compare_geometry(study, encoding)
     write_settings(study, settings)
     trials = Trials(study, space, record, failure_score)
-    with _executor(executor, num_threads) as pool:
+    budget = limits if isinstance(limits, Budget) else Budget(limits)
+    with _executor(executor, num_threads) as pool, metered(budget.begin_search()):
         return Coordinator(
             space=space,
             plan=plan,
-            workers=Workers(score, pool, classify, retry),
+            workers=Workers(score, pool, classify, retry, budget.admits, stopped),
             trials=trials,
             known=Knowledge(study, encoding, hidden=trials.untold),
+            budget=budget,
             failure_score=failure_score,
             callbacks=callbacks,
             on_call=on_call,

@@ -71,3 +71,14 @@ def require_finite(name: str, value: Any) -> float:
     if not isinstance(value, Real) or not math.isfinite(value):
         raise InvalidArgumentError(f"{name} must be a finite number; got {value!r}.")
     return float(value)
+
+
+def require_positive(name: str, value: Any) -> float:
+    """``value`` as a float.
+
+    Raises:
+        InvalidArgumentError: It is not a finite number above zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
+        raise InvalidArgumentError(f"{name} must be a positive number; got {value!r}.")
+    return float(value)

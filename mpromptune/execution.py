@@ -6,9 +6,10 @@ import contextvars
 import math
 import numbers
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -22,6 +23,8 @@ from tenacity import (
 )
 
 from mpromptune.errors import ScoreError
+from mpromptune.limits import Stopped
+from mpromptune.usage import Usage, metered, record
 
 Score = Callable[[dict[str, int], int], float]
 Keep = Callable[["Outcome"], None]
@@ -62,15 +65,19 @@ class RetryPolicy:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one work item: a score, an error, or nothing when the run was stopped."""
+    """What became of one work item: a score, an error, or nothing when the run was stopped.
+
+    Attributes:
+        example: The example.
+        score: Its score.
+        error: What the last attempt raised.
+        usage: What all attempts used.
+    """
 
     example: int
     score: float | None = None
     error: BaseException | None = None
-
-
-class _Stopped(Exception):  # noqa: N818 - a signal, not an error
-    """The run was stopped before this attempt."""
+    usage: Usage = field(default_factory=Usage)
 
 
 class Workers:
@@ -84,6 +91,8 @@ class Workers:
         executor: Any ``concurrent.futures.Executor`` of this process.
         classify: The verdict on an exception of ``score``.
         retry: How often and how patiently infrastructure errors are retried.
+        admits: Whether another attempt may be made, asked before each.
+        stopped: Set when no further attempt may be made.
     """
 
     def __init__(
@@ -92,12 +101,15 @@ class Workers:
         executor: Executor,
         classify: Classify = classify_builtin,
         retry: RetryPolicy | None = None,
+        admits: Callable[[], bool] = lambda: True,
+        stopped: threading.Event | None = None,
     ) -> None:
         self._score = score
         self._executor = executor
         self._classify = classify
         self._retry = retry or RetryPolicy()
-        self.stopped = threading.Event()
+        self._admits = admits
+        self.stopped = stopped or threading.Event()
 
     def submit(self, params: Mapping[str, int], example: int, keep: Keep) -> Future[Outcome]:
         """Queues one item; the future never raises what ``score`` raised.
@@ -120,11 +132,17 @@ class Workers:
         return outcome
 
     def _measure(self, params: dict[str, int], example: int) -> Outcome:
-        if self.stopped.is_set():
-            return Outcome(example)
+        began = time.monotonic()
+        with metered() as meter:
+            outcome = self._outcome(params, example)
+            if meter.total.program_calls:
+                record(Usage(seconds=time.monotonic() - began))
+        return replace(outcome, usage=meter.total)
+
+    def _outcome(self, params: dict[str, int], example: int) -> Outcome:
         try:
             return Outcome(example, score=self._retrying()(self._scored, params, example))
-        except _Stopped:
+        except Stopped:
             return Outcome(example)
         except Exception as error:  # noqa: BLE001 - whatever `score` raises is judged, never lost
             if self._classify(error) is Verdict.STOP:
@@ -132,8 +150,9 @@ class Workers:
             return Outcome(example, error=error)
 
     def _scored(self, params: dict[str, int], example: int) -> float:
-        if self.stopped.is_set():  # while waiting for another attempt
-            raise _Stopped
+        if self.stopped.is_set() or not self._admits():  # now, or while waiting for another attempt
+            raise Stopped
+        record(Usage(program_calls=1))
         return as_score(self._score(params, example))
 
     def _retrying(self) -> Retrying:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,7 +49,7 @@ class MiproPlan:
 
     def __post_init__(self) -> None:
         self.outage = self.n_examples  # what a full evaluation lacks may fail again, and yet be its own fault
-        self.num_trials = self.minibatches.trials_for(self.max_calls, self.n_examples)
+        self.num_trials = self._planned = self.minibatches.trials_for(self.max_calls, self.n_examples)
         self._steps = self.minibatches.full_eval_steps if self.minibatches.enabled else self.num_trials
         self._full: dict[Row, None] = {}  # in the order in which they were completed
         # Full evaluations decided on or running: the examples that are still to be answered.
@@ -59,6 +59,12 @@ class MiproPlan:
     def is_open(self, row: Row) -> bool:
         """Whether ``row`` could still be chosen for a full evaluation."""
         return row not in self._full and row not in self._owed and not self.is_dropped(row)
+
+    def afford(self, calls: int, price: Callable[[Row], float]) -> None:
+        """Shortens the plan; what has been asked still ends with a full evaluation of its best."""
+        least = self.minibatches.calls(1, self.n_examples)
+        affordable = self.minibatches.trials_for(calls, self.n_examples) if calls >= least else 0
+        self.num_trials = max(self._asked, min(self._planned, affordable))
 
     def is_dropped(self, row: Row) -> bool:
         """Whether ``row`` has failed too often."""
@@ -146,3 +152,9 @@ class MiproPlan:
     def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
         """The best full evaluation; of equal ones the earliest, which favours the baseline."""
         return max(self._full, key=ledger.mean, default=self.baseline)
+
+    def best_so_far(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
+        """The best full evaluation, if any but the baseline's has been made."""
+        if self._full.keys() - {self.baseline}:
+            return self.winner(ranked, ledger)
+        return ledger.best_so_far(ranked, self.baseline, self.n_examples)

@@ -14,10 +14,14 @@ import dspy
 from optuna.samplers import BaseSampler
 
 from mpromptune.checkpoint import Checkpoint
+from mpromptune.estimate import Estimate
 from mpromptune.execution import Score
 from mpromptune.fingerprint import fingerprint
+from mpromptune.limits import Budget
 from mpromptune.lm_errors import classify
+from mpromptune.lm_guard import Guard
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
+from mpromptune.prices import Pricing
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
 from mpromptune.schedule import Minibatches, default_block_size
@@ -56,6 +60,14 @@ class _Zero(int):
 
     def __bool__(self) -> bool:
         return True
+
+
+class _Planned(BaseException):
+    """Ends a compile before its first LM call; no Exception, so that nothing takes it for a failure."""
+
+    def __init__(self, estimate: Estimate) -> None:
+        super().__init__(str(estimate))
+        self.estimate = estimate
 
 
 class MIPROv2(dspy.MIPROv2):
@@ -101,7 +113,7 @@ class MIPROv2(dspy.MIPROv2):
         Returns:
             The best program, with ``score``, ``trial_logs``, ``candidate_programs`` and
             ``mb_candidate_programs`` as DSPy sets them, and ``search_result`` when a sampler is in
-            use.
+            use. With ``dry_run``, an `mpromptune.estimate.Estimate` instead.
 
         Raises:
             UnknownOptionError: An option is not known (a TypeError).
@@ -118,6 +130,8 @@ class MIPROv2(dspy.MIPROv2):
                 return super().compile(student, **stock)
             with self._steps(options, stock):
                 return super().compile(student, **stock)
+        except _Planned as planned:
+            return planned.estimate
         finally:
             _OPTIONS.reset(token)
 
@@ -125,11 +139,15 @@ class MIPROv2(dspy.MIPROv2):
     def _steps(self, options: SearchOptions, stock: Mapping[str, Any]) -> Iterator[None]:
         """Concurrent steps before the search, for as long as a compile takes."""
         defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
-        steps = Steps(self, self._threads(options), {**defaults, **stock})
+        pricing = Pricing(options.prices, must_know=options.max_cost is not None)
+        guard = Guard(Budget(options.limits), pricing, pace=options.pace)
+        steps = Steps(self, self._threads(options), {**defaults, **stock}, guard)
         token = _STEPS.set(steps)
         try:
-            yield
+            with guard.watching():
+                yield
         finally:
+            guard.stopped.set()  # whatever is under way asks no LM any more
             _STEPS.reset(token)
             steps.close()
 
@@ -148,8 +166,11 @@ class MIPROv2(dspy.MIPROv2):
         options = _OPTIONS.get()
         if options is not None:
             num_trials, valset, minibatch, *candidates = settings
-            options.check_run(len(valset), num_trials, _STEPS.get().minibatches(minibatch))
-            if options.storage is not None:
+            _STEPS.get().instructions_wanted = candidates[0]
+            minibatches = _STEPS.get().minibatches(minibatch)
+            options.check_run(len(valset), num_trials, minibatches)
+            _STEPS.get().search_calls = options.search_calls(len(valset), num_trials, minibatches)
+            if options.storage is not None and not options.dry_run:
                 run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
                 _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
             _check_embedder(options, program)
@@ -159,8 +180,11 @@ class MIPROv2(dspy.MIPROv2):
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._bootstrap_fewshot_examples
-        if _OPTIONS.get() is None:
+        options = _OPTIONS.get()
+        if options is None:
             return stock(*args, **kwargs)
+        if options.dry_run:
+            raise _Planned(_STEPS.get().estimate(stock, *args, **kwargs))
         return _STEPS.get().demo_sets(stock, *args, **kwargs)
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,6 +223,7 @@ class MIPROv2(dspy.MIPROv2):
         minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
         max_calls = options.max_calls or minibatches.calls(num_trials, len(valset))
         _STEPS.get().close_threads()
+        _STEPS.get().guard.spares = True  # from now on, the workers begin nothing beyond a limit
         forget_statistics(program)
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
         scorer = ProgramScorer(programs, valset, self.metric, wants_traceback(evaluate.provide_traceback))
@@ -247,6 +272,8 @@ class MIPROv2(dspy.MIPROv2):
             classify=classify,
             failure_score=options.failure_score,
             on_call=bar.on_call,
+            limits=_STEPS.get().guard.budget,
+            stopped=_STEPS.get().guard.stopped,
         )
 
     def _finished(self, programs: ProgramSpace, result: Any) -> Any:
@@ -259,6 +286,10 @@ class MIPROv2(dspy.MIPROv2):
             trial_logs(result, programs.build, self.log_dir)
         scores = percent(result.best_score), percent(result.baseline_score)
         logger.info("Best program scores %.2f (baseline %.2f).", *scores)
+        logger.info("The compile took %s.", result.usage.total)
+        if result.stopped_by is not None:
+            message = "It ended by %s, exceeded by %g; %d program calls of the search were made."
+            logger.warning(message, result.stopped_by, result.overspent, result.calls)
         return best
 
 

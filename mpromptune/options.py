@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from optuna.samplers import BaseSampler
 
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
+from mpromptune.limits import Limits
+from mpromptune.pace import Pace
 from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
 from mpromptune.storage import check_storage
 
@@ -23,6 +27,8 @@ _COUNTS = (
     "block_size",
     "max_calls",
     "patience",
+    "max_requests_per_minute",
+    "max_tokens_per_minute",
 )
 
 
@@ -44,6 +50,14 @@ class SearchOptions:
         patience: Stop after so many rounds in a row without a gain in sight (default: never).
         target: Stop once a mean score of the metric is reached and confirmed (default: none).
         schedule: ``"blocks"``, or ``"mipro"`` for minibatches and full evaluations as DSPy's.
+        max_tokens: Tokens that the whole compile may use, in both directions.
+        max_cost: US dollars that it may cost.
+        max_seconds: Wall-clock time that it may take.
+        prices: Model to US dollars per million prompt and completion tokens, or a callable
+            ``(model, usage) -> dollars``; by default what the provider reports or LiteLLM lists.
+        max_requests_per_minute: LM requests in any minute.
+        max_tokens_per_minute: Tokens in any minute.
+        dry_run: Return an `Estimate` of what the compile would use, and ask no LM.
         failure_score: What an example scores when the candidate itself fails on it.
         storage: Path of a journal file, URL of a database, or an Optuna storage, in which the same
             call goes on where it was interrupted; by default memory.
@@ -64,6 +78,13 @@ class SearchOptions:
     patience: int | None = None
     target: float | None = None
     schedule: str = "blocks"
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    max_seconds: float | None = None
+    prices: Any = None
+    max_requests_per_minute: int | None = None
+    max_tokens_per_minute: int | None = None
+    dry_run: bool = False
     failure_score: float = 0.0
     storage: Any = None
     study_name: str | None = None
@@ -76,11 +97,26 @@ class SearchOptions:
                 require_count(name, getattr(self, name), least=0 if name == "n_batches" else 1)
         self._check_embedder()
         self._check_callbacks()
+        _ = self.limits  # checks them
+        if not isinstance(self.dry_run, bool):
+            raise InvalidArgumentError(f"dry_run must be True or False; got {self.dry_run!r}.")
+        _check_prices(self.prices)
         require_finite("failure_score", self.failure_score)
         if self.target is not None:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
         check_storage(self.storage, self.study_name)
+
+    @property
+    def limits(self) -> Limits:
+        """On what the whole compile may use."""
+        return Limits(self.max_tokens, self.max_cost, self.max_seconds)
+
+    @property
+    def pace(self) -> Pace | None:
+        """Caps per minute, if any are given."""
+        caps = self.max_requests_per_minute, self.max_tokens_per_minute
+        return None if caps == (None, None) else Pace(*caps)
 
     def _check_sampler(self) -> None:
         if isinstance(self.sampler, BaseSampler):
@@ -130,6 +166,15 @@ class SearchOptions:
         else:
             check_budget(self.max_calls, n_examples, self.confirm)
 
+    def search_calls(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> int:
+        """Program calls of the search, at most; arguments as in `check_run`, which has been passed."""
+        if self.max_calls is None:
+            return minibatches.calls(num_trials, n_examples)
+        if self.schedule == "blocks":
+            return self.max_calls
+        batches = minibatches.within(n_examples)
+        return batches.calls(batches.trials_for(self.max_calls, n_examples), n_examples)
+
     @property
     def qei_arguments(self) -> dict[str, Any]:
         """What was given of qEISampler's arguments."""
@@ -153,6 +198,27 @@ def check_schedule(
         foreign["confirm"] = False
     if schedule != "blocks" and foreign:
         raise InvalidArgumentError(f"{foreign} only apply to schedule='blocks'; got schedule={schedule!r}.")
+
+
+def _check_prices(prices: Any) -> None:
+    """Refuses what is no table of prices.
+
+    Raises:
+        InvalidArgumentError: It is neither a mapping to two prices each nor a callable.
+    """
+    if prices is None or callable(prices):
+        return
+    rows = prices.values() if isinstance(prices, Mapping) else [None]
+    if not all(_is_price(row) for row in rows):
+        raise InvalidArgumentError(
+            "prices must map each model to (US dollars per million prompt tokens, completion tokens), or "
+            f"be a callable of model and usage; got {prices!r}."
+        )
+
+
+def _is_price(row: Any) -> bool:
+    is_pair = isinstance(row, tuple | list) and len(row) == 2
+    return is_pair and all(isinstance(x, Real) and 0.0 <= float(x) < math.inf for x in row)
 
 
 OPTION_NAMES = tuple(field.name for field in fields(SearchOptions))
@@ -191,7 +257,8 @@ def resolve(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SearchOpti
         defaults = {key: value for key, value in defaults.items() if key not in _QEI_ONLY}
     merged = {**defaults, **given}
     options = SearchOptions(**merged)
-    return options if set(merged) - {"n_jobs"} else None
+    silent = {"n_jobs"} if options.dry_run else {"n_jobs", "dry_run"}
+    return options if set(merged) - silent else None
 
 
 def unknown_option(name: str, others: Sequence[str] = ()) -> UnknownOptionError:

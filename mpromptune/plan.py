@@ -56,6 +56,14 @@ class Plan(Protocol):
     def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
         """That trial has been told; the ``lost`` ones of its examples have no score."""
 
+    def afford(self, calls: int, price: Callable[[Row], float]) -> None:
+        """Only ``calls`` calls can be paid in all, if that is less than ``max_calls``; asked every round.
+
+        Args:
+            calls: Those told so far and those that what is left allows.
+            price: How many times the average call one of a configuration costs.
+        """
+
     def is_dropped(self, row: Row) -> bool:
         """Whether so many trials of ``row`` failed that no further call is risked on it."""
 
@@ -67,3 +75,6 @@ class Plan(Protocol):
 
     def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
         """The configuration to return, of those measured, by posterior mean, the highest first."""
+
+    def best_so_far(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
+        """The configuration to return if the search ends before the plan does; ``ranked`` as above."""

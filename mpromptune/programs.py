@@ -14,7 +14,9 @@ from dspy.teleprompt.utils import get_signature, set_signature
 
 from mpromptune.execution import Verdict, as_score
 from mpromptune.lm_errors import classify
+from mpromptune.lm_guard import measured
 from mpromptune.space import PromptSpace
+from mpromptune.usage import current_meter
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class ProgramScorer:
         item = self._valset[example]
         try:
             # A trace of its own, or every call of the run would be kept in the caller's.
-            with dspy.context(trace=[]):
+            with dspy.context(trace=[]), measured(current_meter()):
                 return metric_value(self._metric(item, built.program(**item.inputs())))
         except Exception as error:
             self._log(error, params, example)

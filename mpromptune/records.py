@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mpromptune.attributes import EXAMPLES, SCORES
 from mpromptune.programs import ProgramSpace
 from mpromptune.result import Measured, SearchResult
+from mpromptune.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def attach_statistics(best: Any, programs: ProgramSpace, result: SearchResult, l
         [_entry(build(t.params), _mean(t), False) for t in _completed(result) if _is_partial(t, result)]
     )
     best.total_calls = result.calls
-    best.prompt_model_total_calls = 0
+    best.prompt_model_total_calls = result.usage.get("propose", Usage()).lm_calls
 
 
 def trial_logs(result: SearchResult, build: Build, log_dir: str | None) -> dict[int, dict[str, Any]]:

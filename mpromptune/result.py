@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import optuna
 from optuna.study import Study
 
+from mpromptune.usage import StepUsage
+
 RESULT_VERSION = 1
 
 
@@ -41,12 +43,17 @@ class SearchResult:
 
     Attributes:
         best_params: The winner.
-        best_score: Its mean score; over the whole validation set unless ``confirm=False``.
-        baseline_score: The same for the baseline.
+        best_score: Its mean score; over the whole validation set unless ``confirm=False`` or a limit
+            cut the search short.
+        baseline_score: The same for the baseline; not a number if it was never scored.
         calls: Program calls spent.
         n_examples: Size of the validation set.
         configurations: Every configuration measured, the highest posterior mean first.
         study: The Optuna study, one trial per (configuration, set of examples).
+        usage: What each step used, and ``.total``; scores made ahead of the search count for it.
+        stopped_by: The limit that ended the search before its program calls were spent:
+            ``"max_tokens"``, ``"max_cost"`` or ``"max_seconds"``.
+        overspent: By how much that limit was exceeded, in its unit, by what was in flight.
     """
 
     best_params: dict[str, int]
@@ -56,6 +63,9 @@ class SearchResult:
     n_examples: int
     configurations: tuple[Measured, ...] = field(repr=False)
     study: Study = field(repr=False)
+    usage: StepUsage = field(default_factory=StepUsage)
+    stopped_by: str | None = None
+    overspent: float = 0.0
     version: int = RESULT_VERSION
 
     def __getstate__(self) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +55,7 @@ class Schedule:
         confirm: Whether winner and baseline are to end fully measured.
         failures: Configuration to how many of its trials failed.
         spent: Calls made or committed to.
+        price: How many times the average call one of a configuration costs.
     """
 
     n_examples: int
@@ -65,6 +66,7 @@ class Schedule:
     assigned: dict[Row, set[int]] = field(default_factory=dict)
     failures: Counter[Row] = field(default_factory=Counter)
     spent: int = 0
+    price: Callable[[Row], float] = lambda row: 1.0
 
     @property
     def remaining(self) -> int:
@@ -114,16 +116,16 @@ class Schedule:
         """Calls free for exploration.
 
         With `confirm`, the baseline's missing examples and the winner's are kept back; of a winner
-        that is not known yet, all examples.
+        that is not known yet, all examples, at the highest price.
         """
         if not self.confirm:
             return self.remaining
-        kept = len(self.missing(self.baseline))
+        kept = len(self.missing(self.baseline)) * self.price(self.baseline)
         if winner is None:
-            kept += self.n_examples
+            kept += self.n_examples * max([1.0, *map(self.price, self.assigned)])
         elif winner != self.baseline:
-            kept += len(self.missing(winner))
-        return self.remaining - kept
+            kept += len(self.missing(winner)) * self.price(winner)
+        return self.remaining - math.ceil(kept)
 
     def is_open(self, row: Row) -> bool:
         """Whether measuring ``row`` further could matter.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,13 +22,18 @@ from dspy.teleprompt.utils import get_signature
 from optuna.storages import BaseStorage
 
 from mpromptune import bootstrap, proposal
+from mpromptune.ahead import Ahead
 from mpromptune.checkpoint import Checkpoint
-from mpromptune.execution import Score, Verdict
-from mpromptune.lm_errors import classify
+from mpromptune.errors import SearchStoppedError
+from mpromptune.estimate import Estimate, Plan, estimate
+from mpromptune.execution import Score
+from mpromptune.limits import SEARCH, Stopped
+from mpromptune.lm_guard import Guard, measured
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Display
 from mpromptune.schedule import Minibatches
 from mpromptune.threads import Threads
+from mpromptune.usage import Usage, record
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +64,20 @@ class Steps:
         optimizer: The ``dspy.MIPROv2``; its ``rng`` is drawn from as DSPy does.
         threads: LM calls at a time.
         compile_arguments: Of ``dspy.MIPROv2.compile``, with defaults.
+        guard: Watches the LM requests.
 
     Attributes:
-        arguments: The same.
+        arguments: Those of the compile.
     """
 
-    def __init__(self, optimizer: Any, threads: int, compile_arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        threads: int,
+        compile_arguments: Mapping[str, Any],
+        guard: Guard | None = None,
+    ) -> None:
+        self.guard = guard or Guard()
         self.display = Display()
         self._optimizer = optimizer
         self._threads = Threads(threads)
@@ -71,8 +86,9 @@ class Steps:
         self._proposals = proposal.Proposals(optimizer, self._threads)
         self._traceback = compile_arguments.get("provide_traceback")
         self._valset: list[Any] | None = None
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
         self._checkpoint: Checkpoint | None = None
+        self.search_calls = self.instructions_wanted = 0  # what DSPy makes of the compile's arguments
 
     @property
     def storage(self) -> BaseStorage | None:
@@ -82,6 +98,29 @@ class Steps:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes from it what an interrupted run has paid for, and keeps in it what this one does."""
         self._checkpoint = checkpoint
+
+    def estimate(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Estimate:
+        """What all steps would use; arguments as in `demo_sets`, `search_calls` and so on being set."""
+        given = _bind(stock, (program, trainset, *args), kwargs)
+        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
+        zero_shot = bootstrapped == labelled == 0  # bootstraps all the same, for the proposer
+        batch = self._flags["view_data_batch_size"] if self._flags["data_aware_proposer"] else None
+        plan = Plan(
+            predictors=len(program.predictors()),
+            train_size=len(trainset),
+            demo_sets=given["num_fewshot_candidates"],
+            bootstrapped=bootstrapped > 0 or zero_shot,
+            labelled=labelled > 0 or (zero_shot and LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT > 0),
+            instructions=self.instructions_wanted,
+            describes_program=bool(self._flags["program_aware_proposer"]),
+            summary_batch=batch or 0,
+            search_calls=self.search_calls,
+        )
+        task, prompt = self._optimizer.task_model, self._optimizer.prompt_model
+        price = self.guard.pricing.of
+        return estimate(plan, price(task, task.model), price(prompt, prompt.model))
 
     def score_ahead(self, valset: list[Any]) -> None:
         """From the first step on, threads that it leaves idle score the student on ``valset``."""
@@ -105,12 +144,36 @@ class Steps:
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Demo sets; ``stock`` is the serial method, which also says what the arguments mean."""
-        checkpoint, rng = self._checkpoint, self._optimizer.rng
+        with self._step("bootstrap"):
+            return self._demo_sets(stock, program, trainset, *args, **kwargs)
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        """Counts what a step uses; a limit that is used up ends it with an error that says so."""
+        budget, began = self.guard.budget, time.monotonic()
+        try:
+            with measured(budget.step(name)):
+                yield
+                record(Usage(seconds=time.monotonic() - began))
+        except Stopped as stop:
+            if budget.reached is None:
+                raise
+            raise SearchStoppedError(
+                f"{budget.reached}={getattr(budget.limits, budget.reached)} was used up in the {name} step, "
+                f"before the search began, by {budget.usage.total}."
+            ) from stop
+
+    def _demo_sets(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        checkpoint, rng, step = self._checkpoint, self._optimizer.rng, self.guard.budget.step
         kept = None if checkpoint is None else checkpoint.demo_sets(rng)
         proposed = checkpoint is not None and checkpoint.has_instructions
         if not proposed and proposal.is_supported() and None not in self._flags.values():
-            self._proposals.start(program, trainset, self._flags)
-        self._begin_ahead(program, trainset, idle=not proposed or kept is None)
+            with measured(step("propose")):
+                self._proposals.start(program, trainset, self._flags)
+        with measured(step(SEARCH)):
+            self._begin_ahead(program, trainset, idle=not proposed or kept is None)
         if kept is not None:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
             return kept
@@ -143,7 +206,7 @@ class Steps:
         )
         score = partial(scorer, student.baseline)
         limit = _max_errors(self._optimizer.max_errors)
-        self._ahead = _Ahead(program, self._valset, score, limit, self._checkpoint)
+        self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint)
         if not idle:
             return
         bootstrapped = {hash(repr(example)) for example in trainset}
@@ -173,6 +236,12 @@ class Steps:
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Instructions, the first of each predictor its own; ``stock`` as in `demo_sets`."""
+        with self._step("propose"):
+            return self._instructions(stock, program, trainset, *args, **kwargs)
+
+    def _instructions(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         kept = None if self._checkpoint is None else self._checkpoint.instructions()
         if kept is not None:
             logger.info("The instructions are those that an interrupted run has proposed.")
@@ -205,62 +274,6 @@ class Steps:
         """Ends what is still running, and the display."""
         self.close_threads()
         self.display.close()
-
-
-class _Ahead:
-    """Scores of the student that a search ends up with in any case, whatever it finds.
-
-    It ends where the bootstrap would: after ``max_errors`` errors, or one that is not the program's own.
-    """
-
-    def __init__(
-        self,
-        program: Any,
-        valset: list[Any],
-        score: Callable[[int], float],
-        max_errors: int,
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        self.program = program
-        self.valset = valset
-        self._score = score
-        self._max_errors = max_errors
-        self._checkpoint = checkpoint
-        self._outcomes = {} if checkpoint is None else checkpoint.student_outcomes()
-
-    def calls(self, examples: list[int]) -> Iterator[Callable[[], None]]:
-        """One for each example, for as long as there is hope."""
-        for example in examples:
-            if self._is_hopeless():
-                return
-            if example not in self._outcomes:
-                yield partial(self._measure, example)
-
-    def forget(self, examples: set[int]) -> None:
-        """Leaves out scores that the search has already: asked again, it wants another answer."""
-        for example in examples:
-            self._outcomes.pop(example, None)
-
-    def _is_hopeless(self) -> bool:
-        errors = [o for o in tuple(self._outcomes.values()) if isinstance(o, Exception)]
-        foreign = any(classify(error) is not Verdict.CANDIDATE for error in errors)
-        return foreign or len(errors) >= self._max_errors
-
-    def _measure(self, example: int) -> None:
-        try:
-            outcome: float | Exception = self._score(example)
-        except Exception as error:  # noqa: BLE001 - raised where the score is asked for
-            outcome = error
-        self._outcomes[example] = outcome
-        if self._checkpoint is not None:
-            self._checkpoint.keep_student_outcome(example, outcome)
-
-    def score_or(self, score: Score, student: dict[str, int], params: dict[str, int], example: int) -> float:
-        """What came of it, once: after an error, another attempt is a call of its own."""
-        outcome = self._outcomes.pop(example, None) if params == student else None
-        if isinstance(outcome, Exception):
-            raise outcome
-        return score(params, example) if outcome is None else outcome
 
 
 def wants_traceback(own: bool | None) -> bool:

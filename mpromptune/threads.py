@@ -8,14 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from mpromptune.limits import Stopped as Stopped
+
 T = TypeVar("T")
-
-
-class Stopped(BaseException):
-    """A call that was not begun because its pool was closed.
-
-    No Exception: DSPy takes any of those for a failure of the LM, and goes on.
-    """
 
 
 class Threads:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
+from functools import reduce
+from operator import add
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Usage:
         prompt_tokens: Tokens sent, cache hits apart.
         completion_tokens: Tokens received, cache hits apart.
         cost: US dollars, as far as prices are known.
-        seconds: Time spent in program calls, waiting for a retry included.
+        seconds: Time spent in program calls, waiting for a retry included, added up over threads.
+        program_calls: Times that the program was run on an example, every attempt counted.
     """
 
     lm_calls: int = 0
@@ -28,6 +32,7 @@ class Usage:
     completion_tokens: int = 0
     cost: float = 0.0
     seconds: float = 0.0
+    program_calls: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -37,13 +42,41 @@ class Usage:
         """Tokens in both directions."""
         return self.prompt_tokens + self.completion_tokens
 
+    def as_dict(self) -> dict[str, float]:
+        """What is not zero, as JSON takes it; `Usage(**...)` reads it back."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.program_calls} program calls, {self.lm_calls} LM calls and {self.cache_hits} cache hits, "
+            f"{self.prompt_tokens} + {self.completion_tokens} tokens, ${self.cost:.4f}"
+        )
+
+
+class StepUsage(dict[str, Usage]):
+    """Usage by step: ``"bootstrap"``, ``"propose"``, ``"search"``."""
+
+    @property
+    def total(self) -> Usage:
+        """All steps together."""
+        return reduce(add, self.values(), Usage())
+
 
 class Meter:
-    """Adds up usage; threads may share one."""
+    """Adds up usage; threads may share one.
 
-    def __init__(self) -> None:
+    Args:
+        parent: Counts the same, with what else belongs to it.
+        clock: Says the time, in seconds.
+    """
+
+    def __init__(self, parent: Meter | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._parent = parent
         self._lock = threading.Lock()
         self._total = Usage()
+        self._clock = clock
+        self._waiting = 0
+        self._waiting_since = self._waited = 0.0
 
     @property
     def total(self) -> Usage:
@@ -51,21 +84,53 @@ class Meter:
         return self._total
 
     def add(self, usage: Usage) -> None:
-        """Records usage."""
+        """Records usage, here and in everything that this is a part of."""
+        self.attribute(usage)
+        if self._parent is not None:
+            self._parent.add(usage)
+
+    def attribute(self, usage: Usage) -> None:
+        """Records here alone what the whole has counted before."""
         with self._lock:
             self._total = self._total + usage
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the time that something waits by our own will, which no timeout should hold against it."""
+        with self._lock:
+            self._waiting += 1
+            if self._waiting == 1:
+                self._waiting_since = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self._waited += self._clock() - self._waiting_since
+
+    @property
+    def waited(self) -> float:
+        """Seconds of such waiting up to now."""
+        with self._lock:
+            return self._waited + (self._clock() - self._waiting_since if self._waiting else 0.0)
 
 
 _METER: ContextVar[Meter | None] = ContextVar("mpromptune_meter", default=None)
 
 
+def current_meter() -> Meter | None:
+    """The meter of this context."""
+    return _METER.get()
+
+
 @contextmanager
-def metered() -> Iterator[Meter]:
-    """What is recorded in this context, and in threads that inherit it, goes to a new meter."""
-    meter = Meter()
-    token = _METER.set(meter)
+def metered(meter: Meter | None = None) -> Iterator[Meter]:
+    """What is recorded in this context, and in copies of it, goes to a meter: by default a new part."""
+    inner = Meter(_METER.get()) if meter is None else meter
+    token = _METER.set(inner)
     try:
-        yield meter
+        yield inner
     finally:
         _METER.reset(token)
 

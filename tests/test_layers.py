@@ -25,8 +25,8 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("journal", "usage"),
-    ("storage",),
+    ("flights", "journal", "pace", "usage"),
+    ("limits", "storage"),
     ("encoding", "execution", "ledger", "result", "schedule"),
     ("options", "record", "repeats"),
     ("history",),
@@ -37,10 +37,12 @@ LOOP = (
     ("engine",),
 )
 ADAPTER = (
-    ("lm_errors", "progress", "threads"),
+    ("lm_errors", "prices", "progress", "threads"),
+    ("estimate", "lm_guard"),
     ("bootstrap", "demos", "fingerprint", "programs", "proposal"),
     ("checkpoint",),
-    ("records", "steps"),
+    ("ahead", "records"),
+    ("steps",),
     ("optimizer",),
     ("demo",),
     ("cli",),

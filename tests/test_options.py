@@ -32,6 +32,7 @@ def test_nothing_given_means_no_search_of_ours() -> None:
     assert resolve({}, {}) is None
     assert resolve({}, gather({"sampler": None}, {"batch_size": None})) is None
     assert resolve({"n_jobs": 4}, {}) is None
+    assert resolve({"dry_run": False}, {}) is None
 
 
 def test_compile_overrides_the_constructor() -> None:
@@ -110,6 +111,14 @@ def test_sampler_config_must_be_a_mapping(config: Any) -> None:
         ({"patience": 0}, "patience.*0"),
         ({"target": "0.9"}, "target.*'0.9'"),
         ({"target": float("inf")}, "target.*inf"),
+        ({"max_tokens": 0}, "max_tokens.*0"),
+        ({"max_cost": -1.0}, "max_cost.*-1.0"),
+        ({"max_seconds": "1 h"}, "max_seconds.*'1 h'"),
+        ({"max_requests_per_minute": 0}, "max_requests_per_minute.*0"),
+        ({"max_tokens_per_minute": 1.5}, "max_tokens_per_minute.*1.5"),
+        ({"prices": {"m": 3}}, "prices.*'m': 3"),
+        ({"prices": 3}, "prices.*3"),
+        ({"dry_run": "yes"}, "dry_run.*'yes'"),
         ({"schedule": "stock"}, "schedule.*'blocks', 'mipro'.*'stock'"),
         ({"schedule": "mipro", "max_calls": 27}, "max_calls=27.*28"),
         ({"schedule": "mipro", "minibatch_size": 13}, "minibatch_size=13.*12"),

@@ -15,6 +15,7 @@ from lms import ScriptedLM, arithmetic_lm, digest
 from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, Planner
 
 from mpromptune import MIPROv2
+from mpromptune.attributes import EXAMPLES, SCORES
 from mpromptune.steps import Steps
 from mpromptune.threads import Threads
 
@@ -66,7 +67,8 @@ def _compile(metric: Any, lm: ScriptedLM | None = None, shots: Any = FEW_SHOT, *
 
 def _measured(best: Any) -> list[Any]:
     """Every trial: what was tried, on which examples, with which scores."""
-    return [(t.params, t.user_attrs, t.value) for t in best.search_result.study.trials]
+    trials = best.search_result.study.trials
+    return [(t.params, t.user_attrs[EXAMPLES], t.user_attrs[SCORES], t.value) for t in trials]
 
 
 @pytest.mark.parametrize("shots", [ZERO_SHOT, FEW_SHOT], ids=["zero", "few"])

@@ -1,0 +1,118 @@
+"""The estimate before a run against what the run then uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+import pytest
+from embedders import hashed
+from lms import arithmetic_lm
+from tasks import (
+    FEW_SHOT,
+    LABELLED_ONLY,
+    SMALL_RUN,
+    SMALL_RUN_CALLS,
+    TRAIN,
+    VAL,
+    ZERO_SHOT,
+    Adder,
+    Counted,
+    Planner,
+)
+
+from mpromptune import MIPROv2
+from mpromptune.estimate import Estimate, Plan, estimate
+from mpromptune.usage import StepUsage, Usage
+
+
+def _optimizer(shots: Any, **options: Any) -> MIPROv2:
+    settings = {"auto": None, "num_candidates": 4, "num_threads": 4, **shots}
+    return MIPROv2(metric=Counted(), **settings, **options)
+
+
+def _compile(lm: Any, program: Any, shots: Any, **options: Any) -> Any:
+    run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "block_size": 4, "batch_size": 2, **options}
+    with dspy.context(lm=lm):
+        return _optimizer(shots).compile(program, trainset=TRAIN, valset=VAL, **run)
+
+
+@pytest.mark.parametrize("program", [Adder(), Planner()], ids=["one", "two"])
+@pytest.mark.parametrize("shots", [ZERO_SHOT, LABELLED_ONLY, FEW_SHOT], ids=["zero", "labelled", "few"])
+def test_a_run_takes_what_was_estimated(shots: dict[str, int], program: Any) -> None:
+    """The search and the proposals exactly, the bootstrap at most; and the estimate itself asks nothing."""
+    asked = arithmetic_lm()
+    expected = _compile(asked, program, shots, dry_run=True)
+    assert isinstance(expected, Estimate)
+    assert asked.calls == []
+    lm = arithmetic_lm()
+    used = _compile(lm, program, shots, schedule="mipro", block_size=None).search_result.usage
+    for step in ("search", "propose"):
+        assert used[step].lm_calls == expected.usage[step].lm_calls
+    assert used["search"].program_calls == expected.usage["search"].program_calls == SMALL_RUN_CALLS
+    bootstrap = used["bootstrap"], expected.usage["bootstrap"]
+    assert bootstrap[0].program_calls <= bootstrap[1].program_calls
+    assert bootstrap[0].lm_calls <= bootstrap[1].lm_calls
+    assert (bootstrap[1].lm_calls == 0) == (shots is LABELLED_ONLY)
+    assert len(lm.calls) <= expected.usage.total.lm_calls
+
+
+def test_a_budget_of_ones_own_is_what_the_search_takes() -> None:
+    """``max_calls`` calls, two LM calls each."""
+    expected = _compile(arithmetic_lm(), Planner(), ZERO_SHOT, dry_run=True, max_calls=60)
+    assert expected.usage["search"] == Usage(program_calls=60, lm_calls=120)
+    best = _compile(arithmetic_lm(), Planner(), ZERO_SHOT, max_calls=60)
+    assert best.search_result.calls == 60
+
+
+def test_an_estimate_can_be_asked_for_in_the_constructor() -> None:
+    """For callers that only know ``compile(student, trainset=...)``."""
+    lm = arithmetic_lm()
+    with dspy.context(lm=lm):
+        optimizer = _optimizer(ZERO_SHOT, sampler_config={"dry_run": True, "sampler": "tpe"})
+        expected = optimizer.compile(Adder(), trainset=TRAIN, valset=VAL, **SMALL_RUN)
+    assert isinstance(expected, Estimate)
+    assert lm.calls == []
+
+
+PLAN = Plan(
+    predictors=2,
+    train_size=25,
+    demo_sets=5,
+    bootstrapped=True,
+    labelled=True,
+    instructions=4,
+    describes_program=True,
+    summary_batch=10,
+    search_calls=100,
+)
+
+
+def test_an_estimate_by_hand() -> None:
+    """Three sets of 25 runs; 4 x 2 instructions of three requests and a summary of 1 + 2 + 1."""
+    usage = estimate(PLAN, None, None).usage
+    assert usage == StepUsage(
+        bootstrap=Usage(program_calls=75, lm_calls=150),
+        propose=Usage(lm_calls=28),
+        search=Usage(program_calls=100, lm_calls=200),
+    )
+
+
+def test_tokens_and_dollars_of_typical_requests() -> None:
+    """378 requests of 1000 + 100 tokens; the prompt model costs ten times as much as the task model."""
+    expected = estimate(PLAN, (1.0, 10.0), (10.0, 100.0)).with_tokens(1000, 100)
+    assert expected.usage.total.tokens == 378 * 1100
+    assert expected.usage["search"].cost == pytest.approx(200 * 0.002)
+    assert expected.usage["propose"].cost == pytest.approx(28 * 0.02)
+    assert str(expected).splitlines()[2] == (
+        "search: at most 100 program calls, 200 LM calls, about 220000 tokens, $0.40"
+    )
+
+
+def test_an_unknown_price_is_not_passed_off_as_nothing() -> None:
+    """The lines that lack one say so, the sum among them."""
+    lines = str(estimate(PLAN, (1.0, 10.0), None).with_tokens(1000, 100)).splitlines()
+    assert lines[1].endswith("price of propose not known")
+    assert lines[2].endswith("$0.40")
+    assert lines[3].endswith("price of propose not known")
+    assert "$" not in str(estimate(PLAN, None, None))

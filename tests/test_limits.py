@@ -1,0 +1,458 @@
+"""Limits on tokens, money and time; caps per minute; equal requests. All against clocks that stand still."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import Any
+
+import pytest
+
+from mpromptune import PromptSpace, search
+from mpromptune.attributes import USAGE
+from mpromptune.errors import InvalidArgumentError, SearchStoppedError
+from mpromptune.execution import RetryPolicy
+from mpromptune.flights import Flights
+from mpromptune.ledger import Ledger
+from mpromptune.limits import Budget, Limits
+from mpromptune.mipro_plan import MiproPlan
+from mpromptune.pace import Pace
+from mpromptune.schedule import Minibatches
+from mpromptune.usage import Usage, record
+
+NAME = "0_predictor_instruction"
+
+
+class Clock:
+    """Moves only when it is told to, or slept on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+# Limits.
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": 1.5},
+        {"max_cost": -1},
+        {"max_cost": math.nan},
+        {"max_seconds": "1 h"},
+    ],
+)
+def test_limits_that_cannot_work_are_refused(bad: dict[str, Any]) -> None:
+    """The message names the value."""
+    with pytest.raises(InvalidArgumentError, match=repr(next(iter(bad.values()))).replace(".", "\\.")):
+        Limits(**bad)
+
+
+def test_a_budget_says_which_limit_is_used_up_and_by_how_much() -> None:
+    """15 of 10 tokens are used, in two steps."""
+    budget = Budget(Limits(max_tokens=10, max_cost=1.0))
+    budget.step("bootstrap").add(Usage(prompt_tokens=6))
+    assert budget.admits()
+    budget.step("search").add(Usage(completion_tokens=9))
+    assert not budget.admits()
+    assert (budget.reached, budget.overspent) == ("max_tokens", 5)
+    assert budget.usage.total.tokens == 15
+
+
+def test_time_runs_from_the_beginning() -> None:
+    """A limit of a minute is used up after a minute, whatever was done in it."""
+    clock = Clock()
+    budget = Budget(Limits(max_seconds=60), clock)
+    clock.sleep(59)
+    assert budget.admits()
+    clock.sleep(2)
+    assert not budget.admits()
+    assert (budget.reached, budget.overspent) == ("max_seconds", 1)
+
+
+def test_what_is_left_is_reckoned_in_calls() -> None:
+    """After 40 of 100 tokens before the search and 30 in ten calls of it, ten more calls can be paid."""
+    budget = Budget(Limits(max_tokens=100))
+    budget.step("propose").add(Usage(prompt_tokens=40))
+    budget.begin_search().add(Usage(prompt_tokens=999))  # in flight: not told yet
+    assert budget.calls_left(Usage(prompt_tokens=30), 10) == ("max_tokens", 10)
+    assert budget.calls_left(Usage(), 0) is None
+    assert budget.calls_left(Usage(), 10) is None  # a cache answers everything
+
+
+def test_the_tightest_limit_decides() -> None:
+    """Money would do for 90 more calls, and half the time is gone after ten, which leaves ten."""
+    clock = Clock()
+    budget = Budget(Limits(max_cost=1.0, max_seconds=40), clock)
+    clock.sleep(5)
+    budget.begin_search()
+    clock.sleep(15)
+    assert budget.calls_left(Usage(cost=0.1), 10) == ("max_seconds", 13)  # 20 s at 1.5 s a call
+
+
+# The search within limits.
+
+
+def _space(n: int = 12) -> PromptSpace:
+    return PromptSpace({NAME: [f"Style {i}." for i in range(n)]})
+
+
+def _costly(use: Callable[[int, int], Usage]) -> Callable[[dict[str, int], int], float]:
+    """Better with the index of the candidate; ``use(candidate, example)`` says what a call takes."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        candidate = params[NAME]
+        record(use(candidate, example))
+        return float(0.2 + 0.05 * candidate > (example * 0.618) % 1)
+
+    return score
+
+
+def _search(use: Callable[[int, int], Usage], **arguments: Any) -> Any:
+    settings = {"n_examples": 40, "max_calls": 400, "num_threads": 4, "sampler": "random", "seed": 3}
+    return search(_space(), _costly(use), **{**settings, **arguments})
+
+
+def _tokens(candidate: int, example: int) -> Usage:
+    return Usage(lm_calls=1, prompt_tokens=8 + example % 5, completion_tokens=1)
+
+
+def test_every_trial_knows_what_it_used() -> None:
+    """The sum over trials is the step's usage, and what the scores counted themselves."""
+    counted: list[int] = []
+
+    def use(candidate: int, example: int) -> Usage:
+        usage = _tokens(candidate, example)
+        counted.append(usage.tokens)
+        return usage
+
+    result = _search(use)
+    of_trials = [Usage(**json.loads(t.user_attrs[USAGE])) for t in result.study.trials]
+    assert sum(usage.tokens for usage in of_trials) == result.usage.total.tokens == sum(counted)
+    assert sum(usage.lm_calls for usage in of_trials) == result.usage["search"].lm_calls == len(counted)
+    assert result.usage["search"].program_calls == result.calls == len(counted)
+    assert result.usage["search"].seconds > 0
+    assert (result.stopped_by, result.overspent) == (None, 0.0)
+
+
+def test_attempts_that_failed_are_paid_for_too() -> None:
+    """Each example fails once with a lost connection: twice the calls, for the same scores."""
+    failed: set[tuple[int, int]] = set()
+    lock = threading.Lock()
+
+    def use(candidate: int, example: int) -> Usage:
+        with lock:
+            first = (candidate, example) not in failed
+            failed.add((candidate, example))
+        if first and example < 3:
+            record(Usage(lm_calls=1))
+            raise ConnectionError("reset")
+        return Usage(lm_calls=1)
+
+    result = _search(use, n_examples=10, max_calls=40, retry=RetryPolicy(max_wait=0.001))
+    retried = sum(example < 3 for _, example in failed)
+    assert result.usage.total.lm_calls == result.calls + retried
+    assert result.usage.total.program_calls == result.calls + retried
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_cost"])
+def test_winner_and_baseline_are_confirmed_within_the_limit(limit: str) -> None:
+    """A limit that pays for about half of the calls: less exploration, and both fully measured."""
+    budget = 2000 if limit == "max_tokens" else 0.2
+
+    def use(candidate: int, example: int) -> Usage:
+        return Usage(prompt_tokens=10, cost=0.001)
+
+    result = _search(use, limits=Limits(**{limit: budget}))
+    used = result.usage.total.tokens if limit == "max_tokens" else result.usage.total.cost
+    assert used <= budget
+    assert result.calls > 0.8 * 200  # it pays for 200
+    assert (result.stopped_by, result.overspent) == (limit, 0.0)
+    full = [m.params for m in result.configurations if m.fully]
+    assert result.best_params in full
+    assert {NAME: 0} in full
+
+
+def test_a_dear_winner_is_confirmed_too() -> None:
+    """What is kept back counts at its own price: the better ones cost five times as much."""
+
+    def use(candidate: int, example: int) -> Usage:
+        return Usage(prompt_tokens=50 if candidate >= 6 else 10)
+
+    result = _search(use, limits=Limits(max_tokens=6000))
+    assert result.usage.total.tokens <= 6000
+    assert result.best_params[NAME] >= 6
+    assert result.best_params in [m.params for m in result.configurations if m.fully]
+
+
+def _trials(result: Any) -> list[Any]:
+    return [(t.params, t.user_attrs["mpromptune:examples"], t.value) for t in result.study.trials]
+
+
+@pytest.mark.parametrize("schedule", ["blocks", "mipro"])
+def test_the_same_trials_whatever_the_threads(schedule: str) -> None:
+    """Limits are reckoned from what was told, so 1 thread and 16 spend alike."""
+    limits = Limits(max_tokens=2500)
+    options = {"limits": limits, "schedule": schedule, "batch_size": 4, "minibatch_size": 10}
+    one, many = (_search(_tokens, num_threads=n, **options) for n in (1, 16))
+    assert _trials(one) == _trials(many)
+    assert one.stopped_by == many.stopped_by == "max_tokens"
+    assert one.calls < 400
+
+
+def test_a_limit_that_never_binds_changes_nothing() -> None:
+    """The same trials as without it."""
+    assert _trials(_search(_tokens, limits=Limits(max_tokens=10**9))) == _trials(_search(_tokens))
+
+
+def test_a_plan_of_minibatches_ends_with_a_full_evaluation() -> None:
+    """Cut short, it still evaluates the best of what it has tried."""
+    result = _search(_tokens, schedule="mipro", minibatch_size=5, limits=Limits(max_tokens=1500))
+    assert result.stopped_by == "max_tokens"
+    assert result.usage.total.tokens <= 1500
+    assert len([m for m in result.configurations if m.fully]) >= 2
+
+
+def test_calls_that_are_dearer_than_foreseen_stop_the_search() -> None:
+    """From example 30 on, all cost a hundred times as much: the limit holds but for what is in flight."""
+
+    def use(candidate: int, example: int) -> Usage:
+        return Usage(prompt_tokens=1000 if example >= 30 else 10)
+
+    result = _search(use, limits=Limits(max_tokens=4000), block_size=40, batch_size=1)
+    assert result.stopped_by == "max_tokens"
+    assert 0 <= result.overspent <= 4 * 1000  # four threads
+    assert result.usage.total.tokens == 4000 + result.overspent
+    assert not any(t.state.name == "RUNNING" for t in result.study.trials)
+
+
+def test_nothing_measured_is_an_error_that_says_so() -> None:
+    """A limit that is used up before the search begins leaves nothing to return."""
+    budget = Budget(Limits(max_tokens=5))
+    budget.step("bootstrap").add(Usage(prompt_tokens=5))
+    with pytest.raises(SearchStoppedError, match="max_tokens"):
+        _search(_tokens, limits=budget)
+
+
+def test_time_stops_a_search() -> None:
+    """A clock that jumps an hour after 50 calls: no further call is begun."""
+    clock, calls = Clock(), []
+
+    def use(candidate: int, example: int) -> Usage:
+        calls.append(example)
+        if len(calls) == 50:
+            clock.sleep(3600)
+        return Usage(lm_calls=1)
+
+    result = _search(use, num_threads=1, limits=Budget(Limits(max_seconds=60), clock))
+    assert len(calls) == 50
+    assert result.stopped_by == "max_seconds"
+    assert result.calls == 50
+
+
+# Whom to return when it is cut short.
+
+A, B, C = (0,), (1,), (2,)
+
+
+def _ledger(**scores: dict[int, float]) -> Ledger:
+    ledger = Ledger()
+    for name, measured in scores.items():
+        ledger.add({"A": A, "B": B, "C": C}[name], measured)
+    return ledger
+
+
+def test_what_is_fully_measured_comes_first() -> None:
+    """B leads but was measured on one of two examples; C was measured on both, as well as the baseline."""
+    ledger = _ledger(A={0: 0.0, 1: 1.0}, B={0: 1.0}, C={0: 1.0, 1: 1.0})
+    assert ledger.best_so_far([B, C, A], A, n_examples=2) == C
+
+
+def test_nothing_worse_than_the_baseline_is_returned() -> None:
+    """On what both were measured on; what shares nothing with the baseline is not trusted."""
+    ledger = _ledger(A={0: 1.0, 1: 0.0}, B={0: 0.0, 2: 1.0}, C={3: 1.0})
+    assert ledger.best_so_far([B, C, A], A, n_examples=4) == A
+    ledger = _ledger(A={0: 1.0, 1: 0.0}, B={0: 1.0, 2: 1.0})
+    assert ledger.best_so_far([B, A], A, n_examples=4) == B
+    assert ledger.best_so_far([A, B], A, n_examples=4) == A
+
+
+def test_a_price_is_relative_to_the_mean_call() -> None:
+    """Ten tokens a call in one configuration and thirty in another: half and one and a half times 20."""
+    ledger = Ledger()
+    ledger.add(A, {0: 1.0, 1: 1.0}, Usage(prompt_tokens=20))
+    ledger.add(B, {0: 1.0, 1: 1.0}, Usage(prompt_tokens=60))
+    prices = [ledger.relative_use(lambda usage: usage.tokens, row) for row in (A, B, C)]
+    assert prices == [0.5, 1.5, 1.0]
+
+
+def test_a_failed_trial_is_paid_for() -> None:
+    """It has no score, but its usage counts."""
+    ledger = Ledger()
+    ledger.add(A, {}, Usage(prompt_tokens=20))
+    assert (ledger.calls, ledger.usage.tokens) == (0, 20)
+
+
+def test_a_plan_is_shortened_to_what_can_be_paid() -> None:
+    """Ten trials of four and two full evaluations of ten fit into 70 calls, five and one into 40."""
+    plan = MiproPlan(10, 70, A, 50, 4, Minibatches(4, 5), seed=0)
+    assert plan.num_trials == 10
+    plan.afford(40, lambda row: 1.0)
+    assert plan.num_trials == 5
+    plan.afford(1000, lambda row: 1.0)
+    assert plan.num_trials == 10
+    plan.afford(3, lambda row: 1.0)
+    assert plan.num_trials == 0
+
+
+# Caps per minute.
+
+
+def _send(pace: Pace, clock: Clock, n: int, tokens: int = 0) -> list[float]:
+    times = []
+    for _ in range(n):
+        ticket = pace.take(clock.sleep)
+        times.append(clock.now)
+        pace.settle(ticket, tokens)
+    return times
+
+
+def test_no_minute_holds_more_requests_than_allowed() -> None:
+    """Of seven requests with a cap of three, three go in each minute."""
+    clock = Clock()
+    times = _send(Pace(3, None, clock), clock, 7)
+    assert times == pytest.approx([0, 0, 0, 60, 60, 60, 120])
+
+
+def test_tokens_are_charged_when_they_are_known() -> None:
+    """The first takes 80 of 100 per minute: as many are expected of the second, which waits."""
+    clock = Clock()
+    times = _send(Pace(None, 100, clock), clock, 3, tokens=80)
+    assert times == pytest.approx([0, 60, 120])
+
+
+def test_requests_larger_than_the_cap_go_alone() -> None:
+    """150 tokens with a cap of 100: one in each minute, rather than none at all."""
+    clock = Clock()
+    times = _send(Pace(None, 100, clock), clock, 3, tokens=150)
+    assert times == pytest.approx([0, 60, 120])
+
+
+def test_what_a_cache_answered_is_given_back() -> None:
+    """Ten hits use up nothing of a cap of one."""
+    clock = Clock()
+    pace = Pace(1, 100, clock)
+    for _ in range(10):
+        pace.refund(pace.take(clock.sleep))
+    assert clock.now == 0.0
+    assert _send(pace, clock, 2) == pytest.approx([0, 60])
+
+
+def test_waiting_for_leave_can_be_ended() -> None:
+    """The sleep raises when the run is over."""
+
+    class Over(BaseException):
+        pass
+
+    def stopped(seconds: float) -> None:
+        raise Over
+
+    pace = Pace(1, None, Clock())
+    pace.take(stopped)
+    with pytest.raises(Over):
+        pace.take(stopped)
+
+
+# Equal requests.
+
+
+def _nothing() -> None:
+    pass
+
+
+class Arrivals:
+    """A check that says when so many threads are waiting."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.there: set[int] = set()
+        self.complete = threading.Event()
+
+    def __call__(self) -> None:
+        self.there.add(threading.get_ident())
+        if len(self.there) == self.wanted:
+            self.complete.set()
+
+
+def test_an_equal_request_waits_for_the_first() -> None:
+    """It goes on when the first has landed, with its answer; another request does not wait."""
+    flights, waiting = Flights(patience=60), Arrivals(1)
+    first = flights.join("a", _nothing)
+    assert first is not None
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(flights.join, "a", waiting)
+        assert flights.join("b", _nothing) is not None
+        assert waiting.complete.wait(10)
+        assert not second.done()
+        flights.land(first, succeeded=True)
+        assert second.result(10) is first
+
+
+def test_the_next_in_line_sends_it_when_the_first_has_failed() -> None:
+    """One of those that waited takes the lead, and the other waits for that one."""
+    flights, waiting = Flights(patience=60), Arrivals(2)
+    first = flights.join("a", _nothing)
+    assert first is not None
+    with ThreadPoolExecutor(2) as pool:
+        waiters = [pool.submit(flights.join, "a", waiting) for _ in range(2)]
+        assert waiting.complete.wait(10)
+        flights.land(first, succeeded=False)
+        done, others = wait(waiters, timeout=10, return_when=FIRST_COMPLETED)
+        leader = done.pop().result()
+        assert leader is not None
+        assert not leader.landed.is_set()
+        assert len(others) == 1
+        flights.land(leader, succeeded=True)
+        assert others.pop().result(10) is not None
+
+
+def test_nobody_waits_for_a_request_that_hangs() -> None:
+    """Once it is as old as one's patience, an equal one is sent beside it."""
+    clock = Clock()
+    flights = Flights(patience=60, clock=clock)
+    flights.join("a", _nothing)
+    clock.sleep(61)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(flights.join, "a", _nothing).result(10) is None
+
+
+def test_a_thread_never_waits_for_itself() -> None:
+    """A request within a request, equal or not, goes on at once while others are under way."""
+    flights = Flights(patience=60)
+    flights.join("a", _nothing)
+    assert flights.join("a", _nothing) is None
+
+
+def test_waiting_can_be_ended() -> None:
+    """The check raises when the run is over."""
+
+    class Over(BaseException):
+        pass
+
+    def over() -> None:
+        raise Over
+
+    flights = Flights(patience=60)
+    flights.join("a", _nothing)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(Over):
+        pool.submit(flights.join, "a", over).result(10)
