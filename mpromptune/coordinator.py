@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mpromptune.attributes import EXAMPLES, SCORES
-from mpromptune.errors import SearchStoppedError
-from mpromptune.execution import Outcome, Verdict, Workers
+from mpromptune.errors import SearchInterrupted, SearchStoppedError
+from mpromptune.execution import INFRASTRUCTURE, Outcome, Verdict, Workers
+from mpromptune.interrupts import GRACE, deferred, interrupted
 from mpromptune.knowledge import Knowledge
+from mpromptune.outage import Answer, Reliability, last_failures
 from mpromptune.plan import Plan, Request
 from mpromptune.result import Measured, SearchResult
 from mpromptune.samplers import distributions_of
@@ -22,6 +26,12 @@ from mpromptune.space import PromptSpace, Row
 
 Callback = Callable[[Study, FrozenTrial], None]
 OnCall = Callable[[int, int], None]
+
+logger = logging.getLogger(__name__)
+
+# NOTE: seconds that calls in flight are given when an error, not a user, ends the search: they are
+# paid for, so nearly all of them are worth waiting for; one that hangs is not.
+_LAST_CALLS = 60.0
 
 # Small rounds in a row without a single answer that are read as an outage.
 _BARREN_ROUNDS = 10
@@ -49,6 +59,7 @@ class Coordinator:
         failure_score: What an example scores when the candidate itself failed on it.
         callbacks: Called after every trial, in order.
         on_call: Called as program calls come back.
+        grace: Seconds that an interrupt leaves to calls in flight.
     """
 
     space: PromptSpace
@@ -58,8 +69,10 @@ class Coordinator:
     failure_score: float
     callbacks: Sequence[Callback]
     on_call: OnCall | None
+    grace: float = GRACE
     in_flight: deque[list[_Running]] = field(default_factory=deque)
     barren: int = 0
+    reliability: Reliability = field(default_factory=Reliability)
 
     def __post_init__(self) -> None:
         self.study = self.known.study
@@ -72,12 +85,21 @@ class Coordinator:
             while self._fill():
                 self._finish(self.in_flight[0])
                 self.in_flight.popleft()
-        except (SearchStoppedError, KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt as signalled:
+            self._abandon(self.grace)
+            raise self._interrupted(signalled) from signalled
+        except SystemExit:
+            self._abandon(self.grace)
+            raise
+        except SearchStoppedError as error:
             self._abandon()
+            error.result = self._so_far()
             raise
         except BaseException as error:
             self._abandon()
-            raise self._stopped("an error outside the program calls", error) from error
+            stopped = self._stopped("an error outside the program calls", error)
+            stopped.result = self._so_far()
+            raise stopped from error
         return self._result()
 
     def _fill(self) -> bool:
@@ -99,6 +121,10 @@ class Coordinator:
 
     def _start(self, request: Request, round_: list[_Running]) -> None:
         trial = self._ask(request.row)
+        with deferred():  # what has been submitted is to be found in its round
+            self._submit(request, trial, round_)
+
+    def _submit(self, request: Request, trial: Trial, round_: list[_Running]) -> None:
         row = self.space.row(trial.params)
         examples = request.examples(row, trial.number)
         unwanted = request.row is None and not self.plan.is_open(row)
@@ -122,24 +148,54 @@ class Coordinator:
         outcomes = [[future.result() for future in running.futures] for running in round_]
         self._require_sense(round_, outcomes)
         for running, results in zip(list(round_), outcomes, strict=True):
-            round_.remove(running)  # before the callbacks: what is told is not closed again
-            self._tell(running, results)
+            with deferred():  # what is told is not closed again
+                round_.remove(running)
+                frozen = self._tell(running, results)
+            for callback in self.callbacks:
+                callback(self.study, frozen)
         self.ledger.rounds += 1
         if self.plan.is_dropped(self.plan.baseline):
             raise self._stopped("the baseline's trials failing", _first_error(outcomes))
 
     def _require_sense(self, round_: list[_Running], outcomes: list[list[Outcome]]) -> None:
-        """Stops on a fatal error, and when a round's failures cannot be the candidates' own."""
-        flat = [outcome for results in outcomes for outcome in results]
-        verdicts = [self.workers.verdict(outcome) for outcome in flat]
-        if Verdict.STOP in verdicts:
-            fatal = flat[verdicts.index(Verdict.STOP)].error
-            raise self._stopped("an error that no further call can mend", fatal)
-        several = len({running.row for running in round_}) > 1
-        self.barren = self.barren + 1 if set(verdicts) == {Verdict.RETRY} else 0
-        many = self.barren >= _BARREN_ROUNDS or len(flat) >= self.plan.outage
-        if None not in verdicts and (several or (self.barren and many)):
-            raise self._stopped(f"all {len(flat)} calls of a round failing", _first_error(outcomes))
+        """Stops on a fatal error, and when failures cannot be the candidates' own."""
+        mine = [(r.row, outcome) for r, results in zip(round_, outcomes, strict=True) for outcome in results]
+        answers, run = self._last_failures(mine)
+        for _, outcome in (*mine, *run):
+            if self.workers.verdict(outcome) is Verdict.STOP:
+                raise self._stopped("an error that no further call can mend", outcome.error)
+        known = self.reliability.after(answers, run)
+        barren = bool(run) and all(outcome.error is not None for _, outcome in mine)
+        infrastructure = {self.workers.verdict(outcome) for _, outcome in mine} <= INFRASTRUCTURE
+        self.barren = self.barren + 1 if barren and infrastructure else 0
+        many = self.barren >= _BARREN_ROUNDS or (self.barren and len(mine) >= self.plan.outage)
+        several = len({row for row, _ in mine}) > 1 and (self.barren or known.is_empty)
+        if barren and (several or many):
+            raise self._stopped(f"all {len(mine)} calls of a round failing", run[0][1].error)
+        if run and known.is_outage(run, self.plan.outage):
+            raise self._stopped(f"the last {len(run)} calls failing, whatever was asked", run[0][1].error)
+        self.reliability.note(mine)
+
+    def _last_failures(self, mine: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
+        """All answers in hand, and the failures since the last success if any is of this round.
+
+        Calls of the rounds behind may be signs of life; they are waited for while that is open.
+        """
+        own = {id(outcome) for _, outcome in mine}
+        while True:
+            answers, pending = self._in_hand()
+            run = last_failures(answers)
+            if not any(id(outcome) in own for _, outcome in run):
+                return answers, []
+            if not pending:
+                return answers, run
+            wait(pending, return_when=FIRST_COMPLETED)
+
+    def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
+        calls = [(r.row, future) for round_ in self.in_flight for r in round_ for future in r.futures]
+        done = [(row, future) for row, future in calls if future.done()]
+        pending = [future for _, future in calls if not future.done()]
+        return [(row, future.result()) for row, future in done], pending
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
@@ -151,28 +207,53 @@ class Coordinator:
         error.__cause__ = cause
         return error
 
-    def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> None:
+    def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial:
         measured = {o.example: s for o in outcomes if (s := self._score_of(o)) is not None}
-        frozen = self._close(running, measured)
-        for callback in self.callbacks:
-            callback(self.study, frozen)
+        return self._close(running, measured)
 
     def _score_of(self, outcome: Outcome) -> float | None:
         candidate_failed = self.workers.verdict(outcome) is Verdict.CANDIDATE
         return self.failure_score if candidate_failed else outcome.score
 
-    def _abandon(self) -> None:
-        """Stops the workers and closes every open trial, keeping the scores that came in."""
+    def _abandon(self, grace: float = _LAST_CALLS) -> None:
+        """Stops the workers and closes every open trial, keeping the scores that come in until then."""
         self.workers.stopped.set()
-        open_trials = [running for round_ in self.in_flight for running in round_]
-        for running in open_trials:
-            for future in running.futures:
-                future.cancel()
-        for running in open_trials:
-            done = [f.result() for f in running.futures if not f.cancelled() and not f.exception()]
+        futures = [future for round_ in self.in_flight for r in round_ for future in r.futures]
+        try:
+            wait([future for future in futures if not future.cancel()], timeout=grace)
+        finally:  # another interrupt ends the waiting, and leaves no trial open either
+            with deferred():
+                self._close_all()
+
+    def _close_all(self) -> None:
+        for running in [running for round_ in self.in_flight for running in round_]:
+            came = [f for f in running.futures if f.done() and not f.cancelled() and not f.exception()]
+            done = [future.result() for future in came]
             self._close(running, {o.example: o.score for o in done if o.score is not None})
+        self.in_flight.clear()
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)  # asked, but never started
+
+    def _interrupted(self, signalled: BaseException) -> SearchInterrupted:
+        error = interrupted(signalled)(
+            f"The search was interrupted; {self.ledger.calls} calls measured before are kept in the study. "
+            "What is caught as SearchInterrupted has `.study`, `.result` and, after a compile, `.program`: "
+            "the best so far.",
+            self.study,
+            self._so_far(),
+        )
+        if isinstance(error, SystemExit):  # which ends the interpreter without a word
+            logger.warning("%s", error)
+        return error
+
+    def _so_far(self) -> SearchResult | None:
+        """What has been measured, whoever leads; nothing that goes wrong here hides why it ended."""
+        try:
+            ranked = self.known.best_first(self.ledger.rows())
+            return self._result(ranked[0][0]) if ranked else None
+        except Exception:
+            logger.exception("No result could be made of what was measured.")
+            return None
 
     def _close(self, running: _Running, measured: dict[int, float]) -> FrozenTrial:
         """Tells a trial: its mean when every example was measured, FAIL otherwise."""
@@ -185,13 +266,16 @@ class Coordinator:
             return self.study.tell(running.trial, state=TrialState.FAIL)
         return self.study.tell(running.trial, sum(measured.values()) / len(measured))
 
-    def _result(self) -> SearchResult:
+    def _result(self, winner: Row | None = None) -> SearchResult:
+        """By default, with the plan's winner; the baseline may then be taken as measured."""
         ranked = self.known.best_first(self.ledger.rows())
-        winner = self.plan.winner([row for row, _ in ranked], self.ledger)
+        if winner is None:
+            winner = self.plan.winner([row for row, _ in ranked], self.ledger)
+        measured = self.plan.baseline in self.ledger.rows()
         return SearchResult(
             best_params=self.space.params(winner),
             best_score=self.ledger.mean(winner),
-            baseline_score=self.ledger.mean(self.plan.baseline),
+            baseline_score=self.ledger.mean(self.plan.baseline) if measured else math.nan,
             calls=self.ledger.calls,
             n_examples=self.plan.n_examples,
             configurations=tuple(self._measured([row for row, _ in ranked])),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -12,8 +12,19 @@ from optuna.samplers import BaseSampler
 from mpromptune.attributes import N_EXAMPLES
 from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator, OnCall
+from mpromptune.daemons import DaemonThreads
 from mpromptune.errors import require_count, require_finite
-from mpromptune.execution import Classify, RetryPolicy, Score, Workers, as_score, classify_builtin
+from mpromptune.execution import (
+    Classify,
+    RetryAfter,
+    RetryPolicy,
+    Score,
+    Workers,
+    as_score,
+    classify_builtin,
+    no_hint,
+)
+from mpromptune.interrupts import GRACE, handled
 from mpromptune.knowledge import Knowledge
 from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
@@ -57,6 +68,8 @@ def search(
     executor: Executor | None = None,
     classify: Classify = classify_builtin,
     retry: RetryPolicy | None = None,
+    retry_after: RetryAfter = no_hint,
+    grace: float = GRACE,
     failure_score: float = 0.0,
     on_call: OnCall | None = None,
 ) -> SearchResult:
@@ -99,7 +112,11 @@ def search(
         minibatch_full_eval_steps: (mipro) Trials from one full evaluation to the next.
         executor: Runs the work items; by default a thread pool of ``num_threads``.
         classify: The verdict on an exception of ``score``.
-        retry: How infrastructure errors are retried.
+        retry: How infrastructure errors are retried, and after how long an attempt is given up.
+        retry_after: Seconds that an exception of ``score`` asks to wait, or None.
+        grace: Seconds that Ctrl-C and SIGTERM leave to calls in flight. No other call begins; a
+            second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it has a
+            handler already.
         failure_score: What an example scores when the candidate itself failed on it.
         on_call: Called as ``on_call(calls, max_calls)`` as results come in.
 
@@ -108,7 +125,9 @@ def search(
 
     Raises:
         InvalidArgumentError: An argument cannot work; no call was made.
-        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured.
+        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, and
+            ``.result`` is what can be said from it.
+        SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
     """
     require_count("n_examples", n_examples)
     require_count("max_calls", max_calls)
@@ -119,6 +138,7 @@ def search(
             require_count(name, count)
     if target is not None:
         require_finite("target", target)
+    require_finite("grace", grace)
     as_score(failure_score)
     check_schedule(schedule, block_size, confirm, patience, target)
     start = space.first() if baseline is None else space.row(baseline)
@@ -142,26 +162,27 @@ def search(
     bound, encoding = bind(resolve_sampler(sampler, space, seed), space, q, plan.is_open, seed)
     study = optuna.create_study(storage=storage, study_name=study_name, sampler=bound, direction="maximize")
     study.set_user_attr(N_EXAMPLES, n_examples)
-    with _executor(executor, num_threads) as pool:
+    with handled(), _executor(executor, num_threads) as pool:
         return Coordinator(
             space=space,
             plan=plan,
-            workers=Workers(score, pool, classify, retry),
+            workers=Workers(score, pool, classify, retry, retry_after, num_threads),
             known=Knowledge(study, encoding),
             failure_score=failure_score,
             callbacks=callbacks,
             on_call=on_call,
+            grace=grace,
         ).run()
 
 
 @contextlib.contextmanager
 def _executor(given: Executor | None, num_threads: int) -> Iterator[Executor]:
-    """The given executor, left open; or a thread pool, closed without waiting for queued items."""
+    """The given executor, left open; or threads, which are closed without waiting for a call that hangs."""
     if given is not None:
         yield given
         return
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mpromptune")
+    pool = DaemonThreads(num_threads)
     try:
         yield pool
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)

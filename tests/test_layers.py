@@ -25,9 +25,10 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("storage", "usage"),
+    ("daemons", "interrupts", "storage", "usage"),
+    ("throttle",),
     ("encoding", "execution", "ledger", "result", "schedule"),
-    ("options", "repeats"),
+    ("options", "outage", "repeats"),
     ("history",),
     ("knowledge", "sampler"),
     ("plan", "samplers", "qEI"),
