@@ -51,7 +51,7 @@ class SearchStoppedError(MPromptuneError, RuntimeError):
         self.program: Any = None
 
 
-class SearchInterrupted(KeyboardInterrupt):  # noqa: N818 - as the class that it is a kind of
+class SearchInterrupted(KeyboardInterrupt):
     """Ctrl-C stopped a search or a compile; nothing is spent any more.
 
     No MPromptuneError, which ``except Exception`` would take for a failure: it ends a script that

@@ -26,9 +26,7 @@ class Stopped(BaseException):
 class Terminated(KeyboardInterrupt, SystemExit):
     """SIGTERM, raised where the main thread is: an interrupt that ends the process with status 143."""
 
-    def __init__(self) -> None:
-        super().__init__("SIGTERM")
-        self.code = SearchTerminated.code
+    code = SearchTerminated.code
 
 
 class _Signals:
@@ -43,7 +41,7 @@ class _Signals:
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Handlers for what nobody else handles; those of the user are left alone."""
-        defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         mine = [number for number, handler in defaults.items() if signal.getsignal(number) is handler]
         self._seen = 0 if mine else self._seen
         try:

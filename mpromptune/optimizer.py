@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import dspy
 from optuna.samplers import BaseSampler
 
+from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution import Score
-from mpromptune.lm_errors import classify
+from mpromptune.interrupts import handled, interrupted
+from mpromptune.lm_errors import classify, retry_after
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
@@ -104,7 +106,9 @@ class MIPROv2(dspy.MIPROv2):
         Raises:
             UnknownOptionError: An option is not known (a TypeError).
             InvalidArgumentError: An option is out of range, or given twice (a ValueError).
-            SearchStoppedError: No further call could succeed; what was measured is in ``.study``.
+            SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
+                and ``.program`` is the best so far.
+            SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
         """
         ours, stock = _split(kwargs, _STOCK_COMPILE)
         options = resolve(self._defaults, gather(sampler_config, ours))
@@ -114,8 +118,16 @@ class MIPROv2(dspy.MIPROv2):
         try:
             if options is None:
                 return super().compile(student, **stock)
-            with self._steps(options, stock):
+            with handled(), self._steps(options, stock):
                 return super().compile(student, **stock)
+        except SearchInterrupted:
+            raise
+        except KeyboardInterrupt as signalled:
+            if options is None:
+                raise
+            error = interrupted(signalled)("The compile was interrupted outside its search.")
+            error.program = student
+            raise error from signalled
         finally:
             _OPTIONS.reset(token)
 
@@ -123,7 +135,7 @@ class MIPROv2(dspy.MIPROv2):
     def _steps(self, options: SearchOptions, stock: Mapping[str, Any]) -> Iterator[None]:
         """Concurrent steps before the search, for as long as a compile takes."""
         defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
-        steps = Steps(self, self._threads(options), {**defaults, **stock})
+        steps = Steps(self, self._threads(options), {**defaults, **stock}, options.grace)
         token = _STEPS.set(steps)
         try:
             yield
@@ -198,7 +210,11 @@ class MIPROv2(dspy.MIPROv2):
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
         scorer = ProgramScorer(programs, valset, self.metric, wants_traceback(evaluate.provide_traceback))
         score = _STEPS.get().scored_ahead(programs, valset, scorer)
-        result = self._search(programs, score, len(valset), options, max_calls, minibatches, int(seed))
+        try:
+            result = self._search(programs, score, len(valset), options, max_calls, minibatches, int(seed))
+        except (SearchInterrupted, SearchStoppedError) as error:
+            error.program = program if error.result is None else self._finished(programs, error.result)
+            raise
         return self._finished(programs, result)
 
     def _search(
@@ -240,6 +256,9 @@ class MIPROv2(dspy.MIPROv2):
             minibatch_size=minibatches.size,
             minibatch_full_eval_steps=minibatches.full_eval_steps,
             classify=classify,
+            retry=options.retry,
+            retry_after=retry_after,
+            grace=options.grace,
             failure_score=options.failure_score,
             on_call=bar.on_call,
         )

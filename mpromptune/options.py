@@ -10,6 +10,8 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
+from mpromptune.execution import RetryPolicy
+from mpromptune.interrupts import GRACE
 from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
 
 SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
@@ -45,6 +47,9 @@ class SearchOptions:
         target: Stop once a mean score of the metric is reached and confirmed (default: none).
         schedule: ``"blocks"``, or ``"mipro"`` for minibatches and full evaluations as DSPy's.
         failure_score: What an example scores when the candidate itself fails on it.
+        timeout: Seconds after which an attempt of a program call is given up (default: never).
+        max_retries: Further attempts after errors of the infrastructure, rate limits apart.
+        grace: Seconds that Ctrl-C and SIGTERM leave to calls in flight.
         storage: Optuna storage or its URL; by default memory.
         study_name: Name of the study in the storage.
         callbacks: Called as ``callback(study, trial)`` after every trial.
@@ -64,6 +69,9 @@ class SearchOptions:
     target: float | None = None
     schedule: str = "blocks"
     failure_score: float = 0.0
+    timeout: float | None = None
+    max_retries: int = 5
+    grace: float = GRACE
     storage: Any = None
     study_name: str | None = None
     callbacks: Sequence[Any] = ()
@@ -76,6 +84,7 @@ class SearchOptions:
         self._check_embedder()
         self._check_callbacks()
         require_finite("failure_score", self.failure_score)
+        self._check_waits()
         if self.target is not None:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
@@ -101,6 +110,13 @@ class SearchOptions:
                 "embedder must be a model name or path, a SentenceTransformer, a dspy.Embedder or a "
                 f"callable; got {embedder!r}."
             )
+
+    def _check_waits(self) -> None:
+        require_count("max_retries", self.max_retries, least=0)
+        if require_finite("grace", self.grace) < 0:
+            raise InvalidArgumentError(f"grace must not be negative; got {self.grace!r}.")
+        if self.timeout is not None and require_finite("timeout", self.timeout) <= 0:
+            raise InvalidArgumentError(f"timeout must be above 0; got {self.timeout!r}.")
 
     def _check_callbacks(self) -> None:
         is_list = isinstance(self.callbacks, Sequence)
@@ -136,6 +152,11 @@ class SearchOptions:
             raise InvalidArgumentError(
                 f"study_name={self.study_name!r} already exists in the storage; choose another name."
             )
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How a program call is tried."""
+        return RetryPolicy(attempts=1 + self.max_retries, timeout=self.timeout)
 
     @property
     def qei_arguments(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dspy.teleprompt.utils import get_signature
 
 from mpromptune import bootstrap, proposal
 from mpromptune.execution import Score, Verdict
+from mpromptune.interrupts import GRACE
 from mpromptune.lm_errors import classify
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Display
@@ -55,12 +56,15 @@ class Steps:
         optimizer: The ``dspy.MIPROv2``; its ``rng`` is drawn from as DSPy does.
         threads: LM calls at a time.
         compile_arguments: Of ``dspy.MIPROv2.compile``, with defaults.
+        grace: Seconds that LM calls under way are left after an error or an interrupt.
     """
 
-    def __init__(self, optimizer: Any, threads: int, compile_arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, optimizer: Any, threads: int, compile_arguments: Mapping[str, Any], grace: float = GRACE
+    ) -> None:
         self.display = Display()
         self._optimizer = optimizer
-        self._threads = Threads(threads)
+        self._threads = Threads(threads, grace)
         self._arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
         self._proposals = proposal.Proposals(optimizer, self._threads)
@@ -155,9 +159,11 @@ class Steps:
         self._threads.close()
 
     def close(self) -> None:
-        """Ends what is still running, and the display."""
-        self.close_threads()
-        self.display.close()
+        """Ends what is still running, and the display; after an error, nothing waits for long."""
+        try:
+            self._threads.close(self._threads.grace)
+        finally:
+            self.display.close()
 
 
 class _Ahead:

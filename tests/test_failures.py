@@ -15,20 +15,23 @@ from lms import ScriptedLM, arithmetic_lm
 from optuna.trial import TrialState
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
-from mpromptune import MIPROv2, execution
+from mpromptune import MIPROv2, execution, options
 from mpromptune.attributes import SCORES
 from mpromptune.errors import SearchStoppedError
 
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backoff of a hundredth of a second."""
-    patient = execution.RetryPolicy(attempts=3, max_wait=0.01)
-    monkeypatch.setattr(execution, "RetryPolicy", lambda: patient)
+    """Backoff of a hundredth of a second, and three attempts."""
+
+    def hasty(attempts: int, **given: Any) -> execution.RetryPolicy:
+        return execution.RetryPolicy(attempts=min(attempts, 3), **{"max_wait": 0.01, **given})
+
+    monkeypatch.setattr(options, "RetryPolicy", hasty)
 
 
-def _compile(metric: Any, program: Any = None, lm: ScriptedLM | None = None, **options: Any) -> Any:
-    run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "block_size": 4, "batch_size": 2, **options}
+def _compile(metric: Any, program: Any = None, lm: ScriptedLM | None = None, **given: Any) -> Any:
+    run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "block_size": 4, "batch_size": 2, **given}
     with dspy.context(lm=lm or arithmetic_lm()):
         optimizer = MIPROv2(metric=metric, auto=None, num_candidates=4, num_threads=4, **ZERO_SHOT)
         return optimizer.compile(program or Adder(), trainset=TRAIN, valset=VAL, **run)
