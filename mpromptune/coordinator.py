@@ -92,14 +92,9 @@ class Coordinator:
             self._abandon(self.grace)
             raise
         except SearchStoppedError as error:
-            self._abandon()
-            error.result = self._so_far()
-            raise
+            raise self._closed(error) from error.__cause__
         except BaseException as error:
-            self._abandon()
-            stopped = self._stopped("an error outside the program calls", error)
-            stopped.result = self._so_far()
-            raise stopped from error
+            raise self._closed(self._stopped("an error outside the program calls", error)) from error
         return self._result()
 
     def _fill(self) -> bool:
@@ -199,12 +194,16 @@ class Coordinator:
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
-        error = SearchStoppedError(
-            f"The search stopped on {what}: {type(cause).__name__}: {cause}. "
-            f"{self.ledger.calls} calls measured before are kept in the study.",
-            self.study,
-        )
+        message = f"The search stopped on {what}: {type(cause).__name__}: {cause}."
+        error = SearchStoppedError(message, self.study)
         error.__cause__ = cause
+        return error
+
+    def _closed(self, error: SearchStoppedError) -> SearchStoppedError:
+        """The error with all that was measured, once the last calls have come back."""
+        self._abandon()
+        error.args = (f"{error} {self.ledger.calls} calls measured before are kept in the study.",)
+        error.result = self._so_far()
         return error
 
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial:
