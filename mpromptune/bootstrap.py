@@ -16,6 +16,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
 
+from mpromptune.interrupts import result_of
 from mpromptune.threads import Threads
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class DemoSetPlan:
             futures = [sets.submit(maker) for maker in makers]
             try:
                 for future in futures:
-                    _append(demos, future.result())
+                    _append(demos, result_of(future))
                     on_set()
             except BaseException:
                 threads.close(threads.grace)

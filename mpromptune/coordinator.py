@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from mpromptune.attributes import EXAMPLES, SCORES
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution import INFRASTRUCTURE, Outcome, Verdict, Workers
-from mpromptune.interrupts import GRACE, deferred, interrupted
+from mpromptune.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.knowledge import Knowledge
 from mpromptune.outage import Answer, Reliability, last_failures
 from mpromptune.plan import Plan, Request
@@ -140,6 +140,7 @@ class Coordinator:
 
     def _finish(self, round_: list[_Running]) -> None:
         """Waits for a round and tells it in the order in which it was asked."""
+        wait_for(future for running in round_ for future in running.futures)
         outcomes = [[future.result() for future in running.futures] for running in round_]
         self._require_sense(round_, outcomes)
         for running, results in zip(list(round_), outcomes, strict=True):
@@ -184,7 +185,7 @@ class Coordinator:
                 return answers, []
             if not pending:
                 return answers, run
-            wait(pending, return_when=FIRST_COMPLETED)
+            wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
 
     def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
         calls = [(r.row, future) for round_ in self.in_flight for r in round_ for future in r.futures]
@@ -219,7 +220,7 @@ class Coordinator:
         self.workers.stopped.set()
         futures = [future for round_ in self.in_flight for r in round_ for future in r.futures]
         try:
-            wait([future for future in futures if not future.cancel()], timeout=grace)
+            wait_for([future for future in futures if not future.cancel()], grace)
         finally:  # another interrupt ends the waiting, and leaves no trial open either
             with deferred():
                 self._close_all()

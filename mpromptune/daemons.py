@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# NOTE: seconds of one wait, as in `interrupts`.
+_SLICE = 0.2
 
 
 class DaemonThreads(Executor):
@@ -59,10 +63,11 @@ class DaemonThreads(Executor):
             self.join()
 
     def join(self, timeout: float | None = None) -> None:
-        """Waits for the threads to end, at most ``timeout`` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        """Waits for the threads to end, at most ``timeout`` seconds, where an interrupt may come."""
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         for thread in self._threads:
-            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+                thread.join(min(_SLICE, left))
 
     def _work(self) -> None:
         while (call := self._queue.get()) is not None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from mpromptune.errors import SearchInterrupted, SearchTerminated
 
 # NOTE: seconds that calls in flight are given to come back after an interrupt: long enough for most
 # LM calls, and half of the ten seconds that container runtimes leave between SIGTERM and SIGKILL.
 GRACE = 5.0
+# NOTE: seconds of one wait. A signal that comes when the main thread is just about to wait is not
+# noticed before the wait ends, and on Windows none is; so long waits are made of short ones.
+_SLICE = 0.2
+
+T = TypeVar("T")
 
 
 class Stopped(BaseException):
@@ -91,6 +99,19 @@ def deferred() -> contextlib.AbstractContextManager[None]:
     Only for signals that come while `handled`, and for what takes a moment.
     """
     return _SIGNALS.deferred() if _is_main() else contextlib.nullcontext()
+
+
+def wait_for(futures: Iterable[Future[Any]], timeout: float = math.inf) -> None:
+    """Waits until all are done, where an interrupt may come."""
+    pending, deadline = set(futures), time.monotonic() + timeout
+    while pending and (left := deadline - time.monotonic()) > 0:
+        pending = wait(pending, timeout=min(_SLICE, left)).not_done
+
+
+def result_of(future: Future[T]) -> T:
+    """Its result, awaited where an interrupt may come."""
+    wait_for([future])
+    return future.result()
 
 
 def interrupted(signalled: BaseException) -> type[SearchInterrupted]:

@@ -324,9 +324,14 @@ import os, sys, threading
 from mpromptune import PromptSpace, search
 from mpromptune.execution import current_stop
 
+answered = []
+lock = threading.Lock()
+
 def score(params, example):
-    if params["a"] == 0 and example < 5:
-        return 1.0
+    with lock:
+        if len(answered) < 5:
+            answered.append(example)
+            return 1.0
     say("hangs")
     stop = current_stop()
     while not stop():
@@ -359,7 +364,7 @@ def started(ending: str) -> subprocess.Popen[str]:
 
 def test_sigterm_ends_a_process_with_143() -> None:
     """Uncaught, and although a call hangs: as by default, but with the trials closed."""
-    process = started("search(space, score, **arguments, grace=0.1)")
+    process = started("search(space, score, **arguments, grace=2)")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
@@ -368,7 +373,7 @@ def test_sigterm_ends_a_process_with_143() -> None:
 
 def test_ctrl_c_ends_a_process_although_a_call_hangs() -> None:
     """Uncaught, it is reported as an exception is, with what to do about it."""
-    process = started("search(space, score, **arguments, grace=0.1)")
+    process = started("search(space, score, **arguments, grace=2)")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -393,7 +398,8 @@ def test_a_second_ctrl_c_leaves_at_once() -> None:
         pass
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
-    assert "left with COMPLETE FAIL" in output
+    assert "left with" in output
+    assert "RUNNING" not in output
     assert process.returncode == -signal.SIGINT, errors
 
 
@@ -421,14 +427,14 @@ class Pressing(Counted):
 
 def test_an_interrupted_compile_has_the_best_program_so_far() -> None:
     """With the scores that were measured, and no LM call afterwards."""
-    lm = arithmetic_lm()
+    lm, metric = arithmetic_lm(), Pressing(20)
     with pytest.raises(SearchInterrupted) as caught:
-        _compile(Pressing(20), lm, grace=60.0, confirm=False)
+        _compile(metric, lm, grace=60.0, confirm=False)
     calls = len(lm.calls)
     error = caught.value
     assert error.program.search_result is error.result
     assert error.program.score == round(100 * error.result.best_score, 2)
-    assert 20 <= error.result.calls < 20 + THREADS
+    assert error.result.calls == metric.calls >= 20
     assert isinstance(error.program, Adder)
     assert len(lm.calls) == calls
 
