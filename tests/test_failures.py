@@ -219,3 +219,45 @@ def test_errors_raised_by_the_lm_itself_arrive_unchanged() -> None:
     result = _compile(metric, lm=lm, max_calls=36).search_result
     assert {t.state for t in result.study.trials} == {TrialState.COMPLETE}
     assert 24 <= result.calls == metric.calls < len(seen)
+
+
+def test_timeout_and_retries_are_options() -> None:
+    """A call that hangs is made again after `timeout`; without retries its trial fails instead."""
+    release = threading.Event()
+
+    class Hanging(Counted):
+        hung = False
+
+        def __call__(self, example: Any, prediction: Any, trace: Any = None) -> bool:
+            value = super().__call__(example, prediction, trace)
+            if self.calls == 5 and not self.hung:
+                self.hung = True
+                release.wait(60)
+            return value
+
+    states = {}
+    for retries in (1, 0):
+        result = _compile(Hanging(), timeout=0.5, max_retries=retries, confirm=False).search_result
+        states[retries] = {t.state for t in result.study.trials}
+    release.set()
+    assert states[1] == {TrialState.COMPLETE}
+    assert TrialState.FAIL in states[0]
+
+
+def test_an_outage_of_the_lm_with_an_unknown_error_stops() -> None:
+    """A custom LM that raises RuntimeError for everybody, in mid-run: none of it is a score."""
+    lm = arithmetic_lm()
+    forward = lm.forward
+
+    def down(*args: Any, **kwargs: Any) -> Any:
+        if metric.calls >= 24:
+            raise RuntimeError("the tunnel is closed")
+        return forward(*args, **kwargs)
+
+    metric = Counted()
+    lm.forward = down  # type: ignore[method-assign]
+    with pytest.raises(SearchStoppedError, match="the tunnel is closed") as caught:
+        _compile(metric, lm=lm, failure_score=-1.0, confirm=False)
+    trials = caught.value.study.trials  # type: ignore[attr-defined]
+    assert not any(-1.0 in t.user_attrs.get(SCORES, []) for t in trials)
+    assert caught.value.program.search_result.calls == caught.value.result.calls <= metric.calls
