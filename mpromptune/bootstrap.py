@@ -16,6 +16,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
 
+from mpromptune.interrupts import result_of
 from mpromptune.threads import Threads
 from mpromptune.usage import Usage, record
 
@@ -63,14 +64,14 @@ class DemoSetPlan:
         makers = self._draw(rng, threads)
         demos: DemoSets = {i: [] for i, _ in enumerate(self.student.predictors())}
         # A thread for each set, which only waits; closing `threads` ends them after an error.
-        with Threads(max(1, len(makers))) as sets:
+        with Threads(max(1, len(makers)), grace=0) as sets:
             futures = [sets.submit(maker) for maker in makers]
             try:
                 for future in futures:
-                    _append(demos, future.result())
+                    _append(demos, result_of(future))
                     on_set()
             except BaseException:
-                threads.close()
+                threads.close(threads.grace)
                 raise
         return demos
 

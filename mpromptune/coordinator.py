@@ -10,16 +10,21 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial
 
-from mpromptune.errors import SearchStoppedError
+from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution import Outcome, Verdict, Workers
+from mpromptune.health import Health
+from mpromptune.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.knowledge import Knowledge
+from mpromptune.limits import MEASURE, Budget
+from mpromptune.outage import Answer
 from mpromptune.plan import Plan, Request
 from mpromptune.record import in_memory
-from mpromptune.result import Measured, SearchResult
+from mpromptune.result import SearchResult
 from mpromptune.schedule import Examples
 from mpromptune.space import PromptSpace, Row
+from mpromptune.summary import Summary
 from mpromptune.trials import Asked, Trials
 
 logger = logging.getLogger(__name__)
@@ -27,8 +32,9 @@ logger = logging.getLogger(__name__)
 Callback = Callable[[Study, FrozenTrial], None]
 OnCall = Callable[[int, int], None]
 
-# Small rounds in a row without a single answer that are read as an outage.
-_BARREN_ROUNDS = 10
+# NOTE: seconds that calls in flight are given when an error, not a user, ends the search: they are
+# paid for, so nearly all of them are worth waiting for; one that hangs is not.
+_LAST_CALLS = 60.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,10 @@ class _Running:
         return self.asked.row
 
 
+class _LimitReached(Exception):  # noqa: N818 - a signal, not an error
+    """Work items were refused because a limit is used up."""
+
+
 @dataclass
 class Coordinator:
     """The one thread that talks to the study; workers only score, and save what they have scored.
@@ -54,9 +64,11 @@ class Coordinator:
         workers: Score (configuration, example) pairs.
         trials: The trials of the study: the record of earlier runs first.
         known: The study, and what was learnt.
+        budget: Limits beside program calls, and what counts against them.
         failure_score: What an example scores when the candidate itself failed on it.
         callbacks: Called after every trial, in order.
         on_call: Called as program calls come back.
+        grace: Seconds that an interrupt leaves to calls in flight.
     """
 
     space: PromptSpace
@@ -64,16 +76,19 @@ class Coordinator:
     workers: Workers
     trials: Trials
     known: Knowledge
+    budget: Budget
     failure_score: float
     callbacks: Sequence[Callback]
     on_call: OnCall | None
+    grace: float = GRACE
     in_flight: deque[list[_Running]] = field(default_factory=deque)
-    barren: int = 0
     unsaved: Exception | None = None
 
     def __post_init__(self) -> None:
         self.study = self.known.study
         self.ledger = self.known.ledger
+        self.health = Health(self.workers.verdict, self.plan.outage)
+        self.summary = Summary(self.space, self.plan, self.known, self.budget)
 
     def run(self) -> SearchResult:
         """Rounds until the plan has no more."""
@@ -81,18 +96,21 @@ class Coordinator:
             while self._fill():
                 self._finish(self.in_flight[0])
                 self.in_flight.popleft()
+                self._afford()
             self._take_rest()
+        except _LimitReached:
+            self._abandon()
+        except KeyboardInterrupt as signalled:
+            self._abandon(self.grace)
+            raise self._interrupted(signalled) from signalled
+        except SystemExit:
+            self._abandon(self.grace)
+            raise
         except SearchStoppedError as error:
-            self._abandon()
-            error.study = self.study
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            self._abandon()
-            raise
+            raise self._closed(error) from error.__cause__
         except BaseException as error:
-            self._abandon()
-            raise self._stopped("an error outside the program calls", error) from error
-        return self._result()
+            raise self._closed(self._stopped("an error outside the program calls", error)) from error
+        return self.summary.result(self.study)
 
     def _fill(self) -> bool:
         """Starts rounds until enough are in flight; whether any is."""
@@ -100,14 +118,15 @@ class Coordinator:
             round_: list[_Running] = []
             self.in_flight.append(round_)  # before it is filled: what has started is never lost
             for request in self.plan.next_round(self.known, alone=len(self.in_flight) == 1):
-                self._start(request, round_)
+                asked = self.trials.next(request.row)
+                with deferred():  # what has been submitted is to be found in its round
+                    self._start(request, asked, round_)
             if not round_:
                 self.in_flight.pop()
                 break
         return bool(self.in_flight)
 
-    def _start(self, request: Request, round_: list[_Running]) -> None:
-        asked = self.trials.next(request.row)
+    def _start(self, request: Request, asked: Asked, round_: list[_Running]) -> None:
         examples = self._examples(request, asked)
         if not examples:
             self.trials.drop(asked)
@@ -129,17 +148,18 @@ class Coordinator:
     def _measure(self, asked: Asked, example: int) -> Future[Outcome]:
         if asked.trial is not None and example not in asked.scores:
             params = self.space.params(asked.row)
-            return self.workers.submit(params, example, partial(self._keep, asked.trial))
+            return self.workers.submit(params, example, partial(self._keep, asked))
         measured: Future[Outcome] = Future()
         measured.set_result(Outcome(example, asked.scores.get(example)))
         return measured
 
-    def _keep(self, trial: Trial, outcome: Outcome) -> None:
-        """Saves a score in the worker that has it: it is paid for, whatever comes next."""
-        if self._score_of(outcome) is None:
-            return
+    def _keep(self, asked: Asked, outcome: Outcome) -> None:
+        """Saves a score in the worker that has it: it is paid for, whatever comes next.
+
+        What a candidate failed on is not known to be its own fault before its round is complete.
+        """
         try:
-            self.trials.keep(trial, outcome.example, outcome.score)
+            self.trials.keep(asked, outcome.example, outcome.score, outcome.usage)
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self.workers.stopped.set()
             self.unsaved = self.unsaved or error
@@ -150,73 +170,96 @@ class Coordinator:
 
     def _finish(self, round_: list[_Running]) -> None:
         """Waits for a round and tells it in the order in which it was asked."""
+        wait_for(future for running in round_ for future in running.futures)
         outcomes = [[future.result() for future in running.futures] for running in round_]
-        if self.unsaved is not None:
-            raise self._stopped("a score that could not be saved", self.unsaved)
         self._require_sense(round_, outcomes)
         for running, results in zip(list(round_), outcomes, strict=True):
-            round_.remove(running)  # before the callbacks: what is told is not closed again
-            self._tell(running, results)
+            with deferred():  # what is told is not closed again
+                round_.remove(running)
+                frozen = self._tell(running, results)
+            if frozen is not None:  # told by this run: an earlier one has called back itself
+                self._call_back(frozen)
         self.ledger.rounds += 1
         if self.plan.is_dropped(self.plan.baseline):
-            error = _first_error(outcomes)
+            error = next((o.error for results in outcomes for o in results if o.error is not None), None)
             if error is not None:
                 raise self._stopped("the baseline's trials failing", error)
             self.plan.forgive(self.plan.baseline)  # it was an earlier run that stopped on them
 
     def _require_sense(self, round_: list[_Running], outcomes: list[list[Outcome]]) -> None:
-        """Stops on a fatal error, and when a round's failures cannot be the candidates' own."""
-        flat = [outcome for results in outcomes for outcome in results]
-        verdicts = [self.workers.verdict(outcome) for outcome in flat]
-        if Verdict.STOP in verdicts:
-            fatal = flat[verdicts.index(Verdict.STOP)].error
-            raise self._stopped("an error that no further call can mend", fatal)
-        several = len({running.row for running in round_}) > 1
-        self.barren = self.barren + 1 if set(verdicts) == {Verdict.RETRY} else 0
-        many = self.barren >= _BARREN_ROUNDS or len(flat) >= self.plan.outage
-        if None not in verdicts and (several or (self.barren and many)):
-            raise self._stopped(f"all {len(flat)} calls of a round failing", _first_error(outcomes))
+        """Stops where a round's answers are not to be told."""
+        if self.unsaved is not None:
+            raise self._stopped("a score that could not be saved", self.unsaved)
+        mine = [(r.row, outcome) for r, results in zip(round_, outcomes, strict=True) for outcome in results]
+        alarm = self.health.check(mine, self._in_hand)
+        if alarm is not None:
+            raise self._stopped(alarm.what, alarm.cause)
+        if self.budget.reached:
+            raise _LimitReached
+
+    def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
+        calls = [(r.row, future) for round_ in self.in_flight for r in round_ for future in r.futures]
+        done = [(row, future) for row, future in calls if future.done()]
+        pending = [future for _, future in calls if not future.done()]
+        return [(row, future.result()) for row, future in done], pending
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
-        error = SearchStoppedError(
-            f"The search stopped on {what}: {type(cause).__name__}: {cause}. "
-            f"{self.ledger.calls} calls measured before are kept in the study.",
-            self.study,
-        )
+        message = f"The search stopped on {what}: {type(cause).__name__}: {cause}."
+        error = SearchStoppedError(message, self.study)
         error.__cause__ = cause
         return error
 
-    def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> None:
-        measured = {o.example: s for o in outcomes if (s := self._score_of(o)) is not None}
-        frozen = self._close(running, measured)
-        if frozen is None:  # by an earlier run, which called back
-            return
+    def _closed(self, error: SearchStoppedError) -> SearchStoppedError:
+        """The error with all that was measured, once the last calls have come back."""
+        self._abandon()
+        error.args = (f"{error} {self.ledger.calls} calls measured before are kept in the study.",)
+        error.study, error.result = self.study, self.summary.so_far(self.study)
+        return error
+
+    def _interrupted(self, signalled: BaseException) -> SearchInterrupted:
+        error = interrupted(signalled)(
+            f"The search was interrupted; {self.ledger.calls} calls measured before are kept in the study. "
+            "What is caught as SearchInterrupted has `.study`, `.result` and, after a compile, `.program`: "
+            "the best so far.",
+            self.study,
+            self.summary.so_far(self.study),
+        )
+        if isinstance(error, SystemExit):  # which ends the interpreter without a word
+            logger.warning("%s", error)
+        return error
+
+    def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
+        failed = [o.example for o in outcomes if self.workers.verdict(o) is Verdict.CANDIDATE]
+        measured = {o.example: o.score for o in outcomes if o.score is not None}
+        measured.update(dict.fromkeys(failed, self.failure_score))
+        in_order = {example: measured[example] for example in running.examples if example in measured}
+        return self._close(running, in_order)
+
+    def _call_back(self, trial: FrozenTrial) -> None:
         for callback in self.callbacks:
-            callback(self.study, frozen)
+            callback(self.study, trial)
 
-    def _score_of(self, outcome: Outcome) -> float | None:
-        candidate_failed = self.workers.verdict(outcome) is Verdict.CANDIDATE
-        return self.failure_score if candidate_failed else outcome.score
-
-    def _abandon(self) -> None:
-        """Stops the workers and closes every open trial, keeping the scores that came in."""
+    def _abandon(self, grace: float = _LAST_CALLS) -> None:
+        """Stops the workers and closes every open trial, keeping the scores that come in until then."""
         self.workers.stopped.set()
-        open_trials = [running for round_ in self.in_flight for running in round_]
-        for running in open_trials:
-            for future in running.futures:
-                future.cancel()
-        measured: dict[int, dict[int, float]] = {}
-        for running in open_trials:
-            done = [f.result() for f in running.futures if not f.cancelled() and not f.exception()]
-            scores = {o.example: s for o in done if (s := self._score_of(o)) is not None}
-            measured[running.asked.number] = scores
+        futures = [future for round_ in self.in_flight for r in round_ for future in r.futures]
         try:
-            for running in open_trials:
-                self._close(running, measured[running.asked.number], abandoned=True)
+            wait_for([future for future in futures if not future.cancel()], grace)
+        finally:  # another interrupt ends the waiting, and leaves no trial open either
+            with deferred():
+                self._close_all()
+
+    def _close_all(self) -> None:
+        running = [running for round_ in self.in_flight for running in round_]
+        scores = {r.asked.number: _came_in(r.futures) for r in running}
+        self.in_flight.clear()
+        try:
+            for one in running:
+                self._close(one, scores[one.asked.number], abandoned=True)
             self.trials.abandon_open()
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
-            self._leave_storage(error, measured)
+            self._leave_storage(error, scores)
 
     def _leave_storage(self, error: Exception, measured: Mapping[int, Mapping[int, float]]) -> None:
         logger.warning("Open trials could not be closed in the storage (%s); kept in memory.", error)
@@ -228,7 +271,7 @@ class Coordinator:
     def _close(
         self, running: _Running, measured: Mapping[int, float], abandoned: bool = False
     ) -> FrozenTrial | None:
-        self.ledger.add(running.row, measured)
+        self.ledger.add(running.row, measured, running.asked.meter.total)
         lost = [example for example in running.examples if example not in measured]
         self.plan.settle(running.row, running.examples, lost)
         return self.trials.tell(running.asked, running.examples, measured, abandoned)
@@ -240,32 +283,24 @@ class Coordinator:
             self.plan.assign(asked.row, examples)
             self._close(_Running(asked, examples, ()), asked.scores, abandoned=True)
 
-    def _result(self) -> SearchResult:
-        ranked = self.known.best_first(self.ledger.rows())
-        winner = self.plan.winner([row for row, _ in ranked], self.ledger)
-        return SearchResult(
-            best_params=self.space.params(winner),
-            best_score=self.ledger.mean(winner),
-            baseline_score=self.ledger.mean(self.plan.baseline),
-            calls=self.ledger.calls,
-            n_examples=self.plan.n_examples,
-            configurations=tuple(self._measured([row for row, _ in ranked])),
-            study=self.study,
-        )
-
-    def _measured(self, rows: Sequence[Row]) -> list[Measured]:
-        means, variances = self.known.posterior(rows)
-        return [
-            Measured(
-                params=self.space.params(row),
-                scores=self.ledger.means(row),
-                posterior_mean=mean,
-                posterior_std=variance**0.5,
-                fully=self.plan.is_full(row, self.ledger),
-            )
-            for row, mean, variance in zip(rows, means.tolist(), variances.tolist(), strict=True)
-        ]
+    def _afford(self) -> None:
+        """Tells the plan how far tokens, money and time go, so that it can keep back what it needs."""
+        left = self.budget.calls_left(self.ledger.usage, self.ledger.calls)
+        if left is None:
+            return
+        name, calls = left
+        price = partial(self.ledger.relative_use, MEASURE[name])
+        dearest = max(map(price, self.ledger.rows()), default=1.0)
+        if calls >= dearest * (self.plan.max_calls - self.ledger.calls):  # enough, come what may
+            self.summary.binding = None
+            self.plan.afford(self.plan.max_calls, lambda row: 1.0)
+        else:
+            affordable = self.ledger.calls + calls
+            self.summary.binding = name if affordable < self.plan.max_calls else None
+            self.plan.afford(affordable, price)
 
 
-def _first_error(outcomes: list[list[Outcome]]) -> BaseException | None:
-    return next((o.error for results in outcomes for o in results if o.error is not None), None)
+def _came_in(futures: Sequence[Future[Outcome]]) -> dict[int, float]:
+    """The scores of those that are done."""
+    done = [f.result() for f in futures if f.done() and not f.cancelled() and not f.exception()]
+    return {outcome.example: outcome.score for outcome in done if outcome.score is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any
 
 from optuna.samplers import BaseSampler
@@ -13,11 +13,22 @@ from optuna.study import Study
 
 from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator, OnCall
+from mpromptune.daemons import DaemonThreads
 from mpromptune.encoding import Encoding
 from mpromptune.errors import require_count, require_finite
-from mpromptune.execution import Classify, RetryPolicy, Score, Workers, as_score, classify_builtin
+from mpromptune.execution import (
+    Classify,
+    RetryAfter,
+    RetryPolicy,
+    Score,
+    Workers,
+    as_score,
+    classify_builtin,
+    no_hint,
+)
+from mpromptune.interrupts import GRACE, handled
 from mpromptune.knowledge import Knowledge
-from mpromptune.limits import Budget, Limits
+from mpromptune.limits import SEARCH, Budget, Limits
 from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
@@ -37,7 +48,7 @@ from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
 from mpromptune.storage import StorageSpec, open_study
 from mpromptune.trials import Trials
-from mpromptune.usage import metered
+from mpromptune.usage import Usage, metered
 
 
 def search(
@@ -65,6 +76,8 @@ def search(
     executor: Executor | None = None,
     classify: Classify = classify_builtin,
     retry: RetryPolicy | None = None,
+    retry_after: RetryAfter = no_hint,
+    grace: float = GRACE,
     failure_score: float = 0.0,
     on_call: OnCall | None = None,
     limits: Limits | Budget | None = None,
@@ -117,7 +130,11 @@ def search(
         minibatch_full_eval_steps: (mipro) Trials from one full evaluation to the next.
         executor: Runs the work items; by default a thread pool of ``num_threads``.
         classify: The verdict on an exception of ``score``.
-        retry: How infrastructure errors are retried.
+        retry: How infrastructure errors are retried, and after how long an attempt is given up.
+        retry_after: Seconds that an exception of ``score`` asks to wait, or None.
+        grace: Seconds that Ctrl-C and SIGTERM leave to calls in flight. No other call begins; a
+            second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it has a
+            handler already.
         failure_score: What an example scores when the candidate itself failed on it.
         on_call: Called as ``on_call(calls, max_calls)`` as results come in.
         limits: On tokens, money and time: ``score`` calls `mpromptune.usage.record` to say what it
@@ -133,31 +150,30 @@ def search(
         StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
             seed or schedule, or to none; no call was made.
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
-            where the storage failed.
+            where the storage failed, and ``.result`` is what can be said from it.
+        SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
     """
     _check_counts(n_examples=n_examples, max_calls=max_calls, num_threads=num_threads)
     optional = {"batch_size": batch_size, "block_size": block_size, "patience": patience}
     _check_counts(**{name: count for name, count in optional.items() if count is not None})
     if target is not None:
         require_finite("target", target)
+    require_finite("grace", grace)
     as_score(failure_score)
     check_schedule(schedule, block_size, confirm, patience, target)
     start = space.first() if baseline is None else space.row(baseline)
-    plan: Plan
     if schedule == "mipro":
         batches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch).within(n_examples)
         trial_size = batches.size
         sizes = {"minibatch_size": trial_size, "minibatch_full_eval_steps": batches.full_eval_steps}
-        plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
+        plan: Plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
     else:
         trial_size = default_block_size(n_examples) if block_size is None else block_size
         sizes = {"block_size": trial_size}
-        blocks = partition(n_examples, trial_size, seed)
         check_budget(max_calls, n_examples, confirm)
-        parts = Schedule(n_examples, blocks, max_calls, start, confirm)
+        parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
         plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
-    study = open_study(storage, study_name)
-    before = recorded_settings(study)
+    before = recorded_settings(study := open_study(storage, study_name))
     plan.batch_size = round_size(batch_size, sampler, num_threads, trial_size, before.get("batch_size"))
     plan.rounds_in_flight = _rounds_in_flight(plan, before, num_threads, trial_size)
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
@@ -171,17 +187,19 @@ def search(
     write_settings(study, settings)
     trials = Trials(study, space, record, failure_score)
     budget = limits if isinstance(limits, Budget) else Budget(limits)
-    with _executor(executor, num_threads) as pool, metered(budget.begin_search()):
+    budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
+    with handled(), _executor(executor, num_threads) as pool, metered(budget.begin_search()):
         return Coordinator(
             space=space,
             plan=plan,
-            workers=Workers(score, pool, classify, retry, budget.admits, stopped),
+            workers=Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped),
             trials=trials,
             known=Knowledge(study, encoding, hidden=trials.untold),
             budget=budget,
             failure_score=failure_score,
             callbacks=callbacks,
             on_call=on_call,
+            grace=grace,
         ).run()
 
 
@@ -212,12 +230,12 @@ def _rounds_in_flight(plan: Plan, before: Mapping[str, Any], num_threads: int, t
 
 @contextlib.contextmanager
 def _executor(given: Executor | None, num_threads: int) -> Iterator[Executor]:
-    """The given executor, left open; or a thread pool, closed without waiting for queued items."""
+    """The given executor, left open; or threads, which are closed without waiting for a call that hangs."""
     if given is not None:
         yield given
         return
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mpromptune")
+    pool = DaemonThreads(num_threads)
     try:
         yield pool
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)

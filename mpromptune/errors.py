@@ -39,16 +39,50 @@ class StudyMismatchError(MPromptuneError, ValueError):
     """A study belongs to another run; the message says what differs."""
 
 
+class CallTimeoutError(MPromptuneError, TimeoutError):
+    """A program call took longer than the ``timeout``."""
+
+
 class SearchStoppedError(MPromptuneError, RuntimeError):
     """The search had to stop before its budget was spent.
 
     Attributes:
         study: The Optuna study with everything that was measured until then.
+        result: The SearchResult of that, its winner by posterior mean; None where nothing was.
+        program: The best program so far, when a program was compiled.
     """
 
     def __init__(self, message: str, study: object = None) -> None:
         super().__init__(message)
         self.study = study
+        self.result: Any = None
+        self.program: Any = None
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a search or a compile; nothing is spent any more.
+
+    No MPromptuneError, which ``except Exception`` would take for a failure: it ends a script that
+    does not ask for it.
+
+    Attributes:
+        study: The Optuna study with everything that was measured; None before the search.
+        result: The SearchResult of that, its winner by posterior mean; None where nothing was.
+        program: The best program so far, when a program was compiled: the student as it came where
+            nothing was measured.
+    """
+
+    def __init__(self, message: str, study: object = None, result: Any = None) -> None:
+        super().__init__(message)
+        self.study = study
+        self.result = result
+        self.program: Any = None
+
+
+class SearchTerminated(SearchInterrupted, SystemExit):
+    """SIGTERM stopped it; if nobody catches this, the process ends with status 143, as by default."""
+
+    code = 143  # 128 + SIGTERM, as a shell reports it
 
 
 def require_count(name: str, value: Any, least: int = 1) -> int:

@@ -14,13 +14,6 @@ from mpromptune.usage import Meter, StepUsage, Usage, current_meter
 SEARCH = "search"  # the step in which trials are measured
 
 
-class Stopped(BaseException):
-    """A call that was not begun because nothing may be spent any more.
-
-    No Exception: DSPy takes any of those for a failure of the LM, and goes on.
-    """
-
-
 @dataclass(frozen=True)
 class Limits:
     """What may be used at most; None means no limit.

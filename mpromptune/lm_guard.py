@@ -11,8 +11,10 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
+from mpromptune.execution import check_stopped
 from mpromptune.flights import Flight, Flights
-from mpromptune.limits import Budget, Stopped
+from mpromptune.interrupts import Stopped
+from mpromptune.limits import Budget
 from mpromptune.pace import Pace, Ticket
 from mpromptune.prices import Pricing, tokens_of
 from mpromptune.usage import Meter, Usage, current_meter, metered
@@ -128,6 +130,7 @@ class Guard(BaseCallback):
         Raises:
             Stopped: The run is over, or a limit is used up.
         """
+        check_stopped()
         if self.stopped.is_set() or not (self.spares or self.budget.admits()):
             raise Stopped
         if self._outer is not None:

@@ -14,11 +14,13 @@ import dspy
 from optuna.samplers import BaseSampler
 
 from mpromptune.checkpoint import Checkpoint
+from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.estimate import Estimate
 from mpromptune.execution import Score
 from mpromptune.fingerprint import fingerprint
+from mpromptune.interrupts import handled, interrupted
 from mpromptune.limits import Budget
-from mpromptune.lm_errors import classify
+from mpromptune.lm_errors import classify, retry_after
 from mpromptune.lm_guard import Guard
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.prices import Pricing
@@ -118,7 +120,9 @@ class MIPROv2(dspy.MIPROv2):
         Raises:
             UnknownOptionError: An option is not known (a TypeError).
             InvalidArgumentError: An option is out of range, or given twice (a ValueError).
-            SearchStoppedError: No further call could succeed; what was measured is in ``.study``.
+            SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
+                and ``.program`` is the best so far.
+            SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
         """
         ours, stock = _split(kwargs, _STOCK_COMPILE)
         options = resolve(self._defaults, gather(sampler_config, ours))
@@ -128,10 +132,18 @@ class MIPROv2(dspy.MIPROv2):
         try:
             if options is None:
                 return super().compile(student, **stock)
-            with self._steps(options, stock):
+            with handled(), self._steps(options, stock):
                 return super().compile(student, **stock)
         except _Planned as planned:
             return planned.estimate
+        except SearchInterrupted:
+            raise
+        except KeyboardInterrupt as signalled:
+            if options is None:
+                raise
+            error = interrupted(signalled)("The compile was interrupted outside its search.")
+            error.program = student
+            raise error from signalled
         finally:
             _OPTIONS.reset(token)
 
@@ -141,7 +153,7 @@ class MIPROv2(dspy.MIPROv2):
         defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
         pricing = Pricing(options.prices, must_know=options.max_cost is not None)
         guard = Guard(Budget(options.limits), pricing, pace=options.pace)
-        steps = Steps(self, self._threads(options), {**defaults, **stock}, guard)
+        steps = Steps(self, self._threads(options), {**defaults, **stock}, guard, options.grace)
         token = _STEPS.set(steps)
         try:
             with guard.watching():
@@ -228,7 +240,11 @@ class MIPROv2(dspy.MIPROv2):
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
         scorer = ProgramScorer(programs, valset, self.metric, wants_traceback(evaluate.provide_traceback))
         score = _STEPS.get().scored_ahead(programs, valset, scorer)
-        result = self._search(programs, score, len(valset), options, max_calls, minibatches, int(seed))
+        try:
+            result = self._search(programs, score, len(valset), options, max_calls, minibatches, int(seed))
+        except (SearchInterrupted, SearchStoppedError) as error:
+            error.program = program if error.result is None else self._finished(programs, error.result)
+            raise
         return self._finished(programs, result)
 
     def _search(
@@ -270,6 +286,9 @@ class MIPROv2(dspy.MIPROv2):
             minibatch_size=minibatches.size,
             minibatch_full_eval_steps=minibatches.full_eval_steps,
             classify=classify,
+            retry=options.retry,
+            retry_after=retry_after,
+            grace=options.grace,
             failure_score=options.failure_score,
             on_call=bar.on_call,
             limits=_STEPS.get().guard.budget,

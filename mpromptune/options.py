@@ -11,6 +11,8 @@ from typing import Any
 from optuna.samplers import BaseSampler
 
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
+from mpromptune.execution import RetryPolicy
+from mpromptune.interrupts import GRACE
 from mpromptune.limits import Limits
 from mpromptune.pace import Pace
 from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
@@ -59,6 +61,9 @@ class SearchOptions:
         max_tokens_per_minute: Tokens in any minute.
         dry_run: Return an `Estimate` of what the compile would use, and ask no LM.
         failure_score: What an example scores when the candidate itself fails on it.
+        timeout: Seconds after which an attempt of a program call is given up (default: never).
+        max_retries: Further attempts after errors of the infrastructure, rate limits apart.
+        grace: Seconds that Ctrl-C and SIGTERM leave to calls in flight.
         storage: Path of a journal file, URL of a database, or an Optuna storage, in which the same
             call goes on where it was interrupted; by default memory.
         study_name: Name of the study in the storage.
@@ -86,6 +91,9 @@ class SearchOptions:
     max_tokens_per_minute: int | None = None
     dry_run: bool = False
     failure_score: float = 0.0
+    timeout: float | None = None
+    max_retries: int = 5
+    grace: float = GRACE
     storage: Any = None
     study_name: str | None = None
     callbacks: Sequence[Any] = ()
@@ -102,6 +110,7 @@ class SearchOptions:
             raise InvalidArgumentError(f"dry_run must be True or False; got {self.dry_run!r}.")
         _check_prices(self.prices)
         require_finite("failure_score", self.failure_score)
+        self._check_waits()
         if self.target is not None:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
@@ -140,6 +149,13 @@ class SearchOptions:
                 f"callable; got {embedder!r}."
             )
 
+    def _check_waits(self) -> None:
+        require_count("max_retries", self.max_retries, least=0)
+        if require_finite("grace", self.grace) < 0:
+            raise InvalidArgumentError(f"grace must not be negative; got {self.grace!r}.")
+        if self.timeout is not None and require_finite("timeout", self.timeout) <= 0:
+            raise InvalidArgumentError(f"timeout must be above 0; got {self.timeout!r}.")
+
     def _check_callbacks(self) -> None:
         is_list = isinstance(self.callbacks, Sequence)
         if not is_list or not all(callable(callback) for callback in self.callbacks):
@@ -174,6 +190,11 @@ class SearchOptions:
             return self.max_calls
         batches = minibatches.within(n_examples)
         return batches.calls(batches.trials_for(self.max_calls, n_examples), n_examples)
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How a program call is tried."""
+        return RetryPolicy(attempts=1 + self.max_retries, timeout=self.timeout)
 
     @property
     def qei_arguments(self) -> dict[str, Any]:

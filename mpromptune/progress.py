@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mpromptune.interrupts import deferred
+
 
 class Bar:
     """Counts what is done of one step."""
@@ -24,7 +26,8 @@ class Bar:
 
     def advance(self, number: int = 1) -> None:
         """So many more are done; any thread may say so."""
-        self._progress.advance(self._task, number)
+        with deferred():  # an interrupt halfway would leave the terminal as it is
+            self._progress.advance(self._task, number)
 
     def on_call(self, calls: int, max_calls: int) -> None:
         """More program calls have come back."""
@@ -32,7 +35,8 @@ class Bar:
 
     def on_trial(self, study: Study, trial: FrozenTrial) -> None:
         """A trial was told."""
-        self._progress.update(self._task, unit=f"calls · {trial.number + 1} trials")
+        with deferred():
+            self._progress.update(self._task, unit=f"calls · {trial.number + 1} trials")
 
 
 class Display:
@@ -49,13 +53,15 @@ class Display:
 
     def bar(self, title: str, total: int, unit: str) -> Bar:
         """A bar below those of the steps before; the first one opens the display."""
-        if not self._progress.tasks:
-            try:
-                self._progress.start()
-            except LiveError:
-                self._progress.disable = True
-        return Bar(self._progress, self._progress.add_task(title, total=total, unit=unit))
+        with deferred():
+            if not self._progress.tasks:
+                try:
+                    self._progress.start()
+                except LiveError:
+                    self._progress.disable = True
+            return Bar(self._progress, self._progress.add_task(title, total=total, unit=unit))
 
     def close(self) -> None:
         """Leaves the bars as they are."""
-        self._progress.stop()
+        with deferred():
+            self._progress.stop()

@@ -15,6 +15,7 @@ from dspy.propose.grounded_proposer import GenerateModuleInstruction, generate_i
 from dspy.teleprompt.mipro_optimizer_v2 import BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT
 from dspy.utils.callback import BaseCallback
 
+from mpromptune.interrupts import result_of
 from mpromptune.threads import Threads
 
 # Everything that one proposal draws, in all versions of DSPy so far.
@@ -64,7 +65,7 @@ class ConcurrentProposer(GroundedProposer):
         """As ``GroundedProposer``; ``on_instruction`` is called after every instruction, in order."""
 
         def result(future: Future[str]) -> str:
-            instruction = future.result()
+            instruction = result_of(future)
             on_instruction()
             return instruction
 

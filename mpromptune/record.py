@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from mpromptune.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES
+from mpromptune.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.schedule import Examples
+from mpromptune.usage import Usage
 
 _OPEN = (TrialState.RUNNING, TrialState.WAITING)
 
@@ -30,6 +32,7 @@ class Recorded:
         scores: Example to score. NaN where the candidate failed, as long as the trial is not told.
         told: Whether it was told, and is over.
         is_open: Whether it is still running, or waiting to.
+        usage: What measuring it has used.
     """
 
     number: int
@@ -39,6 +42,7 @@ class Recorded:
     scores: Mapping[int, float]
     told: bool
     is_open: bool
+    usage: Usage = field(default_factory=Usage)
 
 
 Record = deque[Recorded]
@@ -72,7 +76,8 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     examples = tuple(planned) if planned is not None else None
     measured = zip(attributes.get(EXAMPLES, ()), attributes.get(SCORES, ()), strict=False)
     scores = dict(measured) if told else dict(trial.intermediate_values)
-    return Recorded(trial.number, trial._trial_id, dict(trial.params), examples, scores, told, is_open)
+    usage = Usage(**json.loads(attributes.get(USAGE, "{}")))
+    return Recorded(trial.number, trial._trial_id, dict(trial.params), examples, scores, told, is_open, usage)
 
 
 def check_left(record: Record, max_calls: int, missing: int) -> None:

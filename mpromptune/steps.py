@@ -27,7 +27,8 @@ from mpromptune.checkpoint import Checkpoint
 from mpromptune.errors import SearchStoppedError
 from mpromptune.estimate import Estimate, Plan, estimate
 from mpromptune.execution import Score
-from mpromptune.limits import SEARCH, Stopped
+from mpromptune.interrupts import GRACE, Stopped
+from mpromptune.limits import SEARCH
 from mpromptune.lm_guard import Guard, measured
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Display
@@ -65,6 +66,7 @@ class Steps:
         threads: LM calls at a time.
         compile_arguments: Of ``dspy.MIPROv2.compile``, with defaults.
         guard: Watches the LM requests.
+        grace: Seconds that LM calls under way are left after an error or an interrupt.
 
     Attributes:
         arguments: Those of the compile.
@@ -76,11 +78,12 @@ class Steps:
         threads: int,
         compile_arguments: Mapping[str, Any],
         guard: Guard | None = None,
+        grace: float = GRACE,
     ) -> None:
         self.guard = guard or Guard()
         self.display = Display()
         self._optimizer = optimizer
-        self._threads = Threads(threads)
+        self._threads = Threads(threads, grace)
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
         self._proposals = proposal.Proposals(optimizer, self._threads)
@@ -271,9 +274,11 @@ class Steps:
         self._threads.close()
 
     def close(self) -> None:
-        """Ends what is still running, and the display."""
-        self.close_threads()
-        self.display.close()
+        """Ends what is still running, and the display; after an error, nothing waits for long."""
+        try:
+            self._threads.close(self._threads.grace)
+        finally:
+            self.display.close()
 
 
 def wants_traceback(own: bool | None) -> bool:

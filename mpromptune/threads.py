@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from types import TracebackType
 from typing import Any, TypeVar
 
-from mpromptune.limits import Stopped as Stopped
+from mpromptune.daemons import DaemonThreads
+from mpromptune.execution import stoppable
+from mpromptune.interrupts import GRACE, Stopped
 
 T = TypeVar("T")
 
@@ -16,13 +19,18 @@ T = TypeVar("T")
 class Threads:
     """A pool of threads; leaving it stops what has not begun and waits for what has.
 
+    After an error or an interrupt the wait is short: what is still under way then makes no further
+    LM call (see `execution.current_stop`), and does not hold up the interpreter's end.
+
     Args:
         number: Calls at a time.
+        grace: Seconds that calls under way are left after an error.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, grace: float = GRACE) -> None:
         self.number = number
-        self._executor = ThreadPoolExecutor(number, thread_name_prefix="mpromptune-step")
+        self.grace = grace
+        self._executor = DaemonThreads(number, "mpromptune-step")
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._unfinished = 0
@@ -51,18 +59,25 @@ class Threads:
         if self._stopped.is_set():
             raise Stopped
 
-    def close(self) -> None:
-        """Starts nothing more, and waits for the calls that are under way."""
+    def close(self, within: float | None = None) -> None:
+        """Starts nothing more, and waits for the calls that are under way, the first time.
+
+        Args:
+            within: Seconds to wait at most.
+        """
         with self._lock:  # no call is being submitted
+            already = self._stopped.is_set()
             self._stopped.set()
         # Not `cancel_futures`: nobody who is in `wait` for a future is told of its cancellation.
-        self._executor.shutdown(wait=True)
+        self._executor.shutdown(wait=False)
+        if not already:
+            self._executor.join(within)
 
     def __enter__(self) -> Threads:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close(None if kind is None else self.grace)
 
     def _submit(
         self, context: contextvars.Context, function: Callable[..., T], *args: Any, **kwargs: Any
@@ -81,7 +96,8 @@ class Threads:
     def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         try:
             self.check()
-            return function(*args, **kwargs)
+            with stoppable(self._stopped):
+                return function(*args, **kwargs)
         finally:
             with self._lock:
                 self._unfinished -= 1

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from mpromptune.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES
+from mpromptune.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
 from mpromptune.record import Record, Recorded, recorded_of
 from mpromptune.samplers import distributions_of
 from mpromptune.schedule import Examples
 from mpromptune.space import PromptSpace, Row
+from mpromptune.usage import Meter, Usage
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Asked:
         row: Its configuration.
         examples: What an earlier run chose to measure it on, or None; empty for nothing.
         scores: What an earlier run paid for.
+        meter: What it has used, in earlier runs too.
     """
 
     trial: Trial | None
@@ -34,6 +38,7 @@ class Asked:
     row: Row
     examples: Examples | None
     scores: Mapping[int, float]
+    meter: Meter = field(default_factory=Meter)
 
 
 class Trials:
@@ -57,6 +62,7 @@ class Trials:
         self._space = space
         self._failure_score = failure_score
         self._distributions = distributions_of(space)
+        self._lock = threading.Lock()
 
     def next(self, row: Row | None) -> Asked:
         """The next trial of the record; after the last, a new one of ``row``, or of the sampler's choice."""
@@ -76,13 +82,18 @@ class Trials:
 
     def _told(self, recorded: Recorded) -> Asked:
         row = self._space.row(recorded.params) if recorded.examples else ()
-        return Asked(None, recorded.number, row, recorded.examples or (), self._filled(recorded.scores))
+        scores = self._filled(recorded.scores)
+        return Asked(None, recorded.number, row, recorded.examples or (), scores, _metered(recorded))
 
     def _taken_up(self, abandoned: Recorded) -> Recorded:
         """A new trial in the place of a closed one; with its scores, in a single write."""
         trial = create_trial(
             state=TrialState.WAITING,
-            user_attrs={RESUMES: abandoned.number, EXAMPLES: list(abandoned.examples or ())},
+            user_attrs={
+                RESUMES: abandoned.number,
+                EXAMPLES: list(abandoned.examples or ()),
+                USAGE: json.dumps(abandoned.usage.as_dict()),
+            },
             system_attrs={"fixed_params": dict(abandoned.params)},
             intermediate_values=dict(abandoned.scores),
         )
@@ -102,7 +113,8 @@ class Trials:
             trial.set_user_attr(ABANDONED, True)
             self.study.tell(trial, state=TrialState.FAIL)
             return None
-        return Asked(trial, trial.number, row, recorded.examples, self._filled(recorded.scores))
+        scores = self._filled(recorded.scores)
+        return Asked(trial, trial.number, row, recorded.examples, scores, _metered(recorded))
 
     def _filled(self, scores: Mapping[int, float]) -> dict[int, float]:
         return {e: self._failure_score if math.isnan(score) else score for e, score in scores.items()}
@@ -112,9 +124,14 @@ class Trials:
         if asked.trial is not None and asked.examples is None:
             asked.trial.set_user_attr(EXAMPLES, list(examples))
 
-    def keep(self, trial: Trial, example: int, score: float | None) -> None:
-        """Saves one score at once, as an intermediate value; None where the candidate failed."""
-        trial.report(math.nan if score is None else score, step=example)
+    def keep(self, asked: Asked, example: int, score: float | None, usage: Usage) -> None:
+        """Saves at once what a call used, and its score, if any, as an intermediate value."""
+        assert asked.trial is not None
+        with self._lock:
+            asked.meter.add(usage)
+            _set_usage(asked)
+            if score is not None:
+                asked.trial.report(score, step=example)
 
     def drop(self, asked: Asked) -> None:
         """Closes a trial of which nothing is to be measured."""
@@ -168,3 +185,14 @@ class Trials:
             storage.set_trial_user_attr(trial._trial_id, EXAMPLES, list(scores))
             storage.set_trial_user_attr(trial._trial_id, SCORES, list(scores.values()))
             self.study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _metered(recorded: Recorded) -> Meter:
+    meter = Meter()
+    meter.add(recorded.usage)
+    return meter
+
+
+def _set_usage(asked: Asked) -> None:
+    if asked.trial is not None:
+        asked.trial.set_user_attr(USAGE, json.dumps(asked.meter.total.as_dict()))

@@ -15,20 +15,23 @@ from lms import ScriptedLM, arithmetic_lm
 from optuna.trial import TrialState
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
-from mpromptune import MIPROv2, execution
+from mpromptune import MIPROv2, execution, options
 from mpromptune.attributes import SCORES
 from mpromptune.errors import SearchStoppedError
 
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backoff of a hundredth of a second."""
-    patient = execution.RetryPolicy(attempts=3, max_wait=0.01)
-    monkeypatch.setattr(execution, "RetryPolicy", lambda: patient)
+    """Backoff of a hundredth of a second, and three attempts."""
+
+    def hasty(attempts: int, **given: Any) -> execution.RetryPolicy:
+        return execution.RetryPolicy(attempts=min(attempts, 3), **{"max_wait": 0.01, **given})
+
+    monkeypatch.setattr(options, "RetryPolicy", hasty)
 
 
-def _compile(metric: Any, program: Any = None, lm: ScriptedLM | None = None, **options: Any) -> Any:
-    run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "block_size": 4, "batch_size": 2, **options}
+def _compile(metric: Any, program: Any = None, lm: ScriptedLM | None = None, **given: Any) -> Any:
+    run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "block_size": 4, "batch_size": 2, **given}
     with dspy.context(lm=lm or arithmetic_lm()):
         optimizer = MIPROv2(metric=metric, auto=None, num_candidates=4, num_threads=4, **ZERO_SHOT)
         return optimizer.compile(program or Adder(), trainset=TRAIN, valset=VAL, **run)
@@ -216,3 +219,45 @@ def test_errors_raised_by_the_lm_itself_arrive_unchanged() -> None:
     result = _compile(metric, lm=lm, max_calls=36).search_result
     assert {t.state for t in result.study.trials} == {TrialState.COMPLETE}
     assert 24 <= result.calls == metric.calls < len(seen)
+
+
+def test_timeout_and_retries_are_options() -> None:
+    """A call that hangs is made again after `timeout`; without retries its trial fails instead."""
+    release = threading.Event()
+
+    class Hanging(Counted):
+        hung = False
+
+        def __call__(self, example: Any, prediction: Any, trace: Any = None) -> bool:
+            value = super().__call__(example, prediction, trace)
+            if self.calls == 5 and not self.hung:
+                self.hung = True
+                release.wait(60)
+            return value
+
+    states = {}
+    for retries in (1, 0):
+        result = _compile(Hanging(), timeout=0.5, max_retries=retries, confirm=False).search_result
+        states[retries] = {t.state for t in result.study.trials}
+    release.set()
+    assert states[1] == {TrialState.COMPLETE}
+    assert TrialState.FAIL in states[0]
+
+
+def test_an_outage_of_the_lm_with_an_unknown_error_stops() -> None:
+    """A custom LM that raises RuntimeError for everybody, in mid-run: none of it is a score."""
+    lm = arithmetic_lm()
+    forward = lm.forward
+
+    def down(*args: Any, **kwargs: Any) -> Any:
+        if metric.calls >= 24:
+            raise RuntimeError("the tunnel is closed")
+        return forward(*args, **kwargs)
+
+    metric = Counted()
+    lm.forward = down  # type: ignore[method-assign]
+    with pytest.raises(SearchStoppedError, match="the tunnel is closed") as caught:
+        _compile(metric, lm=lm, failure_score=-1.0, confirm=False)
+    trials = caught.value.study.trials  # type: ignore[attr-defined]
+    assert not any(-1.0 in t.user_attrs.get(SCORES, []) for t in trials)
+    assert caught.value.program.search_result.calls == caught.value.result.calls <= metric.calls

@@ -25,14 +25,15 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("flights", "journal", "pace", "usage"),
-    ("limits", "storage"),
+    ("daemons", "flights", "interrupts", "journal", "pace", "usage"),
+    ("limits", "storage", "throttle"),
     ("encoding", "execution", "ledger", "result", "schedule"),
-    ("options", "record", "repeats"),
+    ("options", "outage", "record", "repeats"),
     ("history",),
     ("knowledge", "sampler"),
     ("plan", "samplers", "qEI"),
     ("block_plan", "mipro_plan", "settings", "trials"),
+    ("health", "summary"),
     ("coordinator",),
     ("engine",),
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import email.utils
 import sys
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -11,7 +14,7 @@ from dspy.utils import exceptions as dspy_errors
 
 from mpromptune.errors import ScoreError
 from mpromptune.execution import Verdict
-from mpromptune.lm_errors import classify
+from mpromptune.lm_errors import classify, retry_after
 
 
 def _sdk_error(module: str, *names: str, **attributes: Any) -> Exception:
@@ -25,7 +28,7 @@ def _sdk_error(module: str, *names: str, **attributes: Any) -> Exception:
 @pytest.mark.parametrize(
     ("name", "verdict"),
     [
-        ("LMRateLimitError", Verdict.RETRY),
+        ("LMRateLimitError", Verdict.THROTTLE),
         ("LMTimeoutError", Verdict.RETRY),
         ("LMServerError", Verdict.RETRY),
         ("LMTransportError", Verdict.RETRY),
@@ -33,6 +36,11 @@ def _sdk_error(module: str, *names: str, **attributes: Any) -> Exception:
         ("LMBillingError", Verdict.STOP),
         ("LMNotConfiguredError", Verdict.STOP),
         ("LMUnsupportedModelError", Verdict.STOP),
+        ("LMConfigurationError", Verdict.STOP),
+        ("LMUnsupportedFeatureError", Verdict.STOP),
+        ("LMLockTimeoutError", Verdict.RETRY),
+        ("LMStreamAssemblyError", Verdict.RETRY),
+        ("LMCollectionLimitError", Verdict.CANDIDATE),
         ("LMInvalidRequestError", Verdict.CANDIDATE),
         ("LMUnexpectedError", Verdict.CANDIDATE),
     ],
@@ -55,13 +63,16 @@ def test_errors_of_the_candidate() -> None:
 @pytest.mark.parametrize(
     ("error", "verdict"),
     [
-        (_sdk_error("litellm.exceptions", "RateLimitError"), Verdict.RETRY),
+        (_sdk_error("litellm.exceptions", "RateLimitError"), Verdict.THROTTLE),
         (_sdk_error("litellm.exceptions", "RateLimitError", code="insufficient_quota"), Verdict.STOP),
         (_sdk_error("litellm.exceptions", "Timeout"), Verdict.RETRY),
         (_sdk_error("litellm.exceptions", "ServiceUnavailableError", status_code=503), Verdict.RETRY),
         (_sdk_error("litellm.exceptions", "AuthenticationError"), Verdict.STOP),
         (_sdk_error("litellm.exceptions", "NotFoundError"), Verdict.STOP),
         (_sdk_error("litellm.exceptions", "UnsupportedParamsError", "BadRequestError"), Verdict.STOP),
+        (_sdk_error("litellm.exceptions", "PaymentRequiredError"), Verdict.STOP),
+        (_sdk_error("litellm.exceptions", "LiteLLMUnknownProvider", "BadRequestError"), Verdict.STOP),
+        (_sdk_error("litellm.exceptions", "JSONSchemaValidationError", status_code=500), Verdict.CANDIDATE),
         (
             _sdk_error("litellm.exceptions", "ContextWindowExceededError", "BadRequestError"),
             Verdict.CANDIDATE,
@@ -82,12 +93,58 @@ def test_litellm_errors_themselves() -> None:
     """LiteLLM's real classes, as DSPy 3.2 lets them through."""
     exceptions = pytest.importorskip("litellm.exceptions")
     given = {"message": "boom", "llm_provider": "openai", "model": "m"}
-    assert classify(exceptions.RateLimitError(**given)) is Verdict.RETRY
+    assert classify(exceptions.RateLimitError(**given)) is Verdict.THROTTLE
     assert classify(exceptions.InternalServerError(**given)) is Verdict.RETRY
     assert classify(exceptions.APIConnectionError(**given)) is Verdict.RETRY
     assert classify(exceptions.Timeout(**given)) is Verdict.RETRY
     assert classify(exceptions.AuthenticationError(**given)) is Verdict.STOP
     assert classify(exceptions.ContextWindowExceededError(**given)) is Verdict.CANDIDATE
+
+
+def test_an_account_without_money_is_no_rate_limit() -> None:
+    """It travels as one, with its code where the provider or LiteLLM happens to put it."""
+    assert classify(_sdk_error("openai", "RateLimitError", code="insufficient_quota")) is Verdict.STOP
+    exceptions = pytest.importorskip("litellm.exceptions")
+    message = "OpenAIException - Error code: 429 - {'error': {'code': 'insufficient_quota'}}"
+    error = exceptions.RateLimitError(message=message, llm_provider="openai", model="m")
+    assert classify(error) is Verdict.STOP
+    if hasattr(dspy_errors, "LMRateLimitError"):
+        unpaid = dspy_errors.LMRateLimitError("no", provider_code="insufficient_quota")
+        assert classify(unpaid) is Verdict.STOP
+
+
+def _with_headers(name: str, value: object) -> Exception:
+    error = _sdk_error("openai", "RateLimitError")
+    error.response = SimpleNamespace(headers={name: value})  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", 7.0), ("0.5", 0.5), ("-3", 0.0), ("soon", None), ("nan", None), (None, None)],
+)
+def test_retry_after_in_seconds(value: str | None, seconds: float | None) -> None:
+    """The header in any case, a number of seconds; what cannot be read is no wish."""
+    assert retry_after(_with_headers("Retry-After", value)) == seconds
+    assert retry_after(_with_headers("retry-after", value)) == seconds
+
+
+def test_retry_after_as_a_date() -> None:
+    """HTTP allows a date as well; one that has passed means now."""
+    later = email.utils.format_datetime(datetime.now(timezone.utc) + timedelta(seconds=100), usegmt=True)
+    assert 90 < (retry_after(_with_headers("Retry-After", later)) or 0) <= 100
+    assert retry_after(_with_headers("Retry-After", "Wed, 21 Oct 2015 07:28:00 GMT")) == 0
+
+
+def test_retry_after_wherever_it_is_kept() -> None:
+    """As an attribute (DSPy), as LiteLLM's copy of the headers, and in what an error was raised from."""
+    for attributes in ({"retry_after": 4}, {"litellm_response_headers": {"retry-after": "4"}}):
+        assert retry_after(_sdk_error("litellm.exceptions", "RateLimitError", **attributes)) == 4
+    wrapped = RuntimeError("program failed")
+    wrapped.__cause__ = _with_headers("retry-after", "4")
+    assert retry_after(wrapped) == 4
+    assert retry_after(RuntimeError("whatever")) is None
+    assert retry_after(_sdk_error("openai", "RateLimitError", response="none", headers=["x"])) is None
 
 
 def test_a_wrapper_is_judged_by_its_cause() -> None:

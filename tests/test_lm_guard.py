@@ -23,7 +23,8 @@ from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted, Pl
 from mpromptune import MIPROv2, execution
 from mpromptune.attributes import USAGE
 from mpromptune.errors import SearchStoppedError
-from mpromptune.limits import Budget, Limits, Stopped
+from mpromptune.interrupts import Stopped
+from mpromptune.limits import Budget, Limits
 from mpromptune.lm_guard import Guard, measured
 from mpromptune.pace import Pace
 from mpromptune.prices import Pricing

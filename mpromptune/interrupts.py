@@ -1,0 +1,123 @@
+"""Ctrl-C and SIGTERM while a search runs: when they interrupt, and when they have to wait."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
+from types import FrameType
+from typing import Any, TypeVar
+
+from mpromptune.errors import SearchInterrupted, SearchTerminated
+
+# NOTE: seconds that calls in flight are given to come back after an interrupt: long enough for most
+# LM calls, and half of the ten seconds that container runtimes leave between SIGTERM and SIGKILL.
+GRACE = 5.0
+# NOTE: seconds of one wait. A signal that comes when the main thread is just about to wait is not
+# noticed before the wait ends, and on Windows none is; so long waits are made of short ones.
+_SLICE = 0.2
+
+T = TypeVar("T")
+
+
+class Stopped(BaseException):
+    """A call that was not begun, because nobody waits for it any more.
+
+    No Exception: programs, and DSPy, take any of those for a failure of the LM, and go on.
+    """
+
+
+class Terminated(KeyboardInterrupt, SystemExit):
+    """SIGTERM, raised where the main thread is: an interrupt that ends the process with status 143."""
+
+    code = SearchTerminated.code
+
+
+class _Signals:
+    """The handlers. Signals reach the main thread alone, so only that one has any of this."""
+
+    def __init__(self) -> None:
+        self._replaced: dict[int, Any] = {}
+        self._masks = 0
+        self._seen = 0
+        self._pending: BaseException | None = None
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handlers for what nobody else handles; those of the user are left alone."""
+        defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        mine = [number for number, handler in defaults.items() if signal.getsignal(number) is handler]
+        self._seen = 0 if mine else self._seen
+        try:
+            for number in mine:
+                signal.signal(number, self._on_signal)
+            yield
+        finally:
+            for number in mine:
+                signal.signal(number, defaults[number])
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._masks += 1
+        try:
+            yield
+        finally:
+            self._masks -= 1
+            pending = self._pending
+            if pending is not None and not self._masks:
+                self._pending = None
+                raise pending
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._seen += 1
+        error = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        if self._masks and self._seen == 1:
+            self._pending = error
+            return
+        self._pending = None
+        raise error
+
+
+_SIGNALS = _Signals()
+
+
+def handled() -> contextlib.AbstractContextManager[None]:
+    """In the main thread, makes SIGTERM interrupt as Ctrl-C does, and both respect `deferred`.
+
+    Only default handlers are replaced, and they are put back; other threads change nothing.
+    """
+    return _SIGNALS.handled() if _is_main() else contextlib.nullcontext()
+
+
+def deferred() -> contextlib.AbstractContextManager[None]:
+    """Has the first interrupt wait until what belongs together is done; a second one does not wait.
+
+    Only for signals that come while `handled`, and for what takes a moment.
+    """
+    return _SIGNALS.deferred() if _is_main() else contextlib.nullcontext()
+
+
+def wait_for(futures: Iterable[Future[Any]], timeout: float = math.inf) -> None:
+    """Waits until all are done, where an interrupt may come."""
+    pending, deadline = set(futures), time.monotonic() + timeout
+    while pending and (left := deadline - time.monotonic()) > 0:
+        pending = wait(pending, timeout=min(_SLICE, left)).not_done
+
+
+def result_of(future: Future[T]) -> T:
+    """Its result, awaited where an interrupt may come."""
+    wait_for([future])
+    return future.result()
+
+
+def interrupted(signalled: BaseException) -> type[SearchInterrupted]:
+    """The class of error that an interrupt ends a search with."""
+    return SearchTerminated if isinstance(signalled, SystemExit) else SearchInterrupted
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()

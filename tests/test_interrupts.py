@@ -1,0 +1,498 @@
+"""Ctrl-C and SIGTERM: nothing is spent afterwards, nothing measured is lost, nothing waits for long."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dspy
+import optuna
+import pytest
+from embedders import hashed
+from lms import ScriptedLM, arithmetic_lm
+from optuna.trial import TrialState
+from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
+from test_engine import SPACE, TABLE, N, run, trials_of
+
+from mpromptune import MIPROv2
+from mpromptune.attributes import EXAMPLES, SCORES
+from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
+from mpromptune.execution import RetryPolicy, Verdict, check_stopped, current_stop
+from mpromptune.interrupts import deferred, handled
+
+THREADS = 4
+
+
+def press_ctrl_c() -> None:
+    """A signal to the main thread, which wakes it, as the terminal's does."""
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signal.SIGINT)
+
+
+class Interrupting:
+    """The table of scores; call number ``at`` interrupts, and what is in flight then waits to be stopped."""
+
+    def __init__(self, at: int, error: Exception | None = None) -> None:
+        self.begun: list[tuple[Any, int]] = []
+        self._at = at
+        self._error = error
+        self._pressed = threading.Event()
+        self._lock = threading.Lock()
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        with self._lock:
+            self.begun.append((SPACE.row(params), example))
+            number = len(self.begun)
+        if number == self._at:
+            self._pressed.set()
+            press_ctrl_c()
+        if self._pressed.is_set():
+            hold()
+            if self._error is not None:
+                raise self._error
+        return float(TABLE[SPACE.row(params)][example])
+
+
+def hold() -> None:
+    """Returns once whoever called this one does not wait for it any more."""
+    stop, patience = current_stop(), threading.Event()
+    while not stop():
+        patience.wait(0.001)
+
+
+def closed(error: SearchInterrupted) -> list[Any]:
+    """The trials: none is open, and each has scores of the table, which the result has too."""
+    trials = error.study.trials  # type: ignore[attr-defined]
+    for trial in trials:
+        assert trial.state.is_finished()
+        examples = trial.user_attrs.get(EXAMPLES, [])
+        if trial.user_attrs.get(SCORES):
+            assert trial.user_attrs[SCORES] == TABLE[SPACE.row(trial.params)][examples].tolist()
+    kept = sum(len(t.user_attrs.get(SCORES, ())) for t in trials)
+    assert (error.result.calls if error.result else 0) == kept
+    assert f"{kept} calls" in str(error)
+    return trials  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("at", [1, 3, 60, 100, 155])
+def test_ctrl_c_while_the_search_waits(at: int) -> None:
+    """In the first block, in later rounds, in the confirmation: what is in flight is kept, nothing begins."""
+    score = Interrupting(at)
+    with pytest.raises(SearchInterrupted) as caught:
+        run(score, max_calls=160, num_threads=THREADS, grace=60.0)
+    assert at <= len(score.begun) < at + THREADS
+    closed(caught.value)
+    assert caught.value.result.calls == len(score.begun)  # all in flight came back in time
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert not isinstance(caught.value, SystemExit)
+
+
+def test_ctrl_c_while_calls_wait_for_another_attempt() -> None:
+    """A backoff of an hour ends; what was to be tried again is not."""
+    score = Interrupting(7, ConnectionError("down"))
+    with pytest.raises(SearchInterrupted) as caught:
+        run(score, num_threads=THREADS, grace=60.0, retry_after=lambda error: 3600.0)
+    assert len(score.begun) < 7 + THREADS
+    closed(caught.value)
+
+
+def test_ctrl_c_while_a_provider_wants_a_pause() -> None:
+    """The pause of a rate limit ends as well, and with it whoever waits for a slot."""
+    score = Interrupting(7, ConnectionError("too many"))
+    with pytest.raises(SearchInterrupted) as caught:
+        run(
+            score,
+            num_threads=THREADS,
+            grace=60.0,
+            classify=lambda error: Verdict.THROTTLE,
+            retry_after=lambda error: 3000.0,
+        )
+    assert len(score.begun) < 7 + THREADS
+    closed(caught.value)
+
+
+def test_ctrl_c_in_an_ask() -> None:
+    """The trial that was being asked is closed too."""
+
+    class Interrupted(optuna.samplers.RandomSampler):
+        asked = 0
+
+        def sample_independent(self, *args: Any) -> Any:
+            type(self).asked += 1
+            if type(self).asked == 12:
+                signal.raise_signal(signal.SIGINT)
+            return super().sample_independent(*args)
+
+    score = Interrupting(10**9)
+    with pytest.raises(SearchInterrupted) as caught:
+        run(score, sampler=Interrupted(seed=0), batch_size=4, num_threads=THREADS)
+    begun = len(score.begun)
+    trials = closed(caught.value)
+    assert trials[-1].state == TrialState.FAIL
+    assert not trials[-1].user_attrs[SCORES]
+    assert caught.value.result.calls == len(score.begun) == begun
+
+
+def test_ctrl_c_in_a_callback() -> None:
+    """The trial whose callback it is stays as it was told."""
+
+    def callback(study: optuna.Study, trial: Any) -> None:
+        if trial.number == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    score = Interrupting(10**9)
+    with pytest.raises(SearchInterrupted) as caught:
+        run(score, callbacks=[callback], num_threads=THREADS)
+    trials = closed(caught.value)
+    assert [t.state for t in trials[:6]] == [TrialState.COMPLETE] * 6
+    assert caught.value.result.calls == len(score.begun)
+
+
+@pytest.mark.parametrize("at", range(1, 40, 3))
+def test_ctrl_c_in_the_storage_waits_until_a_trial_is_whole(at: int) -> None:
+    """At the how-manieth write to the study it may come: no trial stays open, no score is lost."""
+
+    class Storage(optuna.storages.InMemoryStorage):
+        writes = 0
+
+        def set_trial_user_attr(self, *args: Any) -> None:
+            self.press()
+            super().set_trial_user_attr(*args)
+
+        def set_trial_state_values(self, *args: Any, **kwargs: Any) -> bool:
+            done = super().set_trial_state_values(*args, **kwargs)
+            self.press()
+            return done
+
+        def press(self) -> None:
+            self.writes += 1
+            if self.writes == at:
+                signal.raise_signal(signal.SIGINT)
+
+    score = Interrupting(10**9)
+    with pytest.raises(SearchInterrupted) as caught:
+        run(score, storage=Storage(), sampler="random", num_threads=THREADS, grace=60.0)
+    closed(caught.value)
+    result = caught.value.result
+    assert (result.calls if result else 0) == len(score.begun)
+
+
+def test_nothing_measured_is_no_result() -> None:
+    """Interrupted before a call came back, there is no best."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        press_ctrl_c()
+        hold()
+        raise ConnectionError("gone")
+
+    with pytest.raises(SearchInterrupted) as caught:
+        run(score, num_threads=1)
+    assert caught.value.result is None
+
+
+def test_a_call_that_hangs_is_left_behind_after_the_grace() -> None:
+    """What came back is kept; the one that did not is not waited for."""
+    release = threading.Event()
+    table = Interrupting(30)
+
+    def score(params: dict[str, int], example: int) -> float:
+        value = table(params, example)
+        if len(table.begun) >= 30:
+            release.wait()
+        return value
+
+    with pytest.raises(SearchInterrupted) as caught:
+        run(score, num_threads=THREADS, grace=0.05)
+    begun = len(table.begun)
+    release.set()
+    assert begun - THREADS <= caught.value.result.calls < begun
+    closed(caught.value)
+    assert len(table.begun) == begun
+
+
+def test_handlers_are_put_back() -> None:
+    """After a search, with or without an interrupt, signals have the handlers that they had."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    during: list[Any] = []
+    run(callbacks=[lambda study, trial: during.append(signal.getsignal(signal.SIGTERM))], max_calls=80)
+    with pytest.raises(SearchInterrupted):
+        run(Interrupting(5))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.SIG_DFL not in during
+
+
+@contextlib.contextmanager
+def handler(number: int, function: Callable[..., Any]) -> Iterator[None]:
+    previous = signal.signal(number, function)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def test_handlers_of_the_user_are_left_alone() -> None:
+    """Who listens to SIGTERM already keeps hearing it, and the search goes on."""
+    heard: list[int] = []
+
+    def callback(study: optuna.Study, trial: Any) -> None:
+        if trial.number == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with handler(signal.SIGTERM, lambda number, frame: heard.append(number)):
+        result = run(callbacks=[callback])
+    assert heard == [signal.SIGTERM]
+    assert trials_of(result) == trials_of(run())
+
+
+def test_sigterm_is_an_interrupt_that_exits_with_143() -> None:
+    """It can be caught as Ctrl-C is, and as a SystemExit."""
+
+    def callback(study: optuna.Study, trial: Any) -> None:
+        if trial.number == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SearchTerminated) as caught:
+        run(callbacks=[callback])
+    assert isinstance(caught.value, SystemExit)
+    assert caught.value.code == 143
+    closed(caught.value)
+
+
+def test_an_interrupt_waits_for_what_belongs_together_and_a_second_does_not() -> None:
+    """One signal in a deferred section is raised at its end; of two, the second at once."""
+    done: list[int] = []
+
+    def press(number: int) -> None:
+        with deferred(), deferred():
+            signal.raise_signal(signal.SIGINT)
+            done.append(number)
+
+    with handled():
+        with pytest.raises(KeyboardInterrupt):
+            press(1)
+        with pytest.raises(KeyboardInterrupt):
+            press(2)
+    assert done == [1]
+    with handled(), deferred():  # nothing is left of it
+        done.append(3)
+    assert done == [1, 3]
+
+
+def test_two_threads_may_search_at_once() -> None:
+    """Each has its own stop event and the trials that it has alone; no signal handler is touched."""
+    expected = {seed: trials_of(run(seed=seed, max_calls=100)) for seed in (0, 1)}
+    found: dict[int, Any] = {}
+    handlers: list[Any] = []
+    both = threading.Barrier(2)
+
+    def one(seed: int) -> None:
+        both.wait(60)
+        note = [lambda study, trial: handlers.append(signal.getsignal(signal.SIGTERM))]
+        found[seed] = trials_of(run(seed=seed, max_calls=100, callbacks=note))
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == expected
+    assert set(handlers) == {signal.SIG_DFL}
+
+
+def test_an_interrupt_of_one_search_leaves_another_alone() -> None:
+    """The main thread's ends; a user's thread goes on to the same trials."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(run(max_calls=120)))
+    thread.start()
+    with pytest.raises(SearchInterrupted):
+        run(Interrupting(50))
+    thread.join(120)
+    assert trials_of(found[0]) == trials_of(run(max_calls=120))
+
+
+SCRIPT = """
+import os, sys, threading
+from mpromptune import PromptSpace, search
+from mpromptune.execution import current_stop
+
+answered = []
+lock = threading.Lock()
+
+def score(params, example):
+    with lock:
+        if len(answered) < 5:
+            answered.append(example)
+            return 1.0
+    say("hangs")
+    stop = current_stop()
+    while not stop():
+        threading.Event().wait(0.001)
+    say("stopped")
+    threading.Event().wait()
+
+def say(word):
+    os.write(1, (word + "\\n").encode())
+
+space = PromptSpace({"a": ["x", "y", "z"]})
+arguments = dict(n_examples=10, max_calls=30, block_size=5, num_threads=2, batch_size=1, sampler="random")
+"""
+
+
+def started(ending: str) -> subprocess.Popen[str]:
+    """A process in which a search has a call that hangs, whatever happens."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT) + textwrap.dedent(ending)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "hangs\n"
+    return process
+
+
+def test_sigterm_ends_a_process_with_143() -> None:
+    """Uncaught, and although a call hangs: as by default, but with the trials closed."""
+    process = started("search(space, score, **arguments, grace=2)")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "The search was interrupted; 5 calls" in errors
+
+
+def test_ctrl_c_ends_a_process_although_a_call_hangs() -> None:
+    """Uncaught, it is reported as an exception is, with what to do about it."""
+    process = started("search(space, score, **arguments, grace=2)")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "SearchInterrupted: The search was interrupted; 5 calls" in errors
+
+
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    """The grace has hours to run; all trials are closed all the same."""
+    ending = """
+    import optuna
+    study = optuna.storages.InMemoryStorage()
+    try:
+        search(space, score, **arguments, grace=10_000, storage=study, study_name="s")
+    finally:
+        states = {t.state.name for t in optuna.load_study(study_name="s", storage=study).trials}
+        say("left with " + " ".join(sorted(states)))
+    """
+    process = started(ending)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    while process.stdout.readline() != "stopped\n":
+        pass
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert "left with" in output
+    assert "RUNNING" not in output
+    assert process.returncode == -signal.SIGINT, errors
+
+
+def _compile(metric: Any, lm: ScriptedLM, demos: dict[str, int] = ZERO_SHOT, **given: Any) -> Any:
+    arguments = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "block_size": 4, "batch_size": 2, **given}
+    with dspy.context(lm=lm):
+        optimizer = MIPROv2(metric=metric, auto=None, num_candidates=4, num_threads=THREADS, **demos)
+        return optimizer.compile(Adder(), trainset=TRAIN, valset=VAL, **arguments)
+
+
+class Pressing(Counted):
+    """A metric whose call number ``at`` interrupts; evaluations alone are counted."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def __call__(self, example: Any, prediction: Any, trace: Any = None) -> bool:
+        value = super().__call__(example, prediction, trace)
+        if trace is None and self.calls == self._at:
+            press_ctrl_c()
+            hold()
+        return value
+
+
+def test_an_interrupted_compile_has_the_best_program_so_far() -> None:
+    """With the scores that were measured, and no LM call afterwards."""
+    lm, metric = arithmetic_lm(), Pressing(20)
+    with pytest.raises(SearchInterrupted) as caught:
+        _compile(metric, lm, grace=60.0, confirm=False)
+    calls = len(lm.calls)
+    error = caught.value
+    assert error.program.search_result is error.result
+    assert error.program.score == round(100 * error.result.best_score, 2)
+    assert error.result.calls == metric.calls >= 20
+    assert isinstance(error.program, Adder)
+    assert len(lm.calls) == calls
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_a_compile_interrupted_before_its_search_has_the_student(at: int) -> None:
+    """In the bootstrap or in the proposals: LM calls in flight come back, no other begins."""
+    lm = arithmetic_lm()
+    forward, lock = lm.forward, threading.Lock()
+    begun: list[int] = []
+
+    def pressing(*args: Any, **kwargs: Any) -> Any:
+        check_stopped()
+        with lock:
+            begun.append(1)
+            number = len(begun)
+        if number == at:
+            press_ctrl_c()
+        if number >= at:
+            hold()
+        return forward(*args, **kwargs)
+
+    lm.forward = pressing  # type: ignore[method-assign]
+    with pytest.raises(SearchInterrupted) as caught:
+        _compile(Counted(), lm, FEW_SHOT, grace=60.0, confirm=False)
+    assert isinstance(caught.value.program, Adder)
+    assert caught.value.result is None
+    assert at <= len(begun) < at + 2 * THREADS
+    assert len(lm.calls) <= len(begun)
+
+
+def test_a_stopped_compile_has_the_best_program_so_far() -> None:
+    """A metric that fails for good at its 20th call: what was measured before is a program."""
+    metric = Counted()
+
+    def failing(example: Any, prediction: Any, trace: Any = None) -> Any:
+        value = metric(example, prediction, trace)
+        return value if trace is not None or metric.calls < 20 else None
+
+    with pytest.raises(SearchStoppedError) as caught:
+        _compile(failing, arithmetic_lm(), confirm=False)
+    error = caught.value
+    assert error.result.calls == 19
+    assert error.program.search_result is error.result
+
+
+def test_retries_do_not_outlive_an_error() -> None:
+    """An error of a callback ends calls that wait for another attempt as well."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        if SPACE.row(params) != (0, 0) and example % 2:
+            raise ConnectionError("down")
+        return float(TABLE[SPACE.row(params)][example])
+
+    def callback(study: optuna.Study, trial: Any) -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(SearchStoppedError) as caught:
+        run(score, retry=RetryPolicy(attempts=1), callbacks=[callback])
+    assert all(t.state.is_finished() for t in caught.value.study.trials)  # type: ignore[attr-defined]
+    assert N == 40
