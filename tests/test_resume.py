@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS
+from mpromptune.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, StudyMismatchError
 from mpromptune.execution import RetryPolicy
 from mpromptune.schedule import stock_calls
@@ -35,7 +36,12 @@ MIPRO = {
 
 
 def trials_of(result: SearchResult) -> list[tuple]:
-    return [(t.number, t.params, t.state, t.value, t.user_attrs) for t in result.study.trials]
+    return [(t.number, t.params, t.state, t.value, untimed(t.user_attrs)) for t in result.study.trials]
+
+
+def untimed(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what depends on the clock, and without calls that were under way when a run was killed."""
+    return {name: value for name, value in attributes.items() if name != USAGE}
 
 
 def saved(storage: BaseStorage) -> Counter[Pair]:
