@@ -98,15 +98,11 @@ class BlockPlan:
         self._rounds += self.schedule.spent > before
 
     def _first_of_baseline(self, until: int) -> Iterator[Request]:
-        """A block; where many rounds are in flight, half of all blocks if it needs them anyway.
-
-        They keep a large pool busy until the first results let the sampler choose; the other half
-        does so at the end, while the last round is awaited.
-        """
-        half = self._is_wide and self.schedule.confirm
-        for number in range(max(1, len(self.schedule.blocks) // 2) if half else 1):
-            limit = self.n_examples if self.schedule.confirm else until - self.schedule.spent
-            yield Request(self.baseline, partial(self._block, number, limit))
+        """A block, as of any other; in a large pool, the rest for workers that have nothing else to do."""
+        limit = self.n_examples if self.schedule.confirm else until - self.schedule.spent
+        yield Request(self.baseline, partial(self._block, 0, limit))
+        if self._is_wide and self.schedule.confirm and self.schedule.missing(self.baseline):
+            yield Request(self.baseline, self._missing, background=True)
 
     @property
     def _is_wide(self) -> bool:
@@ -118,6 +114,9 @@ class BlockPlan:
 
     def _block(self, round_number: int, limit: int, row: Row, number: int) -> Examples:
         return self.schedule.next_examples(row, round_number, limit)
+
+    def _missing(self, row: Row, number: int) -> Examples:
+        return self.schedule.missing(row)
 
     def _available(self, known: Knowledge) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
@@ -142,7 +141,7 @@ class BlockPlan:
             finalists.append(self._finalist(known))
         for row in dict.fromkeys(finalists):
             if 0 < len(self.schedule.missing(row)) <= self.schedule.remaining:
-                yield Request(row, lambda row, number: self.schedule.missing(row))
+                yield Request(row, self._missing)
 
     def _finalist(self, known: Knowledge) -> Row:
         """Whom the calls kept back are for: the leader, or the best rival of a baseline that leads.

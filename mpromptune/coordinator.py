@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,6 +82,7 @@ class Coordinator:
     on_call: OnCall | None
     grace: float = GRACE
     in_flight: deque[list[_Running]] = field(default_factory=deque)
+    background: list[_Running] = field(default_factory=list)
     unsaved: Exception | None = None
 
     def __post_init__(self) -> None:
@@ -93,9 +94,10 @@ class Coordinator:
     def run(self) -> SearchResult:
         """Rounds until the plan has no more."""
         try:
-            while self._fill():
-                self._finish(self.in_flight[0])
-                self.in_flight.popleft()
+            while self._fill() or self.background:
+                self._finish(self.in_flight[0] if self.in_flight else self.background)
+                if self.in_flight:
+                    self.in_flight.popleft()
                 self._afford()
             self._take_rest()
         except _LimitReached:
@@ -120,7 +122,7 @@ class Coordinator:
             for request in self.plan.next_round(self.known, alone=len(self.in_flight) == 1):
                 asked = self.trials.next(request.row)
                 with deferred():  # what has been submitted is to be found in its round
-                    self._start(request, asked, round_)
+                    self._start(request, asked, self.background if request.background else round_)
             if not round_:
                 self.in_flight.pop()
                 break
@@ -133,7 +135,7 @@ class Coordinator:
             return
         self.plan.assign(asked.row, examples)
         self.trials.start(asked, examples)
-        futures = tuple(self._measure(asked, example) for example in examples)
+        futures = tuple(self._measure(asked, example, request.background) for example in examples)
         for future in futures:
             future.add_done_callback(self._count)
         round_.append(_Running(asked, examples, futures))
@@ -145,10 +147,10 @@ class Coordinator:
             return ()  # in a space too large to list, a sampler may find nothing open
         return request.examples(asked.row, asked.number)
 
-    def _measure(self, asked: Asked, example: int) -> Future[Outcome]:
+    def _measure(self, asked: Asked, example: int, idle: bool) -> Future[Outcome]:
         if asked.trial is not None and example not in asked.scores:
             params = self.space.params(asked.row)
-            return self.workers.submit(params, example, partial(self._keep, asked))
+            return self.workers.submit(params, example, partial(self._keep, asked), idle)
         measured: Future[Outcome] = Future()
         measured.set_result(Outcome(example, asked.scores.get(example)))
         return measured
@@ -197,8 +199,13 @@ class Coordinator:
         if self.budget.reached:
             raise _LimitReached
 
+    def _running(self) -> Iterator[_Running]:
+        """All trials that are being measured."""
+        for round_ in (*self.in_flight, self.background):
+            yield from round_
+
     def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
-        calls = [(r.row, future) for round_ in self.in_flight for r in round_ for future in r.futures]
+        calls = [(running.row, future) for running in self._running() for future in running.futures]
         done = [(row, future) for row, future in calls if future.done()]
         pending = [future for _, future in calls if not future.done()]
         return [(row, future.result()) for row, future in done], pending
@@ -243,7 +250,7 @@ class Coordinator:
     def _abandon(self, grace: float = _LAST_CALLS) -> None:
         """Stops the workers and closes every open trial, keeping the scores that come in until then."""
         self.workers.stopped.set()
-        futures = [future for round_ in self.in_flight for r in round_ for future in r.futures]
+        futures = [future for running in self._running() for future in running.futures]
         try:
             wait_for([future for future in futures if not future.cancel()], grace)
         finally:  # another interrupt ends the waiting, and leaves no trial open either
@@ -251,9 +258,10 @@ class Coordinator:
                 self._close_all()
 
     def _close_all(self) -> None:
-        running = [running for round_ in self.in_flight for running in round_]
+        running = list(self._running())
         scores = {r.asked.number: _came_in(r.futures) for r in running}
         self.in_flight.clear()
+        self.background.clear()
         try:
             for one in running:
                 self._close(one, scores[one.asked.number], abandoned=True)

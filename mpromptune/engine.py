@@ -116,7 +116,8 @@ def search(
         seed: Fixes blocks, proposals and so the whole search.
         storage: Path of a journal file, URL of a database, or an Optuna storage; None for memory.
         study_name: Name of the study in the storage, by default ``"mpromptune"``.
-        callbacks: Called as ``callback(study, trial)`` after every finished trial, in order.
+        callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which
+            they are told.
         confirm: Keep calls back so that winner and baseline end measured on every example. With
             False the winner is the highest posterior mean, whatever it was measured on.
         patience: Stop after so many rounds in a row after which, by the posterior, no open

@@ -29,6 +29,7 @@ from tenacity import (
 from mpromptune.daemons import in_daemon
 from mpromptune.errors import CallTimeoutError, ScoreError
 from mpromptune.interrupts import Stopped
+from mpromptune.priority import Priority
 from mpromptune.throttle import Throttle
 from mpromptune.usage import Meter, Usage, current_meter, metered, record
 
@@ -171,7 +172,7 @@ class Workers:
         stopped: threading.Event | None = None,
     ) -> None:
         self._score = score
-        self._executor = executor
+        self._queue: Priority[Outcome] = Priority(executor, num_threads)
         self._classify = classify
         self._retry = retry or RetryPolicy()
         self._retry_after = retry_after
@@ -185,16 +186,19 @@ class Workers:
         """Attempts that may be in flight now; fewer than threads while calls are refused."""
         return self._throttle.limit
 
-    def submit(self, params: Mapping[str, int], example: int, keep: Keep | None = None) -> Future[Outcome]:
+    def submit(
+        self, params: Mapping[str, int], example: int, keep: Keep | None = None, idle: bool = False
+    ) -> Future[Outcome]:
         """Queues one item; the future never raises what ``score`` raised.
 
         Args:
             params: The configuration.
             example: The example.
             keep: Called with the outcome, in the worker, before anybody else sees it.
+            idle: Whether it is for a worker that has nothing else to do.
         """
         context = contextvars.copy_context()
-        return self._executor.submit(context.run, self._kept, keep, dict(params), example)
+        return self._queue.submit(partial(context.run, self._kept, keep, dict(params), example), idle)
 
     def verdict(self, outcome: Outcome) -> Verdict | None:
         """The verdict on a failed outcome; None for a scored or a skipped one."""

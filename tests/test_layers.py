@@ -25,7 +25,7 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("daemons", "flights", "interrupts", "journal", "pace", "usage"),
+    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "usage"),
     ("limits", "storage", "throttle"),
     ("encoding", "execution", "ledger", "result", "schedule"),
     ("options", "outage", "record", "repeats"),
