@@ -14,5 +14,6 @@ FORMAT = "mpromptune:format"  # study: version of what is kept in it, and the si
 RUN = "mpromptune:run"  # study: what identifies the run, in named parts
 DEMOS = "mpromptune:demos"  # study: what the bootstrap ended with; `DEMOS:i:j`, demo set j of predictor i
 INSTRUCTIONS = "mpromptune:instructions"  # study: as DEMOS, of the proposal
+USED = "mpromptune:used"  # study: `USED:step`, what a step before the search has used, as JSON
 STUDENT = "mpromptune:student"  # study: `STUDENT:i`, the student's score on validation example i
 USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON

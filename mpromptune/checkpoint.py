@@ -10,7 +10,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from mpromptune.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT
+from mpromptune.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
 from mpromptune.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.errors import StorageError, StudyMismatchError
 from mpromptune.execution import Verdict
@@ -99,6 +99,15 @@ class Checkpoint:
         """Keeps what the proposal ended with."""
         texts = {str(i): [str(text) for text in texts] for i, texts in instructions.items()}
         self._keep(INSTRUCTIONS, {}, texts)
+
+    def usage(self) -> dict[str, Usage]:
+        """What the steps before the search have used so far, in interrupted runs too."""
+        kept = {key: value for key, value in self._kept.items() if key.startswith(f"{USED}:")}
+        return {key.removeprefix(f"{USED}:"): Usage(**value) for key, value in kept.items()}
+
+    def keep_usage(self, step: str, usage: Usage) -> None:
+        """Keeps what a step has used."""
+        self._set(f"{USED}:{step}", usage.as_dict())
 
     def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
         """Per validation example, the student's score or what it failed with, and what it used."""

@@ -26,7 +26,7 @@ from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unk
 from mpromptune.prices import Pricing
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
-from mpromptune.schedule import Minibatches, default_block_size
+from mpromptune.schedule import Minibatches
 from mpromptune.steps import Steps, wants_traceback
 
 logger = logging.getLogger(__name__)
@@ -260,9 +260,6 @@ class MIPROv2(dspy.MIPROv2):
         # Torch is loaded here, once the bootstrap has shown that the program runs at all.
         from mpromptune.engine import search
 
-        threads = self._threads(options)
-        blocks = options.block_size or default_block_size(n_examples)
-        trial_size = blocks if options.schedule == "blocks" else minibatches.within(n_examples).size
         bar = _STEPS.get().display.bar("Searching", max_calls, "calls")
         return search(
             programs.prompt_space(),
@@ -270,8 +267,8 @@ class MIPROv2(dspy.MIPROv2):
             n_examples=n_examples,
             max_calls=max_calls,
             sampler=_sampler(options, seed),
-            num_threads=threads,
-            batch_size=_batch_size(options, threads, trial_size),
+            num_threads=self._threads(options),
+            batch_size=options.batch_size,
             block_size=options.block_size,
             baseline=programs.baseline,
             seed=seed,
@@ -312,19 +309,12 @@ class MIPROv2(dspy.MIPROv2):
         return best
 
 
-def _batch_size(options: SearchOptions, threads: int, trial_size: int) -> int:
-    """For the sampler as the user gave it: a name has no batch size of its own."""
-    from mpromptune.samplers import round_size
-
-    return round_size(options.batch_size, options.sampler, threads, trial_size)
-
-
 def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
     if isinstance(options.sampler, BaseSampler) or options.sampler.lower() != "qei":
         return options.sampler
     from mpromptune.sampler import qEISampler
 
-    return qEISampler(**options.qei_arguments, seed=seed)
+    return qEISampler(**{"batch_size": None, **options.qei_arguments}, seed=seed)
 
 
 def _check_embedder(options: SearchOptions, program: Any) -> None:

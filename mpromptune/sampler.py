@@ -34,6 +34,8 @@ from mpromptune.surrogate import on_cpu
 # unmeasured: programs of two predictors had regrets of 4.1 and 2.0, 5.3 and 3.4 with three (10 seeds).
 _LOOKAHEAD, _LOOKAHEAD_SAMPLED = 3.0, 10.0
 
+_BATCH_SIZE = 4
+
 
 class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler is known
     """Batch expected improvement over embedded prompts, for any Optuna study.
@@ -52,7 +54,8 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         max_space_size: Spaces of up to this many configurations are enumerated at every proposal;
             larger ones are sampled and searched locally.
         n_batches: Random joint batches that compete with the greedily built one.
-        batch_size: Configurations proposed at once (q).
+        batch_size: Configurations proposed at once (q). None leaves it to the search that the sampler is
+            used in; elsewhere it is 4.
         min_cold_start: Finished trials before the first model; until then proposals are random.
         space: The texts behind index-valued parameters.
         embedder: Model name or path, ``SentenceTransformer``, ``dspy.Embedder``, callable
@@ -73,7 +76,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self,
         max_space_size: int = 2000,
         n_batches: int = 32,
-        batch_size: int = 4,
+        batch_size: int | None = _BATCH_SIZE,
         min_cold_start: int = 4,
         *,
         space: PromptSpace | None = None,
@@ -83,7 +86,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
     ) -> None:
         self.max_space_size = require_count("max_space_size", max_space_size, 1)
         self.n_batches = require_count("n_batches", n_batches, 0)
-        self.batch_size = require_count("batch_size", batch_size, 1)
+        self.batch_size = None if batch_size is None else require_count("batch_size", batch_size, 1)
         self.min_cold_start = require_count("min_cold_start", min_cold_start, 1)
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self.space = space
@@ -220,7 +223,8 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         listed = encoding.space.size <= self.max_space_size
         blocks = _LOOKAHEAD if listed else _LOOKAHEAD_SAMPLED
         noise = history.trial_noise and history.trial_noise / blocks
-        rows = propose(model, choices, self.batch_size, best_f, pending, self.n_batches, seed, noise)
+        q = self.batch_size or _BATCH_SIZE
+        rows = propose(model, choices, q, best_f, pending, self.n_batches, seed, noise)
         return [[int(i) for i in row] for row in rows.tolist()]
 
     def _choices(

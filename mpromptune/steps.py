@@ -101,6 +101,8 @@ class Steps:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes from it what an interrupted run has paid for, and keeps in it what this one does."""
         self._checkpoint = checkpoint
+        for step, usage in checkpoint.usage().items():
+            self.guard.budget.step(step).add(usage)
 
     def estimate(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
@@ -154,8 +156,10 @@ class Steps:
     def _step(self, name: str) -> Iterator[None]:
         """Counts what a step uses; a limit that is used up ends it with an error that says so."""
         budget, began = self.guard.budget, time.monotonic()
+        meter = budget.step(name)
+        before = meter.total.lm_calls
         try:
-            with measured(budget.step(name)):
+            with measured(meter):
                 yield
                 record(Usage(seconds=time.monotonic() - began))
         except Stopped as stop:
@@ -165,6 +169,9 @@ class Steps:
                 f"{budget.reached}={getattr(budget.limits, budget.reached)} was used up in the {name} step, "
                 f"before the search began, by {budget.usage.total}."
             ) from stop
+        finally:
+            if self._checkpoint is not None and meter.total.lm_calls > before:
+                self._checkpoint.keep_usage(name, meter.total)
 
     def _demo_sets(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any

@@ -197,6 +197,18 @@ def test_second_call_is_free(tmp_path: Path) -> None:
     assert again.dump_state() == best.dump_state()
     assert again.score == best.score
     assert _measured(again) == _measured(best)
+    for step, used in best.search_result.usage.items():
+        assert again.search_result.usage[step].lm_calls == used.lm_calls
+        assert again.search_result.usage[step].tokens == used.tokens
+
+
+def test_other_threads_make_no_other_trials(tmp_path: Path) -> None:
+    """Rounds stay as large as they were when a run goes on with more threads."""
+    best = _compile(tmp_path / "run.log", batch_size=None)[1]
+    lm = arithmetic_lm()
+    again = _compile(tmp_path / "run.log", lm, batch_size=None, n_jobs=16)[1]
+    assert lm.calls == []
+    assert _measured(again) == _measured(best)
 
 
 class Verbose(Planner):
