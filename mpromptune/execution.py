@@ -176,6 +176,7 @@ class Workers:
         self._retry = retry or RetryPolicy()
         self._retry_after = retry_after
         self.stopped = stopped or threading.Event()
+        self.fatal: Exception | None = None  # what has stopped them, if it was an error
         self._throttle = Throttle(num_threads, self._retry.max_wait, self._retry.give_up_after, self.stopped)
         self._admits = admits
         self._ended = itertools.count()
@@ -224,6 +225,7 @@ class Workers:
             return Outcome(example)
         except Exception as error:  # noqa: BLE001 - whatever `score` raises is judged, never lost
             if self._judge(error) is Verdict.STOP:
+                self.fatal = self.fatal or error
                 self.stopped.set()
             return Outcome(example, error=error, order=next(self._ended))
         return Outcome(example, score=score, order=next(self._ended))

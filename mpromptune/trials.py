@@ -63,6 +63,7 @@ class Trials:
         self._failure_score = failure_score
         self._distributions = distributions_of(space)
         self._lock = threading.Lock()
+        self._closed: set[int] = set()
 
     def next(self, row: Row | None) -> Asked:
         """The next trial of the record; after the last, a new one of ``row``, or of the sampler's choice."""
@@ -125,9 +126,14 @@ class Trials:
             asked.trial.set_user_attr(EXAMPLES, list(examples))
 
     def keep(self, asked: Asked, example: int, score: float | None, usage: Usage) -> None:
-        """Saves at once what a call used, and its score, if any, as an intermediate value."""
+        """Saves at once what a call used, and its score, if any, as an intermediate value.
+
+        A call that hung until its trial was closed comes too late.
+        """
         assert asked.trial is not None
         with self._lock:
+            if asked.number in self._closed:
+                return
             asked.meter.add(usage)
             _set_usage(asked)
             if score is not None:
@@ -154,6 +160,8 @@ class Trials:
         trial = asked.trial
         if trial is None:
             return None
+        with self._lock:  # no score is being saved
+            self._closed.add(asked.number)
         failed = len(measured) < len(examples)
         if failed:  # first, so that it is never lost what was planned
             trial.set_user_attr(PLANNED, list(examples))
