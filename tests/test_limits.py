@@ -480,6 +480,18 @@ def test_nobody_waits_for_a_request_that_hangs() -> None:
         assert pool.submit(flights.join, "a", _nothing).result(10) is None
 
 
+def test_nobody_waits_for_a_request_that_was_given_up() -> None:
+    """An attempt that hangs is made again after its timeout; the new one sends the request anew."""
+    flights, given_up, waiting = Flights(patience=60), threading.Event(), Arrivals(1)
+    flights.join("a", _nothing, given_up.is_set)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(flights.join, "a", waiting)
+        assert waiting.complete.wait(10)
+        assert not second.done()
+        given_up.set()
+        assert second.result(10) is None
+
+
 def test_a_thread_never_waits_for_itself() -> None:
     """A request within a request, equal or not, goes on at once while others are under way."""
     flights = Flights(patience=60)
