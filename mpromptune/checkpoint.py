@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 Instructions = dict[int, list[str]]
 
+_NONE = Usage()
+
 
 class Checkpoint:
     """The steps of one compile before its search, in the attributes of its study.
@@ -61,8 +63,10 @@ class Checkpoint:
         numbers = enumerate(head["numbers"])
         return {i: [from_json(parts[f"{i}:{j}"]) for j in range(number)] for i, number in numbers}
 
-    def keep_demo_sets(self, program: Any, demos: DemoSets, rng: random.Random) -> DemoSets:
-        """Keeps what the bootstrap ended with; returns it as it will be loaded.
+    def keep_demo_sets(
+        self, program: Any, demos: DemoSets, rng: random.Random, usage: Usage = _NONE
+    ) -> DemoSets:
+        """Keeps what the bootstrap ended with, and what it used; returns it as it will be loaded.
 
         Should that give other prompts, a warning says that nothing was kept.
         """
@@ -82,8 +86,13 @@ class Checkpoint:
             return demos
         version, state, gauss = rng.getstate()
         numbers = [len(demos[i]) for i in range(len(demos))]
-        self._keep(DEMOS, {"numbers": numbers, "rng": [version, list(state), gauss]}, plain)
+        head = {"numbers": numbers, "rng": [version, list(state), gauss], "usage": usage.as_dict()}
+        self._keep(DEMOS, head, plain)
         return loaded
+
+    def usage(self, step: str) -> Usage:
+        """What a step used that has ended: ``DEMOS`` or ``INSTRUCTIONS``."""
+        return Usage(**self._kept[step].get("usage", {}))
 
     @property
     def has_instructions(self) -> bool:
@@ -95,10 +104,10 @@ class Checkpoint:
         kept = self._load(INSTRUCTIONS)
         return None if kept is None else {int(i): list(texts) for i, texts in kept[1].items()}
 
-    def keep_instructions(self, instructions: Instructions) -> None:
-        """Keeps what the proposal ended with."""
+    def keep_instructions(self, instructions: Instructions, usage: Usage = _NONE) -> None:
+        """Keeps what the proposal ended with, and what it used."""
         texts = {str(i): [str(text) for text in texts] for i, texts in instructions.items()}
-        self._keep(INSTRUCTIONS, {}, texts)
+        self._keep(INSTRUCTIONS, {"usage": usage.as_dict()}, texts)
 
     def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
         """Per validation example, the student's score or what it failed with, and what it used."""

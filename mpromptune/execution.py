@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import itertools
 import logging
@@ -10,6 +11,7 @@ import numbers
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -49,6 +51,9 @@ class Verdict(Enum):
 
 INFRASTRUCTURE = frozenset({Verdict.RETRY, Verdict.THROTTLE})
 
+# The same class from Python 3.11 on.
+_TIMEOUTS = TimeoutError | futures.TimeoutError | asyncio.TimeoutError
+
 Classify = Callable[[BaseException], Verdict]
 RetryAfter = Callable[[BaseException], float | None]
 
@@ -60,7 +65,7 @@ def no_hint(error: BaseException) -> float | None:
 
 def classify_builtin(error: BaseException) -> Verdict:
     """The default verdict: network and timeout errors are retried, a bad score stops the run."""
-    if isinstance(error, ConnectionError | TimeoutError):
+    if isinstance(error, ConnectionError | _TIMEOUTS):
         return Verdict.RETRY
     if isinstance(error, ScoreError):
         return Verdict.STOP

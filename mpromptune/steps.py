@@ -23,6 +23,7 @@ from optuna.storages import BaseStorage
 
 from mpromptune import bootstrap, proposal
 from mpromptune.ahead import Ahead
+from mpromptune.attributes import DEMOS, INSTRUCTIONS
 from mpromptune.checkpoint import Checkpoint
 from mpromptune.errors import SearchStoppedError
 from mpromptune.estimate import Estimate, Plan, estimate
@@ -180,11 +181,14 @@ class Steps:
                 self._proposals.start(program, trainset, self._flags)
         with measured(step(SEARCH)):
             self._begin_ahead(program, trainset, idle=not proposed or kept is None)
-        if kept is not None:
+        if checkpoint is not None and kept is not None:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
+            step("bootstrap").add(checkpoint.usage(DEMOS))
             return kept
         demos = self._bootstrapped(stock, program, trainset, *args, **kwargs)
-        return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos, rng)
+        if checkpoint is None:
+            return demos
+        return checkpoint.keep_demo_sets(program, demos, rng, step("bootstrap").total)
 
     def _bootstrapped(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
@@ -248,13 +252,15 @@ class Steps:
     def _instructions(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        kept = None if self._checkpoint is None else self._checkpoint.instructions()
-        if kept is not None:
+        checkpoint, meter = self._checkpoint, self.guard.budget.step("propose")
+        kept = None if checkpoint is None else checkpoint.instructions()
+        if checkpoint is not None and kept is not None:
             logger.info("The instructions are those that an interrupted run has proposed.")
+            meter.add(checkpoint.usage(INSTRUCTIONS))
             return kept
         proposed = self._proposed(stock, program, trainset, *args, **kwargs)
-        if self._checkpoint is not None:
-            self._checkpoint.keep_instructions(proposed)
+        if checkpoint is not None:
+            checkpoint.keep_instructions(proposed, meter.total)
         return proposed
 
     def _proposed(
