@@ -20,7 +20,7 @@ from mpromptune.knowledge import Knowledge
 from mpromptune.limits import MEASURE, Budget
 from mpromptune.outage import Answer
 from mpromptune.plan import Plan, Request
-from mpromptune.record import in_memory
+from mpromptune.record import salvaged
 from mpromptune.result import SearchResult
 from mpromptune.schedule import Examples
 from mpromptune.space import PromptSpace, Row
@@ -295,7 +295,7 @@ class Coordinator:
     def _leave_storage(self, error: Exception, measured: Mapping[int, Mapping[int, float]]) -> None:
         logger.warning("Open trials could not be closed in the storage (%s); kept in memory.", error)
         try:
-            self.study = in_memory(self.study, measured)
+            self.study = salvaged(self.study, measured)
         except Exception:
             logger.exception("Nor can the storage be read.")
 

@@ -138,6 +138,9 @@ class MIPROv2(dspy.MIPROv2):
             return planned.estimate
         except SearchInterrupted:
             raise
+        except SearchStoppedError as stopped:
+            stopped.program = student if stopped.program is None else stopped.program
+            raise
         except KeyboardInterrupt as signalled:
             if options is None:
                 raise
