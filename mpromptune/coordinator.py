@@ -20,7 +20,7 @@ from mpromptune.knowledge import Knowledge
 from mpromptune.limits import MEASURE, Budget
 from mpromptune.outage import Answer
 from mpromptune.plan import Plan, Request
-from mpromptune.record import in_memory
+from mpromptune.record import salvaged
 from mpromptune.result import SearchResult
 from mpromptune.schedule import Examples
 from mpromptune.space import PromptSpace, Row
@@ -49,9 +49,9 @@ class _Running:
     def row(self) -> Row:
         return self.asked.row
 
-
-class _LimitReached(Exception):  # noqa: N818 - a signal, not an error
-    """Work items were refused because a limit is used up."""
+    @property
+    def calls(self) -> Iterator[tuple[int, Future[Outcome]]]:
+        return zip(self.examples, self.futures, strict=True)
 
 
 @dataclass
@@ -92,7 +92,18 @@ class Coordinator:
         self.summary = Summary(self.space, self.plan, self.known, self.budget)
 
     def run(self) -> SearchResult:
-        """Rounds until the plan has no more."""
+        """Rounds until the plan has no more, or a limit is used up."""
+        try:
+            self._measure_all()
+            return self.summary.result(self.study)
+        except KeyboardInterrupt as signalled:
+            self._abandon(self.grace)
+            raise self._interrupted(signalled) from signalled
+        except SystemExit:
+            self._abandon(self.grace)
+            raise
+
+    def _measure_all(self) -> None:
         try:
             while self._fill() or self.background:
                 self._finish(self.in_flight[0] if self.in_flight else self.background)
@@ -100,23 +111,18 @@ class Coordinator:
                     self.in_flight.popleft()
                 self._afford()
             self._take_rest()
-        except _LimitReached:
-            self._abandon()
-        except KeyboardInterrupt as signalled:
-            self._abandon(self.grace)
-            raise self._interrupted(signalled) from signalled
-        except SystemExit:
-            self._abandon(self.grace)
+            if self.budget.reached:
+                self.workers.stopped.set()  # a call that hangs is to spend nothing when it wakes up
+        except (KeyboardInterrupt, SystemExit):
             raise
         except SearchStoppedError as error:
             raise self._closed(error) from error.__cause__
         except BaseException as error:
             raise self._closed(self._stopped("an error outside the program calls", error)) from error
-        return self.summary.result(self.study)
 
     def _fill(self) -> bool:
         """Starts rounds until enough are in flight; whether any is."""
-        while len(self.in_flight) < self.plan.rounds_in_flight:
+        while len(self.in_flight) < self.plan.rounds_in_flight and not self.budget.reached:
             round_: list[_Running] = []
             self.in_flight.append(round_)  # before it is filled: what has started is never lost
             for request in self.plan.next_round(self.known, alone=len(self.in_flight) == 1):
@@ -135,7 +141,7 @@ class Coordinator:
             return
         self.plan.assign(asked.row, examples)
         self.trials.start(asked, examples)
-        futures = tuple(self._measure(asked, example, request.background) for example in examples)
+        futures = tuple(self._submit(asked, example, request.background) for example in examples)
         for future in futures:
             future.add_done_callback(self._count)
         round_.append(_Running(asked, examples, futures))
@@ -147,7 +153,7 @@ class Coordinator:
             return ()  # in a space too large to list, a sampler may find nothing open
         return request.examples(asked.row, asked.number)
 
-    def _measure(self, asked: Asked, example: int, idle: bool) -> Future[Outcome]:
+    def _submit(self, asked: Asked, example: int, idle: bool) -> Future[Outcome]:
         if asked.trial is not None and example not in asked.scores:
             params = self.space.params(asked.row)
             return self.workers.submit(params, example, partial(self._keep, asked), idle)
@@ -163,8 +169,8 @@ class Coordinator:
         try:
             self.trials.keep(asked, outcome.example, outcome.score, outcome.usage)
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
-            self.workers.stopped.set()
             self.unsaved = self.unsaved or error
+            self.workers.stopped.set()
 
     def _count(self, future: Future[Outcome]) -> None:
         if not future.cancelled() and self.on_call is not None:
@@ -172,8 +178,9 @@ class Coordinator:
 
     def _finish(self, round_: list[_Running]) -> None:
         """Waits for a round and tells it in the order in which it was asked."""
-        wait_for(future for running in round_ for future in running.futures)
-        outcomes = [[future.result() for future in running.futures] for running in round_]
+        self._await(round_)
+        self._require_going()
+        outcomes = [[_outcome_of(*call) for call in running.calls] for running in round_]
         self._require_sense(round_, outcomes)
         for running, results in zip(list(round_), outcomes, strict=True):
             with deferred():  # what is told is not closed again
@@ -188,16 +195,37 @@ class Coordinator:
                 raise self._stopped("the baseline's trials failing", error)
             self.plan.forgive(self.plan.baseline)  # it was an earlier run that stopped on them
 
-    def _require_sense(self, round_: list[_Running], outcomes: list[list[Outcome]]) -> None:
-        """Stops where a round's answers are not to be told."""
+    def _await(self, round_: list[_Running]) -> None:
+        """Waits for a round; once no call may begin, not for good for one that hangs."""
+        wait_for((future for running in round_ for future in running.futures), unless=self._is_ending)
+        if self.budget.reached:
+            wait_for(self._futures(), _LAST_CALLS, unless=self.workers.stopped.is_set)
+
+    def _futures(self) -> list[Future[Outcome]]:
+        return [future for running in self._running() for future in running.futures]
+
+    def _is_ending(self) -> bool:
+        return self.workers.stopped.is_set() or self.budget.reached is not None
+
+    def _require_going(self) -> None:
+        """Stops where the workers have stopped."""
         if self.unsaved is not None:
             raise self._stopped("a score that could not be saved", self.unsaved)
+        if self.workers.fatal is not None:
+            raise self._stopped("an error that no further call can mend", self.workers.fatal)
+        if self.workers.stopped.is_set():
+            raise self._stopped("being told to from outside", None)
+
+    def _require_sense(self, round_: list[_Running], outcomes: list[list[Outcome]]) -> None:
+        """Stops where a round's answers are not to be told."""
         mine = [(r.row, outcome) for r, results in zip(round_, outcomes, strict=True) for outcome in results]
         alarm = self.health.check(mine, self._in_hand)
+        self._require_going()
         if alarm is not None:
             raise self._stopped(alarm.what, alarm.cause)
-        if self.budget.reached:
-            raise _LimitReached
+        anew = [results for r, results in zip(round_, outcomes, strict=True) if r.asked.trial is not None]
+        if not self.budget.reached and any(map(_is_cut_short, anew)):
+            raise self._stopped("being told to from outside", None)
 
     def _running(self) -> Iterator[_Running]:
         """All trials that are being measured."""
@@ -205,21 +233,23 @@ class Coordinator:
             yield from round_
 
     def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
+        """Answers of all rounds in flight, and calls that are worth waiting for."""
         calls = [(running.row, future) for running in self._running() for future in running.futures]
         done = [(row, future) for row, future in calls if future.done()]
-        pending = [future for _, future in calls if not future.done()]
+        pending = [] if self._is_ending() else [future for _, future in calls if not future.done()]
         return [(row, future.result()) for row, future in done], pending
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
-        message = f"The search stopped on {what}: {type(cause).__name__}: {cause}."
+        why = "" if cause is None else f": {type(cause).__name__}: {cause}"
+        message = f"The search stopped on {what}{why}."
         error = SearchStoppedError(message, self.study)
         error.__cause__ = cause
         return error
 
     def _closed(self, error: SearchStoppedError) -> SearchStoppedError:
         """The error with all that was measured, once the last calls have come back."""
-        self._abandon()
+        self._abandon(_LAST_CALLS)
         error.args = (f"{error} {self.ledger.calls} calls measured before are kept in the study.",)
         error.study, error.result = self.study, self.summary.so_far(self.study)
         return error
@@ -241,18 +271,17 @@ class Coordinator:
         measured = {o.example: o.score for o in outcomes if o.score is not None}
         measured.update(dict.fromkeys(failed, self.failure_score))
         in_order = {example: measured[example] for example in running.examples if example in measured}
-        return self._close(running, in_order)
+        return self._close(running, in_order, abandoned=_is_cut_short(outcomes))
 
     def _call_back(self, trial: FrozenTrial) -> None:
         for callback in self.callbacks:
             callback(self.study, trial)
 
-    def _abandon(self, grace: float = _LAST_CALLS) -> None:
+    def _abandon(self, grace: float) -> None:
         """Stops the workers and closes every open trial, keeping the scores that come in until then."""
         self.workers.stopped.set()
-        futures = [future for running in self._running() for future in running.futures]
         try:
-            wait_for([future for future in futures if not future.cancel()], grace)
+            wait_for([future for future in self._futures() if not future.cancel()], grace)
         finally:  # another interrupt ends the waiting, and leaves no trial open either
             with deferred():
                 self._close_all()
@@ -262,9 +291,11 @@ class Coordinator:
         scores = {r.asked.number: _came_in(r.futures) for r in running}
         self.in_flight.clear()
         self.background.clear()
+        for one in running:  # first, so that they count even where the storage fails
+            self._count_in(one, scores[one.asked.number])
         try:
             for one in running:
-                self._close(one, scores[one.asked.number], abandoned=True)
+                self.trials.tell(one.asked, one.examples, scores[one.asked.number], abandoned=True)
             self.trials.abandon_open()
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self._leave_storage(error, scores)
@@ -272,17 +303,20 @@ class Coordinator:
     def _leave_storage(self, error: Exception, measured: Mapping[int, Mapping[int, float]]) -> None:
         logger.warning("Open trials could not be closed in the storage (%s); kept in memory.", error)
         try:
-            self.study = in_memory(self.study, measured)
+            self.study = salvaged(self.study, measured)
         except Exception:
             logger.exception("Nor can the storage be read.")
 
     def _close(
         self, running: _Running, measured: Mapping[int, float], abandoned: bool = False
     ) -> FrozenTrial | None:
+        self._count_in(running, measured)
+        return self.trials.tell(running.asked, running.examples, measured, abandoned)
+
+    def _count_in(self, running: _Running, measured: Mapping[int, float]) -> None:
         self.ledger.add(running.row, measured, running.asked.meter.total)
         lost = [example for example in running.examples if example not in measured]
         self.plan.settle(running.row, running.examples, lost)
-        return self.trials.tell(running.asked, running.examples, measured, abandoned)
 
     def _take_rest(self) -> None:
         """Tells what a run with a larger budget measured, and this one does not ask for."""
@@ -306,6 +340,16 @@ class Coordinator:
             affordable = self.ledger.calls + calls
             self.summary.binding = name if affordable < self.plan.max_calls else None
             self.plan.afford(affordable, price)
+
+
+def _outcome_of(example: int, future: Future[Outcome]) -> Outcome:
+    """What a call has answered; nothing where it hangs."""
+    return future.result() if future.done() else Outcome(example)
+
+
+def _is_cut_short(outcomes: Sequence[Outcome]) -> bool:
+    """Whether calls were not made: all that is lacking then may still be measured by another run."""
+    return any(outcome.score is None and outcome.error is None for outcome in outcomes)
 
 
 def _came_in(futures: Sequence[Future[Outcome]]) -> dict[int, float]:

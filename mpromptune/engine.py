@@ -186,7 +186,7 @@ def search(
     encoding = _set_sampler(study, sampler, space, plan, seed)
     compare_geometry(study, encoding)
     write_settings(study, settings)
-    trials = Trials(study, space, record, failure_score)
+    trials = Trials(study, space, record)
     budget = limits if isinstance(limits, Budget) else Budget(limits)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
     with handled(), _executor(executor, num_threads) as pool, metered(budget.begin_search()):

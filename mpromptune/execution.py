@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import itertools
 import logging
@@ -10,6 +11,7 @@ import numbers
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -50,6 +52,9 @@ class Verdict(Enum):
 
 INFRASTRUCTURE = frozenset({Verdict.RETRY, Verdict.THROTTLE})
 
+# The same class from Python 3.11 on.
+_TIMEOUTS = TimeoutError | futures.TimeoutError | asyncio.TimeoutError
+
 Classify = Callable[[BaseException], Verdict]
 RetryAfter = Callable[[BaseException], float | None]
 
@@ -61,7 +66,7 @@ def no_hint(error: BaseException) -> float | None:
 
 def classify_builtin(error: BaseException) -> Verdict:
     """The default verdict: network and timeout errors are retried, a bad score stops the run."""
-    if isinstance(error, ConnectionError | TimeoutError):
+    if isinstance(error, ConnectionError | _TIMEOUTS):
         return Verdict.RETRY
     if isinstance(error, ScoreError):
         return Verdict.STOP
@@ -177,6 +182,7 @@ class Workers:
         self._retry = retry or RetryPolicy()
         self._retry_after = retry_after
         self.stopped = stopped or threading.Event()
+        self.fatal: Exception | None = None  # what has stopped them, if it was an error
         self._throttle = Throttle(num_threads, self._retry.max_wait, self._retry.give_up_after, self.stopped)
         self._admits = admits
         self._ended = itertools.count()
@@ -228,6 +234,7 @@ class Workers:
             return Outcome(example)
         except Exception as error:  # noqa: BLE001 - whatever `score` raises is judged, never lost
             if self._judge(error) is Verdict.STOP:
+                self.fatal = self.fatal or error
                 self.stopped.set()
             return Outcome(example, error=error, order=next(self._ended))
         return Outcome(example, score=score, order=next(self._ended))

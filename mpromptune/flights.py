@@ -13,11 +13,21 @@ _LOOK = 0.1
 
 @dataclass
 class Flight:
-    """A request that others may be waiting for."""
+    """A request that others may be waiting for.
+
+    Attributes:
+        key: What makes requests equal.
+        owner: The thread that sent it.
+        began: When.
+        is_given_up: Whether whoever sent it does not wait for it any more.
+        landed: Set when it has ended.
+        succeeded: Whether with an answer.
+    """
 
     key: Hashable
     owner: int
     began: float
+    is_given_up: Callable[[], bool]
     landed: threading.Event = field(default_factory=threading.Event)
     succeeded: bool = False
 
@@ -26,7 +36,7 @@ class Flights:
     """Has requests wait for an equal one that is under way, but never for good.
 
     A thread that has a request under way itself does not wait (so no two wait for each other), nor
-    does anybody for a request older than ``patience`` seconds: it may hang.
+    does anybody for a request that was given up or is older than ``patience`` seconds: it may hang.
 
     Args:
         patience: Age of a request that nobody waits for.
@@ -39,12 +49,15 @@ class Flights:
         self._lock = threading.Lock()
         self._flights: dict[Hashable, Flight] = {}
 
-    def join(self, key: Hashable, check: Callable[[], None]) -> Flight | None:
+    def join(
+        self, key: Hashable, check: Callable[[], None], is_given_up: Callable[[], bool] = lambda: False
+    ) -> Flight | None:
         """Waits for an equal request, if there is one.
 
         Args:
             key: What makes requests equal.
             check: Called while waiting; may raise to end it.
+            is_given_up: Says from any thread whether this request has been given up.
 
         Returns:
             The flight to `land` when the request has ended; one that has succeeded, where another
@@ -55,7 +68,7 @@ class Flights:
             with self._lock:
                 flight = self._flights.get(key)
                 if flight is None:
-                    flight = self._flights[key] = Flight(key, me, self._clock())
+                    flight = self._flights[key] = Flight(key, me, self._clock(), is_given_up)
                     return flight
                 if any(other.owner == me for other in self._flights.values()):
                     return None
@@ -68,7 +81,7 @@ class Flights:
         """Whether the request ended while it was worth waiting for."""
         while not flight.landed.wait(_LOOK):
             check()
-            if self._clock() - flight.began > self._patience:
+            if flight.is_given_up() or self._clock() - flight.began > self._patience:
                 return False
         return True
 

@@ -51,9 +51,6 @@ class Health:
             in_hand: Those of all rounds in flight.
         """
         answers, run = self._last_failures(mine, in_hand)
-        for _, outcome in (*mine, *run):
-            if self.verdict(outcome) is Verdict.STOP:
-                return Alarm("an error that no further call can mend", outcome.error)
         known = self.reliability.after(answers, run)
         if self._is_barren(mine, run, known):
             return Alarm(f"all {len(mine)} calls of a round failing", run[0][1].error)

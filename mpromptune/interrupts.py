@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any, TypeVar
@@ -101,10 +101,12 @@ def deferred() -> contextlib.AbstractContextManager[None]:
     return _SIGNALS.deferred() if _is_main() else contextlib.nullcontext()
 
 
-def wait_for(futures: Iterable[Future[Any]], timeout: float = math.inf) -> None:
-    """Waits until all are done, where an interrupt may come."""
+def wait_for(
+    futures: Iterable[Future[Any]], timeout: float = math.inf, unless: Callable[[], bool] = lambda: False
+) -> None:
+    """Waits until all are done, where an interrupt may come, or until ``unless`` says to stop waiting."""
     pending, deadline = set(futures), time.monotonic() + timeout
-    while pending and (left := deadline - time.monotonic()) > 0:
+    while pending and not unless() and (left := deadline - time.monotonic()) > 0:
         pending = wait(pending, timeout=min(_SLICE, left)).not_done
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from mpromptune.execution import check_stopped
+from mpromptune.execution import check_stopped, current_stop
 from mpromptune.flights import Flight, Flights
 from mpromptune.interrupts import Stopped
 from mpromptune.limits import Budget
@@ -177,7 +177,7 @@ class Guard(BaseCallback):
     def _join(self, request: _Request) -> None:
         shares = request.uses_cache and _kind(request.lm) not in self._uncached
         key = _key(request.lm, request.inputs) if shares else None
-        flight = None if key is None else self._flights.join(key, self.check)
+        flight = None if key is None else self._flights.join(key, self.check, current_stop())
         request.follows = flight is not None and flight.succeeded
         request.flight = None if request.follows else flight
 

@@ -138,6 +138,9 @@ class MIPROv2(dspy.MIPROv2):
             return planned.estimate
         except SearchInterrupted:
             raise
+        except SearchStoppedError as stopped:
+            stopped.program = student if stopped.program is None else stopped.program
+            raise
         except KeyboardInterrupt as signalled:
             if options is None:
                 raise
@@ -153,7 +156,9 @@ class MIPROv2(dspy.MIPROv2):
         defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
         pricing = Pricing(options.prices, must_know=options.max_cost is not None)
         guard = Guard(Budget(options.limits), pricing, pace=options.pace)
-        steps = Steps(self, self._threads(options), {**defaults, **stock}, guard, options.grace)
+        steps = Steps(
+            self, self._threads(options), {**defaults, **stock}, guard, options.grace, options.timeout
+        )
         token = _STEPS.set(steps)
         try:
             with guard.watching():

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
 from mpromptune.errors import InvalidArgumentError
+from mpromptune.result import in_memory
 from mpromptune.schedule import Examples
 from mpromptune.usage import Usage
 
@@ -29,7 +29,7 @@ class Recorded:
         trial_id: Its identity in the storage.
         params: Its configuration; of a trial that is open, perhaps only a part.
         examples: What it was to be measured on; None for an open trial that did not get so far.
-        scores: Example to score. NaN where the candidate failed, as long as the trial is not told.
+        scores: Example to score; ``failure_score`` where the candidate failed, once the trial is told.
         told: Whether it was told, and is over.
         is_open: Whether it is still running, or waiting to.
         usage: What measuring it has used.
@@ -108,27 +108,23 @@ def missing_of(record: Record, params: Mapping[str, int], n_examples: int) -> in
     return n_examples - len(have)
 
 
-def in_memory(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
+def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
     """A copy of a study whose storage fails: nothing that was measured is lost with it.
 
     Args:
         study: What the storage still shows.
         scores: Trial number to the scores that it may not hold yet. Open trials are abandoned.
     """
-    copy = optuna.create_study(study_name=study.study_name, direction=study.direction)
-    for name, value in study.user_attrs.items():
-        copy.set_user_attr(name, value)
-    for trial in study.get_trials():
-        is_open = trial.state in _OPEN
-        copy.add_trial(_abandoned(trial, scores.get(trial.number, {})) if is_open else trial)
-    return copy
+    trials = study.get_trials()
+    return in_memory(
+        study, [_abandoned(t, scores.get(t.number, {})) if t.state in _OPEN else t for t in trials]
+    )
 
 
 def _abandoned(trial: FrozenTrial, scores: Mapping[int, float]) -> FrozenTrial:
     stored = recorded_of(trial)
     kept = {**scores, **stored.scores}
-    measured = {example: score for example, score in kept.items() if score == score}
-    attributes: dict[str, Any] = {ABANDONED: True, EXAMPLES: list(measured), SCORES: list(measured.values())}
+    attributes: dict[str, Any] = {ABANDONED: True, EXAMPLES: list(kept), SCORES: list(kept.values())}
     if stored.examples:
         attributes[PLANNED] = list(stored.examples)
     return create_trial(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import optuna
 from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from mpromptune.usage import StepUsage
 
@@ -74,16 +76,17 @@ class SearchResult:
         A storage has paths, locks and perhaps a password; a sampler holds the user's embedder, which
         need not be picklable.
         """
-        return {**self.__dict__, "study": _in_memory(self.study)}
+        return {**self.__dict__, "study": in_memory(self.study, self.study.get_trials(deepcopy=False))}
 
     def __deepcopy__(self, memo: dict[int, object]) -> SearchResult:
         return self  # frozen; a copied program shares it
 
 
-def _in_memory(study: Study) -> Study:
+def in_memory(study: Study, trials: Sequence[FrozenTrial]) -> Study:
+    """A study of these trials, with the name and the attributes of another one, in memory."""
     sampler = optuna.samplers.RandomSampler()
     copied = optuna.create_study(study_name=study.study_name, direction="maximize", sampler=sampler)
     for key, value in study.user_attrs.items():
         copied.set_user_attr(key, value)
-    copied.add_trials(study.get_trials(deepcopy=False))
+    copied.add_trials(trials)
     return copied

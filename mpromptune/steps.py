@@ -67,6 +67,7 @@ class Steps:
         compile_arguments: Of ``dspy.MIPROv2.compile``, with defaults.
         guard: Watches the LM requests.
         grace: Seconds that LM calls under way are left after an error or an interrupt.
+        timeout: Seconds that the search waits for the student's last scores; None waits for ever.
 
     Attributes:
         arguments: Those of the compile.
@@ -79,11 +80,13 @@ class Steps:
         compile_arguments: Mapping[str, Any],
         guard: Guard | None = None,
         grace: float = GRACE,
+        timeout: float | None = None,
     ) -> None:
         self.guard = guard or Guard()
         self.display = Display()
         self._optimizer = optimizer
         self._threads = Threads(threads, grace)
+        self._timeout = timeout
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
         self._proposals = proposal.Proposals(optimizer, self._threads)
@@ -277,8 +280,8 @@ class Steps:
         return proposed
 
     def close_threads(self) -> None:
-        """Starts no further LM call."""
-        self._threads.close()
+        """Starts no further call; those under way are waited for, but not longer than for any other."""
+        self._threads.finish(self._timeout)
 
     def close(self) -> None:
         """Ends what is still running, and the display; after an error, nothing waits for long."""

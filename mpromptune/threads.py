@@ -31,7 +31,8 @@ class Threads:
         self.number = number
         self.grace = grace
         self._executor = DaemonThreads(number, "mpromptune-step")
-        self._stopped = threading.Event()
+        self._ending = threading.Event()  # nothing more begins
+        self._stopped = threading.Event()  # nor does anybody wait for what has begun
         self._lock = threading.Lock()
         self._unfinished = 0
         self._fillers: Iterator[Callable[[], object]] = iter(())
@@ -59,6 +60,18 @@ class Threads:
         if self._stopped.is_set():
             raise Stopped
 
+    def finish(self, within: float | None = None) -> None:
+        """Starts nothing more, and lets the calls under way come to their end: they are paid for.
+
+        Args:
+            within: Seconds to wait at most; what still runs then asks no LM any more.
+        """
+        with self._lock:  # no call is being submitted
+            self._ending.set()
+        self._executor.shutdown(wait=False)
+        self._executor.join(within)
+        self._stopped.set()
+
     def close(self, within: float | None = None) -> None:
         """Starts nothing more, and waits for the calls that are under way, the first time.
 
@@ -67,6 +80,7 @@ class Threads:
         """
         with self._lock:  # no call is being submitted
             already = self._stopped.is_set()
+            self._ending.set()
             self._stopped.set()
         # Not `cancel_futures`: nobody who is in `wait` for a future is told of its cancellation.
         self._executor.shutdown(wait=False)
@@ -87,7 +101,7 @@ class Threads:
         return future
 
     def _fill(self) -> None:
-        while self._unfinished < self.number and not self._stopped.is_set():
+        while self._unfinished < self.number and not self._ending.is_set():
             call = next(self._fillers, None)
             if call is None:
                 break
@@ -95,7 +109,8 @@ class Threads:
 
     def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         try:
-            self.check()
+            if self._ending.is_set():
+                raise Stopped
             with stoppable(self._stopped):
                 return function(*args, **kwargs)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,17 +51,16 @@ class Trials:
         study: The study; its sampler proposes configurations.
         space: The configurations.
         record: The trials of earlier runs.
-        failure_score: What an example scores when the candidate itself failed on it.
     """
 
-    def __init__(self, study: Study, space: PromptSpace, record: Record, failure_score: float) -> None:
+    def __init__(self, study: Study, space: PromptSpace, record: Record) -> None:
         self.study = study
         self.record = record
         self.untold = {recorded.number for recorded in record if recorded.told}
         self._space = space
-        self._failure_score = failure_score
         self._distributions = distributions_of(space)
         self._lock = threading.Lock()
+        self._closed: set[int] = set()
 
     def next(self, row: Row | None) -> Asked:
         """The next trial of the record; after the last, a new one of ``row``, or of the sampler's choice."""
@@ -82,8 +80,7 @@ class Trials:
 
     def _told(self, recorded: Recorded) -> Asked:
         row = self._space.row(recorded.params) if recorded.examples else ()
-        scores = self._filled(recorded.scores)
-        return Asked(None, recorded.number, row, recorded.examples or (), scores, _metered(recorded))
+        return Asked(None, recorded.number, row, recorded.examples or (), recorded.scores, _metered(recorded))
 
     def _taken_up(self, abandoned: Recorded) -> Recorded:
         """A new trial in the place of a closed one; with its scores, in a single write."""
@@ -113,11 +110,7 @@ class Trials:
             trial.set_user_attr(ABANDONED, True)
             self.study.tell(trial, state=TrialState.FAIL)
             return None
-        scores = self._filled(recorded.scores)
-        return Asked(trial, trial.number, row, recorded.examples, scores, _metered(recorded))
-
-    def _filled(self, scores: Mapping[int, float]) -> dict[int, float]:
-        return {e: self._failure_score if math.isnan(score) else score for e, score in scores.items()}
+        return Asked(trial, trial.number, row, recorded.examples, recorded.scores, _metered(recorded))
 
     def start(self, asked: Asked, examples: Sequence[int]) -> None:
         """Notes what a trial is to be measured on."""
@@ -125,9 +118,14 @@ class Trials:
             asked.trial.set_user_attr(EXAMPLES, list(examples))
 
     def keep(self, asked: Asked, example: int, score: float | None, usage: Usage) -> None:
-        """Saves at once what a call used, and its score, if any, as an intermediate value."""
+        """Saves at once what a call used, and its score, if any, as an intermediate value.
+
+        A call that hung until its trial was closed comes too late.
+        """
         assert asked.trial is not None
         with self._lock:
+            if asked.number in self._closed:
+                return
             asked.meter.add(usage)
             _set_usage(asked)
             if score is not None:
@@ -154,6 +152,8 @@ class Trials:
         trial = asked.trial
         if trial is None:
             return None
+        with self._lock:  # no score is being saved
+            self._closed.add(asked.number)
         failed = len(measured) < len(examples)
         if failed:  # first, so that it is never lost what was planned
             trial.set_user_attr(PLANNED, list(examples))
@@ -177,7 +177,7 @@ class Trials:
         """Closes what is still open: trials that the sampler failed on, and the record's."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             recorded = recorded_of(trial)
-            scores = self._filled(recorded.scores)
+            scores = recorded.scores
             storage = self.study._storage
             if recorded.examples:
                 storage.set_trial_user_attr(trial._trial_id, PLANNED, list(recorded.examples))

@@ -22,11 +22,11 @@ from optuna.trial import TrialState
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 from test_engine import SPACE, TABLE, N, run, trials_of
 
-from mpromptune import MIPROv2
+from mpromptune import MIPROv2, coordinator
 from mpromptune.attributes import EXAMPLES, SCORES
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
 from mpromptune.execution import RetryPolicy, Verdict, check_stopped, current_stop
-from mpromptune.interrupts import deferred, handled
+from mpromptune.interrupts import Stopped, deferred, handled
 
 THREADS = 4
 
@@ -479,6 +479,55 @@ def test_a_stopped_compile_has_the_best_program_so_far() -> None:
     error = caught.value
     assert error.result.calls == 19
     assert error.program.search_result is error.result
+
+
+@pytest.mark.parametrize("how", ["event", "score"])
+@pytest.mark.parametrize("at", [1, 30])
+def test_a_search_that_is_stopped_from_outside_ends(how: str, at: int) -> None:
+    """By its event, or by a score that may not be made any more, as within a compile that is over."""
+    event, asked = threading.Event(), []
+
+    def score(params: dict[str, int], example: int) -> float:
+        if len(asked) == at:
+            event.set()
+            if how == "score":
+                raise Stopped
+        asked.append(example)
+        return float(TABLE[SPACE.row(params)][example])
+
+    with pytest.raises(SearchStoppedError, match="from outside") as caught:
+        run(score, stopped=event if how == "event" else None, num_threads=1)
+    kept = sum(len(t.user_attrs.get(SCORES, ())) for t in caught.value.study.trials)  # type: ignore[attr-defined]
+    assert kept == len(asked) == at + (how == "event")
+
+
+def test_a_call_that_hangs_does_not_hold_up_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that no further call can mend ends the search; Ctrl-C ends the wait for the last calls."""
+    release, begun, lock = threading.Event(), [], threading.Lock()
+
+    def score(params: dict[str, int], example: int) -> float:
+        with lock:
+            begun.append(example)
+            number = len(begun)
+        if number == 2:
+            release.wait()
+        if number > 5:
+            raise PermissionError("bad key")
+        return float(TABLE[SPACE.row(params)][example])
+
+    given: dict[str, Any] = {"classify": lambda error: Verdict.STOP, "num_threads": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator, "_LAST_CALLS", 0.05)
+        with pytest.raises(SearchStoppedError, match="PermissionError: bad key.* 4 calls"):
+            run(score, **given)
+    begun.clear()
+    patience = threading.Timer(0.5, press_ctrl_c)
+    patience.start()
+    with pytest.raises(SearchInterrupted, match="4 calls") as caught:
+        run(score, **given)
+    assert caught.value.result.calls == 4
+    closed(caught.value)
+    release.set()
 
 
 def test_retries_do_not_outlive_an_error() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
 
-from mpromptune import PromptSpace, search
+from mpromptune import PromptSpace, coordinator, search
 from mpromptune.attributes import USAGE
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
 from mpromptune.execution import RetryPolicy
@@ -24,6 +25,7 @@ from mpromptune.schedule import Minibatches
 from mpromptune.usage import Usage, record
 
 NAME = "0_predictor_instruction"
+SIX = PromptSpace({NAME: [f"style {i}" for i in range(6)]})
 
 
 class Clock:
@@ -236,6 +238,48 @@ def test_calls_that_are_dearer_than_foreseen_stop_the_search() -> None:
     assert not any(t.state.name == "RUNNING" for t in result.study.trials)
 
 
+@pytest.mark.parametrize("max_tokens", [255, 405, 655])
+def test_what_a_candidate_failed_on_counts_where_a_limit_is_reached(max_tokens: int) -> None:
+    """Its rounds are told like all others; left out, only what it could answer would speak for it."""
+    asked: Counter[tuple[int, int]] = Counter()
+
+    def score(params: dict[str, int], example: int) -> float:
+        asked[params[NAME], example] += 1
+        record(Usage(prompt_tokens=10 if len(asked) < 20 else 20))  # dearer than foreseen
+        if params[NAME] > 2 and example % 2:
+            raise ValueError("cannot parse")
+        return 0.5
+
+    limits = Limits(max_tokens=max_tokens)
+    result = search(
+        SIX, score, n_examples=40, max_calls=300, sampler="random", limits=limits, num_threads=1, seed=1
+    )
+    assert result.stopped_by == "max_tokens"
+    assert result.calls == len(asked)
+    assert any(candidate > 2 and example % 2 for candidate, example in asked)
+
+
+def test_a_call_that_hangs_does_not_hold_up_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says when it comes back at last is too late, and harms nothing."""
+    monkeypatch.setattr(coordinator, "_LAST_CALLS", 0.05)
+    release, begun, lock = threading.Event(), [], threading.Lock()
+
+    def score(params: dict[str, int], example: int) -> float:
+        with lock:
+            begun.append(example)
+            hangs = len(begun) == 3
+        if hangs:
+            release.wait()
+        record(Usage(prompt_tokens=10))
+        return 0.5
+
+    limits = Limits(max_tokens=150)
+    result = search(SIX, score, n_examples=40, max_calls=300, sampler="random", limits=limits, num_threads=2)
+    release.set()
+    assert (result.stopped_by, result.calls) == ("max_tokens", 15)
+    assert all(trial.state.is_finished() for trial in result.study.trials)
+
+
 def test_nothing_measured_is_an_error_that_says_so() -> None:
     """A limit that is used up before the search begins leaves nothing to return."""
     budget = Budget(Limits(max_tokens=5))
@@ -434,6 +478,18 @@ def test_nobody_waits_for_a_request_that_hangs() -> None:
     clock.sleep(61)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(flights.join, "a", _nothing).result(10) is None
+
+
+def test_nobody_waits_for_a_request_that_was_given_up() -> None:
+    """An attempt that hangs is made again after its timeout; the new one sends the request anew."""
+    flights, given_up, waiting = Flights(patience=60), threading.Event(), Arrivals(1)
+    flights.join("a", _nothing, given_up.is_set)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(flights.join, "a", waiting)
+        assert waiting.complete.wait(10)
+        assert not second.done()
+        given_up.set()
+        assert second.result(10) is None
 
 
 def test_a_thread_never_waits_for_itself() -> None:

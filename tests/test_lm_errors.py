@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import sys
+from concurrent import futures
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
@@ -160,7 +162,8 @@ def test_a_wrapper_is_judged_by_its_cause() -> None:
 
 def test_builtin_errors() -> None:
     """Network errors of the standard library are retried; a bad score stops the run."""
-    assert classify(TimeoutError()) is Verdict.RETRY
+    for timeout in (TimeoutError, futures.TimeoutError, asyncio.TimeoutError):  # three of them in 3.10
+        assert classify(timeout()) is Verdict.RETRY
     assert classify(ScoreError("None")) is Verdict.STOP
 
 

@@ -539,6 +539,7 @@ def test_a_limit_covers_the_steps_before_the_search() -> None:
     with pytest.raises(SearchStoppedError, match="max_tokens=100") as caught:
         _compile(lm, max_tokens=100)
     assert "before the search" in str(caught.value)
+    assert isinstance(caught.value.program, dspy.Module)  # the student
     assert 15 * len(lm.calls) <= 100 + 15 * 4 + 15  # four threads, and what the limit let begin
 
 

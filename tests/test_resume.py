@@ -264,7 +264,7 @@ def test_a_baseline_that_failed_too_often_has_another_chance(tmp_path: Path) -> 
 
 
 def test_what_a_candidate_could_not_answer_is_not_asked_again(tmp_path: Path) -> None:
-    """It was paid for too: saved as NaN, it counts the failure_score of whoever goes on."""
+    """It was paid for too: once its trial is told, it counts failure_score for whoever goes on."""
     asked: Counter[Pair] = Counter()
 
     def score(params: dict[str, int], example: int) -> float:

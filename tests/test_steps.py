@@ -16,6 +16,8 @@ from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, P
 
 from mpromptune import MIPROv2
 from mpromptune.attributes import EXAMPLES, SCORES
+from mpromptune.execution import current_stop
+from mpromptune.interrupts import Stopped
 from mpromptune.steps import Steps
 from mpromptune.threads import Threads
 
@@ -186,6 +188,31 @@ def test_closing_takes_no_further_filler() -> None:
     assert 2 <= done < 30
     time.sleep(0.05)
     assert len(taken) == done
+
+
+def test_what_is_under_way_comes_to_its_end() -> None:
+    """A program of several predictors makes all of its calls; one that hangs is left behind, and told."""
+    begun, finishing, release = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def call(hangs: bool) -> bool:
+        stop = current_stop()
+        begun.release()
+        (release if hangs else finishing).wait(10)
+        return stop()
+
+    threads = Threads(2)
+    futures = [threads.submit(call, hangs) for hangs in (False, True)]
+    assert begun.acquire(timeout=10)
+    assert begun.acquire(timeout=10)
+    late = threads.submit(call, False)
+    threading.Timer(0.1, finishing.set).start()
+    threads.finish(within=0.5)
+    assert futures[0].result(10) is False
+    assert not futures[1].done()
+    release.set()
+    assert futures[1].result(10) is True
+    with pytest.raises(Stopped):
+        late.result(10)
 
 
 def test_fillers_keep_the_context() -> None:
