@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mpromptune.outcome import Measured, Outcome
+from mpromptune.findings import Findings, Measured
 from mpromptune.record import read_record
 
 # NOTE: on fewer examples, the standard error of a share of right answers is up to 0.09 and more.
@@ -82,17 +82,17 @@ def title(component: str) -> str:
     return f"Predictor {match[1]}, {match[2]}" if match else component
 
 
-def winner(outcome: Outcome) -> Measured | None:
+def winner(findings: Findings) -> Measured | None:
     """The winner's own entry; None where it was never measured."""
-    return next((m for m in outcome.configurations if m.params == outcome.best_params), None)
+    return next((m for m in findings.configurations if m.params == findings.best_params), None)
 
 
-def growth(outcome: Outcome) -> list[Step]:
+def growth(findings: Findings) -> list[Step]:
     """The trials that have a score, in the order in which they were asked."""
-    estimates = {_key(m.params): m.posterior_mean for m in outcome.configurations}
+    estimates = {_key(m.params): m.posterior_mean for m in findings.configurations}
     steps: list[Step] = []
     calls, best = 0, -math.inf
-    for recorded in read_record(outcome.study):
+    for recorded in read_record(findings.study):
         scores = [score for score in recorded.scores.values() if not math.isnan(score)]
         if scores:
             calls += len(scores)
@@ -101,10 +101,10 @@ def growth(outcome: Outcome) -> list[Step]:
     return steps
 
 
-def main_effects(outcome: Outcome) -> dict[str, list[Effect]]:
+def main_effects(findings: Findings) -> dict[str, list[Effect]]:
     """For each component, the candidates that were measured, by index."""
     found: dict[str, dict[int, list[float]]] = {}
-    for measured in outcome.configurations:
+    for measured in findings.configurations:
         for name, index in measured.params.items():
             found.setdefault(name, {}).setdefault(index, []).append(measured.posterior_mean)
     return {
@@ -113,32 +113,32 @@ def main_effects(outcome: Outcome) -> dict[str, list[Effect]]:
     }
 
 
-def example_scores(outcome: Outcome) -> list[ExampleScores]:
+def example_scores(findings: Findings) -> list[ExampleScores]:
     """The examples that were measured, the hardest first."""
     found: dict[int, list[float]] = {}
-    for measured in outcome.configurations:
+    for measured in findings.configurations:
         for example, score in measured.scores.items():
             found.setdefault(example, []).append(score)
     examples = [ExampleScores(e, _mean(s), max(s), len(s)) for e, s in found.items()]
     return sorted(examples, key=lambda one: (one.mean, one.example))
 
 
-def never_solved(outcome: Outcome) -> list[ExampleScores]:
+def never_solved(findings: Findings) -> list[ExampleScores]:
     """Examples on which no configuration scores above the lowest score of the whole search."""
-    examples = example_scores(outcome)
-    lowest = min((s for m in outcome.configurations for s in m.scores.values()), default=0.0)
+    examples = example_scores(findings)
+    lowest = min((s for m in findings.configurations for s in m.scores.values()), default=0.0)
     if all(one.best <= lowest for one in examples):
         return []
     return [one for one in examples if one.best <= lowest]
 
 
-def gain(outcome: Outcome) -> tuple[float, float] | None:
+def gain(findings: Findings) -> tuple[float, float] | None:
     """The winner's gain over the baseline on the examples that both have, and its standard error.
 
     None where they share fewer than two examples, or are the same.
     """
-    baseline, best = outcome.baseline_params, winner(outcome)
-    other = next((m for m in outcome.configurations if m.params == baseline), None)
+    baseline, best = findings.baseline_params, winner(findings)
+    other = next((m for m in findings.configurations if m.params == baseline), None)
     if best is None or other is None or best is other:
         return None
     differences = [best.scores[e] - other.scores[e] for e in best.scores.keys() & other.scores.keys()]
@@ -150,34 +150,34 @@ def gain(outcome: Outcome) -> tuple[float, float] | None:
     return mean, math.sqrt(variance / n)
 
 
-def warning_signs(outcome: Outcome) -> list[str]:
+def warning_signs(findings: Findings) -> list[str]:
     """What speaks against taking the result at its word, a sentence each."""
-    return [*_about_the_search(outcome), *_about_the_winner(outcome), *_about_the_examples(outcome)]
+    return [*_about_the_search(findings), *_about_the_winner(findings), *_about_the_examples(findings)]
 
 
-def _about_the_search(outcome: Outcome) -> Iterator[str]:
-    if outcome.stopped_by is not None:
-        yield f"The search was ended by {outcome.stopped_by} before it had made all its calls."
-    record = read_record(outcome.study)
+def _about_the_search(findings: Findings) -> Iterator[str]:
+    if findings.stopped_by is not None:
+        yield f"The search was ended by {findings.stopped_by} before it had made all its calls."
+    record = read_record(findings.study)
     if running := sum(recorded.is_open for recorded in record):
         yield f"The search is not over: trials that are open: {running}."
     cut = sum(len(r.scores) < len(r.examples or ()) for r in record if not r.is_open)
     if cut:
         yield f"Trials that failed or were cut off: {cut}; what they had measured counts."
-    if len(outcome.configurations) == 1:
+    if len(findings.configurations) == 1:
         yield "Only one configuration was measured, so there is nothing to compare it with."
 
 
-def _about_the_winner(outcome: Outcome) -> Iterator[str]:
-    best = winner(outcome)
+def _about_the_winner(findings: Findings) -> Iterator[str]:
+    best = winner(findings)
     if best is None:
         return
-    if len(best.scores) < outcome.n_examples:
+    if len(best.scores) < findings.n_examples:
         yield (
-            f"The winner was measured on {len(best.scores)} of {outcome.n_examples} validation examples: "
+            f"The winner was measured on {len(best.scores)} of {findings.n_examples} validation examples: "
             "its score is an estimate."
         )
-    if equal := _rivals(outcome, best):
+    if equal := _rivals(findings, best):
         yield (
             f"The top is flat: {_count(equal, 'configuration')} cannot be told from the winner (the "
             "difference is within one standard deviation), so prefer the shortest or cheapest of them."
@@ -187,22 +187,22 @@ def _about_the_winner(outcome: Outcome) -> Iterator[str]:
             f"Risk of overfitting: the winner scored {best.mean:.4g}, but the model expects only "
             f"{best.posterior_mean:.4g} ± {best.posterior_std:.2g} of it; some of its score may be luck."
         )
-    yield from _about_the_gain(outcome)
+    yield from _about_the_gain(findings)
 
 
-def _rivals(outcome: Outcome, best: Measured) -> int:
+def _rivals(findings: Findings, best: Measured) -> int:
     """How many are within a standard deviation of the difference."""
-    others = (m for m in outcome.configurations if m is not best)
+    others = (m for m in findings.configurations if m is not best)
     return sum(
         abs(best.posterior_mean - m.posterior_mean) <= math.hypot(best.posterior_std, m.posterior_std)
         for m in others
     )
 
 
-def _about_the_gain(outcome: Outcome) -> Iterator[str]:
-    if outcome.best_params == outcome.baseline_params:
+def _about_the_gain(findings: Findings) -> Iterator[str]:
+    if findings.best_params == findings.baseline_params:
         yield "Nothing was found that beats the baseline, which is the winner."
-    found = gain(outcome)
+    found = gain(findings)
     if found is not None and found[0] < _CLEAR * found[1]:
         yield (
             f"The gain over the baseline, {found[0]:.3g} ± {found[1]:.2g} (standard error), may be chance: "
@@ -210,16 +210,16 @@ def _about_the_gain(outcome: Outcome) -> Iterator[str]:
         )
 
 
-def _about_the_examples(outcome: Outcome) -> Iterator[str]:
-    if outcome.n_examples < _FEW_EXAMPLES:
+def _about_the_examples(findings: Findings) -> Iterator[str]:
+    if findings.n_examples < _FEW_EXAMPLES:
         yield (
-            f"The validation set has only {_count(outcome.n_examples, 'example')}: what is best on it need "
+            f"The validation set has only {_count(findings.n_examples, 'example')}: what is best on it need "
             "not be best elsewhere."
         )
-    scores = {score for m in outcome.configurations for score in m.scores.values()}
+    scores = {score for m in findings.configurations for score in m.scores.values()}
     if len(scores) == 1:
         yield f"Every score is {scores.pop():.4g}: the metric tells no configuration from another."
-    hard, seen = len(never_solved(outcome)), len(example_scores(outcome))
+    hard, seen = len(never_solved(findings)), len(example_scores(findings))
     if 2 * hard > seen:
         yield f"No configuration solves {hard} of {seen} examples: the candidates may all lack something."
 

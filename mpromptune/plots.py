@@ -10,7 +10,7 @@ import numpy as np
 from mpromptune.analysis import example_scores, growth, label, main_effects, never_solved, title
 from mpromptune.embedding import FloatArray
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
-from mpromptune.outcome import Measured, Outcome
+from mpromptune.findings import Findings, Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,32 +22,32 @@ _WIDTH = 6.4
 _MAPPED = 1000
 
 
-def plot_growth(outcome: Outcome) -> Figure:
+def plot_growth(findings: Findings) -> Figure:
     """Score against program calls: each trial's own, and the best configuration's met so far.
 
     The line is the highest of the posterior means, as they are at the end of the search; a trial's
     own score is that on its examples alone.
     """
-    steps = _some(growth(outcome), "trial with a score")
+    steps = _some(growth(findings), "trial with a score")
     figure, axes = _panel(3.4)
     calls = [step.calls for step in steps]
     axes.plot(calls, [s.score for s in steps], ".", color=_GREY, alpha=0.6, label="trial, on its examples")
     best = [step.best if np.isfinite(step.best) else np.nan for step in steps]
     axes.step(calls, best, where="post", color=_BLUE, label="best met so far, estimated")
-    _baseline_line(axes.axhline, outcome)
+    _baseline_line(axes.axhline, findings)
     axes.set(xlabel="program calls", ylabel="score")
     axes.legend(frameon=False)
     return figure
 
 
-def plot_leaders(outcome: Outcome, limit: int = 15) -> Figure:
+def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
     """The configurations with the highest posterior means, ± one standard deviation.
 
     Args:
-        outcome: Of the search.
+        findings: Of the search.
         limit: How many at most.
     """
-    leaders = _some(outcome.configurations[:limit], "configuration that was measured")
+    leaders = _some(findings.configurations[:limit], "configuration that was measured")
     figure, axes = _panel(1.2 + 0.28 * len(leaders))
     places = range(len(leaders))
     axes.errorbar(
@@ -60,14 +60,14 @@ def plot_leaders(outcome: Outcome, limit: int = 15) -> Figure:
     )
     axes.set_yticks(places, [_plain(f"{label(m.params)} ({len(m.scores)})") for m in leaders])
     for tick, measured in zip(axes.get_yticklabels(), leaders, strict=True):
-        tick.set_fontweight("bold" if measured.params == outcome.best_params else "normal")
+        tick.set_fontweight("bold" if measured.params == findings.best_params else "normal")
     axes.invert_yaxis()
-    _baseline_line(axes.axvline, outcome)
-    axes.set_xlabel("posterior mean ± standard deviation (in brackets: examples measured)")
+    _baseline_line(axes.axvline, findings)
+    axes.set_xlabel("posterior mean ± std (in brackets: examples measured)")
     return figure
 
 
-def plot_map(outcome: Outcome) -> Figure:
+def plot_map(findings: Findings) -> Figure:
     """The configurations in two dimensions: the nearer, the more alike their prompts.
 
     Classical scaling of the distances that the model saw, summed over components.
@@ -75,32 +75,32 @@ def plot_map(outcome: Outcome) -> Figure:
     Raises:
         InvalidArgumentError: The search did not embed texts, or measured fewer than three.
     """
-    shown = outcome.configurations[:_MAPPED]
-    if outcome.distances is None or len(shown) < 3:
+    shown = findings.configurations[:_MAPPED]
+    if findings.distances is None or len(shown) < 3:
         raise InvalidArgumentError(
             f"A map needs three configurations and the distances between their texts; got {len(shown)}"
-            f"{' and no distances' if outcome.distances is None else ''}."
+            f"{' and no distances' if findings.distances is None else ''}."
         )
-    points = classical_scaling(distances_between(shown, outcome.distances))
+    points = classical_scaling(distances_between(shown, findings.distances))
     figure, axes = _panel(4.4)
     drawn = axes.scatter(
         *points.T,
         c=[m.posterior_mean for m in shown],
-        s=[12 + 60 * len(m.scores) / outcome.n_examples for m in shown],
+        s=[12 + 60 * len(m.scores) / findings.n_examples for m in shown],
         cmap="viridis",
         alpha=0.85,
     )
     figure.colorbar(drawn, ax=axes, label="posterior mean")
-    for params, name in ((outcome.baseline_params, "baseline"), (outcome.best_params, "winner")):
+    for params, name in ((findings.baseline_params, "baseline"), (findings.best_params, "winner")):
         for place in (i for i, m in enumerate(shown) if m.params == params):
             axes.annotate(name, points[place], xytext=(6, 6), textcoords="offset points")
     axes.set(xticks=[], yticks=[], xlabel="larger dots: measured on more examples")
     return figure
 
 
-def plot_effects(outcome: Outcome) -> Figure:
+def plot_effects(findings: Findings) -> Figure:
     """For each component, the mean of the posterior means of the configurations with each candidate."""
-    effects = main_effects(outcome)
+    effects = main_effects(findings)
     _some(list(effects), "configuration that was measured")
     rows = [max(2, len(candidates)) for candidates in effects.values()]
     figure = _figure(0.9 * len(rows) + 0.24 * sum(rows))
@@ -112,15 +112,15 @@ def plot_effects(outcome: Outcome) -> Figure:
         axes.set_ylim(len(candidates) - 0.5, -0.5)
         axes.set_title(_plain(title(name)), loc="left", fontsize="medium")
         axes.grid(axis="y", alpha=0.3)
-        _baseline_line(axes.axvline, outcome)
+        _baseline_line(axes.axvline, findings)
     panels[-1].set_xlabel("mean of posterior means (in brackets: configurations)")
     return figure
 
 
-def plot_examples(outcome: Outcome) -> Figure:
+def plot_examples(findings: Findings) -> Figure:
     """The mean score of every validation example over the configurations measured on it, hardest first."""
-    examples = _some(example_scores(outcome), "example that was measured")
-    hard = {one.example for one in never_solved(outcome)}
+    examples = _some(example_scores(findings), "example that was measured")
+    hard = {one.example for one in never_solved(findings)}
     figure, axes = _panel(3.0)
     places = np.arange(len(examples))
     is_hard = np.array([one.example in hard for one in examples])
@@ -133,14 +133,14 @@ def plot_examples(outcome: Outcome) -> Figure:
     return figure
 
 
-def plot_usage(outcome: Outcome) -> Figure:
+def plot_usage(findings: Findings) -> Figure:
     """What each step cost: in US dollars if any are known, otherwise in tokens, or in program calls."""
     measures = (("US dollars", "cost"), ("tokens", "tokens"), ("program calls", "program_calls"))
-    unit, attribute = next((m for m in measures if getattr(outcome.usage.total, m[1])), ("", ""))
+    unit, attribute = next((m for m in measures if getattr(findings.usage.total, m[1])), ("", ""))
     if not unit:
         raise InvalidArgumentError("Nothing is known of what the search used: its usage is empty.")
-    figure, axes = _panel(0.9 + 0.35 * len(outcome.usage))
-    axes.barh(list(outcome.usage), [getattr(u, attribute) for u in outcome.usage.values()], color=_BLUE)
+    figure, axes = _panel(0.9 + 0.35 * len(findings.usage))
+    axes.barh(list(findings.usage), [getattr(u, attribute) for u in findings.usage.values()], color=_BLUE)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     return figure
@@ -187,9 +187,9 @@ def _panel(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _baseline_line(draw: Any, outcome: Outcome) -> None:
-    if np.isfinite(outcome.baseline_score):
-        draw(outcome.baseline_score, color=_ORANGE, linestyle="--", label="baseline")
+def _baseline_line(draw: Any, findings: Findings) -> None:
+    if np.isfinite(findings.baseline_score):
+        draw(findings.baseline_score, color=_ORANGE, linestyle="--", label="baseline")
 
 
 def _some(items: Sequence[Any], what: str) -> Sequence[Any]:

@@ -103,7 +103,7 @@ def _candidates(study: Study, component: str) -> list[Candidate]:
     for demos in (kept[f"{DEMOS}:{match[1]}:{j}"] for j in range(number)):
         if demos not in sets:
             sets.append(demos)
-    return [tuple(demo_text(demo) for demo in demos) for demos in sets]
+    return [[demo_text(demo) for demo in demos] for demos in sets]
 
 
 def _result(

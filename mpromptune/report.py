@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mpromptune import plots
 from mpromptune.analysis import gain, label, never_solved, title, warning_signs
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
-from mpromptune.outcome import Measured, Outcome
+from mpromptune.findings import Findings, Measured
+from mpromptune.space import Candidate
 from mpromptune.usage import Usage
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ _LEADERS = 20
 _LISTED = 60
 # NOTE: comparing texts word by word takes the square of their length: a second or so for this many.
 _COMPARED_WORDS = 3000
+# NOTE: of difflib's ratio. Texts that have less in common read better one after the other.
+_ALIKE = 0.6
 
-_FIGURES: tuple[tuple[str, Callable[[Outcome], Figure]], ...] = (
+_FIGURES: tuple[tuple[str, Callable[[Findings], Figure]], ...] = (
     ("How the score grew with program calls", plots.plot_growth),
     ("The leading configurations", plots.plot_leaders),
     ("Configurations by likeness of their prompts", plots.plot_map),
-    ("What each instruction and each demo set is worth, whatever it is combined with", plots.plot_effects),
+    ("What each candidate is worth, over the configurations that were measured with it", plots.plot_effects),
     ("How hard the validation examples are", plots.plot_examples),
     ("What each step used", plots.plot_usage),
 )
@@ -73,7 +76,7 @@ $body
 """)
 
 
-def write_report(outcome: Outcome, path: str | os.PathLike[str], notes: Sequence[str] = ()) -> Path:
+def write_report(findings: Findings, path: str | os.PathLike[str], notes: Sequence[str] = ()) -> Path:
     """Writes the page of `render` to a file.
 
     Returns:
@@ -82,7 +85,7 @@ def write_report(outcome: Outcome, path: str | os.PathLike[str], notes: Sequence
     Raises:
         InvalidArgumentError: The file cannot be written.
     """
-    page, file = render(outcome, notes), Path(path)
+    page, file = render(findings, notes), Path(path)
     try:
         file.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -90,23 +93,23 @@ def write_report(outcome: Outcome, path: str | os.PathLike[str], notes: Sequence
     return file
 
 
-def render(outcome: Outcome, notes: Sequence[str] = ()) -> str:
+def render(findings: Findings, notes: Sequence[str] = ()) -> str:
     """The page. Without matplotlib, a sentence stands in the place of its figures.
 
     Args:
-        outcome: Of the search.
+        findings: Of the search.
         notes: What else the reader should know, a sentence each.
     """
     sections = (
-        _headline(outcome),
-        _list("Warning signs", warning_signs(outcome)),
+        _headline(findings),
+        _list("Warning signs", warning_signs(findings) or ["None was found."]),
         _list("About this page", notes),
-        _section("From the baseline to the winner", _changes(outcome)),
-        _section("Leading configurations", _leaders(outcome)),
-        _section("Figures", "\n".join(_figures(outcome))),
-        _section("What was used", _usage(outcome)),
-        _section("Examples that no configuration solves", _hard_examples(outcome)),
-        f"<footer>Study {escape(repr(outcome.study.study_name))}, written by m-promptune.</footer>",
+        _section("From the baseline to the winner", _changes(findings)),
+        _section("Leading configurations", _leaders(findings)),
+        _section("Figures", "\n".join(_figures(findings))),
+        _section("What was used", _usage(findings)),
+        _section("Examples that no configuration solves", _hard_examples(findings)),
+        f"<footer>Study {escape(repr(findings.study.study_name))}, written by m-promptune.</footer>",
     )
     return _PAGE.substitute(title="Prompt search report", body="\n".join(filter(None, sections)))
 
@@ -131,15 +134,15 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], winner: int | Non
     return f'<div class="wide"><table><tr>{cells}</tr>\n{"".join(lines)}</table></div>'
 
 
-def _headline(outcome: Outcome) -> str:
-    before, after = _score(outcome.baseline_score), _score(outcome.best_score)
-    found = gain(outcome)
+def _headline(findings: Findings) -> str:
+    before, after = _score(findings.baseline_score), _score(findings.best_score)
+    found = gain(findings)
     gained = "" if found is None else f" Gain: {found[0]:+.3g} ± {found[1]:.2g} (standard error)."
-    cost = outcome.usage.total.cost
+    cost = findings.usage.total.cost
     spent = f", ${cost:.4g}" if cost else ""
     facts = (
-        f"{outcome.calls} program calls on {outcome.n_examples} validation examples{spent}; "
-        f"{len(outcome.configurations)} configurations measured.{gained}"
+        f"{findings.calls} program calls on {findings.n_examples} validation examples{spent}; "
+        f"{len(findings.configurations)} configurations measured.{gained}"
     )
     scores = f'<p class="headline">{before} → <strong>{after}</strong></p>'
     return f"{scores}\n<p>Baseline → winner. {escape(facts)}</p>"
@@ -149,40 +152,41 @@ def _score(score: float) -> str:
     return f"{score:.4g}" if score == score else "not measured"
 
 
-def _changes(outcome: Outcome) -> str:
+def _changes(findings: Findings) -> str:
     """Per component, the baseline's candidate against the winner's."""
-    before = outcome.baseline_params
+    before = findings.baseline_params
     if before is None:
-        return (
-            f"<p>The winner is {escape(label(outcome.best_params))}; which the baseline is, is not known.</p>"
-        )
-    if before == outcome.best_params:
-        return "<p>The baseline is the winner: nothing changes.</p>" + _prompts(outcome, before)
-    indices = f"<p>{escape(label(before))} → {escape(label(outcome.best_params))}</p>"
-    if outcome.space is None:
+        return f"<p>The winner is {escape(label(findings.best_params))}; the baseline is not known.</p>"
+    if before == findings.best_params:
+        return "<p>The baseline is the winner: nothing changes.</p>" + _prompts(findings, before)
+    indices = f"<p>{escape(label(before))} → {escape(label(findings.best_params))}</p>"
+    if findings.space is None:
         return indices + "<p>The texts of the candidates are not known.</p>"
-    return indices + _prompts(outcome, before)
+    return indices + _prompts(findings, before)
 
 
-def _prompts(outcome: Outcome, before: dict[str, int]) -> str:
-    if outcome.space is None:
+def _prompts(findings: Findings, before: dict[str, int]) -> str:
+    if findings.space is None:
         return ""
     parts = []
-    for name, candidates in outcome.space.components.items():
-        old, new = candidates[before[name]], candidates[outcome.best_params[name]]
+    for name, candidates in findings.space.components.items():
+        old, new = candidates[before[name]], candidates[findings.best_params[name]]
         same = " (unchanged)" if old == new else ""
         parts.append(f"<h3>{escape(title(name))}{same}</h3>\n<pre>{_difference(old, new)}</pre>")
     return "\n".join(parts)
 
 
-def _difference(old: str | Sequence[str], new: str | Sequence[str]) -> str:
+def _difference(old: Candidate, new: Candidate) -> str:
     """HTML of a text, word by word, or of a set of demos, demo by demo."""
     if isinstance(old, str) and isinstance(new, str):
-        return _marked(_words(old), _words(new), "")
+        words = _words(old), _words(new)
+        if max(map(len, words)) > _COMPARED_WORDS or SequenceMatcher(None, *words).ratio() < _ALIKE:
+            return _marked([old], [new], "\n\n")
+        return _marked(*words, "")
     return _marked(_demos(old), _demos(new), "\n\n") or "no demos"
 
 
-def _demos(candidate: str | Sequence[str]) -> list[str]:
+def _demos(candidate: Candidate) -> list[str]:
     return [candidate] if isinstance(candidate, str) else list(candidate)
 
 
@@ -191,43 +195,43 @@ def _words(text: str) -> list[str]:
 
 
 def _marked(old: Sequence[str], new: Sequence[str], between: str) -> str:
-    if max(len(old), len(new)) > _COMPARED_WORDS:
-        old, new = ["".join(old)], ["".join(new)]
+    """What was taken away and what was added, piece by piece."""
     pieces: list[str] = []
     for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        before, after = escape(between.join(old[i:j])), escape(between.join(new[k:m]))
         if kind == "equal":
-            pieces.append(escape(between.join(old[i:j])))
+            pieces.append(before)
             continue
-        pieces += [f"<del>{escape(between.join(old[i:j]))}</del>"] if j > i else []
-        pieces += [f"<ins>{escape(between.join(new[k:m]))}</ins>"] if m > k else []
+        pieces += [f"<del>{before}</del>"] if j > i else []
+        pieces += [f"<ins>{after}</ins>"] if m > k else []
     return between.join(pieces)
 
 
-def _leaders(outcome: Outcome) -> str:
-    if not outcome.configurations:
+def _leaders(findings: Findings) -> str:
+    if not findings.configurations:
         return "<p>Nothing was measured.</p>"
-    shown = outcome.configurations[:_LEADERS]
-    place = next((i for i, m in enumerate(shown) if m.params == outcome.best_params), None)
+    shown = findings.configurations[:_LEADERS]
+    place = next((i for i, m in enumerate(shown) if m.params == findings.best_params), None)
     head = ("configuration", "estimate", "± std", "observed mean", "examples")
-    return _table(head, [_leader(m, outcome) for m in shown], place)
+    return _table(head, [_leader(m, findings) for m in shown], place)
 
 
-def _leader(measured: Measured, outcome: Outcome) -> tuple[str, ...]:
-    roles = {"winner": outcome.best_params, "baseline": outcome.baseline_params}
+def _leader(measured: Measured, findings: Findings) -> tuple[str, ...]:
+    roles = {"winner": findings.best_params, "baseline": findings.baseline_params}
     role = "".join(f" — {name}" for name, params in roles.items() if params == measured.params)
     return (
         label(measured.params) + role,
         _score(measured.posterior_mean),
         f"{measured.posterior_std:.2g}",
         _score(measured.mean),
-        f"{len(measured.scores)} of {outcome.n_examples}",
+        f"{len(measured.scores)} of {findings.n_examples}",
     )
 
 
-def _figures(outcome: Outcome) -> Iterator[str]:
+def _figures(findings: Findings) -> Iterator[str]:
     for caption, draw in _FIGURES:
         try:
-            figure = draw(outcome)
+            figure = draw(findings)
         except MissingExtraError as error:
             yield f"<p>{escape(str(error))}</p>"
             return
@@ -246,7 +250,7 @@ def _svg(figure: Any) -> str:
     return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", drawing)
 
 
-def _usage(outcome: Outcome) -> str:
+def _usage(findings: Findings) -> str:
     head = (
         "step",
         "program calls",
@@ -257,9 +261,9 @@ def _usage(outcome: Outcome) -> str:
         "US dollars",
         "seconds",
     )
-    if not outcome.usage:
+    if not findings.usage:
         return "<p>Nothing is known of it.</p>"
-    steps = [*outcome.usage.items(), ("total", outcome.usage.total)]
+    steps = [*findings.usage.items(), ("total", findings.usage.total)]
     about = "<p>Seconds are those of all threads together; dollars as far as prices are known.</p>"
     return _table(head, [_used(step, usage) for step, usage in steps]) + about
 
@@ -275,8 +279,8 @@ def _used(step: str, usage: Usage) -> tuple[str, ...]:
     return (step, *(str(count) for count in counts), f"{usage.cost:.4f}", f"{usage.seconds:.0f}")
 
 
-def _hard_examples(outcome: Outcome) -> str:
-    hard = sorted(never_solved(outcome), key=lambda one: one.example)
+def _hard_examples(findings: Findings) -> str:
+    hard = sorted(never_solved(findings), key=lambda one: one.example)
     if not hard:
         return "<p>None: on every example that was measured, some configuration is better than the worst.</p>"
     listed = ", ".join(f"{one.example} ({one.count})" for one in hard[:_LISTED])

@@ -6,15 +6,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpromptune.outcome import RESULT_VERSION, Measured, Outcome
+from mpromptune.findings import RESULT_VERSION, Findings, Measured
 from mpromptune.report import write_report
 
 __all__ = ["RESULT_VERSION", "Measured", "SearchResult"]
 
 
 @dataclass(frozen=True)
-class SearchResult(Outcome):
-    """Outcome of `search`; for its attributes see `Outcome`, for figures `mpromptune.plots`."""
+class SearchResult(Findings):
+    """Outcome of `search`; for its attributes see `Findings`, for figures `mpromptune.plots`."""
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Writes one HTML page about the search, which needs nothing else to be read.

@@ -27,7 +27,7 @@ MATHEMATICS = (
 LOOP = (
     ("daemons", "flights", "interrupts", "journal", "pace", "priority", "usage"),
     ("limits", "storage", "throttle"),
-    ("encoding", "execution", "ledger", "outcome", "schedule"),
+    ("encoding", "execution", "findings", "ledger", "schedule"),
     ("options", "outage", "record", "repeats"),
     ("analysis", "history"),
     ("knowledge", "plots", "sampler"),

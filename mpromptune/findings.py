@@ -41,7 +41,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Findings:
     """What `SearchResult` holds.
 
     Attributes:
@@ -90,7 +90,7 @@ class Outcome:
         """
         return {**self.__dict__, "study": _in_memory(self.study)}
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Outcome:
+    def __deepcopy__(self, memo: dict[int, object]) -> Findings:
         return self  # frozen; a copied program shares it
 
 
