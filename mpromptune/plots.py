@@ -84,7 +84,8 @@ def plot_map(findings: Findings) -> Figure:
     points = classical_scaling(distances_between(shown, findings.distances))
     figure, axes = _panel(4.4)
     drawn = axes.scatter(
-        *points.T,
+        points[:, 0],
+        points[:, 1],
         c=[m.posterior_mean for m in shown],
         s=[12 + 60 * len(m.scores) / findings.n_examples for m in shown],
         cmap="viridis",

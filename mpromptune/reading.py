@@ -27,7 +27,7 @@ from mpromptune.usage import StepUsage, Usage
 
 _COMPONENT = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
 _OWN = "(the program's own, whose text the study does not keep)"
-_UNKNOWN = "(the study does not keep this text)"
+_UNKNOWN = "(a text that the study does not keep, number {})"
 
 
 def read_result(storage: StorageSpec, study_name: str | None = None) -> tuple[SearchResult, tuple[str, ...]]:
@@ -86,7 +86,7 @@ def _space(study: Study, settings: Mapping[str, Any]) -> tuple[PromptSpace, list
             known = [*known, _OWN]
         if len(known) != count or _OWN in known:
             unknown.append(name)
-        components[name] = known if len(known) == count else [f"{_UNKNOWN} {i}" for i in range(count)]
+        components[name] = known if len(known) == count else [_UNKNOWN.format(i) for i in range(count)]
     return PromptSpace(components), unknown
 
 
@@ -131,7 +131,7 @@ def _result(
         ),
         study=study,
         usage=usage,
-        space=space,
+        space=space if any(_candidates(study, name) for name in space.names) else None,
     )
 
 

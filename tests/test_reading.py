@@ -38,6 +38,7 @@ def test_what_was_measured_is_read_again(tmp_path: Path, schedule: dict[str, Any
     assert (read.calls, read.n_examples) == (result.calls, result.n_examples)
     assert read.baseline_params == {"style": 0}
     assert read.usage == result.usage
+    assert read.space is None
     key = lambda measured: sorted(measured.params.items())  # noqa: E731
     expected = [(m.params, m.scores, m.fully) for m in sorted(result.configurations, key=key)]
     assert [(m.params, m.scores, m.fully) for m in sorted(read.configurations, key=key)] == expected
@@ -112,3 +113,20 @@ def test_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "secret" not in page.read_text(encoding="utf-8")
     assert cli.main(["report", str(tmp_path / "none.log")]) == 1
     assert "There is no journal file" in capsys.readouterr().err
+
+
+def test_texts_that_a_compile_does_not_keep_are_named(tmp_path: Path) -> None:
+    """A student whose own demos no candidate equals: its study has all texts but those."""
+    student = Adder()
+    student.solve.demos = [dspy.Example(question="90+9", answer="99")]
+    with dspy.context(lm=arithmetic_lm()):
+        optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=4, **FEW_SHOT)
+        options = {"sampler": "random", "storage": tmp_path / "run.log"}
+        best = optimizer.compile(student, trainset=TRAIN, valset=VAL, **SMALL_RUN, **options)
+    read, notes = read_result(tmp_path / "run.log")
+    assert read.space is not None
+    known, kept = best.search_result.space.components, read.space.components
+    assert known["0_predictor_demos"][-1] == ["question: 90+9\nanswer: 99"]
+    assert kept["0_predictor_demos"][:-1] == known["0_predictor_demos"][:-1]
+    assert "does not keep" in kept["0_predictor_demos"][-1]
+    assert any("0_predictor_demos are not kept" in note for note in notes)
