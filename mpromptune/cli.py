@@ -24,6 +24,13 @@ With --model, a real model solves word problems that are generated here; about 7
 calls on the validation set, plus those of DSPy's bootstrap and proposals.
 """
 
+_REPORT = """\
+Writes one HTML page about a search from the study that its storage= was given. No LM is asked.
+
+The page holds texts of prompts and demos where the study does, as after a compile. A result in
+memory says more: result.report("report.html"), best.search_result.report("report.html").
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
@@ -98,6 +105,30 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write an HTML page about a search, finished or running, from its study",
+        description=_REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("storage", metavar="STORAGE", help="path of a journal file, or URL of a database")
+    report.add_argument("--study-name", help="which study; not needed where the storage has only one")
+    report.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="where to write it (default: ./report.html)"
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from mpromptune.reading import read_result
+    from mpromptune.report import write_report
+
+    result, notes = read_result(args.storage, args.study_name)
+    print(f"Wrote {write_report(result, args.output, notes)}")
+    return 0
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -112,4 +143,4 @@ def _seconds(text: str) -> float:
     return value
 
 
-_COMMANDS = (_add_demo,)
+_COMMANDS = (_add_demo, _add_report)

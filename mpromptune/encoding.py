@@ -16,11 +16,12 @@ from optuna.distributions import (
 )
 from torch import Tensor
 
-from mpromptune.embedding import CachedEmbedder
+from mpromptune.embedding import CachedEmbedder, FloatArray
 from mpromptune.geometry import (
     Geometry,
     geometry_of,
     identity_views,
+    mean_distances,
     numeric_views,
     text_views,
 )
@@ -83,6 +84,14 @@ def encode_prompts(space: PromptSpace, embedder: CachedEmbedder | None) -> Encod
     """The encoding of a PromptSpace, whose parameters are candidate indices."""
     values = tuple(tuple(range(size)) for size in space.sizes)
     return Encoding(space.names, values, space, geometry_of(space, embedder))
+
+
+def candidate_distances(encoding: Encoding) -> dict[str, FloatArray] | None:
+    """Component to the squared distances between its candidates; None where all go by identity alone."""
+    if not any(len(geometry.views) for geometry in encoding.geometries):
+        return None
+    pairs = zip(encoding.names, encoding.geometries, strict=True)
+    return {name: mean_distances(geometry) for name, geometry in pairs}
 
 
 def encode_distributions(

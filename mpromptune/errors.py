@@ -23,6 +23,10 @@ class EmbedderUnavailableError(MPromptuneError, RuntimeError):
     """The embedding model can be had neither locally nor from the hub."""
 
 
+class MissingExtraError(MPromptuneError, ImportError):
+    """A package that only some functions need is not installed; the message says how to install it."""
+
+
 class EmbeddingError(MPromptuneError, ValueError):
     """An embedder returned something that is not one finite vector per text."""
 

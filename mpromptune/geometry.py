@@ -54,6 +54,14 @@ def text_views(texts: Sequence[str], embedder: CachedEmbedder) -> Tensor:
     return _stack([squared_distances(embedder(texts))])
 
 
+def mean_distances(geometry: Geometry) -> FloatArray:
+    """Squared distances, the mean over views; without any, 1 between different candidates: ``n x n``."""
+    if not len(geometry.views):
+        return 1.0 - np.eye(geometry.views.shape[-1])
+    distances: FloatArray = geometry.views.mean(dim=0).numpy()
+    return distances
+
+
 def _views(candidates: Sequence[Candidate], embedder: CachedEmbedder | None) -> Tensor:
     if embedder is None:
         return identity_views(len(candidates))

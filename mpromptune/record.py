@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.result import in_memory
+from mpromptune.findings import in_memory
 from mpromptune.schedule import Examples
 from mpromptune.usage import Usage
 

@@ -2,91 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
+from pathlib import Path
 
-import optuna
-from optuna.study import Study
-from optuna.trial import FrozenTrial
+from mpromptune.findings import RESULT_VERSION, Findings, Measured
+from mpromptune.report import write_report
 
-from mpromptune.usage import StepUsage
-
-RESULT_VERSION = 1
+__all__ = ["RESULT_VERSION", "Measured", "SearchResult"]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One configuration as it stands at the end of a search.
+class SearchResult(Findings):
+    """Outcome of `search`; for its attributes see `Findings`, for figures `mpromptune.plots`."""
 
-    Attributes:
-        params: Component name to candidate index.
-        scores: Validation example to score; of several answers to one example, their mean.
-        posterior_mean: The surrogate's estimate of its mean score over all examples.
-        posterior_std: Standard deviation of that estimate.
-        fully: Whether it was measured on every validation example; with ``schedule="mipro"``, in a
-            full evaluation, by which the winner is chosen.
-    """
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Writes one HTML page about the search, which needs nothing else to be read.
 
-    params: dict[str, int]
-    scores: dict[int, float] = field(repr=False)
-    posterior_mean: float
-    posterior_std: float
-    fully: bool
+        It holds texts of prompts and demos. Without matplotlib it has no figures.
 
-    @property
-    def mean(self) -> float:
-        """Mean of the observed scores."""
-        return sum(self.scores.values()) / len(self.scores)
+        Args:
+            path: The file; overwritten if it exists.
 
-
-@dataclass(frozen=True)
-class SearchResult:
-    """Outcome of `search`.
-
-    Attributes:
-        best_params: The winner.
-        best_score: Its mean score; over the whole validation set unless ``confirm=False`` or a limit
-            cut the search short.
-        baseline_score: The same for the baseline; not a number if it was never scored.
-        calls: Program calls spent.
-        n_examples: Size of the validation set.
-        configurations: Every configuration measured, the highest posterior mean first.
-        study: The Optuna study, one trial per (configuration, set of examples).
-        usage: What each step used, and ``.total``; scores made ahead of the search count for it.
-        stopped_by: The limit that ended the search before its program calls were spent:
-            ``"max_tokens"``, ``"max_cost"`` or ``"max_seconds"``.
-        overspent: By how much that limit was exceeded, in its unit, by what was in flight.
-    """
-
-    best_params: dict[str, int]
-    best_score: float
-    baseline_score: float
-    calls: int
-    n_examples: int
-    configurations: tuple[Measured, ...] = field(repr=False)
-    study: Study = field(repr=False)
-    usage: StepUsage = field(default_factory=StepUsage)
-    stopped_by: str | None = None
-    overspent: float = 0.0
-    version: int = RESULT_VERSION
-
-    def __getstate__(self) -> dict[str, object]:
-        """With the study in memory, by itself.
-
-        A storage has paths, locks and perhaps a password; a sampler holds the user's embedder, which
-        need not be picklable.
+        Returns:
+            The path.
         """
-        return {**self.__dict__, "study": in_memory(self.study, self.study.get_trials(deepcopy=False))}
-
-    def __deepcopy__(self, memo: dict[int, object]) -> SearchResult:
-        return self  # frozen; a copied program shares it
-
-
-def in_memory(study: Study, trials: Sequence[FrozenTrial]) -> Study:
-    """A study of these trials, with the name and the attributes of another one, in memory."""
-    sampler = optuna.samplers.RandomSampler()
-    copied = optuna.create_study(study_name=study.study_name, direction="maximize", sampler=sampler)
-    for key, value in study.user_attrs.items():
-        copied.set_user_attr(key, value)
-    copied.add_trials(trials)
-    return copied
+        return write_report(self, path)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from optuna.study import Study
 
+from mpromptune.encoding import candidate_distances
 from mpromptune.errors import SearchStoppedError
 from mpromptune.knowledge import Knowledge
 from mpromptune.limits import Budget
@@ -85,6 +86,8 @@ class Summary:
             usage=self.budget.usage,
             stopped_by=self._stopped_by,
             overspent=self.budget.overspent,
+            space=self.space,
+            distances=candidate_distances(self.known.encoding),
         )
 
     def _measured(self, rows: Sequence[Row]) -> list[Measured]:

@@ -29,10 +29,11 @@ def readme_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
 
 def test_python_blocks_run_in_order(readme_names: dict[str, Any]) -> None:
     """Every example runs as it is printed, each going on from those before it."""
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README.md, Python block {number}", "exec"), readme_names)
     assert Path("best.json").exists()
+    assert Path("report.html").exists()
     assert readme_names["study"].best_params["style"] in readme_names["styles"][:2]
     result = readme_names["result"]
     assert result.best_score >= result.baseline_score
