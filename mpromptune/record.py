@@ -74,8 +74,9 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     told = not is_open and closed and ABANDONED not in attributes
     planned = attributes.get(PLANNED, attributes.get(EXAMPLES))
     examples = tuple(planned) if planned is not None else None
-    measured = zip(attributes.get(EXAMPLES, ()), attributes.get(SCORES, ()), strict=False)
-    scores = dict(measured) if told else dict(trial.intermediate_values)
+    scores = dict(zip(attributes.get(EXAMPLES, ()), attributes.get(SCORES, ()), strict=False))
+    if not told:  # what came in after it was closed, or has only been saved so far
+        scores.update(trial.intermediate_values)
     usage = Usage(**json.loads(attributes.get(USAGE, "{}")))
     return Recorded(trial.number, trial._trial_id, dict(trial.params), examples, scores, told, is_open, usage)
 

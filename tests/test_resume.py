@@ -24,7 +24,9 @@ from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, StudyMismatchError
 from mpromptune.execution import RetryPolicy
+from mpromptune.limits import Limits
 from mpromptune.schedule import stock_calls
+from mpromptune.usage import Usage, record
 
 MIPRO = {
     "schedule": "mipro",
@@ -287,6 +289,23 @@ def test_what_a_candidate_could_not_answer_is_not_asked_again(tmp_path: Path) ->
     for measured in result.configurations:
         if measured.params["0_predictor_instruction"] == 2:
             assert set(measured.scores.values()) == {-1.0}
+
+
+def test_what_a_candidate_failed_on_before_a_limit_is_not_asked_again(tmp_path: Path) -> None:
+    """Its trial was cut short by the limit, but what came back had been judged."""
+    asked: Counter[Pair] = Counter()
+
+    def score(params: dict[str, int], example: int) -> float:
+        asked[SPACE.row(params), example] += 1
+        record(Usage(prompt_tokens=10))
+        if example % 2:
+            raise ValueError("cannot parse")
+        return 0.5
+
+    for max_tokens in (135, 455, 775):
+        run(tmp_path / "j", score, limits=Limits(max_tokens=max_tokens), num_threads=1)
+    result = run(tmp_path / "j", score)
+    assert result.calls == len(asked) == sum(asked.values())
 
 
 SETTINGS_CHANGED = [
