@@ -10,10 +10,10 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
+from mpromptune.attempts import Verdict
 from mpromptune.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT
 from mpromptune.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.errors import StorageError, StudyMismatchError
-from mpromptune.execution import Verdict
 from mpromptune.fingerprint import Part, differences
 from mpromptune.lm_errors import classify
 from mpromptune.storage import StorageSpec, open_storage, open_study, reported

@@ -12,8 +12,9 @@ from functools import partial
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from mpromptune.attempts import Verdict
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
-from mpromptune.execution import Outcome, Verdict, Workers
+from mpromptune.execution import Outcome, Workers
 from mpromptune.health import Health
 from mpromptune.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.knowledge import Knowledge
@@ -254,9 +255,11 @@ class Coordinator:
         running = [running for round_ in self.in_flight for running in round_]
         scores = {r.asked.number: _came_in(r.futures) for r in running}
         self.in_flight.clear()
+        for one in running:  # all of them first: a storage may fail
+            self._book(one, scores[one.asked.number])
         try:
             for one in running:
-                self._close(one, scores[one.asked.number], abandoned=True)
+                self.trials.tell(one.asked, one.examples, scores[one.asked.number], abandoned=True)
             self.trials.abandon_open()
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self._leave_storage(error, scores)
@@ -271,10 +274,13 @@ class Coordinator:
     def _close(
         self, running: _Running, measured: Mapping[int, float], abandoned: bool = False
     ) -> FrozenTrial | None:
+        self._book(running, measured)
+        return self.trials.tell(running.asked, running.examples, measured, abandoned)
+
+    def _book(self, running: _Running, measured: Mapping[int, float]) -> None:
         self.ledger.add(running.row, measured, running.asked.meter.total)
         lost = [example for example in running.examples if example not in measured]
         self.plan.settle(running.row, running.examples, lost)
-        return self.trials.tell(running.asked, running.examples, measured, abandoned)
 
     def _take_rest(self) -> None:
         """Tells what a run with a larger budget measured, and this one does not ask for."""

@@ -380,7 +380,7 @@ def test_failures_of_the_student_are_kept(tmp_path: Path) -> None:
         _compile(tmp_path / "run.log", Mortal(arithmetic_lm(), _is_proposal, 6), metric=Failing())
     kept = open_study(tmp_path / "run.log").user_attrs
     students = {k: v for k, v in kept.items() if k.startswith(STUDENT)}
-    assert students[f"{STUDENT}:0"] == {"error": "ValueError"}
+    assert students[f"{STUDENT}:0"]["error"] == "ValueError"
     metric = Failing()
     _, best = _compile(tmp_path / "run.log", metric=metric, failure_score=-1.0)
     baseline = best.search_result.study.trials[0].params

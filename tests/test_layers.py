@@ -27,6 +27,7 @@ MATHEMATICS = (
 LOOP = (
     ("daemons", "flights", "interrupts", "journal", "pace", "usage"),
     ("limits", "storage", "throttle"),
+    ("attempts",),
     ("encoding", "execution", "ledger", "result", "schedule"),
     ("options", "outage", "record", "repeats"),
     ("history",),
@@ -38,8 +39,8 @@ LOOP = (
     ("engine",),
 )
 ADAPTER = (
-    ("lm_errors", "prices", "progress", "threads"),
-    ("estimate", "lm_guard"),
+    ("lm_errors", "prices", "progress"),
+    ("estimate", "lm_guard", "threads"),
     ("bootstrap", "demos", "fingerprint", "programs", "proposal"),
     ("checkpoint",),
     ("ahead", "records"),
