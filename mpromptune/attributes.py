@@ -15,4 +15,4 @@ RUN = "mpromptune:run"  # study: what identifies the run, in named parts
 DEMOS = "mpromptune:demos"  # study: what the bootstrap ended with; `DEMOS:i:j`, demo set j of predictor i
 INSTRUCTIONS = "mpromptune:instructions"  # study: as DEMOS, of the proposal
 STUDENT = "mpromptune:student"  # study: `STUDENT:i`, the student's score on validation example i
-USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON
+USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON; study: `USAGE:step`, a step

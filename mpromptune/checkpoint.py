@@ -11,7 +11,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from mpromptune.attempts import Verdict
-from mpromptune.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT
+from mpromptune.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USAGE
 from mpromptune.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.errors import StorageError, StudyMismatchError
 from mpromptune.fingerprint import Part, differences
@@ -99,6 +99,14 @@ class Checkpoint:
         """Keeps what the proposal ended with."""
         texts = {str(i): [str(text) for text in texts] for i, texts in instructions.items()}
         self._keep(INSTRUCTIONS, {}, texts)
+
+    def usage(self, step: str) -> Usage:
+        """What a step took that an earlier run has finished."""
+        return Usage(**self._kept.get(f"{USAGE}:{step}", {})) if self._has_steps() else Usage()
+
+    def keep_usage(self, step: str, usage: Usage) -> None:
+        """Keeps it."""
+        self._set(f"{USAGE}:{step}", usage.as_dict())
 
     def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
         """Per validation example, the student's score or what it failed with, and what it used."""

@@ -105,6 +105,8 @@ class Steps:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes from it what an interrupted run has paid for, and keeps in it what this one does."""
         self._checkpoint = checkpoint
+        for name in ("bootstrap", "propose"):
+            self.guard.budget.step(name).add(checkpoint.usage(name))
 
     def estimate(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
@@ -158,10 +160,13 @@ class Steps:
     def _step(self, name: str) -> Iterator[None]:
         """Counts what a step uses; a limit, or the infrastructure, ends it with an error that says so."""
         budget, began = self.guard.budget, time.monotonic()
+        before = budget.step(name).total
         try:
-            with measured(budget.step(name)):
+            with measured(budget.step(name)) as meter:
                 yield
                 record(Usage(seconds=time.monotonic() - began))
+            if self._checkpoint is not None and meter.total.lm_calls > before.lm_calls:
+                self._checkpoint.keep_usage(name, meter.total)
         except Exception as error:
             if classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
                 raise self._stopped(name, error) from error

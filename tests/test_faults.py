@@ -391,6 +391,9 @@ def test_kill_9(step: str, at: int, tmp_path: Path, sound: Any, whole: Counter[s
     assert sum((before + again - whole).values()) == sum(before.values()) - len(kept) <= THREADS
     assert not (DEMOS in steps and lm.books.started["bootstrap"])
     assert not (INSTRUCTIONS in steps and lm.books.started["propose"])
+    for name in ("bootstrap", "propose"):  # of a step that was cut off, only what it took in the end
+        of_sound, of_this = (r.search_result.usage[name] for r in (sound, best))
+        assert (of_this.lm_calls, of_this.tokens) == (of_sound.lm_calls, of_sound.tokens)
     audit_trials(best)
     paid = sum(log_lines(log, "start", "search").values()) + lm.books.started["search"]
     assert paid - 2 * THREADS <= best.search_result.usage["search"].lm_calls <= paid
