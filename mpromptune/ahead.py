@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from mpromptune.attempts import Verdict
 from mpromptune.checkpoint import Checkpoint
-from mpromptune.execution import Score, Verdict
+from mpromptune.execution import Score
 from mpromptune.lm_errors import classify
 from mpromptune.lm_guard import measured
 from mpromptune.usage import Usage, current_meter, record
@@ -64,6 +65,7 @@ class Ahead:
     def _measure(self, example: int) -> None:
         began = time.monotonic()
         with measured() as meter:
+            record(Usage(program_calls=1))
             outcome = self._outcome(example)
             record(Usage(seconds=time.monotonic() - began))
         self._outcomes[example] = outcome, meter.total
@@ -84,6 +86,7 @@ class Ahead:
         outcome, usage = known
         meter = current_meter()
         if meter is not None:
+            meter.add(Usage(program_calls=-1))  # the program has not been run for this call
             # What this run has made ahead the search as a whole has counted already.
             (meter.add if example in self._of_earlier_run else meter.attribute)(usage)
         if isinstance(outcome, Exception):

@@ -16,4 +16,4 @@ DEMOS = "mpromptune:demos"  # study: what the bootstrap ended with; `DEMOS:i:j`,
 INSTRUCTIONS = "mpromptune:instructions"  # study: as DEMOS, of the proposal
 USED = "mpromptune:used"  # study: `USED:step`, what a step before the search has used, as JSON
 STUDENT = "mpromptune:student"  # study: `STUDENT:i`, the student's score on validation example i
-USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON
+USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON; study: `USAGE:step`, a step

@@ -16,7 +16,9 @@ from typing import Any
 import dspy
 from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
 
+from mpromptune.attempts import Verdict
 from mpromptune.interrupts import result_of
+from mpromptune.lm_errors import classify
 from mpromptune.threads import Threads
 from mpromptune.usage import Usage, record
 
@@ -140,6 +142,14 @@ class _Attempt:
     lost_demos: bool = False
 
 
+class _Failed(Exception):  # noqa: N818 - carries an error, which is its cause
+    """An attempt that DSPy counts as an error."""
+
+    def __init__(self, alone: _Bootstrap, error: Exception) -> None:
+        super().__init__(str(error))
+        self.alone, self.error = alone, error
+
+
 class _Bootstrap(BootstrapFewShot):
     """Runs the next examples at the same time and takes their outcomes in order.
 
@@ -211,17 +221,24 @@ class _Bootstrap(BootstrapFewShot):
 
     def _attempt(self, example: Any) -> _Attempt:
         """DSPy's own attempt, on a teacher of its own: it takes the example out of the demos in place."""
-        alone = self._alone()
-        key = (id(example), repr([p.demos for p in alone.teacher.predictors()]))
+        key = (id(example), repr([p.demos for p in self.teacher.predictors()]))
         try:
             with self._turns.of(key):
-                record(Usage(program_calls=1))
-                success = bool(alone._bootstrap_one_example(example))
-        except Exception as error:
-            if not alone.error_count:
-                raise  # DSPy lets these pass
-            return _Attempt(False, {}, error, _n_demos(alone.teacher) != _n_demos(self.teacher))
+                alone, success = self._threads.attempts(partial(self._once, example))
+        except _Failed as failed:
+            lost_demos = _n_demos(failed.alone.teacher) != _n_demos(self.teacher)
+            return _Attempt(False, {}, failed.error, lost_demos)
         return _Attempt(success, alone.name2traces)
+
+    def _once(self, example: Any) -> tuple[_Bootstrap, bool]:
+        alone = self._alone()
+        record(Usage(program_calls=1))
+        try:
+            return alone, bool(alone._bootstrap_one_example(example))
+        except Exception as error:
+            if not alone.error_count or classify(error) is Verdict.STOP:
+                raise  # DSPy lets the former pass
+            raise _Failed(alone, error) from error
 
     def _alone(self) -> _Bootstrap:
         alone = copy.copy(self)

@@ -10,10 +10,10 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
+from mpromptune.attempts import Verdict
 from mpromptune.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
 from mpromptune.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.errors import StorageError, StudyMismatchError
-from mpromptune.execution import Verdict
 from mpromptune.fingerprint import Part, differences
 from mpromptune.lm_errors import classify
 from mpromptune.storage import StorageSpec, open_storage, open_study, reported
@@ -102,6 +102,8 @@ class Checkpoint:
 
     def usage(self) -> dict[str, Usage]:
         """What the steps before the search have used so far, in interrupted runs too."""
+        if not self._has_steps():  # nothing that another run could go on with, so this may be another
+            return {}
         kept = {key: value for key, value in self._kept.items() if key.startswith(f"{USED}:")}
         return {key.removeprefix(f"{USED}:"): Usage(**value) for key, value in kept.items()}
 

@@ -12,8 +12,9 @@ from functools import partial
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from mpromptune.attempts import Verdict
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
-from mpromptune.execution import Outcome, Verdict, Workers
+from mpromptune.execution import Outcome, Workers
 from mpromptune.health import Health
 from mpromptune.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.knowledge import Knowledge
@@ -292,7 +293,7 @@ class Coordinator:
         self.in_flight.clear()
         self.background.clear()
         for one in running:  # first, so that they count even where the storage fails
-            self._count_in(one, scores[one.asked.number])
+            self._book(one, scores[one.asked.number])
         try:
             for one in running:
                 self.trials.tell(one.asked, one.examples, scores[one.asked.number], abandoned=True)
@@ -310,10 +311,10 @@ class Coordinator:
     def _close(
         self, running: _Running, measured: Mapping[int, float], abandoned: bool = False
     ) -> FrozenTrial | None:
-        self._count_in(running, measured)
+        self._book(running, measured)
         return self.trials.tell(running.asked, running.examples, measured, abandoned)
 
-    def _count_in(self, running: _Running, measured: Mapping[int, float]) -> None:
+    def _book(self, running: _Running, measured: Mapping[int, float]) -> None:
         self.ledger.add(running.row, measured, running.asked.meter.total)
         lost = [example for example in running.examples if example not in measured]
         self.plan.settle(running.row, running.examples, lost)

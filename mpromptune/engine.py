@@ -11,21 +11,13 @@ from typing import Any
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 
+from mpromptune.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator, OnCall
 from mpromptune.daemons import DaemonThreads
 from mpromptune.encoding import Encoding
 from mpromptune.errors import require_count, require_finite
-from mpromptune.execution import (
-    Classify,
-    RetryAfter,
-    RetryPolicy,
-    Score,
-    Workers,
-    as_score,
-    classify_builtin,
-    no_hint,
-)
+from mpromptune.execution import Score, Workers, as_score, classify_builtin
 from mpromptune.interrupts import GRACE, handled
 from mpromptune.knowledge import Knowledge
 from mpromptune.limits import SEARCH, Budget, Limits

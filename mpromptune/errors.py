@@ -54,6 +54,7 @@ class SearchStoppedError(MPromptuneError, RuntimeError):
         study: The Optuna study with everything that was measured until then.
         result: The SearchResult of that, its winner by posterior mean; None where nothing was.
         program: The best program so far, when a program was compiled.
+        usage: What each step of a compile has used.
     """
 
     def __init__(self, message: str, study: object = None) -> None:
@@ -61,6 +62,7 @@ class SearchStoppedError(MPromptuneError, RuntimeError):
         self.study = study
         self.result: Any = None
         self.program: Any = None
+        self.usage: Any = None
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -74,6 +76,7 @@ class SearchInterrupted(KeyboardInterrupt):
         result: The SearchResult of that, its winner by posterior mean; None where nothing was.
         program: The best program so far, when a program was compiled: the student as it came where
             nothing was measured.
+        usage: What each step of a compile has used.
     """
 
     def __init__(self, message: str, study: object = None, result: Any = None) -> None:
@@ -81,6 +84,7 @@ class SearchInterrupted(KeyboardInterrupt):
         self.study = study
         self.result = result
         self.program: Any = None
+        self.usage: Any = None
 
 
 class SearchTerminated(SearchInterrupted, SystemExit):

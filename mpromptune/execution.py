@@ -1,4 +1,4 @@
-"""Work items on any executor: attempts, timeouts, the verdict on errors, and cancellation."""
+"""Work items on any executor: scores, timeouts, and cancellation."""
 
 from __future__ import annotations
 
@@ -15,24 +15,14 @@ from concurrent import futures
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from functools import partial
 from typing import Any
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    sleep_using_event,
-    stop_after_attempt,
-    wait_random_exponential,
-)
-
+from mpromptune.attempts import Attempts, Classify, RetryAfter, RetryPolicy, Verdict, no_hint
 from mpromptune.daemons import in_daemon
 from mpromptune.errors import CallTimeoutError, ScoreError
 from mpromptune.interrupts import Stopped
 from mpromptune.priority import Priority
-from mpromptune.throttle import Throttle
 from mpromptune.usage import Meter, Usage, current_meter, metered, record
 
 logger = logging.getLogger(__name__)
@@ -41,27 +31,8 @@ Score = Callable[[dict[str, int], int], float]
 Keep = Callable[["Outcome"], None]
 
 
-class Verdict(Enum):
-    """What an exception says about the example being scored."""
-
-    RETRY = "infrastructure failed; the call says nothing about the candidate"
-    THROTTLE = "the provider refused one call too many; it is made again, more slowly"
-    CANDIDATE = "the candidate failed; the example counts with failure_score"
-    STOP = "no further call can succeed"
-
-
-INFRASTRUCTURE = frozenset({Verdict.RETRY, Verdict.THROTTLE})
-
 # The same class from Python 3.11 on.
 _TIMEOUTS = TimeoutError | futures.TimeoutError | asyncio.TimeoutError
-
-Classify = Callable[[BaseException], Verdict]
-RetryAfter = Callable[[BaseException], float | None]
-
-
-def no_hint(error: BaseException) -> float | None:
-    """The default reading of an error: it does not say how long to wait."""
-    return None
 
 
 def classify_builtin(error: BaseException) -> Verdict:
@@ -71,25 +42,6 @@ def classify_builtin(error: BaseException) -> Verdict:
     if isinstance(error, ScoreError):
         return Verdict.STOP
     return Verdict.CANDIDATE
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How long and how often one example is tried: exponential backoff with full jitter.
-
-    Attributes:
-        attempts: Calls made for one example before its trial fails; refused ones (rate limits) do
-            not count.
-        max_wait: Longest pause between two attempts, in seconds, that no provider asked for.
-        timeout: Seconds after which an attempt is given up; None waits for ever.
-        give_up_after: Seconds in which calls were refused and none succeeded, after which rate
-            limits are taken for an outage; also the longest pause that a provider may ask for.
-    """
-
-    attempts: int = 6
-    max_wait: float = 60.0
-    timeout: float | None = None
-    give_up_after: float = 3600.0
 
 
 @dataclass(frozen=True)
@@ -180,17 +132,16 @@ class Workers:
         self._queue: Priority[Outcome] = Priority(executor, num_threads)
         self._classify = classify
         self._retry = retry or RetryPolicy()
-        self._retry_after = retry_after
         self.stopped = stopped or threading.Event()
         self.fatal: Exception | None = None  # what has stopped them, if it was an error
-        self._throttle = Throttle(num_threads, self._retry.max_wait, self._retry.give_up_after, self.stopped)
+        self._attempts = Attempts(self._judge, self._retry, retry_after, num_threads, self.stopped)
         self._admits = admits
         self._ended = itertools.count()
 
     @property
     def limit(self) -> int:
         """Attempts that may be in flight now; fewer than threads while calls are refused."""
-        return self._throttle.limit
+        return self._attempts.limit
 
     def submit(
         self, params: Mapping[str, int], example: int, keep: Keep | None = None, idle: bool = False
@@ -229,7 +180,7 @@ class Workers:
 
     def _outcome(self, params: dict[str, int], example: int) -> Outcome:
         try:
-            score = self._retrying()(self._admitted, params, example)
+            score = self._attempts(partial(self._attempt, params, example))
         except Stopped:
             return Outcome(example)
         except Exception as error:  # noqa: BLE001 - whatever `score` raises is judged, never lost
@@ -238,22 +189,6 @@ class Workers:
                 self.stopped.set()
             return Outcome(example, error=error, order=next(self._ended))
         return Outcome(example, score=score, order=next(self._ended))
-
-    def _admitted(self, params: dict[str, int], example: int) -> float:
-        """An attempt that was not refused: those that are cost waiting, and count for nothing."""
-        while True:
-            ticket = self._throttle.enter()
-            try:
-                score = self._attempt(params, example)
-            except Exception as error:
-                throttled = self._judge(error) is Verdict.THROTTLE
-                if not throttled or not self._throttle.refused(ticket, self._retry_after(error)):
-                    raise
-            else:
-                self._throttle.succeeded()
-                return score
-            finally:
-                self._throttle.leave()
 
     def _attempt(self, params: dict[str, int], example: int) -> float:
         if not self._admits():
@@ -274,24 +209,6 @@ class Workers:
             *(example, params, timeout, self._retry.attempts),
         )
         raise CallTimeoutError(f"no answer within {timeout:g} s")
-
-    def _retrying(self) -> Retrying:
-        return Retrying(
-            retry=retry_if_exception(lambda e: isinstance(e, Exception) and self._judge(e) is Verdict.RETRY),
-            stop=self._give_up,
-            wait=self._pause,
-            sleep=sleep_using_event(self.stopped),
-            reraise=True,
-        )
-
-    def _give_up(self, state: RetryCallState) -> bool:
-        return self.stopped.is_set() or stop_after_attempt(self._retry.attempts)(state)
-
-    def _pause(self, state: RetryCallState) -> float:
-        backoff = wait_random_exponential(max=self._retry.max_wait)(state)
-        error = state.outcome.exception() if state.outcome else None
-        asked = (self._retry_after(error) if error else None) or 0.0
-        return max(backoff, min(asked, self._retry.give_up_after))
 
 
 def _is_done_within(timeout: float, future: Future[float]) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
-from mpromptune.execution import INFRASTRUCTURE, Outcome, Verdict
+from mpromptune.attempts import INFRASTRUCTURE, Verdict
+from mpromptune.execution import Outcome
 from mpromptune.outage import Answer, Reliability, last_failures
 
 # Small rounds in a row without a single answer that are read as an outage.

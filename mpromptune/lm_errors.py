@@ -10,7 +10,8 @@ from typing import Any
 
 from dspy.utils import exceptions as dspy_errors
 
-from mpromptune.execution import Verdict, classify_builtin
+from mpromptune.attempts import Verdict
+from mpromptune.execution import classify_builtin
 
 
 def _known(*names: str) -> tuple[type[BaseException], ...]:

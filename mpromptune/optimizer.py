@@ -132,41 +132,40 @@ class MIPROv2(dspy.MIPROv2):
         try:
             if options is None:
                 return super().compile(student, **stock)
-            with handled(), self._steps(options, stock):
+            with handled(), self._steps(student, options, stock):
                 return super().compile(student, **stock)
         except _Planned as planned:
             return planned.estimate
-        except SearchInterrupted:
-            raise
-        except SearchStoppedError as stopped:
-            stopped.program = student if stopped.program is None else stopped.program
-            raise
-        except KeyboardInterrupt as signalled:
-            if options is None:
-                raise
-            error = interrupted(signalled)("The compile was interrupted outside its search.")
-            error.program = student
-            raise error from signalled
         finally:
             _OPTIONS.reset(token)
 
     @contextmanager
-    def _steps(self, options: SearchOptions, stock: Mapping[str, Any]) -> Iterator[None]:
+    def _steps(self, student: Any, options: SearchOptions, stock: Mapping[str, Any]) -> Iterator[None]:
         """Concurrent steps before the search, for as long as a compile takes."""
         defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
         pricing = Pricing(options.prices, must_know=options.max_cost is not None)
         guard = Guard(Budget(options.limits), pricing, pace=options.pace)
         steps = Steps(
-            self, self._threads(options), {**defaults, **stock}, guard, options.grace, options.timeout
+            self, self._threads(options), {**defaults, **stock}, guard, options.grace, options.retry
         )
         token = _STEPS.set(steps)
         try:
             with guard.watching():
-                yield
+                try:
+                    yield
+                finally:
+                    guard.stopped.set()  # whatever is under way asks no LM any more
+                    steps.close()
+        except (SearchInterrupted, SearchStoppedError) as error:
+            error.program = student if error.program is None else error.program
+            error.usage = guard.budget.usage
+            raise
+        except KeyboardInterrupt as signalled:
+            outside = interrupted(signalled)("The compile was interrupted outside its search.")
+            outside.program, outside.usage = student, guard.budget.usage
+            raise outside from signalled
         finally:
-            guard.stopped.set()  # whatever is under way asks no LM any more
             _STEPS.reset(token)
-            steps.close()
 
     def _threads(self, options: SearchOptions) -> int:
         """Program calls at a time."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from optuna.samplers import BaseSampler
 
+from mpromptune.attempts import RetryPolicy
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
-from mpromptune.execution import RetryPolicy
 from mpromptune.interrupts import GRACE
 from mpromptune.limits import Limits
 from mpromptune.pace import Pace

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import dspy
 from dspy.teleprompt.utils import get_signature, set_signature
 
-from mpromptune.execution import Verdict, as_score
+from mpromptune.attempts import Verdict
+from mpromptune.execution import as_score
 from mpromptune.lm_errors import classify
 from mpromptune.lm_guard import measured
 from mpromptune.space import PromptSpace

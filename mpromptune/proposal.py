@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,9 @@ from dspy.propose.grounded_proposer import GenerateModuleInstruction, generate_i
 from dspy.teleprompt.mipro_optimizer_v2 import BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT
 from dspy.utils.callback import BaseCallback
 
+from mpromptune.attempts import Verdict
 from mpromptune.interrupts import result_of
+from mpromptune.lm_errors import classify
 from mpromptune.threads import Threads
 
 # Everything that one proposal draws, in all versions of DSPy so far.
@@ -80,9 +83,8 @@ class ConcurrentProposer(GroundedProposer):
 
     def _ask(self, *args: Any, **kwargs: Any) -> str:
         ask: Callable[..., str] = super().propose_instruction_for_predictor
-        if self._summary is None:
-            return ask(*args, **kwargs)
-        with dspy.context(callbacks=[*dspy.settings.callbacks, _LateSummary(self._summary)]):
+        late = [] if self._summary is None else [_LateSummary(self._summary)]
+        with _patience(self._threads, *late):
             return ask(*args, **kwargs)
 
 
@@ -103,6 +105,47 @@ class _LateSummary(BaseCallback):
         summarised = self._summary.result()
         ask = generate_instruction_class(summarised.use_dataset_summary, **fields)
         return ask(**{**inputs, "dataset_description": summarised.data_summary})
+
+
+class _Hopeless(BaseException):
+    """An error that is not the request's own; DSPy would take it for one, and ask for the next thing."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def _patience(threads: Threads, *callbacks: BaseCallback) -> Iterator[None]:
+    """With these callbacks, has requests made again; raises what ends them for good."""
+    try:
+        with dspy.context(callbacks=[*dspy.settings.callbacks, *callbacks, _Patient(threads)]):
+            yield
+    except _Hopeless as hopeless:
+        raise hopeless.error from None
+
+
+class _Patient(BaseCallback):
+    """Has the requests of DSPy's proposer made again where another attempt may succeed.
+
+    DSPy makes an object for each of them, and goes on without the answer, or not at all, when it fails.
+    """
+
+    def __init__(self, threads: Threads) -> None:
+        self._attempts = threads.attempts
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        """Replaces what the object is about to do."""
+        if isinstance(instance, dspy.Predict) and "forward" not in vars(instance):
+            instance.forward = partial(self._forward, partial(type(instance).forward, instance))
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._attempts(partial(forward, *args, **kwargs))
+        except Exception as error:
+            if classify(error) is Verdict.CANDIDATE:
+                raise
+            raise _Hopeless(error) from error
 
 
 class _Drawn:
@@ -181,7 +224,10 @@ class Proposals:
         trainset = arguments["trainset"]
         if type(trainset) is list:  # anything else would read differently as a list
             trainset = _Watched(trainset, self._threads)
-        return GroundedProposer(**{**arguments, **self._own(), "program_aware": False, "trainset": trainset})
+        with _patience(self._threads):
+            return GroundedProposer(
+                **{**arguments, **self._own(), "program_aware": False, "trainset": trainset}
+            )
 
     def _own(self) -> dict[str, Any]:
         """What MIPROv2 passes to ``GroundedProposer`` from itself."""

@@ -23,12 +23,14 @@ from optuna.storages import BaseStorage
 
 from mpromptune import bootstrap, proposal
 from mpromptune.ahead import Ahead
+from mpromptune.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
 from mpromptune.checkpoint import Checkpoint
 from mpromptune.errors import SearchStoppedError
 from mpromptune.estimate import Estimate, Plan, estimate
 from mpromptune.execution import Score
 from mpromptune.interrupts import GRACE, Stopped
 from mpromptune.limits import SEARCH
+from mpromptune.lm_errors import classify
 from mpromptune.lm_guard import Guard, measured
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Display
@@ -67,7 +69,7 @@ class Steps:
         compile_arguments: Of ``dspy.MIPROv2.compile``, with defaults.
         guard: Watches the LM requests.
         grace: Seconds that LM calls under way are left after an error or an interrupt.
-        timeout: Seconds that the search waits for the student's last scores; None waits for ever.
+        retry: How often and how patiently errors of the infrastructure are retried.
 
     Attributes:
         arguments: Those of the compile.
@@ -80,13 +82,13 @@ class Steps:
         compile_arguments: Mapping[str, Any],
         guard: Guard | None = None,
         grace: float = GRACE,
-        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
         self.guard = guard or Guard()
         self.display = Display()
         self._optimizer = optimizer
-        self._threads = Threads(threads, grace)
-        self._timeout = timeout
+        self._threads = Threads(threads, grace, retry)
+        self._timeout = None if retry is None else retry.timeout
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
         self._proposals = proposal.Proposals(optimizer, self._threads)
@@ -157,7 +159,7 @@ class Steps:
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
-        """Counts what a step uses; a limit that is used up ends it with an error that says so."""
+        """Counts what a step uses; a limit, or the infrastructure, ends it with an error that says so."""
         budget, began = self.guard.budget, time.monotonic()
         meter = budget.step(name)
         before = meter.total.lm_calls
@@ -165,6 +167,10 @@ class Steps:
             with measured(meter):
                 yield
                 record(Usage(seconds=time.monotonic() - began))
+        except Exception as error:
+            if classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
+                raise self._stopped(name, error) from error
+            raise
         except Stopped as stop:
             if budget.reached is None:
                 raise
@@ -175,6 +181,12 @@ class Steps:
         finally:
             if self._checkpoint is not None and meter.total.lm_calls > before:
                 self._checkpoint.keep_usage(name, meter.total)
+
+    def _stopped(self, name: str, error: Exception) -> SearchStoppedError:
+        return SearchStoppedError(
+            f"The {name} step stopped on {type(error).__name__}: {error}. What was made before is kept where "
+            "there is a storage."
+        )
 
     def _demo_sets(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
@@ -191,6 +203,8 @@ class Steps:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
             return kept
         demos = self._bootstrapped(stock, program, trainset, *args, **kwargs)
+        if self._threads.attempts.down is not None:  # an outage, not a bad teacher
+            raise self._threads.attempts.down.__cause__ or self._threads.attempts.down
         return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos, rng)
 
     def _bootstrapped(

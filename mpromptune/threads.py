@@ -9,9 +9,11 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar
 
+from mpromptune.attempts import Attempts, RetryPolicy
 from mpromptune.daemons import DaemonThreads
 from mpromptune.execution import stoppable
 from mpromptune.interrupts import GRACE, Stopped
+from mpromptune.lm_errors import classify, retry_after
 
 T = TypeVar("T")
 
@@ -25,14 +27,19 @@ class Threads:
     Args:
         number: Calls at a time.
         grace: Seconds that calls under way are left after an error.
+        retry: How often and how patiently errors of the infrastructure are retried.
+
+    Attributes:
+        attempts: Makes a call with these retries, in the thread that asks for it.
     """
 
-    def __init__(self, number: int, grace: float = GRACE) -> None:
+    def __init__(self, number: int, grace: float = GRACE, retry: RetryPolicy | None = None) -> None:
         self.number = number
         self.grace = grace
         self._executor = DaemonThreads(number, "mpromptune-step")
         self._ending = threading.Event()  # nothing more begins
         self._stopped = threading.Event()  # nor does anybody wait for what has begun
+        self.attempts = Attempts(classify, retry or RetryPolicy(), retry_after, number, self._stopped)
         self._lock = threading.Lock()
         self._unfinished = 0
         self._fillers: Iterator[Callable[[], object]] = iter(())

@@ -182,7 +182,7 @@ def test_errors_other_than_rate_limits_may_ask_for_a_pause_too(
     )
     state = RetryCallState(Retrying(), None, (), {})
     state.set_exception((ConnectionError, ConnectionError("down"), None))
-    assert workers._pause(state) == pause
+    assert workers._attempts._pause(state) == pause
 
 
 def injected(

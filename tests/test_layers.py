@@ -27,6 +27,7 @@ MATHEMATICS = (
 LOOP = (
     ("daemons", "flights", "interrupts", "journal", "pace", "priority", "usage"),
     ("limits", "storage", "throttle"),
+    ("attempts",),
     ("encoding", "execution", "findings", "ledger", "schedule"),
     ("options", "outage", "record", "repeats"),
     ("analysis", "history"),
@@ -38,8 +39,8 @@ LOOP = (
     ("engine",),
 )
 ADAPTER = (
-    ("lm_errors", "prices", "progress", "threads"),
-    ("estimate", "lm_guard"),
+    ("lm_errors", "prices", "progress"),
+    ("estimate", "lm_guard", "threads"),
     ("bootstrap", "demos", "fingerprint", "programs", "proposal"),
     ("checkpoint",),
     ("ahead", "reading", "records"),
