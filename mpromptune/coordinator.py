@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from mpromptune.attempts import Verdict
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
-from mpromptune.execution import Outcome, Workers
+from mpromptune.execution import Outcome, Workers, is_cut_short, outcome_of, scores_of
 from mpromptune.health import Health
 from mpromptune.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.knowledge import Knowledge
@@ -181,7 +181,7 @@ class Coordinator:
         """Waits for a round and tells it in the order in which it was asked."""
         self._await(round_)
         self._require_going()
-        outcomes = [[_outcome_of(*call) for call in running.calls] for running in round_]
+        outcomes = [[outcome_of(*call) for call in running.calls] for running in round_]
         self._require_sense(round_, outcomes)
         for running, results in zip(list(round_), outcomes, strict=True):
             with deferred():  # what is told is not closed again
@@ -225,7 +225,7 @@ class Coordinator:
         if alarm is not None:
             raise self._stopped(alarm.what, alarm.cause)
         anew = [results for r, results in zip(round_, outcomes, strict=True) if r.asked.trial is not None]
-        if not self.budget.reached and any(map(_is_cut_short, anew)):
+        if not self.budget.reached and any(map(is_cut_short, anew)):
             raise self._stopped("being told to from outside", None)
 
     def _running(self) -> Iterator[_Running]:
@@ -272,7 +272,7 @@ class Coordinator:
         measured = {o.example: o.score for o in outcomes if o.score is not None}
         measured.update(dict.fromkeys(failed, self.failure_score))
         in_order = {example: measured[example] for example in running.examples if example in measured}
-        return self._close(running, in_order, abandoned=_is_cut_short(outcomes))
+        return self._close(running, in_order, abandoned=is_cut_short(outcomes))
 
     def _call_back(self, trial: FrozenTrial) -> None:
         for callback in self.callbacks:
@@ -289,7 +289,7 @@ class Coordinator:
 
     def _close_all(self) -> None:
         running = list(self._running())
-        scores = {r.asked.number: _came_in(r.futures) for r in running}
+        scores = {r.asked.number: scores_of(r.futures) for r in running}
         self.in_flight.clear()
         self.background.clear()
         for one in running:  # first, so that they count even where the storage fails
@@ -341,19 +341,3 @@ class Coordinator:
             affordable = self.ledger.calls + calls
             self.summary.binding = name if affordable < self.plan.max_calls else None
             self.plan.afford(affordable, price)
-
-
-def _outcome_of(example: int, future: Future[Outcome]) -> Outcome:
-    """What a call has answered; nothing where it hangs."""
-    return future.result() if future.done() else Outcome(example)
-
-
-def _is_cut_short(outcomes: Sequence[Outcome]) -> bool:
-    """Whether calls were not made: all that is lacking then may still be measured by another run."""
-    return any(outcome.score is None and outcome.error is None for outcome in outcomes)
-
-
-def _came_in(futures: Sequence[Future[Outcome]]) -> dict[int, float]:
-    """The scores of those that are done."""
-    done = [f.result() for f in futures if f.done() and not f.cancelled() and not f.exception()]
-    return {outcome.example: outcome.score for outcome in done if outcome.score is not None}

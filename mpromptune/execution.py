@@ -10,7 +10,7 @@ import math
 import numbers
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
@@ -61,6 +61,22 @@ class Outcome:
     error: BaseException | None = None
     order: int = -1
     usage: Usage = field(default_factory=Usage)
+
+
+def outcome_of(example: int, future: Future[Outcome]) -> Outcome:
+    """What a call has answered; nothing where it hangs."""
+    return future.result() if future.done() else Outcome(example)
+
+
+def is_cut_short(outcomes: Iterable[Outcome]) -> bool:
+    """Whether calls were not made: all that is lacking then may still be measured by another run."""
+    return any(outcome.score is None and outcome.error is None for outcome in outcomes)
+
+
+def scores_of(calls: Iterable[Future[Outcome]]) -> dict[int, float]:
+    """Example to score, of the calls that are done."""
+    done = [f.result() for f in calls if f.done() and not f.cancelled() and not f.exception()]
+    return {outcome.example: outcome.score for outcome in done if outcome.score is not None}
 
 
 # What ends the attempt that runs in this context.
