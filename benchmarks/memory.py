@@ -160,10 +160,8 @@ def main() -> None:
     quiet()
     logging.disable(logging.WARNING)
     row = measure(arguments.sampler, arguments.trials, arguments.threads, arguments.history)
-    print(
-        f"within {row['growth']:.1%} (live: {row['growth_live']:.1%}) of the memory at {SETTLED} trials; "
-        f"peak {row['peak']} MB"
-    )
+    within = f"{row['growth']:.1%} (live: {row['growth_live']:.1%})"
+    print(f"within {within} of the memory at {SETTLED} trials; peak {row['peak']} MB")
     cell = {name: row[name] for name in ("sampler", "history")}
     keep(row, cell, RESULTS / arguments.output)
 
