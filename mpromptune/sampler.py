@@ -30,8 +30,9 @@ from mpromptune.surrogate import on_cpu
 # NOTE: a proposal is valued as if it were to be measured on several blocks rather than one: one block
 # of a noisy metric says so little that all values are alike (the KG(*) of Frazier and Powell 2010).
 # Three where all configurations can be listed: on four recorded tables the mean excess regret was 0.48
-# points, 0.67 with ten (40 seeds each). Ten in larger spaces, where most of what could be best is
-# unmeasured: programs of two predictors had regrets of 4.1 and 2.0, 5.3 and 3.4 with three (10 seeds).
+# points in the runs of that choice, 0.67 with ten (40 seeds each). Ten in larger spaces, where most of
+# what could be best is unmeasured: programs of two predictors had regrets of 4.1 and 2.0 then, 5.3 and
+# 3.4 with three (10 seeds).
 _LOOKAHEAD, _LOOKAHEAD_SAMPLED = 3.0, 10.0
 
 _BATCH_SIZE = 4
