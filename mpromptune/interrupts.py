@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -45,13 +46,16 @@ class _Signals:
         self._masks = 0
         self._seen = 0
         self._pending: BaseException | None = None
+        self._raised: BaseException | None = None
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Handlers for what nobody else handles; those of the user are left alone."""
         defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         mine = [number for number, handler in defaults.items() if signal.getsignal(number) is handler]
-        self._seen = 0 if mine else self._seen
+        if mine:
+            self._seen = self._masks = 0
+            self._pending = self._raised = None
         try:
             for number in mine:
                 signal.signal(number, self._on_signal)
@@ -59,6 +63,8 @@ class _Signals:
         finally:
             for number in mine:
                 signal.signal(number, defaults[number])
+            if mine:
+                self._raised = None
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -79,7 +85,13 @@ class _Signals:
             self._pending = error
             return
         self._pending = None
+        self._raised = error
         raise error
+
+    def check(self) -> None:
+        """Raises an interrupt again that nobody has seen: Python ignores what is raised in a finalizer."""
+        if self._raised is not None and sys.exc_info()[0] is None:
+            raise self._raised
 
 
 _SIGNALS = _Signals()
@@ -107,6 +119,8 @@ def wait_for(
     """Waits until all are done, where an interrupt may come, or until ``unless`` says to stop waiting."""
     pending, deadline = set(futures), time.monotonic() + timeout
     while pending and not unless() and (left := deadline - time.monotonic()) > 0:
+        if _is_main():
+            _SIGNALS.check()
         pending = wait(pending, timeout=min(_SLICE, left)).not_done
 
 

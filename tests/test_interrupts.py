@@ -219,6 +219,27 @@ def test_a_call_that_hangs_is_left_behind_after_the_grace() -> None:
     assert len(table.begun) == begun
 
 
+class Late:
+    """Interrupts while it is being taken away, where Python ignores whatever is raised."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_in_a_finalizer_is_not_lost() -> None:
+    """Python ignores an exception there; the search ends at its next wait."""
+    late = [Late()]
+
+    def drop(study: Any, trial: Any) -> None:
+        late.clear()
+
+    score = Interrupting(10**9)
+    with pytest.raises(SearchInterrupted) as caught:
+        run(score, callbacks=[drop], num_threads=THREADS)
+    closed(caught.value)
+
+
 def test_handlers_are_put_back() -> None:
     """After a search, with or without an interrupt, signals have the handlers that they had."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
