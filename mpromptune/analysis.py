@@ -93,7 +93,7 @@ def growth(findings: Findings) -> list[Step]:
     steps: list[Step] = []
     calls, best = 0, -math.inf
     for recorded in read_record(findings.study):
-        scores = [score for score in recorded.scores.values() if not math.isnan(score)]
+        scores = list(recorded.scores.values())
         if scores:
             calls += len(scores)
             best = max(best, estimates.get(_key(recorded.params), -math.inf))

@@ -42,7 +42,6 @@ class _Signals:
     """The handlers. Signals reach the main thread alone, so only that one has any of this."""
 
     def __init__(self) -> None:
-        self._replaced: dict[int, Any] = {}
         self._masks = 0
         self._seen = 0
         self._pending: BaseException | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -140,8 +139,7 @@ def _ledger(record: Record, space: PromptSpace) -> Ledger:
     ledger = Ledger()
     for recorded in record:
         if len(recorded.params) == len(space.names):
-            scores = {e: score for e, score in recorded.scores.items() if not math.isnan(score)}
-            ledger.add(space.row(recorded.params), scores)
+            ledger.add(space.row(recorded.params), recorded.scores)
     return ledger
 
 

@@ -122,12 +122,22 @@ def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
     )
 
 
+def abandoned_attributes(examples: Examples | None, scores: Mapping[int, float]) -> dict[str, Any]:
+    """What a trial is closed with that its run leaves to the next one.
+
+    Args:
+        examples: What it was to be measured on, if that was known.
+        scores: What it has of them.
+    """
+    # First, so that it is never lost what was planned.
+    planned = {PLANNED: list(examples)} if examples else {}
+    return {**planned, ABANDONED: True, EXAMPLES: list(scores), SCORES: list(scores.values())}
+
+
 def _abandoned(trial: FrozenTrial, scores: Mapping[int, float]) -> FrozenTrial:
     stored = recorded_of(trial)
     kept = {**scores, **stored.scores}
-    attributes: dict[str, Any] = {ABANDONED: True, EXAMPLES: list(kept), SCORES: list(kept.values())}
-    if stored.examples:
-        attributes[PLANNED] = list(stored.examples)
+    attributes = abandoned_attributes(stored.examples, kept)
     return create_trial(
         state=TrialState.FAIL,
         params=trial.params,

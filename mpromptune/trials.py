@@ -12,7 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from mpromptune.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
-from mpromptune.record import Record, Recorded, recorded_of
+from mpromptune.record import Record, Recorded, abandoned_attributes, recorded_of
 from mpromptune.samplers import distributions_of
 from mpromptune.schedule import Examples
 from mpromptune.space import PromptSpace, Row
@@ -127,7 +127,7 @@ class Trials:
             if asked.number in self._closed:
                 return
             asked.meter.add(usage)
-            _set_usage(asked)
+            asked.trial.set_user_attr(USAGE, json.dumps(asked.meter.total.as_dict()))
             if score is not None:
                 asked.trial.report(score, step=example)
 
@@ -177,13 +177,8 @@ class Trials:
         """Closes what is still open: trials that the sampler failed on, and the record's."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             recorded = recorded_of(trial)
-            scores = recorded.scores
-            storage = self.study._storage
-            if recorded.examples:
-                storage.set_trial_user_attr(trial._trial_id, PLANNED, list(recorded.examples))
-            storage.set_trial_user_attr(trial._trial_id, ABANDONED, True)
-            storage.set_trial_user_attr(trial._trial_id, EXAMPLES, list(scores))
-            storage.set_trial_user_attr(trial._trial_id, SCORES, list(scores.values()))
+            for name, value in abandoned_attributes(recorded.examples, recorded.scores).items():
+                self.study._storage.set_trial_user_attr(trial._trial_id, name, value)
             self.study.tell(trial.number, state=TrialState.FAIL)
 
 
@@ -191,8 +186,3 @@ def _metered(recorded: Recorded) -> Meter:
     meter = Meter()
     meter.add(recorded.usage)
     return meter
-
-
-def _set_usage(asked: Asked) -> None:
-    if asked.trial is not None:
-        asked.trial.set_user_attr(USAGE, json.dumps(asked.meter.total.as_dict()))

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
+from clocks import Clock
 
 from mpromptune import PromptSpace, coordinator, search
 from mpromptune.attributes import USAGE
@@ -26,19 +27,6 @@ from mpromptune.usage import Usage, record
 
 NAME = "0_predictor_instruction"
 SIX = PromptSpace({NAME: [f"style {i}" for i in range(6)]})
-
-
-class Clock:
-    """Moves only when it is told to, or slept on."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 # Limits.

@@ -14,6 +14,7 @@ from typing import Any
 
 import dspy
 import pytest
+from clocks import Clock
 from dspy.clients.cache import Cache, request_cache
 from dspy.utils.callback import BaseCallback
 from embedders import hashed
@@ -433,18 +434,11 @@ def test_a_limit_ends_what_it_watches_over() -> None:
 # Caps per minute.
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_requests_are_paced_and_hits_are_not() -> None:
     """With one request a minute: hits in between do not matter, and the second request waits a minute."""
     clock, guard = Clock(), Guard()
     guard.pace = Pace(1, None, clock)
-    guard._sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)  # type: ignore[method-assign]
+    guard._sleep = clock.sleep  # type: ignore[method-assign]
     lm = cached_arithmetic_lm()
     with guard.watching():
         _ask(lm, "1+1")

@@ -5,22 +5,10 @@ from __future__ import annotations
 import threading
 
 import pytest
+from clocks import Clock
 
 from mpromptune.interrupts import Stopped
 from mpromptune.throttle import Throttle
-
-
-class Clock:
-    """A clock that only moves when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def throttle(most: int = 16, **arguments: float) -> tuple[Throttle, Clock]:
