@@ -3,19 +3,21 @@
 #   make demo ARGS="--sampler tpe"   the same with another sampler
 #   make test                        all tests; ARGS="-k kernels" for some
 #   make lint types                  ruff, mypy
+#   make docs                        the README, the mathematics and a reference of all names, as HTML
 #   make check                       all of the above
 #   make bench                       all benchmarks: hours, and finished cells are kept
 #   make report                      tables and pictures of the results
 
 PYTHON ?= python3
 VENV ?= .venv
+SITE ?= site
 ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check bench report clean
+.PHONY: help demo test lint types docs check bench report clean
 
 help:
 	@sed -n 's/^# *//p' Makefile
@@ -33,9 +35,15 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	$(INSTALL) --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going docs $(SITE)
+	@echo "Open $(SITE)/index.html"
+
 check:
 	$(MAKE) lint
 	$(MAKE) types
+	$(MAKE) docs
 	$(MAKE) test ARGS=
 	$(MAKE) demo ARGS=
 
@@ -52,7 +60,7 @@ report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mpromptune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 ifeq ($(VENV),.venv)
 	rm -rf .venv

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.overview import overview
 from benchmarks.report import HEADLINE, budget_curve, methods_of, pretty, select, tables_of
 from benchmarks.runner import Cell, read
 
@@ -16,6 +17,10 @@ Draw = Callable[[list[Cell], Figure], None]
 
 def plot_all(results: Path) -> Iterator[Path]:
     """Draws what there are results of; yields the files written."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    if overview(results, figure):
+        figure.savefig(path := results / "overview.png", dpi=100)
+        yield path
     for name, source, draw in PICTURES:
         rows = read(results / f"{source}.json")
         if rows:
