@@ -94,7 +94,7 @@ def _scores(search: Progress | None) -> Iterator[str]:
         if baseline is not None:
             yield f"baseline {_measured(baseline, search.n_examples)}"
     else:
-        yield f"best {100 * best.mean:.1f} ± {100 * best.margin:.1f} %"
+        yield f"best {100 * best.mean:.1f} ± {100 * best.margin:.1f} % (95 % interval)"
         if baseline is not None:
             yield f"baseline {100 * baseline.mean:.1f} %"
     yield f"{search.trials} trials"

@@ -9,7 +9,6 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -90,17 +89,16 @@ class Terminal:
 
 def _drawn(frame: Frame) -> RenderableType:
     grid = Table.grid(padding=(0, 2), expand=True)
-    for column in (
-        {"no_wrap": True},
-        {"ratio": 1, "min_width": 6},
-        *3 * ({"justify": "right", "no_wrap": True},),
-    ):
-        grid.add_column(**column)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1, min_width=6)
+    # The last column keeps its place until all is over, or the bars would change their length.
+    for width in (0, 0, 0 if frame.ended else len("0:00:00 left")):
+        grid.add_column(justify="right", no_wrap=True, min_width=width)
     for bar in frame.bars:
-        finished = "green" if bar.ended else "none"
-        progress = ProgressBar(max(bar.total, 1), bar.done, finished_style="green")
-        grid.add_row(Text(bar.title, "bold"), progress, Text(bar.count, finished), bar.elapsed, bar.left)
-    lines = [Padding(Text(line, "dim" if i else ""), (0, 0, 0, 2)) for i, line in enumerate(frame.status)]
+        style = "bar.finished" if bar.ended else "bar.complete"
+        progress = ProgressBar(max(bar.total, 1), bar.done, complete_style=style)
+        grid.add_row(Text(bar.title, "bold"), progress, bar.count, bar.elapsed, bar.left)
+    lines = [Text(f"  {line}", "dim" if i else "") for i, line in enumerate(frame.status)]
     return Group(grid, *lines)
 
 
