@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 import sys
+from dataclasses import replace
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -120,7 +121,7 @@ class Lines:
         for number, bar in enumerate(frame.bars):
             if number == len(self._written):
                 self._write(f"{bar.title}: {bar.total} {bar.unit}")
-                self._written.append(bar)
+                self._written.append(replace(bar, done=0, seconds=0.0, ended=False))
             if _is_due(self._written[number], bar):
                 self._write(_line(bar, frame))
                 self._written[number] = bar
