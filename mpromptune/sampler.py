@@ -113,10 +113,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         return bound
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "on_ranked": unheard}
+        return {**self.__dict__, "_lock": None, "on_ranked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state, _lock=threading.RLock(), on_ranked=unheard)
 
     def prompts(self) -> Encoding | None:
         """The encoding of ``space``; texts are embedded at the first call."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import logging
 import os
 import sys
 from dataclasses import replace
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, TypeAlias
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,6 +20,8 @@ from mpromptune.frames import BarFrame, Frame
 # NOTE: seconds between two lines of a step, at first; in a long run a twentieth of the time that it has
 # taken, so that a night of it is some hundred lines, and a step that hangs is still noticed.
 _LINE_EVERY, _LINE_SHARE = 30.0, 0.05
+_Handler: TypeAlias = "logging.StreamHandler[TextIO]"
+
 # What rich's FileProxy has: its `Live` puts one in the place of a stream that it draws on.
 _PROXY = "rich_proxied_file"
 
@@ -50,9 +53,13 @@ def choose() -> Screen | None:
         return Notebook()
     if stream is None or any(hasattr(stream, _PROXY) for stream in (sys.stdout, sys.stderr)):
         return None
-    # Not rich's word for it, which the environment can change: logs of CI would be full of escapes.
-    is_terminal = stream.isatty() and os.environ.get("TERM", "dumb" if os.name == "posix" else "") != "dumb"
-    return Terminal(console) if is_terminal else Lines(stream)
+    is_dumb = os.environ.get("TERM", "dumb" if os.name == "posix" else "") == "dumb"
+    return Lines(stream) if is_dumb or not _is_terminal(stream) else Terminal(console)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Not rich's word for it, which the environment can change: logs of CI would be full of escapes."""
+    return stream is not None and stream.isatty()
 
 
 class _Console(Console):
@@ -73,11 +80,15 @@ class Terminal:
     interval = 0.25
 
     def __init__(self, console: Console) -> None:
-        self._live = Live(console=console, auto_refresh=False)
+        # What is printed appears above the bars; what is printed into a file or a pipe stays there.
+        self._live = Live(console=console, auto_refresh=False, redirect_stdout=_is_terminal(sys.stdout))
+
+        self._moved: list[tuple[_Handler, TextIO, TextIO]] = []
 
     def show(self, frame: Frame) -> None:
         """Draws a frame in the place of the one before."""
-        self._live.start()
+        if not self._live.is_started:
+            self._start()
         self._live.update(_drawn(frame), refresh=True)
 
     def close(self, frame: Frame) -> None:
@@ -86,6 +97,26 @@ class Terminal:
             self.show(frame)
         finally:
             self._live.stop()
+            for handler, old, new in self._moved:
+                if handler.stream is new:
+                    handler.setStream(old)
+
+    def _start(self) -> None:
+        """Takes the terminal, from log handlers too that hold on to the streams that there were."""
+        before = sys.stdout, sys.stderr
+        self._live.start()
+        for old, new in zip(before, (sys.stdout, sys.stderr), strict=True):
+            for handler in _handlers_on(old) if new is not old else ():
+                handler.setStream(new)
+                self._moved.append((handler, old, new))
+
+
+def _handlers_on(stream: TextIO) -> list[_Handler]:
+    """Log handlers that write to a stream: their lines would land in the middle of the bars."""
+    known = list(logging.root.manager.loggerDict.values())
+    loggers = [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    return [h for h in handlers if isinstance(h, logging.StreamHandler) and h.stream is stream]
 
 
 def _drawn(frame: Frame) -> RenderableType:
