@@ -64,10 +64,6 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         independent_sampler: Samples parameters outside the joint search space (default: random).
         seed: Same seed and same history, same proposals. None draws one.
 
-    Attributes:
-        on_ranked: Called as ``on_ranked(model, leader)`` with the surrogate of every proposal and the
-            measured configuration (candidate indices) with its highest posterior mean.
-
     Raises:
         InvalidArgumentError: An argument is out of range.
         ValueError: The study is multi-objective.
@@ -100,7 +96,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._search_space = IntersectionSearchSpace()
         self._prompts: Encoding | None = None
         self._is_open: Callable[[Row], bool] = _always
-        self.on_ranked: OnRanked = unheard
+        self.on_ranked: OnRanked = unheard  # of a bound copy, set by who watches its search
         self._lock = threading.RLock()
 
     def bound_to(self, space: PromptSpace, batch_size: int, is_open: Callable[[Row], bool]) -> qEISampler:

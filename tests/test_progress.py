@@ -137,6 +137,24 @@ def test_reports_come_twice_a_second_and_say_how_long_it_takes() -> None:
     assert told[-1].seconds_left == pytest.approx(30.0)  # fifteen are left, at two seconds each
 
 
+def test_a_round_that_takes_long_is_reported_on() -> None:
+    """Its last call ends only when the listener has heard of the others."""
+    heard, scores = threading.Event(), Scores()
+
+    def listen(progress: Progress) -> None:
+        if progress.rounds == 0 and progress.calls == 19 and progress.load.running == 1:
+            heard.set()
+
+    def score(params: dict[str, int], example: int) -> float:
+        value = scores(params, example)
+        if sum(scores.asked.values()) == 20:
+            assert heard.wait(60)
+        return value
+
+    run(score, on_progress=listen, num_threads=1, max_calls=80)
+    assert heard.is_set()
+
+
 def test_a_limit_ends_the_time_that_is_left() -> None:
     """Five calls cost five dollars; with three dollars left the rest is three calls."""
     told: list[Progress] = []
