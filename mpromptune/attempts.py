@@ -17,7 +17,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from mpromptune.throttle import Throttle
+from mpromptune.throttle import Load, Throttle
 
 T = TypeVar("T")
 
@@ -95,6 +95,11 @@ class Attempts:
     def limit(self) -> int:
         """Attempts that may be in flight now; fewer than threads while calls are refused."""
         return self._throttle.limit
+
+    @property
+    def load(self) -> Load:
+        """Attempts in flight now, and those that may be."""
+        return self._throttle.load
 
     def __call__(self, call: Callable[[], T]) -> T:
         """What ``call`` returns, or what its last attempt raised.

@@ -19,8 +19,10 @@ from mpromptune.health import Health
 from mpromptune.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.knowledge import Knowledge
 from mpromptune.limits import MEASURE, Budget
+from mpromptune.monitor import Monitor
 from mpromptune.outage import Answer
 from mpromptune.plan import Plan, Request
+from mpromptune.progress import OnProgress
 from mpromptune.record import salvaged
 from mpromptune.result import SearchResult
 from mpromptune.schedule import Examples
@@ -31,7 +33,6 @@ from mpromptune.trials import Asked, Trials
 logger = logging.getLogger(__name__)
 
 Callback = Callable[[Study, FrozenTrial], None]
-OnCall = Callable[[int, int], None]
 
 # NOTE: seconds that calls in flight are given when an error, not a user, ends the search: they are
 # paid for, so nearly all of them are worth waiting for; one that hangs is not.
@@ -68,7 +69,7 @@ class Coordinator:
         budget: Limits beside program calls, and what counts against them.
         failure_score: What an example scores when the candidate itself failed on it.
         callbacks: Called after every trial, in order.
-        on_call: Called as program calls come back.
+        on_progress: Told how the search stands.
         grace: Seconds that an interrupt leaves to calls in flight.
     """
 
@@ -80,7 +81,7 @@ class Coordinator:
     budget: Budget
     failure_score: float
     callbacks: Sequence[Callback]
-    on_call: OnCall | None
+    on_progress: OnProgress | None
     grace: float = GRACE
     in_flight: deque[list[_Running]] = field(default_factory=deque)
     background: list[_Running] = field(default_factory=list)
@@ -91,12 +92,16 @@ class Coordinator:
         self.ledger = self.known.ledger
         self.health = Health(self.workers.verdict, self.plan.outage)
         self.summary = Summary(self.space, self.plan, self.known, self.budget)
+        watched = self.plan, self.known, self.budget, self.workers, self.trials, self._answered
+        self.monitor = Monitor(self.on_progress, *watched)
 
     def run(self) -> SearchResult:
         """Rounds until the plan has no more, or a limit is used up."""
         try:
             self._measure_all()
-            return self.summary.result(self.study)
+            result = self.summary.result(self.study)
+            self.monitor.finish(result)
+            return result
         except KeyboardInterrupt as signalled:
             self._abandon(self.grace)
             raise self._interrupted(signalled) from signalled
@@ -107,6 +112,7 @@ class Coordinator:
     def _measure_all(self) -> None:
         try:
             while self._fill() or self.background:
+                self.monitor.report()
                 self._finish(self.in_flight[0] if self.in_flight else self.background)
                 if self.in_flight:
                     self.in_flight.popleft()
@@ -143,8 +149,6 @@ class Coordinator:
         self.plan.assign(asked.row, examples)
         self.trials.start(asked, examples)
         futures = tuple(self._submit(asked, example, request.background) for example in examples)
-        for future in futures:
-            future.add_done_callback(self._count)
         round_.append(_Running(asked, examples, futures))
 
     def _examples(self, request: Request, asked: Asked) -> Examples:
@@ -173,9 +177,8 @@ class Coordinator:
             self.unsaved = self.unsaved or error
             self.workers.stopped.set()
 
-    def _count(self, future: Future[Outcome]) -> None:
-        if not future.cancelled() and self.on_call is not None:
-            self.on_call(1, self.plan.max_calls)
+    def _answered(self) -> int:
+        return sum(future.done() for future in self._futures())
 
     def _finish(self, round_: list[_Running]) -> None:
         """Waits for a round and tells it in the order in which it was asked."""
@@ -198,7 +201,8 @@ class Coordinator:
 
     def _await(self, round_: list[_Running]) -> None:
         """Waits for a round; once no call may begin, not for good for one that hangs."""
-        wait_for((future for running in round_ for future in running.futures), unless=self._is_ending)
+        calls = [future for running in round_ for future in running.futures]
+        wait_for(calls, unless=self._is_ending, meanwhile=self.monitor.beat)
         if self.budget.reached:
             wait_for(self._futures(), _LAST_CALLS, unless=self.workers.stopped.is_set)
 

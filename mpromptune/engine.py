@@ -13,7 +13,7 @@ from optuna.study import Study
 
 from mpromptune.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.block_plan import BlockPlan
-from mpromptune.coordinator import Callback, Coordinator, OnCall
+from mpromptune.coordinator import Callback, Coordinator
 from mpromptune.daemons import DaemonThreads
 from mpromptune.encoding import Encoding
 from mpromptune.errors import require_count, require_finite
@@ -24,6 +24,7 @@ from mpromptune.limits import SEARCH, Budget, Limits
 from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
+from mpromptune.progress import OnProgress
 from mpromptune.record import check_left, missing_of, read_record
 from mpromptune.result import SearchResult
 from mpromptune.samplers import bind, resolve_sampler, round_size
@@ -71,7 +72,7 @@ def search(
     retry_after: RetryAfter = no_hint,
     grace: float = GRACE,
     failure_score: float = 0.0,
-    on_call: OnCall | None = None,
+    on_progress: OnProgress | None = None,
     limits: Limits | Budget | None = None,
     stopped: threading.Event | None = None,
 ) -> SearchResult:
@@ -129,7 +130,9 @@ def search(
             second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it has a
             handler already.
         failure_score: What an example scores when the candidate itself failed on it.
-        on_call: Called as ``on_call(calls, max_calls)`` as results come in.
+        on_progress: Called as ``on_progress(progress)`` with a `Progress`: at the beginning, after every
+            round, about twice a second while calls are awaited, and at the end. In the thread that
+            searches, so it should not take long; an error in it is logged, and it is not called again.
         limits: On tokens, money and time: ``score`` calls `mpromptune.usage.record` to say what it
             used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
             call begins once a limit is used up. A `Budget` where something was used before.
@@ -191,7 +194,7 @@ def search(
             budget=budget,
             failure_score=failure_score,
             callbacks=callbacks,
-            on_call=on_call,
+            on_progress=on_progress,
             grace=grace,
         ).run()
 

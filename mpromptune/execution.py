@@ -23,6 +23,7 @@ from mpromptune.daemons import in_daemon
 from mpromptune.errors import CallTimeoutError, ScoreError
 from mpromptune.interrupts import Stopped
 from mpromptune.priority import Priority
+from mpromptune.throttle import Load
 from mpromptune.usage import Meter, Usage, current_meter, metered, record
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,11 @@ class Workers:
     def limit(self) -> int:
         """Attempts that may be in flight now; fewer than threads while calls are refused."""
         return self._attempts.limit
+
+    @property
+    def load(self) -> Load:
+        """Attempts in flight now, and those that may be."""
+        return self._attempts.load
 
     def submit(
         self, params: Mapping[str, int], example: int, keep: Keep | None = None, idle: bool = False

@@ -113,14 +113,21 @@ def deferred() -> contextlib.AbstractContextManager[None]:
 
 
 def wait_for(
-    futures: Iterable[Future[Any]], timeout: float = math.inf, unless: Callable[[], bool] = lambda: False
+    futures: Iterable[Future[Any]],
+    timeout: float = math.inf,
+    unless: Callable[[], bool] = lambda: False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Waits until all are done, where an interrupt may come, or until ``unless`` says to stop waiting."""
+    """Waits until all are done, where an interrupt may come, or until ``unless`` says to stop waiting.
+
+    Now and then it calls ``meanwhile``.
+    """
     pending, deadline = set(futures), time.monotonic() + timeout
     while pending and not unless() and (left := deadline - time.monotonic()) > 0:
         if _is_main():
             _SIGNALS.check()
         pending = wait(pending, timeout=min(_SLICE, left)).not_done
+        meanwhile()
 
 
 def result_of(future: Future[T]) -> T:

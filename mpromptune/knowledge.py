@@ -17,7 +17,7 @@ from mpromptune.history import fit_history, read
 from mpromptune.ledger import Ledger
 from mpromptune.space import Row
 from mpromptune.stopping import expected_gains, standard_error
-from mpromptune.surrogate import on_cpu, posterior_mean_and_variance
+from mpromptune.surrogate import OnRanked, on_cpu, posterior_mean_and_variance, unheard
 
 # NOTE: as many configurations as a proposal looks at by default.
 _RIVALS = 2000
@@ -32,12 +32,14 @@ class Knowledge:
         encoding: Configurations as the surrogate sees them.
         ledger: The scores.
         hidden: Numbers of trials that an earlier run finished, and this one has yet to come to.
+        on_ranked: Called when the surrogate has ranked configurations.
     """
 
     study: Study
     encoding: Encoding
     ledger: Ledger = field(default_factory=Ledger)
     hidden: AbstractSet[int] = frozenset()
+    on_ranked: OnRanked = unheard
     _fitted: tuple[int, SingleTaskGP | None] = (-1, None)
 
     def posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +55,10 @@ class Knowledge:
         if not rows:
             return []
         means = self.posterior(rows)[0].tolist()
-        return sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1])
+        ranked = sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1])
+        if self._fitted[1] is not None:
+            self.on_ranked(self._fitted[1], ranked[0][0])
+        return ranked
 
     def largest_gain(self, leader: Row, is_open: Callable[[Row], bool]) -> float:
         """The most that is expected from any open configuration over ``leader``; infinite unfitted.

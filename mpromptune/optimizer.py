@@ -25,6 +25,7 @@ from mpromptune.lm_guard import Guard
 from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
 from mpromptune.prices import Pricing
 from mpromptune.programs import ProgramScorer, ProgramSpace
+from mpromptune.progress import Listeners
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
 from mpromptune.schedule import Minibatches
 from mpromptune.steps import Steps, wants_traceback
@@ -98,6 +99,8 @@ class MIPROv2(dspy.MIPROv2):
     @_extending(_STOCK_INIT)
     def __init__(self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         ours, stock = _split(kwargs, _STOCK_INIT)
+        if ours.get("verbose") is not None:
+            ours["verbose"] = bool(ours["verbose"])  # DSPy takes anything
         self._defaults = gather(sampler_config, ours)
         resolve(self._defaults, {})  # fails now rather than after the bootstrap
         super().__init__(*args, **stock)
@@ -146,7 +149,13 @@ class MIPROv2(dspy.MIPROv2):
         pricing = Pricing(options.prices, must_know=options.max_cost is not None)
         guard = Guard(Budget(options.limits), pricing, pace=options.pace)
         steps = Steps(
-            self, self._threads(options), {**defaults, **stock}, guard, options.grace, options.retry
+            self,
+            self._threads(options),
+            {**defaults, **stock},
+            guard,
+            options.grace,
+            options.retry,
+            options.verbose,
         )
         token = _STEPS.set(steps)
         try:
@@ -264,7 +273,8 @@ class MIPROv2(dspy.MIPROv2):
         # Torch is loaded here, once the bootstrap has shown that the program runs at all.
         from mpromptune.engine import search
 
-        bar = _STEPS.get().display.bar("Searching", max_calls, "calls")
+        view = _STEPS.get().view
+        view.bar("Searching", max_calls, "calls")
         return search(
             programs.prompt_space(),
             score,
@@ -278,7 +288,7 @@ class MIPROv2(dspy.MIPROv2):
             seed=seed,
             storage=_STEPS.get().storage,
             study_name=options.study_name,
-            callbacks=(bar.on_trial, *options.callbacks),
+            callbacks=options.callbacks,
             confirm=options.confirm,
             patience=options.patience,
             target=options.target,
@@ -291,7 +301,7 @@ class MIPROv2(dspy.MIPROv2):
             retry_after=retry_after,
             grace=options.grace,
             failure_score=options.failure_score,
-            on_call=bar.on_call,
+            on_progress=Listeners.of(view.on_progress if options.verbose else None, options.on_progress),
             limits=_STEPS.get().guard.budget,
             stopped=_STEPS.get().guard.stopped,
         )
@@ -329,9 +339,9 @@ def _check_embedder(options: SearchOptions, program: Any) -> None:
 
 
 def _split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our options and DSPy's arguments; anything else is an error that lists both."""
+    """Our options and DSPy's arguments, of which some are both; anything else is an error that lists them."""
     for name in kwargs:
         if name not in OPTION_NAMES and name not in stock.parameters:
             raise unknown_option(name, [n for n in stock.parameters if n not in ("self", "student")])
     ours = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}
-    return ours, {k: v for k, v in kwargs.items() if k not in OPTION_NAMES}
+    return ours, {k: v for k, v in kwargs.items() if k in stock.parameters}

@@ -15,6 +15,7 @@ from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_
 from mpromptune.interrupts import GRACE
 from mpromptune.limits import Limits
 from mpromptune.pace import Pace
+from mpromptune.progress import OnProgress
 from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
 from mpromptune.storage import check_storage
 
@@ -68,6 +69,9 @@ class SearchOptions:
             call goes on where it was interrupted; by default memory.
         study_name: Name of the study in the storage.
         callbacks: Called as ``callback(study, trial)`` after every trial.
+        on_progress: Called as ``on_progress(progress)`` with an `mpromptune.progress.Progress` after
+            every round of the search, and in between.
+        verbose: Show how the compile is getting on.
     """
 
     sampler: BaseSampler | str = "qei"
@@ -97,6 +101,8 @@ class SearchOptions:
     storage: Any = None
     study_name: str | None = None
     callbacks: Sequence[Any] = ()
+    on_progress: OnProgress | None = None
+    verbose: bool = True
 
     def __post_init__(self) -> None:
         self._check_sampler()
@@ -106,8 +112,9 @@ class SearchOptions:
         self._check_embedder()
         self._check_callbacks()
         _ = self.limits  # checks them
-        if not isinstance(self.dry_run, bool):
-            raise InvalidArgumentError(f"dry_run must be True or False; got {self.dry_run!r}.")
+        for name in ("dry_run", "verbose"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         _check_prices(self.prices)
         require_finite("failure_score", self.failure_score)
         self._check_waits()
@@ -160,6 +167,8 @@ class SearchOptions:
         is_list = isinstance(self.callbacks, Sequence)
         if not is_list or not all(callable(callback) for callback in self.callbacks):
             raise InvalidArgumentError(f"callbacks must be a list of callables; got {self.callbacks!r}.")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise InvalidArgumentError(f"on_progress must be a callable; got {self.on_progress!r}.")
 
     def check_run(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> None:
         """Whether a search can be run at all; called before anything is paid for.
@@ -270,15 +279,16 @@ def gather(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
 def resolve(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SearchOptions | None:
     """The options in force; None when nothing asks for a sampler, which means DSPy's own search.
 
-    ``n_jobs`` alone asks for nothing: it has no meaning for DSPy's serial loop. A sampler given now
-    takes no arguments that were meant for the default one.
+    ``n_jobs`` and ``verbose`` alone ask for nothing: the one has no meaning for DSPy's serial loop, the
+    other is also an argument of DSPy's own. A sampler given now takes no arguments that were meant for
+    the default one.
     """
     sampler = given.get("sampler", "qei")
     if not isinstance(sampler, str) or sampler.lower() != "qei":
         defaults = {key: value for key, value in defaults.items() if key not in _QEI_ONLY}
     merged = {**defaults, **given}
     options = SearchOptions(**merged)
-    silent = {"n_jobs"} if options.dry_run else {"n_jobs", "dry_run"}
+    silent = {"n_jobs", "verbose"} if options.dry_run else {"n_jobs", "verbose", "dry_run"}
     return options if set(merged) - silent else None
 
 

@@ -25,7 +25,7 @@ from mpromptune.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.errors import require_count
 from mpromptune.history import History, fit_history, proposed_params, read
 from mpromptune.space import PromptSpace, Row
-from mpromptune.surrogate import on_cpu
+from mpromptune.surrogate import OnRanked, on_cpu, unheard
 
 # NOTE: a proposal is valued as if it were to be measured on several blocks rather than one: one block
 # of a noisy metric says so little that all values are alike (the KG(*) of Frazier and Powell 2010).
@@ -96,6 +96,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._search_space = IntersectionSearchSpace()
         self._prompts: Encoding | None = None
         self._is_open: Callable[[Row], bool] = _always
+        self.on_ranked: OnRanked = unheard  # of a bound copy, set by who watches its search
         self._lock = threading.RLock()
 
     def bound_to(self, space: PromptSpace, batch_size: int, is_open: Callable[[Row], bool]) -> qEISampler:
@@ -108,10 +109,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         return bound
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "_lock": None, "on_ranked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state, _lock=threading.RLock(), on_ranked=unheard)
 
     def prompts(self) -> Encoding | None:
         """The encoding of ``space``; texts are embedded at the first call."""
@@ -218,6 +219,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         model = fit_history(history, encoding.geometries)
         measured, means = ranked(model, torch.tensor(sorted(history.measured), dtype=torch.float64))
         best_f = float(means[0])
+        self.on_ranked(model, [int(i) for i in measured[0].tolist()])
         value = partial(log_expected_improvement, model, best_f)
         choices = self._choices(encoding, history, rng, value, measured.long().tolist())
         pending = torch.tensor(history.pending, dtype=torch.float64)

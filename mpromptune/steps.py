@@ -33,10 +33,11 @@ from mpromptune.limits import SEARCH
 from mpromptune.lm_errors import classify
 from mpromptune.lm_guard import Guard, measured
 from mpromptune.programs import ProgramScorer, ProgramSpace
-from mpromptune.progress import Display
 from mpromptune.schedule import Minibatches
+from mpromptune.screens import choose
 from mpromptune.threads import Threads
 from mpromptune.usage import Usage, record
+from mpromptune.view import Bar, View
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,11 @@ class Steps:
         guard: Watches the LM requests.
         grace: Seconds that LM calls under way are left after an error or an interrupt.
         retry: How often and how patiently errors of the infrastructure are retried.
+        verbose: Whether there is anything to see of it.
 
     Attributes:
         arguments: Those of the compile.
+        view: What there is to see of all three steps.
     """
 
     def __init__(
@@ -83,11 +86,12 @@ class Steps:
         guard: Guard | None = None,
         grace: float = GRACE,
         retry: RetryPolicy | None = None,
+        verbose: bool = True,
     ) -> None:
         self.guard = guard or Guard()
-        self.display = Display()
         self._optimizer = optimizer
-        self._threads = Threads(threads, grace, retry)
+        self._threads = pool = Threads(threads, grace, retry)
+        self.view = View(choose if verbose else lambda: None, self.guard.budget, lambda: pool.load)
         self._timeout = None if retry is None else retry.timeout
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
@@ -201,6 +205,8 @@ class Steps:
             self._begin_ahead(program, trainset, idle=not proposed or kept is None)
         if kept is not None:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
+            number = len(kept[0]) if kept else 0
+            self._bootstrap_bar(number).advance(number)
             return kept
         demos = self._bootstrapped(stock, program, trainset, *args, **kwargs)
         if self._threads.attempts.down is not None:  # an outage, not a bad teacher
@@ -216,9 +222,14 @@ class Steps:
             return bootstrap.labelled_demo_sets(program, trainset, number, labelled, self._optimizer.rng)
         if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
             return _serially("bootstrap", stock, program, trainset, *args, **kwargs)
-        bar = self.display.bar("Bootstrapping", number, "demo sets")
         plan = self._plan(program, trainset, given)
-        return plan.build(self._optimizer.rng, self._threads, bar.advance)
+        return plan.build(self._optimizer.rng, self._threads, self._bootstrap_bar(number).advance)
+
+    def _bootstrap_bar(self, number: int) -> Bar:
+        return self.view.bar("Bootstrapping", number, "demo sets")
+
+    def _proposal_bar(self, number: int) -> Bar:
+        return self.view.bar("Proposing", number, "instructions")
 
     def _begin_ahead(self, program: Any, trainset: Any, idle: bool) -> None:
         """Leaves out what the bootstrap may be asking for just now: the search finds that in the cache.
@@ -272,6 +283,8 @@ class Steps:
         kept = None if self._checkpoint is None else self._checkpoint.instructions()
         if kept is not None:
             logger.info("The instructions are those that an interrupted run has proposed.")
+            number = sum(map(len, kept.values()))
+            self._proposal_bar(number).advance(number)
             return kept
         proposed = self._proposed(stock, program, trainset, *args, **kwargs)
         if self._checkpoint is not None:
@@ -286,7 +299,7 @@ class Steps:
             return _serially("proposal", stock, program, trainset, *args, **kwargs)
         number, demos = given["num_instruct_candidates"], given["demo_candidates"]
         each = min(number, max(len(demos[0]), 1)) if demos else number
-        bar = self.display.bar("Proposing", each * len(program.predictors()), "instructions")
+        bar = self._proposal_bar(each * len(program.predictors()))
         flags = {name: given[name] for name in _FLAGS}
         proposed = self._proposals.instructions(program, trainset, demos, number, flags, bar.advance)
         for i, predictor in enumerate(program.predictors()):
@@ -298,11 +311,11 @@ class Steps:
         self._threads.finish(self._timeout)
 
     def close(self) -> None:
-        """Ends what is still running, and the display; after an error, nothing waits for long."""
+        """Ends what is still running, and the view; after an error, nothing waits for long."""
         try:
             self._threads.close(self._threads.grace)
         finally:
-            self.display.close()
+            self.view.close()
 
 
 def wants_traceback(own: bool | None) -> bool:

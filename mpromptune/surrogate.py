@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
@@ -28,6 +28,14 @@ from mpromptune.kernels import BlockKernel, PromptKernel
 _FIT = {"options": {"ftol": 1e-5, "maxiter": 75}}
 # Rounding may leave a variance of what is known exactly below zero.
 _LEAST_VARIANCE = 1e-12
+
+
+# Told of a fitted surrogate, and of the measured configuration with its highest posterior mean.
+OnRanked = Callable[[SingleTaskGP, Sequence[int]], None]
+
+
+def unheard(model: SingleTaskGP, leader: Sequence[int]) -> None:
+    """The default `OnRanked`: nobody wants to know."""
 
 
 def on_cpu() -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from mpromptune.daemons import DaemonThreads
 from mpromptune.execution import stoppable
 from mpromptune.interrupts import GRACE, Stopped
 from mpromptune.lm_errors import classify, retry_after
+from mpromptune.throttle import Load
 
 T = TypeVar("T")
 
@@ -43,6 +45,11 @@ class Threads:
         self._lock = threading.Lock()
         self._unfinished = 0
         self._fillers: Iterator[Callable[[], object]] = iter(())
+
+    @property
+    def load(self) -> Load:
+        """Threads that have something to do, and what the retries leave them."""
+        return replace(self.attempts.load, running=min(self._unfinished, self.number))
 
     def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """Queues a call, to be run in a copy of the caller's context (where DSPy's settings live)."""

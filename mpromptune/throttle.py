@@ -6,12 +6,30 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from mpromptune.interrupts import Stopped
 
 # NOTE: seconds between two looks at whether a slot is free; small against the seconds of an LM call,
 # and only paid by threads that are held back.
 _TICK = 0.05
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a pool is.
+
+    Attributes:
+        running: Calls in flight now.
+        limit: Calls that may be; fewer than ``most`` while a provider refuses some.
+        most: Workers.
+        pause: Seconds until another call may begin, where a provider asked to be left alone.
+    """
+
+    running: int
+    limit: int
+    most: int
+    pause: float = 0.0
 
 
 class Throttle:
@@ -58,6 +76,12 @@ class Throttle:
     def limit(self) -> int:
         """Calls that may be in flight now."""
         return int(self._limit)
+
+    @property
+    def load(self) -> Load:
+        """What is in flight now, and what may be."""
+        pause = max(0.0, self._until - self._clock())
+        return Load(self._running, self.limit, self._most, pause)
 
     def enter(self) -> int:
         """Waits until a call may begin, which ends with `leave`.

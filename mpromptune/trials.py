@@ -51,6 +51,9 @@ class Trials:
         study: The study; its sampler proposes configurations.
         space: The configurations.
         record: The trials of earlier runs.
+
+    Attributes:
+        told: Trials told, in earlier runs too.
     """
 
     def __init__(self, study: Study, space: PromptSpace, record: Record) -> None:
@@ -61,6 +64,7 @@ class Trials:
         self._distributions = distributions_of(space)
         self._lock = threading.Lock()
         self._closed: set[int] = set()
+        self.told = 0
 
     def next(self, row: Row | None) -> Asked:
         """The next trial of the record; after the last, a new one of ``row``, or of the sampler's choice."""
@@ -149,6 +153,7 @@ class Trials:
             abandoned: Whether the run ends, and the next one is to take up what it lacks.
         """
         self.untold.discard(asked.number)
+        self.told += 1
         trial = asked.trial
         if trial is None:
             return None

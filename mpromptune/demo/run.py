@@ -117,7 +117,7 @@ def run_demo(task: Task, options: DemoOptions, console: Console) -> DemoResult:
 
 def _compile(task: Task, options: DemoOptions, console: Console) -> Any:
     optimizer = SteppedMIPROv2(
-        console,
+        console if options.sampler == STOCK else None,
         metric=task.metric,
         prompt_model=task.lm,
         task_model=task.lm,

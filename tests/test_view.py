@@ -1,0 +1,537 @@
+"""The live view of a compile: what it says, where it is shown, and that it harms nothing."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from clocks import Clock
+from embedders import hashed
+from lms import arithmetic_lm
+from rich.console import Console
+from rich.live import Live
+from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Counted, Planner
+
+from mpromptune import MIPROv2
+from mpromptune.attributes import EXAMPLES, SCORES
+from mpromptune.frames import BarFrame, Frame, duration
+from mpromptune.limits import Budget, Limits
+from mpromptune.options import resolve
+from mpromptune.progress import Progress, Standing
+from mpromptune.screens import Lines, Notebook, Screen, Terminal, choose
+from mpromptune.throttle import Load
+from mpromptune.usage import Usage
+from mpromptune.view import View
+
+ROOT = Path(__file__).parent.parent
+FREE = Load(running=8, limit=16, most=16)
+BEST = Standing(mean=0.842, std=0.02, measured=0.86, examples=200)
+BASELINE = Standing(mean=0.785, std=0.03, measured=0.79, examples=200)
+
+
+def report(**changes: Any) -> Progress:
+    numbers: dict[str, Any] = {
+        "calls": 512,
+        "max_calls": 1630,
+        "trials": 13,
+        "rounds": 4,
+        "n_examples": 200,
+        "best": BEST,
+        "baseline": BASELINE,
+        "load": FREE,
+        "usage": Usage(),
+        "limits": Limits(),
+        "seconds": 200.0,
+        "seconds_left": 430.0,
+    }
+    return Progress(**{**numbers, **changes})
+
+
+def bar(done: int = 512, seconds: float = 200.0, **changes: Any) -> BarFrame:
+    numbers: dict[str, Any] = {"title": "Searching", "unit": "calls", "total": 1630, "seconds_left": 430.0}
+    return BarFrame(**{"done": done, "seconds": seconds, "ended": False, **numbers, **changes})
+
+
+def frame(*bars: BarFrame, **changes: Any) -> Frame:
+    parts: dict[str, Any] = {"usage": Usage(lm_calls=530), "limits": Limits(), "load": FREE}
+    return Frame(bars=bars or (bar(),), **{**parts, **changes})
+
+
+SHOWN = frame(
+    bar(6, 12.0, title="Bootstrapping", unit="demo sets", total=6, ended=True),
+    bar(),
+    usage=Usage(lm_calls=530, cache_hits=12, prompt_tokens=1_000_000, completion_tokens=234_000, cost=0.3112),
+    limits=Limits(max_cost=5.0),
+    load=Load(running=4, limit=4, most=16, pause=12.4),
+    search=report(),
+)
+
+
+class Tty(io.StringIO):
+    """What a terminal is to Python."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Recorded:
+    """A screen that keeps its frames; it may fail.
+
+    Args:
+        error: Raised by the second frame.
+    """
+
+    interval = 0.001
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.frames: list[Frame] = []
+        self.closed = 0
+        self._error = error
+
+    def show(self, frame: Frame) -> None:
+        self.frames.append(frame)
+        if self._error is not None and len(self.frames) > 1:
+            raise self._error
+
+    def close(self, frame: Frame) -> None:
+        self.frames.append(frame)
+        self.closed += 1
+
+
+def view_on(screen: Screen | None, clock: Callable[[], float] | None = None) -> View:
+    return View(lambda: screen, Budget(Limits(max_cost=5.0)), lambda: FREE, clock or Clock())
+
+
+def compiled(lm: Any = None, **options: Any) -> Any:
+    """A small compile of two predictors, through all three steps."""
+    settings = {"auto": None, "num_candidates": 3, "num_threads": 4, **FEW_SHOT, **options.pop("own", {})}
+    lm = lm or arithmetic_lm()
+    with dspy.context(lm=lm):
+        optimizer = MIPROv2(metric=Counted(), **settings)
+        run = {"sampler": "qei", "embedder": hashed, **SMALL_RUN, **options}
+        return optimizer.compile(Planner(), trainset=TRAIN, valset=VAL, **run)
+
+
+@pytest.fixture
+def dspy_is_silent() -> Iterator[None]:
+    """Its log lines have a switch of their own."""
+    dspy.disable_logging()
+    yield
+    dspy.enable_logging()
+
+
+def test_status_while_the_search_runs() -> None:
+    """Estimates in percent with 1.96 deviations, expenses with their limits, calls with what lowers them."""
+    assert SHOWN.status == [
+        "best 84.2 ± 3.9 % (95 % interval), baseline 78.5 %, 13 trials",
+        "530 LM calls, 12 cache hits, 1.2M tokens, $0.3112 of $5.00",
+        "4 of 16 calls in flight, 4 allowed because of rate limits, pausing for 12 s",
+    ]
+
+
+def test_status_at_the_end() -> None:
+    """What was measured, as `best.score` has it; of fewer examples than all, on how many."""
+    partial = Standing(mean=0.84, std=0.02, measured=0.86, examples=40)
+    search = report(best=partial, finished=True, calls=1600)
+    assert frame(search=search, ended=True).status == [
+        "best 86.00 % on 40 examples, baseline 79.00 %, 13 trials",
+        "530 LM calls",
+    ]
+
+
+def test_money_and_tokens_are_shown_where_they_are_known() -> None:
+    """Neither is, for a model without prices that reports none; with a limit it is what matters."""
+    assert frame().status[0] == "530 LM calls"
+    limited = frame(limits=Limits(max_cost=0.5, max_tokens=20_000)).status
+    assert limited[0] == "530 LM calls, 0 of 20.0k tokens, $0.00 of $0.5000"
+    assert frame(usage=Usage(cost=31.2)).status[0] == "0 LM calls, $31.20"
+
+
+def test_durations() -> None:
+    """Hours, minutes and seconds; days where there are any."""
+    assert (duration(0.9), duration(3725.2), duration(90061)) == ("0:00:00", "1:02:05", "1 day, 1:01:01")
+
+
+def test_a_terminal_of_80_columns_holds_it() -> None:
+    """Bars of one length below each other, and no line is broken or cut off."""
+    screen = io.StringIO()
+    terminal = Terminal(Console(file=screen, width=80, force_terminal=True, color_system=None))
+    terminal.show(SHOWN)
+    terminal.close(SHOWN)
+    drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()[-5:]
+    bars, status = drawn[:2], drawn[2:]
+    assert [line.split()[0] for line in bars] == ["Bootstrapping", "Searching"]
+    assert bars[0].split()[2:] == ["6/6", "demo", "sets", "0:00:12"]
+    assert bars[1].rstrip().endswith("512/1630 calls  0:03:20  0:07:10 left")
+    assert bars[0].index("demo sets") + len("demo sets") == bars[1].index("calls") + len("calls")
+    assert max(map(len, drawn)) <= 80
+    assert [line.strip() for line in status] == SHOWN.status
+
+
+def test_a_terminal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a frame that cannot be drawn: streams are back, and the cursor is seen again."""
+    streams, screen = (sys.stdout, sys.stderr), io.StringIO()
+    terminal = Terminal(Console(file=screen, width=80, force_terminal=True))
+    view = View(lambda: terminal, Budget(), lambda: FREE)
+    monkeypatch.setattr("mpromptune.screens._drawn", lambda frame: 1 / 0)
+    view.bar("Searching", 10, "calls")
+    view.close()
+    assert (sys.stdout, sys.stderr) == streams
+    assert screen.getvalue().count("\x1b[?25l") == screen.getvalue().count("\x1b[?25h") == 1
+
+
+@pytest.mark.parametrize("piped", [True, False])
+def test_what_a_script_prints_goes_where_it_went(piped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a pipe, while the terminal shows bars; above the bars, where both are the terminal."""
+    out, screen = io.StringIO() if piped else Tty(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    terminal = Terminal(Console(file=screen, width=80, force_terminal=True))
+    terminal.show(SHOWN)
+    print("a result")  # noqa: T201 - what is tested
+    terminal.close(SHOWN)
+    assert ("a result" in out.getvalue(), "a result" in screen.getvalue()) == (piped, not piped)
+
+
+def test_log_lines_appear_above_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of handlers too that were made before, as by `logging.basicConfig`; then they are given back."""
+    stream, screen = Tty(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler, own = logging.StreamHandler(), logging.getLogger("somebody's")
+    monkeypatch.setattr(own, "handlers", [handler])
+    terminal = Terminal(Console(file=screen, width=80, force_terminal=True))
+    terminal.show(SHOWN)
+    own.error("a line")
+    terminal.close(SHOWN)
+    assert (stream.getvalue(), screen.getvalue().count("a line")) == ("", 1)
+    own.error("another")
+    assert (stream.getvalue(), handler.stream) == ("another\n", stream)
+
+
+def test_lines_begin_and_end_each_step() -> None:
+    """Steps that were over before anybody looked are there too."""
+    stream = io.StringIO()
+    lines = Lines(stream)
+    sets = bar(6, 12.0, title="Bootstrapping", unit="demo sets", total=6, ended=True)
+    lines.show(frame(sets, bar(0, 0.0)))
+    lines.close(frame(sets, bar(1630, 640.0, ended=True), search=report(finished=True), ended=True))
+    assert [line.removeprefix("mpromptune: ") for line in stream.getvalue().splitlines()] == [
+        "Bootstrapping: 6 demo sets",
+        "Bootstrapping 6/6 demo sets (100 %) after 0:00:12; 530 LM calls; 8 of 16 calls in flight",
+        "Searching: 1630 calls",
+        "Searching 1630/1630 calls (100 %) after 0:10:40; "
+        "best 86.00 %, baseline 79.00 %, 13 trials; 530 LM calls",
+    ]
+
+
+def written(*bars: BarFrame) -> list[str]:
+    """The counts of the lines that these frames of one bar give, after the first line."""
+    stream = io.StringIO()
+    lines = Lines(stream)
+    for one in bars:
+        lines.show(frame(one))
+    return [line.split()[2].split("/")[0] for line in stream.getvalue().splitlines()[1:]]
+
+
+def test_lines_come_with_every_tenth() -> None:
+    """Of 1630 calls: 163, 326, and so on; not twice."""
+    done = [0, 100, 162, 163, 164, 325, 500, 501]
+    assert written(*(bar(n, i) for i, n in enumerate(done))) == ["163", "500"]
+
+
+def test_lines_come_every_half_minute_and_more_rarely_later() -> None:
+    """In ten minutes without a tenth twenty; after five hours, one a quarter of an hour later."""
+    assert len(written(*(bar(1, s) for s in range(601)))) == 20
+    late = [bar(1, 5 * 3600.0 + s) for s in range(0, 1800, 60)]
+    assert len(written(*late)) == len(["at once", "after 960 s"])
+
+
+def test_lines_have_no_escapes_and_no_carriage_returns() -> None:
+    """A log can be read with anything."""
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.show(SHOWN)
+    lines.close(SHOWN)
+    assert not re.search(r"[\x1b\r]", stream.getvalue())
+
+
+def test_steps_follow_each_other() -> None:
+    """A step ends where the next one begins; the last one shows what the search says."""
+    clock = Clock()
+    view = view_on(None, clock)
+    first = view.bar("Bootstrapping", 4, "demo sets")
+    clock.sleep(10.0)
+    first.advance(2)
+    assert view.frame().bars[0].seconds_left == 10.0
+    second = view.bar("Searching", 1630, "calls")
+    clock.sleep(5.0)
+    second.advance(0)
+    view.on_progress(report())
+    bars = view.frame().bars
+    assert [(b.done, b.seconds, b.ended) for b in bars] == [(2, 10.0, True), (512, 5.0, False)]
+    assert bars[1].seconds_left == 430.0
+    view.close()
+    assert all(b.ended for b in view.frame().bars)
+
+
+def test_bars_count_from_any_thread() -> None:
+    """No step is lost where many report at once."""
+    view = view_on(None)
+    counted = view.bar("Bootstrapping", 4000, "demo sets")
+    threads = [threading.Thread(target=lambda: [counted.advance() for _ in range(500)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert view.frame().bars[0].done == 4000
+
+
+def test_the_last_frame_is_shown_once_all_is_over() -> None:
+    """`close` waits for it."""
+    screen = Recorded()
+    view = view_on(screen)
+    view.bar("Searching", 1630, "calls")
+    view.on_progress(report(finished=True))
+    view.close()
+    assert screen.closed == 1
+    assert screen.frames[-1].ended
+    assert screen.frames[-1].limits == Limits(max_cost=5.0)
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError("closed"), ValueError("I/O on closed file"), SystemExit(1)]
+)
+def test_a_view_that_fails_ends_no_compile(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged once, and the compile returns what it does without a view."""
+    screen = Recorded(error)
+    monkeypatch.setattr("mpromptune.steps.choose", lambda: screen)
+    with caplog.at_level(logging.WARNING, "mpromptune"):
+        best = compiled(arithmetic_lm(latency=0.002))
+    assert best.search_result.calls == SMALL_RUN_CALLS
+    assert (len(screen.frames), screen.closed) == (3, 1)
+    assert [r.message for r in caplog.records if "view" in r.message] == [
+        "The live view has ended; the compile goes on."
+    ]
+
+
+def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking changes nothing; and what is shown at the end is the result."""
+    screen = Recorded()
+    monkeypatch.setattr("mpromptune.steps.choose", lambda: screen)
+    seen, alone = compiled(), compiled(verbose=False)
+    trials = [
+        [(t.params, t.user_attrs[EXAMPLES], t.user_attrs[SCORES]) for t in best.search_result.study.trials]
+        for best in (seen, alone)
+    ]
+    assert trials[0] == trials[1]
+    last = screen.frames[-1]
+    assert [(b.title, b.done, b.total, b.ended) for b in last.bars] == [
+        ("Bootstrapping", 3, 3, True),
+        ("Proposing", 6, 6, True),
+        ("Searching", SMALL_RUN_CALLS, SMALL_RUN_CALLS, True),
+    ]
+    assert last.status[0].startswith(f"best {seen.score:.2f} %, baseline ")
+    assert last.usage == seen.search_result.usage.total
+
+
+def test_what_an_interrupted_run_has_made_is_shown_as_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same call again: three full bars, and no call."""
+    compiled(storage=tmp_path / "run.log", verbose=False)
+    screen, lm = Recorded(), arithmetic_lm()
+    monkeypatch.setattr("mpromptune.steps.choose", lambda: screen)
+    compiled(lm, storage=tmp_path / "run.log")
+    assert [(b.title, b.done, b.total) for b in screen.frames[-1].bars] == [
+        ("Bootstrapping", 3, 3),
+        ("Proposing", 6, 6),
+        ("Searching", SMALL_RUN_CALLS, SMALL_RUN_CALLS),
+    ]
+    assert lm.calls == []
+
+
+@pytest.mark.usefixtures("dspy_is_silent")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"verbose": False},
+        {"sampler": None, "sampler_config": {"sampler": "qei", "verbose": False}},
+        {"own": {"verbose": False}},
+    ],
+    ids=["compile", "sampler_config", "constructor"],
+)
+def test_verbose_false_is_silence(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    """Wherever it is given, not a byte goes to standard output or error."""
+    compiled(**options)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("dspy_is_silent")
+def test_without_a_terminal_there_are_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    """On standard error; standard output is the caller's."""
+    best = compiled()
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert not re.search(r"[\x1b\r]", err)
+    assert all(line.startswith("mpromptune: ") for line in lines)
+    assert lines[0] == "mpromptune: Bootstrapping: 3 demo sets"
+    assert f"Searching {SMALL_RUN_CALLS}/{SMALL_RUN_CALLS} calls (100 %)" in lines[-1]
+    assert f"best {best.score:.2f} %" in lines[-1]
+
+
+def test_verbose_alone_asks_for_no_sampler() -> None:
+    """It is DSPy's own argument too: its search stays in place, and what it takes for true is taken."""
+    assert resolve({"verbose": False}, {"verbose": True}) is None
+    with dspy.context(lm=arithmetic_lm()):
+        optimizer = MIPROv2(metric=Counted(), verbose=1)
+    assert optimizer.verbose == 1
+    overriding = resolve({"verbose": False, "sampler": "qei"}, {"verbose": True})
+    assert overriding is not None
+    assert overriding.verbose
+
+
+def test_the_users_listener_hears_what_the_view_hears() -> None:
+    """With and without a view, up to the result."""
+    for verbose in (True, False):
+        told: list[Progress] = []
+        best = compiled(on_progress=told.append, verbose=verbose)
+        assert told[-1].finished
+        assert told[-1].best is not None
+        assert 100 * told[-1].best.measured == pytest.approx(best.score, abs=0.005)
+        assert told[-1].usage == best.search_result.usage.total
+
+
+def test_the_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal, a dumb one, a pipe, a notebook, and nothing at all."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Tty())
+    assert isinstance(choose(), Terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(choose(), Lines)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert isinstance(choose(), Lines)
+    monkeypatch.setattr("mpromptune.screens._Console.is_jupyter", True, raising=False)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert isinstance(choose(), Notebook)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "stderr", None)
+    assert choose() is None
+
+
+def test_another_live_display_keeps_its_terminal() -> None:
+    """Whatever console it draws on."""
+    with Live("somebody else's", console=Console(file=io.StringIO(), force_terminal=True)):
+        assert choose() is None
+    assert choose() is not None
+
+
+_INTERRUPTED = """
+import os, signal, sys, threading
+import dspy
+from embedders import hashed
+from lms import arithmetic_lm
+from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Counted, Planner
+from mpromptune import MIPROv2
+from mpromptune.errors import SearchInterrupted
+
+def on_progress(progress):
+    if progress.trials >= 4:
+        os.kill(os.getpid(), signal.SIGINT)
+
+with dspy.context(lm=arithmetic_lm(latency=0.01)):
+    optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=4, **FEW_SHOT)
+    try:
+        optimizer.compile(Planner(), trainset=TRAIN, valset=VAL, embedder=hashed, batch_size=2, grace=1,
+                          on_progress=on_progress, **{**SMALL_RUN, "num_trials": 30})
+    except SearchInterrupted:
+        print("interrupted", sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_ctrl_c_leaves_a_real_terminal_intact() -> None:
+    """The cursor is seen again, streams are back, and no traceback is shown."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED], stdout=theirs, stderr=theirs, stdin=theirs, env=environment
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, seen[-2000:]
+    text = seen.decode()
+    assert "interrupted True True" in text
+    assert "Searching" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    assert text.index("\x1b[?25h") < text.index("interrupted")
+    assert "Traceback" not in text
+
+
+_NOTEBOOK = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import warnings
+warnings.simplefilter("ignore")
+import dspy, optuna
+from embedders import hashed
+from lms import arithmetic_lm
+from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Counted, Planner
+from mpromptune import MIPROv2
+dspy.disable_logging()
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+dspy.configure(lm=arithmetic_lm(latency=0.01))
+optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=4, **FEW_SHOT)
+"""
+
+
+def test_a_notebook_has_one_output_that_is_replaced() -> None:
+    """In a real kernel: a single display, updated in place, whose last state is the result."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    run = "best = optimizer.compile(Planner(), trainset=TRAIN, valset=VAL, embedder=hashed, **SMALL_RUN"
+    cells = [_NOTEBOOK, f"{run})", "print(best.score)", f"{run}, verbose=False)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    kinds: list[str] = []
+
+    class Client(nbclient.NotebookClient):
+        def process_message(self, message: Any, *args: Any) -> Any:
+            kinds.append(message["msg_type"])
+            return super().process_message(message, *args)
+
+    Client(notebook, timeout=120, kernel_name="python3").execute()
+    _, seen, printed, silent = (cell.outputs for cell in notebook.cells)
+    assert [output.output_type for output in seen] == ["display_data"]
+    assert kinds.count("display_data") == 1
+    assert kinds.count("update_display_data") >= 3
+    data = seen[0].data
+    score = f"best {float(printed[0].text):.2f} %"
+    done = f"{SMALL_RUN_CALLS}/{SMALL_RUN_CALLS} calls"
+    assert score in data["text/html"]
+    assert score in data["text/plain"]
+    assert done in data["text/html"]
+    assert done in data["text/plain"]
+    assert data["text/html"].count("<progress ") == 3
+    assert silent == []
