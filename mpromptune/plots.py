@@ -75,7 +75,13 @@ def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
         axes.step(calls, hindsight, linestyle=":", label="as many at random, in hindsight", **style)
     if full := random_in_full(findings):
         known = [findings.n_examples * (k + 1) for k in range(len(full))]
-        axes.step(known, full, linestyle="--", label="at random, each measured in full", **style)
+        axes.step(
+            [*known, findings.calls],
+            [*full, full[-1]],
+            linestyle="--",
+            label="at random, each measured in full",
+            **style,
+        )
 
 
 def plot_leaders(findings: Findings, limit: int = 15) -> Figure:

@@ -41,8 +41,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[Findings], Figure]], ...] = (
     ("The leading configurations", "", plots.plot_leaders),
     (
         "Configurations by likeness of their prompts",
-        "The nearer two dots, the more alike their texts. Where like dots have like colours, the embeddings "
-        "tell the model something.",
+        "The nearer two dots, the more alike their texts, as the embedder sees them.",
         plots.plot_map,
     ),
     (
@@ -77,7 +76,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
 .headline { font-size: 1.6rem; margin: .5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
+th, td { text-align: right; vertical-align: top; padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 tr.winner { font-weight: 600; }
 .wide { overflow-x: auto; }
