@@ -6,6 +6,7 @@
 #   make docs                        the README, the mathematics and a reference of all names, as HTML
 #   make check                       all of the above
 #   make bench                       all benchmarks: hours, and finished cells are kept
+#   make notebooks                   the notebooks, executed in place
 #   make report                      tables and pictures of the results
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs check bench report clean
+.PHONY: help demo test lint types docs check bench notebooks report clean
 
 help:
 	@sed -n 's/^# *//p' Makefile
@@ -55,13 +56,16 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.wallclock
 	$(MAKE) report ARGS=
 
+notebooks: $(VENV)/.installed
+	$(BIN)/python notebooks/execute.py $(ARGS)
+
 report: $(VENV)/.installed
 	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find mpromptune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mpromptune tests benchmarks notebooks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 ifeq ($(VENV),.venv)
 	rm -rf .venv
 endif

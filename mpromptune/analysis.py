@@ -1,19 +1,20 @@
-"""What a reader wants to know of a search, in numbers: growth, effects, hard examples, warning signs."""
+"""What a reader wants to know of a search, in numbers: growth, effects, hard examples and blocks."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mpromptune.findings import Findings, Measured
-from mpromptune.record import read_record
+import numpy as np
 
-# NOTE: on fewer examples, the standard error of a share of right answers is up to 0.09 and more.
-_FEW_EXAMPLES = 30
-# NOTE: of standard errors; what chance exceeds about once in twenty times.
-_CLEAR = 2.0
+from mpromptune.attributes import SETTINGS
+from mpromptune.chance import expected_best
+from mpromptune.findings import Findings, Measured
+from mpromptune.noise import pooled_variance
+from mpromptune.record import read_record
+from mpromptune.schedule import Examples, partition
 
 _MIPRO_NAME = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
 _SHORT = {"instruction": "instr.", "demos": "demos"}
@@ -27,11 +28,13 @@ class Step:
         calls: Program calls up to and including this trial's.
         score: Mean of the trial's own scores.
         best: The highest posterior mean, as it is at the end, of the configurations met so far.
+        met: How many these are.
     """
 
     calls: int
     score: float
     best: float
+    met: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,25 @@ class ExampleScores:
     count: int
 
 
+@dataclass(frozen=True)
+class BlockScores:
+    """A block of the validation set, over the configurations that were measured on all of it.
+
+    Attributes:
+        block: Its number in the rotation, from 0.
+        mean: What the configurations of the search would score on it, on average: the mean of all
+            posterior means, plus how far those measured on it scored above their own. So a block on
+            which only good configurations were measured does not look easy.
+        error: Standard error, from how much these deviations differ; pooled over blocks.
+        count: How many configurations they are.
+    """
+
+    block: int
+    mean: float
+    error: float
+    count: int
+
+
 def label(params: Mapping[str, int]) -> str:
     """A configuration in a few words: ``0: instr. 2, demos 1``."""
     parts: dict[str, list[str]] = {}
@@ -91,14 +113,47 @@ def growth(findings: Findings) -> list[Step]:
     """The trials that have a score, in the order in which they were asked."""
     estimates = {_key(m.params): m.posterior_mean for m in findings.configurations}
     steps: list[Step] = []
-    calls, best = 0, -math.inf
+    calls, best, met = 0, -math.inf, set()
     for recorded in read_record(findings.study):
         scores = list(recorded.scores.values())
         if scores:
-            calls += len(scores)
-            best = max(best, estimates.get(_key(recorded.params), -math.inf))
-            steps.append(Step(calls, _mean(scores), best))
+            key = _key(recorded.params)
+            calls, best = calls + len(scores), max(best, estimates.get(key, -math.inf))
+            met.add(key)
+            steps.append(Step(calls, _mean(scores), best, len(met)))
     return steps
+
+
+def random_in_full(findings: Findings) -> list[float]:
+    """What random choice could expect of the same calls: the best of 1, 2, ... that it measures in full.
+
+    Each configuration is drawn anew from all that exist and measured on the whole validation set, so
+    that its score is then as well known as the winner's; the k-th is known after k times as many
+    calls as there are examples. What the surrogate does not know of a configuration counts as
+    chance, for good and bad. Plans that drop poor configurations early would do better.
+
+    Returns:
+        One value for each whole measurement of the search's calls; none where nothing is known of
+        configurations that were not measured.
+    """
+    if findings.drawn is None:
+        return []
+    draws = min(findings.calls // findings.n_examples, len(findings.drawn))
+    return list(map(float, expected_best(findings.drawn[:, 0], findings.drawn[:, 1], draws)))
+
+
+def random_in_hindsight(findings: Findings) -> list[float]:
+    """The expected highest posterior mean of as many random configurations as the search had met.
+
+    Step by step as in `growth`, and with the same hindsight: it says how much of the rise chance
+    alone would have brought, had it known as well which configuration is the best of those met.
+    """
+    steps = growth(findings)
+    if findings.drawn is None or not steps:
+        return []
+    draws = [min(step.met, len(findings.drawn)) for step in steps]
+    best = expected_best(findings.drawn[:, 0], np.zeros(len(findings.drawn)), max(draws))
+    return [float(best[k - 1]) for k in draws]
 
 
 def main_effects(findings: Findings) -> dict[str, list[Effect]]:
@@ -132,6 +187,33 @@ def never_solved(findings: Findings) -> list[ExampleScores]:
     return [one for one in examples if one.best <= lowest]
 
 
+def block_scores(findings: Findings) -> list[BlockScores]:
+    """The blocks on which a configuration was measured, the hardest first; none without blocks."""
+    found: dict[int, list[float]] = {}
+    for number, block in enumerate(blocks_of(findings)):
+        for measured in findings.configurations:
+            if measured.scores.keys() >= set(block):
+                above = _mean([measured.scores[e] for e in block]) - measured.posterior_mean
+                found.setdefault(number, []).append(above)
+    if not found:
+        return []
+    level = _mean([m.posterior_mean for m in findings.configurations])
+    variance = pooled_variance([np.array(above) for above in found.values()])
+    blocks = [
+        BlockScores(number, level + _mean(above), math.sqrt(variance / len(above)), len(above))
+        for number, above in found.items()
+    ]
+    return sorted(blocks, key=lambda one: (one.mean, one.block))
+
+
+def blocks_of(findings: Findings) -> tuple[Examples, ...]:
+    """The partition that the search made of the validation set; empty where it made none."""
+    arguments = findings.study.user_attrs.get(SETTINGS, {}).get("arguments", {})
+    if "block_size" not in arguments:
+        return ()
+    return partition(findings.n_examples, arguments["block_size"], arguments["seed"])
+
+
 def gain(findings: Findings) -> tuple[float, float] | None:
     """The winner's gain over the baseline on the examples that both have, and its standard error.
 
@@ -148,84 +230,6 @@ def gain(findings: Findings) -> tuple[float, float] | None:
     mean = _mean(differences)
     variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
     return mean, math.sqrt(variance / n)
-
-
-def warning_signs(findings: Findings) -> list[str]:
-    """What speaks against taking the result at its word, a sentence each."""
-    return [*_about_the_search(findings), *_about_the_winner(findings), *_about_the_examples(findings)]
-
-
-def _about_the_search(findings: Findings) -> Iterator[str]:
-    if findings.stopped_by is not None:
-        yield f"The search was ended by {findings.stopped_by} before it had made all its calls."
-    record = read_record(findings.study)
-    if running := sum(recorded.is_open for recorded in record):
-        yield f"The search is not over: trials that are open: {running}."
-    cut = sum(len(r.scores) < len(r.examples or ()) for r in record if not r.is_open)
-    if cut:
-        yield f"Trials that failed or were cut off: {cut}; what they had measured counts."
-    if len(findings.configurations) == 1:
-        yield "Only one configuration was measured, so there is nothing to compare it with."
-
-
-def _about_the_winner(findings: Findings) -> Iterator[str]:
-    best = winner(findings)
-    if best is None:
-        return
-    if len(best.scores) < findings.n_examples:
-        yield (
-            f"The winner was measured on {len(best.scores)} of {findings.n_examples} validation examples: "
-            "its score is an estimate."
-        )
-    if equal := _rivals(findings, best):
-        yield (
-            f"The top is flat: {_count(equal, 'configuration')} cannot be told from the winner (the "
-            "difference is within one standard deviation), so prefer the shortest or cheapest of them."
-        )
-    if best.mean - best.posterior_mean > max(best.posterior_std, 1e-9):
-        yield (
-            f"Risk of overfitting: the winner scored {best.mean:.4g}, but the model expects only "
-            f"{best.posterior_mean:.4g} ± {best.posterior_std:.2g} of it; some of its score may be luck."
-        )
-    yield from _about_the_gain(findings)
-
-
-def _rivals(findings: Findings, best: Measured) -> int:
-    """How many are within a standard deviation of the difference."""
-    others = (m for m in findings.configurations if m is not best)
-    return sum(
-        abs(best.posterior_mean - m.posterior_mean) <= math.hypot(best.posterior_std, m.posterior_std)
-        for m in others
-    )
-
-
-def _about_the_gain(findings: Findings) -> Iterator[str]:
-    if findings.best_params == findings.baseline_params:
-        yield "Nothing was found that beats the baseline, which is the winner."
-    found = gain(findings)
-    if found is not None and found[0] < _CLEAR * found[1]:
-        yield (
-            f"The gain over the baseline, {found[0]:.3g} ± {found[1]:.2g} (standard error), may be chance: "
-            "compare both on examples that the search has not seen."
-        )
-
-
-def _about_the_examples(findings: Findings) -> Iterator[str]:
-    if findings.n_examples < _FEW_EXAMPLES:
-        yield (
-            f"The validation set has only {_count(findings.n_examples, 'example')}: what is best on it need "
-            "not be best elsewhere."
-        )
-    scores = {score for m in findings.configurations for score in m.scores.values()}
-    if len(scores) == 1:
-        yield f"Every score is {scores.pop():.4g}: the metric tells no configuration from another."
-    hard, seen = len(never_solved(findings)), len(example_scores(findings))
-    if 2 * hard > seen:
-        yield f"No configuration solves {hard} of {seen} examples: the candidates may all lack something."
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _key(params: Mapping[str, int]) -> frozenset[tuple[str, int]]:

@@ -62,6 +62,11 @@ class Findings:
         space: The texts that the indices stand for; None where they are not known.
         distances: Component to the squared distances between its candidates, as the model saw them;
             None where texts were not embedded.
+        drawn: ``m x 2`` posterior means and standard deviations of configurations drawn at random,
+            measured or not; of all that exist, where those are at most 500.
+        text_chance: Share of random assignments of embeddings to candidates that explain the scores
+            as well as the real one (see `explained.chance_of_likeness`): near 0 where texts that are
+            alike score alike. None where texts were not embedded, or too few were measured.
     """
 
     best_params: dict[str, int]
@@ -77,6 +82,8 @@ class Findings:
     version: int = RESULT_VERSION
     space: PromptSpace | None = field(default=None, repr=False, compare=False)
     distances: dict[str, FloatArray] | None = field(default=None, repr=False, compare=False)
+    drawn: FloatArray | None = field(default=None, repr=False, compare=False)
+    text_chance: float | None = field(default=None, compare=False)
 
     @property
     def baseline_params(self) -> dict[str, int] | None:

@@ -21,10 +21,12 @@ class Geometry:
         views: ``v x n x n``; one slice per view of a candidate (its text, the number of its demos),
             each divided by its median. With ``v = 0`` candidates are only the same or different.
         group: The predictor that the component belongs to.
+        has_text: Whether the first view is that of texts' embeddings.
     """
 
     views: Tensor
     group: int
+    has_text: bool = False
 
 
 def geometry_of(space: PromptSpace, embedder: CachedEmbedder | None) -> tuple[Geometry, ...]:
@@ -34,7 +36,7 @@ def geometry_of(space: PromptSpace, embedder: CachedEmbedder | None) -> tuple[Ge
     their product.
     """
     return tuple(
-        Geometry(_views(candidates, embedder), group)
+        _geometry(candidates, embedder, group)
         for candidates, group in zip(space.components.values(), space.groups, strict=True)
     )
 
@@ -62,27 +64,30 @@ def mean_distances(geometry: Geometry) -> FloatArray:
     return distances
 
 
-def _views(candidates: Sequence[Candidate], embedder: CachedEmbedder | None) -> Tensor:
+def _geometry(candidates: Sequence[Candidate], embedder: CachedEmbedder | None, group: int) -> Geometry:
     if embedder is None:
-        return identity_views(len(candidates))
+        return Geometry(identity_views(len(candidates)), group)
     if all(isinstance(candidate, str) for candidate in candidates):
-        return text_views([str(candidate) for candidate in candidates], embedder)
-    return _set_views([(c,) if isinstance(c, str) else tuple(c) for c in candidates], embedder)
+        views = text_views([str(candidate) for candidate in candidates], embedder)
+        return Geometry(views, group, has_text=len(views) > 0)
+    sets = [(c,) if isinstance(c, str) else tuple(c) for c in candidates]
+    text, size = _set_views(sets, embedder)
+    return Geometry(_stack([text, size]), group, has_text=bool(text.any()))
 
 
-def _set_views(sets: Sequence[Sequence[str]], embedder: CachedEmbedder) -> Tensor:
+def _set_views(sets: Sequence[Sequence[str]], embedder: CachedEmbedder) -> tuple[FloatArray, FloatArray]:
     """Two views of a demo set: the mean embedding of its demos, and how many they are."""
     counts = np.array([len(demos) for demos in sets], dtype=np.float64)
     texts = [text for demos in sets for text in demos]
     if not texts:
-        return identity_views(len(sets))
+        return np.zeros((len(sets), len(sets))), np.zeros((len(sets), len(sets)))
     vectors = embedder(texts)
     pooled = np.zeros((len(sets), vectors.shape[1]))
     np.add.at(pooled, np.repeat(np.arange(len(sets)), counts.astype(int)), vectors)
     pooled /= np.maximum(counts, 1.0)[:, None]
     # Zero-shot against few-shot is a step of its own, larger than one demo more or less.
     size = np.stack([counts / counts.max(), counts > 0], axis=1)
-    return _stack([squared_distances(pooled), squared_distances(size)])
+    return squared_distances(pooled), squared_distances(size)
 
 
 def squared_distances(points: FloatArray) -> FloatArray:

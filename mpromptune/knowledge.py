@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from botorch.models import SingleTaskGP
 from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from mpromptune.candidates import choice_set
+from mpromptune.embedding import FloatArray
 from mpromptune.encoding import Encoding
-from mpromptune.history import fit_history, read
+from mpromptune.explained import chance_of_likeness, without_texts
+from mpromptune.history import History, fit_history, read
 from mpromptune.ledger import Ledger
 from mpromptune.space import Row
 from mpromptune.stopping import expected_gains, standard_error
@@ -21,6 +24,8 @@ from mpromptune.surrogate import OnRanked, on_cpu, posterior_mean_and_variance, 
 
 # NOTE: as many configurations as a proposal looks at by default.
 _RIVALS = 2000
+# NOTE: the expected best of a few of so many differs from that of all by less than can be drawn.
+_DRAWN = 500
 
 
 @dataclass
@@ -83,13 +88,37 @@ class Knowledge:
         scores = [np.array(list(self.ledger.means(row).values())) for row in self.ledger.rows()]
         return standard_error(scores, n_examples)
 
+    def drawn(self) -> FloatArray:
+        """Posterior means and standard deviations of configurations drawn at random, ``m x 2``."""
+        rows = self.encoding.space.sample(_DRAWN, np.random.default_rng(0))
+        means, variances = self.posterior([tuple(row) for row in rows.tolist()])
+        pairs: FloatArray = torch.stack([means, variances.sqrt()], dim=1).numpy()
+        return pairs
+
+    def text_chance(self) -> float | None:
+        """How easily chance explains as much as the embeddings do; None where there are none."""
+        geometries = self.encoding.geometries
+        if not any(geometry.has_text for geometry in geometries):
+            return None
+        with on_cpu():
+            history = self._history(self._trials())
+            if not len(history):
+                return None
+            return chance_of_likeness(fit_history(history, without_texts(geometries)), geometries)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return [t for t in self.study.get_trials(deepcopy=False) if t.number not in self.hidden]
+
+    def _history(self, trials: Sequence[FrozenTrial]) -> History:
+        return read(self.study, trials, self.encoding.row, len(self.encoding.names))
+
     def _model(self) -> SingleTaskGP | None:
         """The surrogate, fitted again only when another trial has finished."""
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.number not in self.hidden]
+        trials = self._trials()
         finished = sum(trial.state.is_finished() for trial in trials)
         if self._fitted[0] != finished:
             with on_cpu():
-                history = read(self.study, trials, self.encoding.row, len(self.encoding.names))
+                history = self._history(trials)
                 model = fit_history(history, self.encoding.geometries) if len(history) else None
             self._fitted = (finished, model)
         return self._fitted[1]

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpromptune.analysis import example_scores, growth, label, main_effects, never_solved, title
+from mpromptune.analysis import (
+    block_scores,
+    example_scores,
+    growth,
+    label,
+    main_effects,
+    never_solved,
+    random_in_full,
+    random_in_hindsight,
+    title,
+)
 from mpromptune.embedding import FloatArray
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.findings import Findings, Measured
@@ -15,29 +25,63 @@ from mpromptune.findings import Findings, Measured
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-_BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#8a8f98"  # apart for colour-blind eyes as well
+_BLUE, _ORANGE, _GREY, _GREEN = "#3b6fb6", "#d9822b", "#8a8f98", "#1b7f5c"  # apart for colour-blind eyes
 _WIDTH = 6.4
 # NOTE: the eigenvectors of a distance matrix of this size take a second.
 _MAPPED = 1000
+# NOTE: part of the trials at either end that the figure of growth need not have room for: on blocks of
+# ten, they are trials of which two or more examples went otherwise than expected.
+_FAR_OFF = 0.1
+# NOTE: numbers of two digits that fit side by side under a figure.
+_NUMBERED = 30
 
 
 def plot_growth(findings: Findings) -> Figure:
     """Score against program calls: each trial's own, and the best configuration's met so far.
 
     The line is the highest of the posterior means, as they are at the end of the search; a trial's
-    own score is that on its examples alone.
+    own score is that on its examples alone (those far off are not shown). Beside it, what random
+    choice could expect: of configurations that are all measured in full, as many as the calls allow
+    (dashed), and of as many as the search had met, known in hindsight as the line's are (dotted).
     """
     steps = _some(growth(findings), "trial with a score")
-    figure, axes = _panel(3.4)
+    figure, axes = _panel(4.2)
     calls = [step.calls for step in steps]
     axes.plot(calls, [s.score for s in steps], ".", color=_GREY, alpha=0.6, label="trial, on its examples")
     best = [step.best if np.isfinite(step.best) else np.nan for step in steps]
-    axes.step(calls, best, where="post", color=_BLUE, label="best met so far, estimated")
+    axes.step(calls, best, where="post", color=_BLUE, label="best met so far, in hindsight")
+    _random_lines(axes, findings, calls)
     _baseline_line(axes.axhline, findings)
-    axes.set(xlabel="program calls", ylabel="score")
-    axes.legend(frameon=False)
+    axes.set(xlabel="program calls", ylabel="score", ylim=_range_of(axes.lines))
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize="small")
     return figure
+
+
+def _range_of(lines: Sequence[Line2D]) -> tuple[float, float]:
+    """What is shown of the dots and lines of a growth: single trials far off would flatten the rest."""
+    trials, *others = (np.asarray(line.get_ydata(), dtype=np.float64) for line in lines)
+    values = np.concatenate([np.quantile(trials, [_FAR_OFF, 1.0 - _FAR_OFF]), *others])
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
+    """What random choice could expect, as far as the result says what there is to choose from."""
+    style: dict[str, Any] = {"where": "post", "color": _GREEN}
+    if hindsight := random_in_hindsight(findings):
+        axes.step(calls, hindsight, linestyle=":", label="as many at random, in hindsight", **style)
+    if full := random_in_full(findings):
+        known = [findings.n_examples * (k + 1) for k in range(len(full))]
+        axes.step(
+            [*known, findings.calls],
+            [*full, full[-1]],
+            linestyle="--",
+            label="at random, each measured in full",
+            **style,
+        )
 
 
 def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
@@ -131,6 +175,31 @@ def plot_examples(findings: Findings) -> Figure:
         axes.plot(places[is_hard], means[is_hard], "x", color=_ORANGE, label="none does")
         axes.legend(frameon=False)
     axes.set(xlabel="validation examples, the hardest first", ylabel="mean score")
+    return figure
+
+
+def plot_blocks(findings: Findings) -> Figure:
+    """How hard each block of the validation set is, ± one standard error, the hardest first.
+
+    The mean score that the configurations of the search would have on it: corrected for which of
+    them were measured there.
+
+    Raises:
+        InvalidArgumentError: The search had fewer than two blocks.
+    """
+    blocks = block_scores(findings)
+    if len(blocks) < 2:
+        raise InvalidArgumentError(
+            f"Comparing blocks needs two on which a configuration was measured; got {len(blocks)}."
+        )
+    figure, axes = _panel(3.0)
+    places = range(len(blocks))
+    means, errors = [b.mean for b in blocks], [b.error for b in blocks]
+    axes.errorbar(places, means, yerr=errors, fmt="o", color=_BLUE, ecolor=_GREY)
+    axes.axhline(float(np.mean(means)), color=_GREY, linewidth=0.8)
+    shown = range(0, len(blocks), -(-len(blocks) // _NUMBERED))
+    axes.set_xticks(shown, [str(blocks[i].block) for i in shown])
+    axes.set(xlabel="number of the block, the hardest first", ylabel="mean score ± standard error")
     return figure
 
 

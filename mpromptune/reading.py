@@ -130,6 +130,7 @@ def _result(
         ),
         study=study,
         usage=usage,
+        drawn=known.drawn() if arguments.get("combinations") is None else None,
         space=space if any(_candidates(study, name) for name in space.names) else None,
     )
 

@@ -13,9 +13,10 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from mpromptune import plots
-from mpromptune.analysis import gain, label, never_solved, title, warning_signs
+from mpromptune.analysis import gain, label, never_solved, title
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.findings import Findings, Measured
+from mpromptune.signs import warning_signs
 from mpromptune.space import Candidate
 from mpromptune.usage import Usage
 
@@ -29,13 +30,33 @@ _COMPARED_WORDS = 3000
 # NOTE: of difflib's ratio. Texts that have less in common read better one after the other.
 _ALIKE = 0.6
 
-_FIGURES: tuple[tuple[str, Callable[[Findings], Figure]], ...] = (
-    ("How the score grew with program calls", plots.plot_growth),
-    ("The leading configurations", plots.plot_leaders),
-    ("Configurations by likeness of their prompts", plots.plot_map),
-    ("What each candidate is worth, over the configurations that were measured with it", plots.plot_effects),
-    ("How hard the validation examples are", plots.plot_examples),
-    ("What each step used", plots.plot_usage),
+_FIGURES: tuple[tuple[str, str, Callable[[Findings], Figure]], ...] = (
+    (
+        "How the score grew with program calls",
+        "Random choice stands beside it twice: measuring every configuration it draws on all examples, "
+        "which is what it takes to know the best of them, and drawing as many as the search had met, with "
+        "the best known in hindsight, as it is for the search's own line.",
+        plots.plot_growth,
+    ),
+    ("The leading configurations", "", plots.plot_leaders),
+    (
+        "Configurations by likeness of their prompts",
+        "The nearer two dots, the more alike their texts, as the embedder sees them.",
+        plots.plot_map,
+    ),
+    (
+        "What each candidate is worth",
+        "Mean estimate of the configurations that were measured with it.",
+        plots.plot_effects,
+    ),
+    ("How hard the validation examples are", "", plots.plot_examples),
+    (
+        "How hard the blocks are",
+        "What the configurations of the search would score on each block: corrected for which of them were "
+        "measured on it.",
+        plots.plot_blocks,
+    ),
+    ("What each step used", "", plots.plot_usage),
 )
 
 _PAGE = Template("""\
@@ -55,16 +76,17 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
 .headline { font-size: 1.6rem; margin: .5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
+th, td { text-align: right; vertical-align: top; padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 tr.winner { font-weight: 600; }
 .wide { overflow-x: auto; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .8rem;
   border-radius: .4rem; max-height: 40rem; overflow-y: auto; }
 ins { background: var(--added); text-decoration: none; } del { background: var(--removed); }
-figure { margin: 1.5rem 0; } figcaption { margin-bottom: .4rem; font-weight: 600; }
+figure { margin: 1.5rem 0; } figcaption { margin-bottom: .4rem; }
 figure svg { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
 .signs li { margin: .4rem 0; }
+@media print { figure, tr { break-inside: avoid; } pre { max-height: none; } }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); color: GrayText; }
 </style>
 </head>
@@ -229,7 +251,7 @@ def _leader(measured: Measured, findings: Findings) -> tuple[str, ...]:
 
 
 def _figures(findings: Findings) -> Iterator[str]:
-    for caption, draw in _FIGURES:
+    for heading, about, draw in _FIGURES:
         try:
             figure = draw(findings)
         except MissingExtraError as error:
@@ -237,7 +259,8 @@ def _figures(findings: Findings) -> Iterator[str]:
             return
         except InvalidArgumentError:  # what this figure is about is not known
             continue
-        yield f"<figure><figcaption>{escape(caption)}</figcaption>\n{_svg(figure)}</figure>"
+        caption = f"<strong>{escape(heading)}</strong>{f'<br>{escape(about)}' if about else ''}"
+        yield f"<figure><figcaption>{caption}</figcaption>\n{_svg(figure)}</figure>"
 
 
 def _svg(figure: Any) -> str:

@@ -88,6 +88,8 @@ class Summary:
             overspent=self.budget.overspent,
             space=self.space,
             distances=candidate_distances(self.known.encoding),
+            drawn=self.known.drawn(),
+            text_chance=self.known.text_chance(),
         )
 
     def _measured(self, rows: Sequence[Row]) -> list[Measured]:

@@ -132,7 +132,7 @@ def posterior_mean_and_variance(model: SingleTaskGP, rows: Tensor) -> tuple[Tens
     """
     with torch.no_grad(), quiet_single_thread():
         X, kernel = at_average_example(rows), model.covar_module
-        weights, half = _solved(model)
+        weights, half = solved(model)
         cross = kernel(model.train_inputs[0], X).to_dense()
         mean = model.mean_module(X) + weights @ cross
         explained = torch.linalg.solve_triangular(half, cross, upper=False).square().sum(dim=0)
@@ -143,8 +143,8 @@ def posterior_mean_and_variance(model: SingleTaskGP, rows: Tensor) -> tuple[Tens
 
 
 @cached(name="solution")  # type: ignore[untyped-decorator]
-def _solved(model: SingleTaskGP) -> tuple[Tensor, Tensor]:
-    """``K^{-1} (y - m)`` and L, computed once for a fitted model."""
+def solved(model: SingleTaskGP) -> tuple[Tensor, Tensor]:
+    """``K^{-1} (y - m)`` and L, computed once for a fitted model; L is the factor of K."""
     noisy = model.likelihood(model.forward(model.train_inputs[0]))
     half = psd_safe_cholesky(noisy.covariance_matrix)
     residuals = (model.train_targets - noisy.mean).unsqueeze(-1)

@@ -34,7 +34,8 @@ def study_of(
 ) -> optuna.Study:
     """A study of trials with these scores; with ``lost`` examples the last one has failed."""
     study = optuna.create_study(direction="maximize")
-    study.set_user_attr(SETTINGS, {"arguments": {"baseline": BASELINE.params}})
+    arguments = {"baseline": BASELINE.params, "block_size": 2, "seed": 8}
+    study.set_user_attr(SETTINGS, {"arguments": arguments})
     for number, (measured, scores) in enumerate(trials):
         failed = bool(lost) and number == len(trials) - 1
         attributes: dict[str, Any] = {EXAMPLES: list(scores), SCORES: list(scores.values())}

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from handmade import BASELINE, DEMOS, INSTRUCTION, OTHER, TRIALS, WINNER, findings, study_of
+from handmade import BASELINE, DEMOS, INSTRUCTION, TRIALS, WINNER, findings, study_of
 
 from mpromptune.analysis import (
     Effect,
     ExampleScores,
     Step,
+    block_scores,
+    blocks_of,
     example_scores,
     gain,
     growth,
     label,
     main_effects,
     never_solved,
-    warning_signs,
+    random_in_full,
+    random_in_hindsight,
 )
 from mpromptune.attributes import SETTINGS
 
@@ -25,11 +29,69 @@ from mpromptune.attributes import SETTINGS
 def test_growth_is_the_best_estimate_met_so_far() -> None:
     """Calls add up over trials; the line only rises; a trial's own score is that on its examples."""
     assert growth(findings()) == [
-        Step(2, 0.0, 0.3),
-        Step(4, 0.5, 0.5),
-        Step(8, 0.75, 0.7),
-        Step(10, 0.5, 0.7),
+        Step(2, 0.0, 0.3, 1),
+        Step(4, 0.5, 0.5, 2),
+        Step(8, 0.75, 0.7, 3),
+        Step(10, 0.5, 0.7, 3),
     ]
+
+
+# Posterior means 0, 1 and 2 of three configurations that are certain.
+DRAWN = np.array([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+
+
+def test_random_choice_in_full_is_the_best_of_as_many_as_the_calls_allow() -> None:
+    """Ten calls on four examples measure two configurations: 1 on average, and (1 + 2 + 2) / 3."""
+    assert random_in_full(findings(drawn=DRAWN)) == pytest.approx([1.0, 5 / 3])
+    assert random_in_full(findings()) == []
+
+
+def test_random_choice_in_full_learns_what_the_model_does_not_know() -> None:
+    """Of two that are alike to the model, the better is expected at std / sqrt(pi) above their mean."""
+    unknown = np.array([[0.5, 0.1], [0.5, 0.1]])
+    assert random_in_full(findings(drawn=unknown)) == pytest.approx([0.5, 0.5 + 0.1 / np.pi**0.5], abs=1e-4)
+
+
+def test_random_choice_in_hindsight_meets_as_many_as_the_search() -> None:
+    """One, two, three, and still three configurations: 1, 5/3 and then the best of all."""
+    assert random_in_hindsight(findings(drawn=DRAWN)) == pytest.approx([1.0, 5 / 3, 2.0, 2.0])
+    sure_of_less = findings(drawn=np.add(DRAWN, [0.0, 0.3]))
+    assert random_in_hindsight(sure_of_less) == pytest.approx([1.0, 5 / 3, 2.0, 2.0])
+    assert random_in_hindsight(findings()) == []
+
+
+def test_blocks_are_corrected_for_who_was_measured_on_them() -> None:
+    """Winner and baseline score 1 and 1/2 on examples 2 and 3, and 1/2, 0 and (the third) 1/2 on 0 and 1.
+
+    That is 0.3 and 0.2 above what is expected of them, 0.7 and 0.3; and 0.2, 0.3 and 0 below. All
+    three are expected to score 0.5 on average. The pooled variance of these deviations is
+    (0.005 + 0.14 / 3) / 3.
+    """
+    assert set(map(frozenset, blocks_of(findings()))) == {frozenset({0, 1}), frozenset({2, 3})}
+    hard, easy = block_scores(findings())
+    assert set(blocks_of(findings())[hard.block]) == {0, 1}
+    assert (hard.count, easy.count) == (3, 2)
+    assert (hard.mean, easy.mean) == pytest.approx((0.5 - 0.5 / 3, 0.75))
+    variance = (0.005 + 0.14 / 3) / 3
+    assert (hard.error, easy.error) == pytest.approx(((variance / 3) ** 0.5, (variance / 2) ** 0.5))
+
+
+def test_blocks_that_only_good_configurations_were_measured_on_do_not_look_easy() -> None:
+    """Both score what is expected of them, 0.9 and 0.1, each on its own block."""
+    first, second = blocks_of(findings())
+    good = replace(WINNER, scores=dict.fromkeys(first, 0.9), posterior_mean=0.9)
+    poor = replace(BASELINE, scores=dict.fromkeys(second, 0.1), posterior_mean=0.1)
+    found = block_scores(findings(configurations=(good, poor)))
+    assert [one.mean for one in found] == pytest.approx([0.5, 0.5])
+
+
+def test_plans_without_blocks_have_none() -> None:
+    """DSPy's minibatches are drawn anew for every trial."""
+    study = study_of(TRIALS)
+    study.set_user_attr(
+        SETTINGS, {"arguments": {"baseline": BASELINE.params, "minibatch_size": 2, "seed": 0}}
+    )
+    assert block_scores(findings(study=study)) == []
 
 
 def test_main_effects_are_means_over_the_configurations_that_have_a_candidate() -> None:
@@ -73,52 +135,6 @@ def test_labels_name_indices_by_predictor() -> None:
     assert label(params) == "0: instr. 2, demos 1 | 1: instr. 0 | style 3"
 
 
-def has(signs: list[str], fragment: str) -> bool:
-    return any(fragment in sign for sign in signs)
-
-
-def test_flat_top_is_a_difference_within_its_standard_deviation() -> None:
-    """0.3 ± 0.03 and 0.4 ± 0.04 differ by two standard deviations (3-4-5), 0.66 ± 0.04 and 0.7 by less."""
-    assert not has(warning_signs(findings()), "The top is flat")
-    near = replace(OTHER, posterior_mean=0.66, posterior_std=0.04)
-    assert has(warning_signs(findings(configurations=(WINNER, near, BASELINE))), "flat: 1 configuration ")
-    apart = replace(near, posterior_mean=0.64)
-    assert not has(warning_signs(findings(configurations=(WINNER, apart, BASELINE))), "The top is flat")
-
-
-def test_overfitting_is_a_mean_above_what_the_model_expects() -> None:
-    """0.75 is more than a standard deviation above 0.7 ± 0.03, and not above 0.7 ± 0.06."""
-    assert has(warning_signs(findings()), "Risk of overfitting: the winner scored 0.75")
-    wide = replace(WINNER, posterior_std=0.06)
-    assert not has(warning_signs(findings(configurations=(wide, OTHER, BASELINE))), "Risk of overfitting")
-
-
-def test_warnings_say_what_a_score_is_worth() -> None:
-    """Few examples, a gain that may be chance, a winner that was not fully measured, a limit."""
-    signs = warning_signs(findings(stopped_by="max_cost"))
-    assert has(signs, "only 4 examples")
-    assert has(signs, "0.5 ± 0.29 (standard error), may be chance")
-    assert has(signs, "ended by max_cost")
-    assert has(warning_signs(findings(best_params=OTHER.params)), "on 2 of 4 validation examples")
-
-
-def test_warnings_where_nothing_was_learnt() -> None:
-    """A single configuration, the baseline as the winner, equal scores everywhere."""
-    alone = findings(best_params=BASELINE.params, configurations=(BASELINE,))
-    assert has(warning_signs(alone), "Only one configuration")
-    assert has(warning_signs(alone), "Nothing was found that beats the baseline")
-    flat = tuple(replace(m, scores=dict.fromkeys(m.scores, 2.0)) for m in findings().configurations)
-    assert has(warning_signs(findings(configurations=flat)), "Every score is 2")
-    assert never_solved(findings(configurations=flat)) == []
-
-
-def test_failed_trials_are_told() -> None:
-    """Their scores count as calls, and a sentence says how many there are."""
-    broken = findings(study=study_of(TRIALS, lost=[0]))
-    assert has(warning_signs(broken), "failed or were cut off: 1;")
-    assert growth(broken)[-1].calls == 10
-
-
 def test_nothing_measured_is_no_error() -> None:
     """A result without configurations has no steps, no effects and no examples."""
     empty = findings(configurations=(), study=study_of(()))
@@ -128,7 +144,6 @@ def test_nothing_measured_is_no_error() -> None:
         [],
         [],
     )
-    assert has(warning_signs(empty), "validation set")
 
 
 def test_baseline_comes_from_the_study() -> None:

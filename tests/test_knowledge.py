@@ -96,3 +96,30 @@ def test_the_posterior_follows_the_study() -> None:
     assert knowledge.posterior([(3,)])[0].tolist() == before  # still running
     knowledge.study.tell(trial, 1.0)
     assert knowledge.posterior([(3,)])[0].tolist() != before
+
+
+def test_drawn_are_all_configurations_or_a_sample() -> None:
+    """Up to 500, those that were measured among them with the same posterior; more are a sample of 500."""
+    small = known(PromptSpace({f"{i}_predictor_instruction": TEXTS for i in range(2)}), 20)
+    drawn = small.drawn()
+    assert drawn.shape == (256, 2)
+    means, variances = small.posterior(small.ledger.rows())
+    found = [int(np.argmin(np.abs(drawn[:, 0] - mean))) for mean in means.tolist()]
+    assert drawn[found, 0] == pytest.approx(means.numpy())
+    assert sorted(drawn[found, 1]) == pytest.approx(sorted(variances.sqrt().tolist()))
+    assert len(known(LARGE, 20).drawn()) == pytest.approx(500, abs=40)  # what is drawn twice counts once
+
+
+def test_nothing_is_drawn_from_nothing_known() -> None:
+    """Before any trial, all configurations are alike; and texts have explained nothing yet."""
+    nothing = known(LARGE, 0)
+    assert len(set(map(tuple, nothing.drawn().tolist()))) == 1
+    assert nothing.text_chance() is None
+
+
+def test_texts_are_judged_only_where_there_are_any() -> None:
+    """Scores that rise with the letters of a text are explained by it; by identity, nothing is said."""
+    told = known(PromptSpace({"style": TEXTS}), 16)
+    assert told.text_chance() == pytest.approx(0.0, abs=0.1)
+    blind = Knowledge(told.study, encode_prompts(PromptSpace({"style": TEXTS}), None), told.ledger)
+    assert blind.text_chance() is None

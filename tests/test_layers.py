@@ -19,10 +19,10 @@ PACKAGE = ROOT / "mpromptune"
 MATHEMATICS = (
     ("attributes", "errors"),
     ("embedding", "space"),
-    ("candidates", "geometry", "noise"),
+    ("candidates", "chance", "geometry", "noise"),
     ("kernels",),
     ("surrogate",),
-    ("acquisition", "stopping"),
+    ("acquisition", "explained", "stopping"),
 )
 LOOP = (
     ("daemons", "flights", "interrupts", "journal", "pace", "priority", "speed", "usage"),
@@ -31,7 +31,7 @@ LOOP = (
     ("encoding", "execution", "findings", "ledger", "schedule"),
     ("options", "outage", "record", "repeats"),
     ("analysis", "history"),
-    ("knowledge", "plots", "sampler"),
+    ("knowledge", "plots", "sampler", "signs"),
     ("plan", "report", "samplers", "qEI"),
     ("block_plan", "mipro_plan", "result", "settings", "trials"),
     ("health", "monitor", "summary"),

@@ -21,6 +21,7 @@ ALL = [
     plots.plot_effects,
     plots.plot_examples,
     plots.plot_usage,
+    plots.plot_blocks,
 ]
 
 
