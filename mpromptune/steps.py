@@ -27,6 +27,7 @@ from mpromptune.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
 from mpromptune.checkpoint import Checkpoint
 from mpromptune.errors import SearchStoppedError
 from mpromptune.estimate import Estimate, Plan, estimate
+from mpromptune.evaluations import Predictions
 from mpromptune.execution import Score
 from mpromptune.interrupts import GRACE, Stopped
 from mpromptune.limits import SEARCH
@@ -73,6 +74,7 @@ class Steps:
 
     Attributes:
         arguments: Those of the compile.
+        predictions: Of what is scored, for those who listen to DSPy's evaluations.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Steps:
     ) -> None:
         self.guard = guard or Guard()
         self.display = Display()
+        self.predictions = Predictions()
         self._optimizer = optimizer
         self._threads = Threads(threads, grace, retry)
         self._timeout = None if retry is None else retry.timeout
@@ -229,7 +232,11 @@ class Steps:
             return
         student = ProgramSpace(program, {i: [] for i, _ in enumerate(program.predictors())}, None)
         scorer = ProgramScorer(
-            student, self._valset, self._optimizer.metric, wants_traceback(self._traceback)
+            student,
+            self._valset,
+            self._optimizer.metric,
+            wants_traceback(self._traceback),
+            keep=lambda _, example, prediction: self.predictions.keep(None, example, prediction),
         )
         score = partial(scorer, student.baseline)
         limit = _max_errors(self._optimizer.max_errors)
