@@ -23,7 +23,7 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/mpromptune demo $(ARGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev
@@ -66,6 +66,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes a few minutes."
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[offline,test]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(INSTALL) --editable '.[integrations]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import dspy
@@ -14,27 +13,6 @@ from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchInterrupted
 from mpromptune.estimate import Estimate
-
-
-@pytest.fixture(scope="module")
-def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """MLflow on a database of its own, logging all that it can; nothing of it is left afterwards."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    settings = {name: dspy.settings.get(name) for name in ("callbacks", "track_usage")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.chdir(folder)  # where artifacts go
-        mlflow = pytest.importorskip("mlflow")
-        pytest.importorskip("pandas")
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        mlflow.dspy.autolog(log_compiles=True, log_evals=True, log_traces_from_compile=True)
-        yield mlflow
-        mlflow.flush_trace_async_logging(terminate=True)
-        mlflow.dspy.autolog(disable=True)
-        revert_patches = pytest.importorskip("mlflow.utils.autologging_utils.safety").revert_patches
-        revert_patches("dspy")
-        mlflow.set_tracking_uri(None)
-        dspy.configure(**settings)
 
 
 def _compile(**options: Any) -> Any:
