@@ -55,6 +55,7 @@ def test_a_callback_logs_every_trial(wandb: Any) -> None:
             callbacks=[lambda study, t: run.log({"score": t.value, **t.params}, step=t.number)],
             **SMALL_RUN,
         )
+    wandb.teardown()  # its service writes the rest of the file before it ends
     rows = _history(Path(os.environ["WANDB_DIR"]))
     trials = best.search_result.study.trials
     assert [row["_step"] for row in rows] == [t.number for t in trials]
