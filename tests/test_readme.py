@@ -19,7 +19,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 # These begin with the import of a tool that need not be installed.
-TOOLS = {block.split()[1]: block for block in PYTHON if block.startswith(("import mlflow", "import wandb"))}
+TOOLS = {
+    block.split()[1]: block
+    for block in PYTHON
+    if block.startswith(("import mlflow", "import wandb", "from optuna_dashboard"))
+}
 BLOCKS = [block for block in PYTHON if block not in TOOLS.values()]
 
 
@@ -45,7 +49,12 @@ def test_python_blocks_run_in_order(readme_names: dict[str, Any]) -> None:
     assert result.calls < readme_names["longer"].calls <= 500
 
 
-@pytest.mark.parametrize("tool", ["mlflow", "wandb"])
+@pytest.fixture
+def optuna_dashboard() -> Any:
+    return pytest.importorskip("optuna_dashboard")
+
+
+@pytest.mark.parametrize("tool", ["mlflow", "optuna_dashboard", "wandb"])
 def test_blocks_with_other_tools_run(
     tool: str, request: pytest.FixtureRequest, readme_names: dict[str, Any]
 ) -> None:
