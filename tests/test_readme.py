@@ -9,6 +9,7 @@ from typing import Any
 
 import dspy
 import pytest
+from embedders import hashed
 from lms import arithmetic_lm
 from tasks import Adder, Counted, additions
 
@@ -60,7 +61,7 @@ def test_blocks_with_other_tools_run(
 ) -> None:
     """What the README shows of another tool runs as it is printed, with that tool."""
     request.getfixturevalue(tool)
-    optimizer = MIPROv2(metric=readme_names["metric"], auto="light", num_threads=4)
+    optimizer = MIPROv2(metric=readme_names["metric"], auto="light", num_threads=4, embedder=hashed)
     names = {**readme_names, "optimizer": optimizer}
     exec(compile(TOOLS[tool], f"README.md, {tool}", "exec"), names)
     assert names["best"].search_result.calls > 0
