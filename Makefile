@@ -26,7 +26,7 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/mpromptune demo $(ARGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev
@@ -78,6 +78,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes a few minutes."
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[offline,test]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(INSTALL) --editable '.[integrations]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -27,7 +27,13 @@ logger = logging.getLogger(__name__)
 DemoSets = dict[int, list[list[Any]]]
 
 # What `_Bootstrap` overrides, calls or sets of DSPy's class.
-_INTERNALS = ("_prepare_predictor_mappings", "_bootstrap", "_bootstrap_one_example", "_train")
+_INTERNALS = (
+    "_prepare_student_and_teacher",
+    "_prepare_predictor_mappings",
+    "_bootstrap",
+    "_bootstrap_one_example",
+    "_train",
+)
 
 
 def is_supported() -> bool:
@@ -78,7 +84,11 @@ class DemoSetPlan:
         return demos
 
     def _draw(self, rng: random.Random, threads: Threads) -> list[Callable[[], Any]]:
-        """What makes each set's program, with everything random drawn in DSPy's order."""
+        """What makes each set's program, with everything random drawn in DSPy's order.
+
+        All ``compile`` methods of DSPy's are called here: what is hooked into them, MLflow's
+        autologging for one, takes those of another thread for compiles by themselves.
+        """
         makers: list[Callable[[], Any]] = []
         turns = _Turns()
         for number in range(self.num_candidate_sets):
@@ -87,14 +97,14 @@ class DemoSetPlan:
                 makers.append(self.student.reset_copy)
                 continue
             if number == 1 and self.max_labeled_demos > 0:
-                labelled = LabeledFewShot(k=self.max_labeled_demos)
-                makers.append(partial(labelled.compile, self.student, trainset=trainset))
+                labelled = LabeledFewShot(k=self.max_labeled_demos).compile(self.student, trainset=trainset)
+                makers.append(partial(_same, labelled))
                 continue
             if number != 2:
                 rng.shuffle(trainset)
                 size = rng.randint(1, size)
             bootstrap = _Bootstrap(threads, turns, **self._settings(size))
-            makers.append(partial(bootstrap.compile, self.student, teacher=self.teacher, trainset=trainset))
+            makers.append(bootstrap.prepared(self.student, self.teacher, trainset))
         return makers
 
     def _settings(self, size: int) -> dict[str, Any]:
@@ -106,6 +116,10 @@ class DemoSetPlan:
             "max_labeled_demos": self.max_labeled_demos,
             "teacher_settings": dict(self.teacher_settings),
         }
+
+
+def _same(program: Any) -> Any:
+    return program
 
 
 def _append(demos: DemoSets, program: Any) -> None:
@@ -163,6 +177,19 @@ class _Bootstrap(BootstrapFewShot):
         super().__init__(**settings)
         self._threads = threads
         self._turns = turns
+
+    def prepared(self, student: Any, teacher: Any, trainset: list[Any]) -> Callable[[], Any]:
+        """DSPy's ``compile``, of which everything is done but what is returned: that asks the LM."""
+        self.trainset = trainset
+        self._prepare_student_and_teacher(student, teacher)
+        self._prepare_predictor_mappings()
+        return self._bootstrapped
+
+    def _bootstrapped(self) -> Any:
+        self._bootstrap()
+        self.student = self._train()
+        self.student._compiled = True
+        return self.student
 
     def _bootstrap(self, *, max_bootstraps: int | None = None) -> None:
         wanted = max_bootstraps or self.max_bootstrapped_demos

@@ -47,6 +47,10 @@ class CallTimeoutError(MPromptuneError, TimeoutError):
     """A program call took longer than the ``timeout``."""
 
 
+class TrialFailedError(MPromptuneError, RuntimeError):
+    """A trial lacks scores, for errors of the infrastructure; nobody but DSPy's callbacks sees it."""
+
+
 class SearchStoppedError(MPromptuneError, RuntimeError):
     """The search had to stop before its budget was spent.
 

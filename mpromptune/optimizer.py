@@ -16,6 +16,7 @@ from optuna.samplers import BaseSampler
 from mpromptune.checkpoint import Checkpoint
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.estimate import Estimate
+from mpromptune.evaluations import Evaluations
 from mpromptune.execution import Score
 from mpromptune.fingerprint import fingerprint
 from mpromptune.interrupts import handled, interrupted
@@ -136,6 +137,8 @@ class MIPROv2(dspy.MIPROv2):
             if options is None:
                 return super().compile(student, **stock)
             with handled(), self._steps(student, options, stock):
+                if options.dry_run:  # past what others hook into it: nothing is compiled
+                    return inspect.unwrap(dspy.MIPROv2.compile)(self, student, **stock)
                 return super().compile(student, **stock)
         except _Planned as planned:
             return planned.estimate
@@ -251,10 +254,11 @@ class MIPROv2(dspy.MIPROv2):
         _STEPS.get().guard.spares = True  # from now on, the workers begin nothing beyond a limit
         forget_statistics(program)
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
-        scorer = ProgramScorer(programs, valset, self.metric, wants_traceback(evaluate.provide_traceback))
+        keep, show = _STEPS.get().predictions.keep, wants_traceback(evaluate.provide_traceback)
+        scorer = ProgramScorer(programs, valset, self.metric, show, keep)
         score = _STEPS.get().scored_ahead(programs, valset, scorer)
         try:
-            result = self._search(programs, score, len(valset), options, max_calls, minibatches, int(seed))
+            result = self._search(programs, score, valset, options, max_calls, minibatches, int(seed))
         except (SearchInterrupted, SearchStoppedError) as error:
             error.program = program if error.result is None else self._finished(programs, error.result)
             raise
@@ -264,7 +268,7 @@ class MIPROv2(dspy.MIPROv2):
         self,
         programs: ProgramSpace,
         score: Score,
-        n_examples: int,
+        valset: list[Any],
         options: SearchOptions,
         max_calls: int,
         minibatches: Minibatches,
@@ -275,10 +279,11 @@ class MIPROv2(dspy.MIPROv2):
 
         view = _STEPS.get().view
         view.bar("Searching", max_calls, "calls")
+        evaluations = Evaluations(programs, valset, self.metric, _STEPS.get().predictions)
         return search(
             programs.prompt_space(),
             score,
-            n_examples=n_examples,
+            n_examples=len(valset),
             max_calls=max_calls,
             sampler=_sampler(options, seed),
             num_threads=self._threads(options),
@@ -288,7 +293,7 @@ class MIPROv2(dspy.MIPROv2):
             seed=seed,
             storage=_STEPS.get().storage,
             study_name=options.study_name,
-            callbacks=options.callbacks,
+            callbacks=(evaluations.on_trial, *options.callbacks),
             confirm=options.confirm,
             patience=options.patience,
             target=options.target,

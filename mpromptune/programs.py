@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from mpromptune.usage import current_meter
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Keep = Callable[[Mapping[str, int], int, Any], None]
 
 # Long runs of base64, as in data URLs of images and audio: digested, not embedded.
 _BINARY = re.compile(r"[A-Za-z0-9+/_-]{256,}={0,2}")
@@ -92,14 +93,21 @@ class ProgramScorer:
         metric: ``metric(example, prediction)`` returning a number, a bool, or a prediction with
             ``.score``.
         show_traceback: Log where in the program a candidate's own errors come from.
+        keep: Called as ``keep(params, example, prediction)``, in the thread that has it.
     """
 
     def __init__(
-        self, programs: ProgramSpace, valset: Sequence[Any], metric: Any, show_traceback: bool = False
+        self,
+        programs: ProgramSpace,
+        valset: Sequence[Any],
+        metric: Any,
+        show_traceback: bool = False,
+        keep: Keep = lambda params, example, prediction: None,
     ) -> None:
         self._valset = valset
         self._metric = metric
         self._show_traceback = show_traceback
+        self._keep = keep
         self._built = lru_cache(maxsize=_BUILT)(lambda items: _Built(programs.build(dict(items))))
 
     def __call__(self, params: Mapping[str, int], example: int) -> float:
@@ -109,7 +117,9 @@ class ProgramScorer:
         try:
             # A trace of its own, or every call of the run would be kept in the caller's.
             with dspy.context(trace=[]), measured(current_meter()):
-                return metric_value(self._metric(item, built.program(**item.inputs())))
+                prediction = built.program(**item.inputs())
+                self._keep(params, example, prediction)
+                return metric_value(self._metric(item, prediction))
         except Exception as error:
             self._log(error, params, example)
             raise

@@ -27,6 +27,7 @@ from mpromptune.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
 from mpromptune.checkpoint import Checkpoint
 from mpromptune.errors import SearchStoppedError
 from mpromptune.estimate import Estimate, Plan, estimate
+from mpromptune.evaluations import Predictions
 from mpromptune.execution import Score
 from mpromptune.interrupts import GRACE, Stopped
 from mpromptune.limits import SEARCH
@@ -76,6 +77,7 @@ class Steps:
     Attributes:
         arguments: Those of the compile.
         view: What there is to see of all three steps.
+        predictions: Of what is scored, for those who listen to DSPy's evaluations.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Steps:
         verbose: bool = True,
     ) -> None:
         self.guard = guard or Guard()
+        self.predictions = Predictions()
         self._optimizer = optimizer
         self._threads = pool = Threads(threads, grace, retry)
         self.view = View(choose if verbose else lambda: None, self.guard.budget, lambda: pool.load)
@@ -240,7 +243,11 @@ class Steps:
             return
         student = ProgramSpace(program, {i: [] for i, _ in enumerate(program.predictors())}, None)
         scorer = ProgramScorer(
-            student, self._valset, self._optimizer.metric, wants_traceback(self._traceback)
+            student,
+            self._valset,
+            self._optimizer.metric,
+            wants_traceback(self._traceback),
+            keep=lambda _, example, prediction: self.predictions.keep(None, example, prediction),
         )
         score = partial(scorer, student.baseline)
         limit = _max_errors(self._optimizer.max_errors)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the default model comes from the offline package
 
+import dspy
 import optuna
 import pytest
 import torch
@@ -13,3 +16,33 @@ import torch
 pytest.register_assert_rewrite("optuna.testing.pytest_samplers")
 torch.set_num_threads(1)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """MLflow on a database of its own, logging all that it can; nothing of it is left afterwards."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    settings = {name: dspy.settings.get(name) for name in ("callbacks", "track_usage")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.chdir(folder)  # where artifacts go
+        mlflow = pytest.importorskip("mlflow")
+        pytest.importorskip("pandas")
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.dspy.autolog(log_compiles=True, log_evals=True, log_traces_from_compile=True)
+        yield mlflow
+        mlflow.flush_trace_async_logging(terminate=True)
+        mlflow.dspy.autolog(disable=True)
+        pytest.importorskip("mlflow.utils.autologging_utils.safety").revert_patches("dspy")
+        mlflow.set_tracking_uri(None)
+        dspy.configure(**settings)
+
+
+@pytest.fixture
+def wandb(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """W&B, which writes to an empty folder and asks no server."""
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb = pytest.importorskip("wandb")
+    yield wandb
+    wandb.teardown()

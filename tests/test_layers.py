@@ -44,6 +44,7 @@ ADAPTER = (
     ("bootstrap", "demos", "fingerprint", "programs", "proposal", "view"),
     ("checkpoint",),
     ("ahead", "reading", "records"),
+    ("evaluations",),
     ("steps",),
     ("optimizer",),
     ("demo",),

@@ -9,14 +9,23 @@ from typing import Any
 
 import dspy
 import pytest
+from embedders import hashed
 from lms import arithmetic_lm
 from tasks import Adder, Counted, additions
 
+from mpromptune import MIPROv2
 from mpromptune.options import OPTION_NAMES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+# These begin with the import of a tool that need not be installed.
+TOOLS = {
+    block.split()[1]: block
+    for block in PYTHON
+    if block.startswith(("import mlflow", "import wandb", "from optuna_dashboard"))
+}
+BLOCKS = [block for block in PYTHON if block not in TOOLS.values()]
 
 
 @pytest.fixture
@@ -39,6 +48,23 @@ def test_python_blocks_run_in_order(readme_names: dict[str, Any]) -> None:
     assert result.best_score >= result.baseline_score
     assert result.calls == readme_names["again"].calls <= 300
     assert result.calls < readme_names["longer"].calls <= 500
+
+
+@pytest.fixture
+def optuna_dashboard() -> Any:
+    return pytest.importorskip("optuna_dashboard")
+
+
+@pytest.mark.parametrize("tool", ["mlflow", "optuna_dashboard", "wandb"])
+def test_blocks_with_other_tools_run(
+    tool: str, request: pytest.FixtureRequest, readme_names: dict[str, Any]
+) -> None:
+    """What the README shows of another tool runs as it is printed, with that tool."""
+    request.getfixturevalue(tool)
+    optimizer = MIPROv2(metric=readme_names["metric"], auto="light", num_threads=4, embedder=hashed)
+    names = {**readme_names, "optimizer": optimizer}
+    exec(compile(TOOLS[tool], f"README.md, {tool}", "exec"), names)
+    assert names["best"].search_result.calls > 0
 
 
 def test_every_option_is_in_the_table() -> None:
