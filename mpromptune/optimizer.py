@@ -8,16 +8,19 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 import dspy
 from optuna.samplers import BaseSampler
 
 from mpromptune.checkpoint import Checkpoint
+from mpromptune.compatibility import incompatible, require_compatible
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.estimate import Estimate
 from mpromptune.execution import Score
 from mpromptune.fingerprint import fingerprint
+from mpromptune.interception import interceptor
 from mpromptune.interrupts import handled, interrupted
 from mpromptune.limits import Budget
 from mpromptune.lm_errors import classify, retry_after
@@ -120,14 +123,17 @@ class MIPROv2(dspy.MIPROv2):
         Raises:
             UnknownOptionError: An option is not known (a TypeError).
             InvalidArgumentError: An option is out of range, or given twice (a ValueError).
+            IncompatibleDSPyError: There are options, and DSPy has changed what they are built on.
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
                 and ``.program`` is the best so far.
             SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
         """
         ours, stock = _split(kwargs, _STOCK_COMPILE)
-        options = resolve(self._defaults, gather(sampler_config, ours))
-        if options is not None and stock.get("seed") == 0:
-            stock["seed"] = _Zero()
+        options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
+        if options is not None:
+            require_compatible(self)
+            stock.update({"seed": _Zero()} if stock.get("seed") == 0 else {})
+        interceptor().on_options(options)
         token = _OPTIONS.set(options)
         try:
             if options is None:
@@ -171,36 +177,46 @@ class MIPROv2(dspy.MIPROv2):
         """Program calls at a time."""
         return int(self.num_threads or dspy.settings.num_threads) * options.n_jobs
 
-    def _set_random_seeds(self, seed: int) -> None:
-        if _OPTIONS.get() is None:
-            super()._set_random_seeds(seed)
-        else:
-            self.rng = random.Random(seed)  # DSPy 3.2 seeds numpy's global generator as well
+    # Without options, whatever DSPy passes is handed on: its own search outlives changes of these methods.
 
-    def _set_hyperparams_from_run_mode(self, program: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = super()._set_hyperparams_from_run_mode(program, *args, **kwargs)
+    def _set_random_seeds(self, *args: Any, **kwargs: Any) -> None:
+        if _OPTIONS.get() is None:
+            super()._set_random_seeds(*args, **kwargs)
+        else:
+            self.rng = random.Random(*args, **kwargs)  # DSPy 3.2 seeds numpy's global generator as well
+
+    def _set_hyperparams_from_run_mode(self, *args: Any, **kwargs: Any) -> Any:
+        settings = super()._set_hyperparams_from_run_mode(*args, **kwargs)
         options = _OPTIONS.get()
         if options is not None:
-            num_trials, valset, minibatch, *candidates = settings
-            _STEPS.get().instructions_wanted = candidates[0]
-            minibatches = _STEPS.get().minibatches(minibatch)
-            options.check_run(len(valset), num_trials, minibatches)
-            _STEPS.get().search_calls = options.search_calls(len(valset), num_trials, minibatches)
-            if options.storage is not None and not options.dry_run:
-                run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
-                _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
-            _check_embedder(options, program)
-            if options.confirm:
-                _STEPS.get().score_ahead(valset)
+            self._prepare(options, settings, *args, **kwargs)
         return settings
+
+    def _prepare(self, options: SearchOptions, settings: Any, program: Any, *_: Any, **__: Any) -> None:
+        """Checks what is known of the run, and looks up what an interrupted one has paid for."""
+        if len(settings) != 5:
+            raise incompatible(f"_set_hyperparams_from_run_mode returns {len(settings)} values, not 5")
+        num_trials, valset, minibatch, *candidates = settings
+        _STEPS.get().instructions_wanted = candidates[0]
+        minibatches = _STEPS.get().minibatches(minibatch)
+        options.check_run(len(valset), num_trials, minibatches)
+        _STEPS.get().search_calls = options.search_calls(len(valset), num_trials, minibatches)
+        if options.storage is not None and not options.dry_run:
+            run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
+            _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
+        _check_embedder(options, program)
+        if options.confirm:
+            _STEPS.get().score_ahead(valset)
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._bootstrap_fewshot_examples
         options = _OPTIONS.get()
         if options is None:
             return stock(*args, **kwargs)
+        estimate = partial(_STEPS.get().estimate, stock, *args, **kwargs)
+        interceptor().on_estimate(estimate)
         if options.dry_run:
-            raise _Planned(_STEPS.get().estimate(stock, *args, **kwargs))
+            raise _Planned(estimate())
         return _STEPS.get().demo_sets(stock, *args, **kwargs)
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,8 +225,15 @@ class MIPROv2(dspy.MIPROv2):
             return stock(*args, **kwargs)
         return _STEPS.get().instructions(stock, *args, **kwargs)
 
-    def _optimize_prompt_parameters(
+    def _optimize_prompt_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        options = _OPTIONS.get()
+        if options is None:
+            return super()._optimize_prompt_parameters(*args, **kwargs)
+        return self._optimized(options, *args, **kwargs)
+
+    def _optimized(
         self,
+        options: SearchOptions,
         program: Any,
         instruction_candidates: dict[int, list[str]],
         demo_candidates: Any,
@@ -222,20 +245,6 @@ class MIPROv2(dspy.MIPROv2):
         minibatch_full_eval_steps: int,
         seed: int,
     ) -> Any:
-        options = _OPTIONS.get()
-        if options is None:
-            return super()._optimize_prompt_parameters(
-                program,
-                instruction_candidates,
-                demo_candidates,
-                evaluate,
-                valset,
-                num_trials,
-                minibatch,
-                minibatch_size,
-                minibatch_full_eval_steps,
-                seed,
-            )
         minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
         max_calls = options.max_calls or minibatches.calls(num_trials, len(valset))
         _STEPS.get().close_threads()

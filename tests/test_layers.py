@@ -40,8 +40,8 @@ LOOP = (
 )
 ADAPTER = (
     ("lm_errors", "prices", "progress"),
-    ("estimate", "lm_guard", "threads"),
-    ("bootstrap", "demos", "fingerprint", "programs", "proposal"),
+    ("compatibility", "estimate", "lm_guard", "threads"),
+    ("bootstrap", "demos", "fingerprint", "interception", "programs", "proposal"),
     ("checkpoint",),
     ("ahead", "reading", "records"),
     ("steps",),
