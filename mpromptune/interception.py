@@ -27,7 +27,8 @@ class Interceptor:
         """What the whole compile would take."""
 
 
-_INTERCEPTOR: ContextVar[Interceptor] = ContextVar("mpromptune_interceptor", default=Interceptor())
+_NONE = Interceptor()
+_INTERCEPTOR: ContextVar[Interceptor] = ContextVar("mpromptune_interceptor", default=_NONE)
 
 
 def interceptor() -> Interceptor:

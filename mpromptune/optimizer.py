@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import dspy
 from optuna.samplers import BaseSampler
 
+from mpromptune.arguments import extending, split
 from mpromptune.checkpoint import Checkpoint
 from mpromptune.compatibility import incompatible, require_compatible
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
@@ -25,7 +26,7 @@ from mpromptune.interrupts import handled, interrupted
 from mpromptune.limits import Budget
 from mpromptune.lm_errors import classify, retry_after
 from mpromptune.lm_guard import Guard
-from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
+from mpromptune.options import SearchOptions, gather, resolve
 from mpromptune.prices import Pricing
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
@@ -34,30 +35,12 @@ from mpromptune.steps import Steps, wants_traceback
 
 logger = logging.getLogger(__name__)
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _STOCK_INIT = inspect.signature(dspy.MIPROv2.__init__)
 _STOCK_COMPILE = inspect.signature(dspy.MIPROv2.compile)
 # The options of the compile that is running in this context; None means DSPy's own search.
 _OPTIONS: ContextVar[SearchOptions | None] = ContextVar("mpromptune_options", default=None)
 # The steps of that compile before the search, when there are options.
 _STEPS: ContextVar[Steps] = ContextVar("mpromptune_steps")
-
-
-def _extending(stock: inspect.Signature) -> Callable[[F], F]:
-    """Declares DSPy's parameters and ours, which is what callers such as BetterTogether inspect."""
-
-    def declare(function: F) -> F:
-        ours = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in ("sampler_config", *OPTION_NAMES)
-            if name not in stock.parameters
-        ]
-        parameters = sorted([*stock.parameters.values(), *ours], key=lambda p: p.kind)
-        function.__dict__["__signature__"] = stock.replace(parameters=parameters)
-        return function
-
-    return declare
 
 
 class _Zero(int):
@@ -98,14 +81,14 @@ class MIPROv2(dspy.MIPROv2):
         >>> best.score, best.search_result.calls
     """
 
-    @_extending(_STOCK_INIT)
+    @extending(_STOCK_INIT)
     def __init__(self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        ours, stock = _split(kwargs, _STOCK_INIT)
+        ours, stock = split(kwargs, _STOCK_INIT)
         self._defaults = gather(sampler_config, ours)
         resolve(self._defaults, {})  # fails now rather than after the bootstrap
         super().__init__(*args, **stock)
 
-    @_extending(_STOCK_COMPILE)
+    @extending(_STOCK_COMPILE)
     def compile(self, student: Any, *, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Optimizes ``student``.
 
@@ -128,7 +111,7 @@ class MIPROv2(dspy.MIPROv2):
                 and ``.program`` is the best so far.
             SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
         """
-        ours, stock = _split(kwargs, _STOCK_COMPILE)
+        ours, stock = split(kwargs, _STOCK_COMPILE)
         options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
         if options is not None:
             require_compatible(self)
@@ -201,7 +184,9 @@ class MIPROv2(dspy.MIPROv2):
         minibatches = _STEPS.get().minibatches(minibatch)
         options.check_run(len(valset), num_trials, minibatches)
         _STEPS.get().search_calls = options.search_calls(len(valset), num_trials, minibatches)
-        if options.storage is not None and not options.dry_run:
+        if options.dry_run:
+            return
+        if options.storage is not None:
             run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
             _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
         _check_embedder(options, program)
@@ -335,12 +320,3 @@ def _check_embedder(options: SearchOptions, program: Any) -> None:
     check = getattr(_sampler(options, 0), "check_embedder", None)
     if check is not None:
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
-
-
-def _split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our options and DSPy's arguments; anything else is an error that lists both."""
-    for name in kwargs:
-        if name not in OPTION_NAMES and name not in stock.parameters:
-            raise unknown_option(name, [n for n in stock.parameters if n not in ("self", "student")])
-    ours = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}
-    return ours, {k: v for k, v in kwargs.items() if k not in OPTION_NAMES}
