@@ -39,7 +39,7 @@ LOOP = (
     ("engine",),
 )
 ADAPTER = (
-    ("lm_errors", "prices", "progress"),
+    ("adapters", "lm_errors", "prices", "progress"),
     ("compatibility", "estimate", "lm_guard", "threads"),
     ("bootstrap", "demos", "fingerprint", "interception", "programs", "proposal"),
     ("checkpoint",),

@@ -1,0 +1,55 @@
+"""DSPy's default adapter as it is from 3.3 on, for versions before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+from dspy.utils import exceptions as dspy_errors
+
+
+class PatientChatAdapter(dspy.ChatAdapter):
+    """Asks again as JSON after an answer that cannot be parsed, but not after a request that failed.
+
+    Up to DSPy 3.2, a ``ChatAdapter`` does so after any error: a request that was refused or timed out
+    is followed at once by another one with another prompt. What comes of that would be scored.
+
+    Args:
+        stands_for: The adapter of the user's settings; None for the default one.
+    """
+
+    def __init__(self, stands_for: dspy.ChatAdapter | None) -> None:
+        super().__init__()
+        self.stands_for = stands_for
+        self.__dict__.update({} if stands_for is None else vars(stands_for))
+        self._falls_back = self.use_json_adapter_fallback
+        self.use_json_adapter_fallback = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``ChatAdapter``."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except dspy_errors.AdapterParseError:
+            if not self._falls_back:
+                raise
+            return dspy.JSONAdapter()(*args, **kwargs)
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``ChatAdapter``."""
+        try:
+            return await super().acall(*args, **kwargs)
+        except dspy_errors.AdapterParseError:
+            if not self._falls_back:
+                raise
+            return await dspy.JSONAdapter().acall(*args, **kwargs)
+
+
+def patient(adapter: Any) -> Any:
+    """``adapter`` of DSPy's settings, or what stands for it where this version needs that."""
+    is_default = adapter is None or type(adapter) is dspy.ChatAdapter
+    return PatientChatAdapter(adapter) if is_default and not hasattr(dspy_errors, "LMError") else adapter
+
+
+def given_adapter(adapter: Any) -> Any:
+    """The user's own."""
+    return adapter.stands_for if isinstance(adapter, PatientChatAdapter) else adapter
