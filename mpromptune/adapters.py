@@ -22,7 +22,7 @@ class PatientChatAdapter(dspy.ChatAdapter):
         super().__init__()
         self.stands_for = stands_for
         self.__dict__.update({} if stands_for is None else vars(stands_for))
-        self._falls_back = self.use_json_adapter_fallback
+        self._falls_back: bool = vars(self)["use_json_adapter_fallback"]
         self.use_json_adapter_fallback = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

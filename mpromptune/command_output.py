@@ -48,7 +48,9 @@ def show_standing(console: Console, standing: Standing, estimate: Estimate) -> N
 
 def show_program(console: Console, result: SearchResult, path: str) -> None:
     """How good the program is that was compiled, and where it went."""
-    console.print(f"Best: {_best(result)}; {result.calls:,} program calls in all", highlight=False)
+    console.print(
+        f"Best: {_best(result)}; {result.calls:,} program calls in all", soft_wrap=True, highlight=False
+    )
     console.print(f"Saved {path}", soft_wrap=True, highlight=False, markup=False)
 
 

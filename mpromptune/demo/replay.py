@@ -216,7 +216,7 @@ class ReplayLM(dspy.BaseLM):
         return _completion("\n\n".join([*replies, "[[ ## completed ## ]]"]), self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplayLM:
-        """DSPy 3.2 copies an LM so for each proposal; they share recording and ledger, as in later versions."""
+        """DSPy 3.2 copies an LM so for each proposal; copies share recording and ledger."""
         twin = copy.copy(self)
         twin.kwargs, twin.history = dict(self.kwargs), []
         return twin
