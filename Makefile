@@ -4,6 +4,7 @@
 #   make test                        all tests; ARGS="-k kernels" for some
 #   make lint types                  ruff, mypy
 #   make check                       all of the above
+#   make matrix                      all tests with other versions, and every Python there is: hours
 #   make bench                       all benchmarks: hours, and finished cells are kept
 #   make report                      tables and pictures of the results
 
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check bench report clean
+.PHONY: help demo test lint types check matrix bench report clean
 
 help:
 	@sed -n 's/^# *//p' Makefile
@@ -39,6 +40,9 @@ check:
 	$(MAKE) test ARGS=
 	$(MAKE) demo ARGS=
 
+matrix: $(VENV)/.installed-dev
+	$(BIN)/python -m nox -- $(ARGS)
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.pipelines
@@ -52,7 +56,7 @@ report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist .nox .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mpromptune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 ifeq ($(VENV),.venv)
 	rm -rf .venv
