@@ -9,6 +9,7 @@ import pytest
 from dspy.utils import exceptions as dspy_errors
 from lms import ScriptedLM, completion
 
+from mpromptune import adapters
 from mpromptune.adapters import PatientChatAdapter, given_adapter, patient
 
 
@@ -60,10 +61,18 @@ def test_a_request_that_fails_is_not_followed_by_another() -> None:
 
 
 def test_it_stands_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the default adapter of a DSPy without errors of its own; the user's own is known all the same."""
+    """For the default adapter, where that is not patient itself; the user's own is known all the same."""
     own, custom = dspy.ChatAdapter(), dspy.JSONAdapter()
-    monkeypatch.setattr(dspy_errors, "LMError", Exception, raising=False)
+    monkeypatch.setattr(adapters, "is_patient", lambda adapter: True)
     assert [patient(adapter) for adapter in (None, own, custom)] == [None, own, custom]
-    monkeypatch.delattr(dspy_errors, "LMError")
+    monkeypatch.setattr(adapters, "is_patient", lambda adapter: False)
     assert isinstance(patient(None), PatientChatAdapter)
     assert [given_adapter(patient(adapter)) for adapter in (None, own, custom)] == [None, own, custom]
+
+
+def test_the_default_adapter_is_patient_in_every_version() -> None:
+    """What a compile sets, whichever class it is, asks once where a custom LM's own error comes."""
+    lm = Answers(ConnectionError("down"), JSON)
+    with pytest.raises(Exception, match="down"):
+        asked(lm, patient(None))
+    assert len(lm.calls) == 1
