@@ -9,7 +9,7 @@ import dspy
 
 from mpromptune.errors import IncompatibleDSPyError
 
-# NOTE: the releases that `make matrix` has run all tests with; the first is the oldest that is installed.
+# NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest that may be installed.
 TESTED_DSPY = ("3.2.0", "3.3.1", "3.4.1")
 
 # Parameters after `self`, by position. A last "..." says that others may follow: those methods are handed
