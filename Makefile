@@ -5,6 +5,7 @@
 #   make lint types                  ruff, mypy
 #   make docs                        the README, the mathematics and a reference of all names, as HTML
 #   make check                       all of the above
+#   make matrix                      all tests with other versions, and every Python there is: hours
 #   make bench                       all benchmarks: hours, and finished cells are kept
 #   make notebooks                   the notebooks, executed in place
 #   make report                      tables and pictures of the results
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs check bench notebooks report clean
+.PHONY: help demo test lint types docs check matrix bench notebooks report clean
 
 help:
 	@sed -n 's/^# *//p' Makefile
@@ -48,6 +49,9 @@ check:
 	$(MAKE) test ARGS=
 	$(MAKE) demo ARGS=
 
+matrix: $(VENV)/.installed-dev
+	$(BIN)/python -m nox -- $(ARGS)
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.pipelines
@@ -64,7 +68,7 @@ report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 clean:
-	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .nox .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mpromptune tests benchmarks notebooks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 ifeq ($(VENV),.venv)
 	rm -rf .venv

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mpromptune
-from mpromptune.errors import MPromptuneError
+from mpromptune.errors import InvalidArgumentError, MPromptuneError
 
 _DEMO = """\
 Compiles a DSPy program with mpromptune.MIPROv2, through all of its steps.
@@ -31,6 +33,47 @@ The page holds texts of prompts and demos where the study does, as after a compi
 memory says more: result.report("report.html"), best.search_result.report("report.html").
 """
 
+_TARGET = """\
+TARGET is a function of yours that returns what compile of mpromptune.MIPROv2 returns: FILE.py:FUNCTION,
+or MODULE:FUNCTION for a module in the current folder or installed. It is called without arguments; what
+stands under `if __name__ == "__main__"` is not run. For example, in run.py:
+
+    def compile():
+        dspy.configure(lm=dspy.LM("openai/gpt-4o-mini"))
+        optimizer = MIPROv2(metric=metric, auto="medium", num_threads=16)
+        return optimizer.compile(program, trainset=trainset, sampler="qei", storage="run.log")
+"""
+
+_ESTIMATE = (
+    """\
+Says what a compile takes: program calls and LM calls of each step, at most. No LM is asked.
+
+  mpromptune estimate run.py:compile
+  mpromptune estimate run.py:compile --prompt-tokens 1000 --completion-tokens 200
+  mpromptune estimate --auto medium --trainset 100 --valset 200 --predictors 2
+
+"""
+    + _TARGET
+    + """
+The function is left at its first compile, with dry_run=True. Without TARGET, a compile of the size that
+--auto, --trainset, --valset and --predictors say is reckoned with.
+"""
+)
+
+_RESUME = (
+    """\
+Goes on with a compile that was interrupted, and saves its program. Nothing that was paid is paid again.
+
+  mpromptune resume run.py:compile --output best.json
+
+"""
+    + _TARGET
+    + """
+Its compile has to have storage=, as it had when it was interrupted. Where it stands, and what is left to
+pay, is printed first; then it goes on. One that has ended gives its program again without an LM call.
+"""
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
@@ -45,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except MPromptuneError as error:
+        if getattr(args, "traceback", False):
+            traceback.print_exc()
         print(f"mpromptune: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -83,7 +128,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--seed", type=int, default=9, help="of the compile (default: 9, DSPy's own)")
     demo.add_argument("--calls", type=_positive, help="program calls to spend (default: what DSPy would)")
     demo.add_argument(
-        "--latency", type=_seconds, default=0.2, help="mean seconds of a simulated call (default: 0.2)"
+        "--latency", type=_amount, default=0.2, help="mean seconds of a simulated call (default: 0.2)"
     )
     demo.add_argument(
         "--output",
@@ -129,6 +174,102 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_estimate(commands: Any) -> None:
+    estimate = commands.add_parser(
+        "estimate",
+        help="say what a compile takes, without asking an LM",
+        description=_ESTIMATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_target(estimate, nargs="?")
+    tokens = estimate.add_argument_group("tokens and dollars, of a typical LM call")
+    tokens.add_argument("--prompt-tokens", type=_positive, metavar="N", help="tokens sent")
+    tokens.add_argument("--completion-tokens", type=_positive, metavar="N", help="tokens received")
+    tokens.add_argument(
+        "--price",
+        type=_amount,
+        nargs=2,
+        metavar=("SENT", "RECEIVED"),
+        help="US dollars per million tokens (default: those of prices=, or LiteLLM's)",
+    )
+    numbers = estimate.add_argument_group("instead of TARGET")
+    numbers.add_argument("--auto", choices=("light", "medium", "heavy"), help="of MIPROv2")
+    numbers.add_argument("--trainset", type=_positive, metavar="N", help="training examples")
+    numbers.add_argument("--valset", type=_positive, metavar="N", help="validation examples")
+    numbers.add_argument("--predictors", type=_positive, metavar="N", default=1, help="default: 1")
+    numbers.add_argument("--zero-shot", action="store_true", help="no demos, instructions only")
+    numbers.add_argument("--model", help="LiteLLM's name, for its price")
+    estimate.set_defaults(run=_estimate)
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    sizes = args.auto, args.trainset, args.valset
+    if (args.target is None) != all(sizes) or (args.target and any(sizes)):
+        raise InvalidArgumentError("Give either TARGET, or --auto, --trainset and --valset; see --help.")
+    tokens = args.prompt_tokens, args.completion_tokens
+    if any(tokens) != all(tokens) or (args.price and not all(tokens)):
+        raise InvalidArgumentError("Dollars need both --prompt-tokens and --completion-tokens.")
+    from rich.console import Console
+
+    from mpromptune.command_output import show_estimate
+    from mpromptune.commands import estimate_by_numbers, estimate_of
+    from mpromptune.targets import load_target
+
+    if args.target:
+        estimate = estimate_of(args.target, load_target(args.target))
+    else:
+        estimate = estimate_by_numbers(*sizes, args.predictors, args.zero_shot, args.model)
+    if args.price:
+        estimate = estimate.with_price(*args.price)
+    show_estimate(Console(file=sys.stdout), estimate.with_tokens(*tokens) if all(tokens) else estimate)
+    return 0
+
+
+def _add_resume(commands: Any) -> None:
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a compile that was interrupted",
+        description=_RESUME,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_target(resume)
+    resume.add_argument(
+        "--output",
+        type=_program_file,
+        default=Path("best.json"),
+        help="where to save the program (default: ./best.json)",
+    )
+    resume.set_defaults(run=_resume)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mpromptune.command_output import show_program, show_standing
+    from mpromptune.commands import resume
+    from mpromptune.targets import load_target
+
+    console = Console(file=sys.stdout)
+    program = resume(args.target, load_target(args.target), partial(show_standing, console))
+    program.save(str(args.output))
+    show_program(console, program.search_result, str(args.output))
+    return 0
+
+
+def _add_target(command: argparse.ArgumentParser, **settings: Any) -> None:
+    command.add_argument(
+        "target", metavar="TARGET", help="FILE.py:FUNCTION or MODULE:FUNCTION, see above", **settings
+    )
+    command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+
+
+def _program_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".json" or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a .json file in a folder that exists; got {text!r}")
+    return path
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -136,11 +277,11 @@ def _positive(text: str) -> int:
     return value
 
 
-def _seconds(text: str) -> float:
+def _amount(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more seconds; got {text}")
+        raise argparse.ArgumentTypeError(f"must be 0 or more; got {text}")
     return value
 
 
-_COMMANDS = (_add_demo, _add_report)
+_COMMANDS = (_add_demo, _add_estimate, _add_resume, _add_report)

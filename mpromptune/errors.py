@@ -27,6 +27,14 @@ class MissingExtraError(MPromptuneError, ImportError):
     """A package that only some functions need is not installed; the message says how to install it."""
 
 
+class IncompatibleDSPyError(MPromptuneError, RuntimeError):
+    """This version of DSPy lacks what the search is built on; raised before any LM call."""
+
+
+class TargetError(MPromptuneError, RuntimeError):
+    """The function that a command was given did not do what it was called for."""
+
+
 class EmbeddingError(MPromptuneError, ValueError):
     """An embedder returned something that is not one finite vector per text."""
 

@@ -85,6 +85,15 @@ class Estimate:
         """
         return replace(self, usage=StepUsage({k: self._typical(k, prompt, completion) for k in self.usage}))
 
+    def with_price(self, prompt: float, completion: float) -> Estimate:
+        """The same with a price of one's own for all models; before `with_tokens`.
+
+        Args:
+            prompt: US dollars per million tokens sent.
+            completion: US dollars per million tokens received.
+        """
+        return replace(self, prices=dict.fromkeys(self.usage, (prompt, completion)))
+
     def _typical(self, step: str, prompt: float, completion: float) -> Usage:
         calls, price = self.usage[step].lm_calls, self.prices.get(step) or (0.0, 0.0)
         sent, received = round(calls * prompt), round(calls * completion)

@@ -16,6 +16,8 @@ import dspy
 from dspy.teleprompt.utils import get_signature
 from pydantic import BaseModel
 
+from mpromptune.adapters import given_adapter
+
 Part = str | int | float | bool | None
 
 # What decides which candidates there are, beside the data; budget, threads and patience may change.
@@ -48,6 +50,7 @@ def fingerprint(
         arguments: Of ``dspy.MIPROv2.compile``, with defaults.
     """
     own = {name: arguments[name] for name in _ARGUMENTS if name in arguments}
+    adapter = given_adapter(dspy.settings.adapter)
     return {
         "program": _of_program(program),
         "trainset": _of_examples(arguments["trainset"]),
@@ -57,7 +60,7 @@ def fingerprint(
         "teacher's model": _model(optimizer.teacher_settings.get("lm")),
         "task_model": _model(optimizer.task_model),
         "prompt_model": _model(optimizer.prompt_model),
-        "adapter": type(dspy.settings.adapter).__name__ if dspy.settings.adapter else None,
+        "adapter": type(adapter).__name__ if adapter else None,
         "instruction candidates": candidates[0],
         "demo set candidates": candidates[1],
         "max_bootstrapped_demos": _either(arguments, optimizer, "max_bootstrapped_demos"),

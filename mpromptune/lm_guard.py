@@ -11,6 +11,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
+from mpromptune.adapters import patient
 from mpromptune.execution import check_stopped, current_stop
 from mpromptune.flights import Flight, Flights
 from mpromptune.interrupts import Stopped
@@ -121,7 +122,8 @@ class Guard(BaseCallback):
         self._outer = guards[-1] if guards else None
         self.pace = self.pace or (self._outer and self._outer.pace)
         callbacks = [*(c for c in callbacks if c not in guards), self]
-        with measured(self.budget.meter), dspy.context(callbacks=callbacks):
+        adapter = patient(dspy.settings.adapter)
+        with measured(self.budget.meter), dspy.context(callbacks=callbacks, adapter=adapter):
             yield
 
     def check(self) -> None:

@@ -5,25 +5,29 @@ from __future__ import annotations
 import inspect
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import dspy
 from optuna.samplers import BaseSampler
 
+from mpromptune.arguments import extending, split
 from mpromptune.checkpoint import Checkpoint
+from mpromptune.compatibility import incompatible, require_compatible
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.estimate import Estimate
 from mpromptune.evaluations import Evaluations
 from mpromptune.execution import Score
 from mpromptune.fingerprint import fingerprint
+from mpromptune.interception import interceptor
 from mpromptune.interrupts import handled, interrupted
 from mpromptune.limits import Budget
 from mpromptune.lm_errors import classify, retry_after
 from mpromptune.lm_guard import Guard
-from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unknown_option
+from mpromptune.options import SearchOptions, gather, resolve
 from mpromptune.prices import Pricing
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Listeners
@@ -33,30 +37,12 @@ from mpromptune.steps import Steps, wants_traceback
 
 logger = logging.getLogger(__name__)
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _STOCK_INIT = inspect.signature(dspy.MIPROv2.__init__)
 _STOCK_COMPILE = inspect.signature(dspy.MIPROv2.compile)
 # The options of the compile that is running in this context; None means DSPy's own search.
 _OPTIONS: ContextVar[SearchOptions | None] = ContextVar("mpromptune_options", default=None)
 # The steps of that compile before the search, when there are options.
 _STEPS: ContextVar[Steps] = ContextVar("mpromptune_steps")
-
-
-def _extending(stock: inspect.Signature) -> Callable[[F], F]:
-    """Declares DSPy's parameters and ours, which is what callers such as BetterTogether inspect."""
-
-    def declare(function: F) -> F:
-        ours = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in ("sampler_config", *OPTION_NAMES)
-            if name not in stock.parameters
-        ]
-        parameters = sorted([*stock.parameters.values(), *ours], key=lambda p: p.kind)
-        function.__dict__["__signature__"] = stock.replace(parameters=parameters)
-        return function
-
-    return declare
 
 
 class _Zero(int):
@@ -97,16 +83,16 @@ class MIPROv2(dspy.MIPROv2):
         >>> best.score, best.search_result.calls
     """
 
-    @_extending(_STOCK_INIT)
+    @extending(_STOCK_INIT)
     def __init__(self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        ours, stock = _split(kwargs, _STOCK_INIT)
+        ours, stock = split(kwargs, _STOCK_INIT)
         if ours.get("verbose") is not None:
             ours["verbose"] = bool(ours["verbose"])  # DSPy takes anything
         self._defaults = gather(sampler_config, ours)
         resolve(self._defaults, {})  # fails now rather than after the bootstrap
         super().__init__(*args, **stock)
 
-    @_extending(_STOCK_COMPILE)
+    @extending(_STOCK_COMPILE)
     def compile(self, student: Any, *, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Optimizes ``student``.
 
@@ -124,14 +110,17 @@ class MIPROv2(dspy.MIPROv2):
         Raises:
             UnknownOptionError: An option is not known (a TypeError).
             InvalidArgumentError: An option is out of range, or given twice (a ValueError).
+            IncompatibleDSPyError: There are options, and DSPy has changed what they are built on.
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
                 and ``.program`` is the best so far.
             SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
         """
-        ours, stock = _split(kwargs, _STOCK_COMPILE)
-        options = resolve(self._defaults, gather(sampler_config, ours))
-        if options is not None and stock.get("seed") == 0:
-            stock["seed"] = _Zero()
+        ours, stock = split(kwargs, _STOCK_COMPILE)
+        options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
+        if options is not None:
+            require_compatible(self)
+            stock.update({"seed": _Zero()} if stock.get("seed") == 0 else {})
+        interceptor().on_options(options)
         token = _OPTIONS.set(options)
         try:
             if options is None:
@@ -183,36 +172,48 @@ class MIPROv2(dspy.MIPROv2):
         """Program calls at a time."""
         return int(self.num_threads or dspy.settings.num_threads) * options.n_jobs
 
-    def _set_random_seeds(self, seed: int) -> None:
-        if _OPTIONS.get() is None:
-            super()._set_random_seeds(seed)
-        else:
-            self.rng = random.Random(seed)  # DSPy 3.2 seeds numpy's global generator as well
+    # Without options, whatever DSPy passes is handed on: its own search outlives changes of these methods.
 
-    def _set_hyperparams_from_run_mode(self, program: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = super()._set_hyperparams_from_run_mode(program, *args, **kwargs)
+    def _set_random_seeds(self, *args: Any, **kwargs: Any) -> None:
+        if _OPTIONS.get() is None:
+            super()._set_random_seeds(*args, **kwargs)
+        else:
+            self.rng = random.Random(*args, **kwargs)  # DSPy 3.2 seeds numpy's global generator as well
+
+    def _set_hyperparams_from_run_mode(self, *args: Any, **kwargs: Any) -> Any:
+        settings = super()._set_hyperparams_from_run_mode(*args, **kwargs)
         options = _OPTIONS.get()
         if options is not None:
-            num_trials, valset, minibatch, *candidates = settings
-            _STEPS.get().instructions_wanted = candidates[0]
-            minibatches = _STEPS.get().minibatches(minibatch)
-            options.check_run(len(valset), num_trials, minibatches)
-            _STEPS.get().search_calls = options.search_calls(len(valset), num_trials, minibatches)
-            if options.storage is not None and not options.dry_run:
-                run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
-                _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
-            _check_embedder(options, program)
-            if options.confirm:
-                _STEPS.get().score_ahead(valset)
+            self._prepare(options, settings, *args, **kwargs)
         return settings
+
+    def _prepare(self, options: SearchOptions, settings: Any, program: Any, *_: Any, **__: Any) -> None:
+        """Checks what is known of the run, and looks up what an interrupted one has paid for."""
+        if len(settings) != 5:
+            raise incompatible(f"_set_hyperparams_from_run_mode returns {len(settings)} values, not 5")
+        num_trials, valset, minibatch, *candidates = settings
+        _STEPS.get().instructions_wanted = candidates[0]
+        minibatches = _STEPS.get().minibatches(minibatch)
+        options.check_run(len(valset), num_trials, minibatches)
+        _STEPS.get().search_calls = options.search_calls(len(valset), num_trials, minibatches)
+        if options.dry_run:
+            return
+        if options.storage is not None:
+            run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
+            _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
+        _check_embedder(options, program)
+        if options.confirm:
+            _STEPS.get().score_ahead(valset)
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._bootstrap_fewshot_examples
         options = _OPTIONS.get()
         if options is None:
             return stock(*args, **kwargs)
+        estimate = partial(_STEPS.get().estimate, stock, *args, **kwargs)
+        interceptor().on_estimate(estimate)
         if options.dry_run:
-            raise _Planned(_STEPS.get().estimate(stock, *args, **kwargs))
+            raise _Planned(estimate())
         return _STEPS.get().demo_sets(stock, *args, **kwargs)
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,8 +222,15 @@ class MIPROv2(dspy.MIPROv2):
             return stock(*args, **kwargs)
         return _STEPS.get().instructions(stock, *args, **kwargs)
 
-    def _optimize_prompt_parameters(
+    def _optimize_prompt_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        options = _OPTIONS.get()
+        if options is None:
+            return super()._optimize_prompt_parameters(*args, **kwargs)
+        return self._optimized(options, *args, **kwargs)
+
+    def _optimized(
         self,
+        options: SearchOptions,
         program: Any,
         instruction_candidates: dict[int, list[str]],
         demo_candidates: Any,
@@ -234,20 +242,6 @@ class MIPROv2(dspy.MIPROv2):
         minibatch_full_eval_steps: int,
         seed: int,
     ) -> Any:
-        options = _OPTIONS.get()
-        if options is None:
-            return super()._optimize_prompt_parameters(
-                program,
-                instruction_candidates,
-                demo_candidates,
-                evaluate,
-                valset,
-                num_trials,
-                minibatch,
-                minibatch_size,
-                minibatch_full_eval_steps,
-                seed,
-            )
         minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
         max_calls = options.max_calls or minibatches.calls(num_trials, len(valset))
         _STEPS.get().close_threads()
@@ -341,12 +335,3 @@ def _check_embedder(options: SearchOptions, program: Any) -> None:
     check = getattr(_sampler(options, 0), "check_embedder", None)
     if check is not None:
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
-
-
-def _split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our options and DSPy's arguments, of which some are both; anything else is an error that lists them."""
-    for name in kwargs:
-        if name not in OPTION_NAMES and name not in stock.parameters:
-            raise unknown_option(name, [n for n in stock.parameters if n not in ("self", "student")])
-    ours = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}
-    return ours, {k: v for k, v in kwargs.items() if k in stock.parameters}

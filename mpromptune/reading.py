@@ -44,19 +44,29 @@ def read_result(storage: StorageSpec, study_name: str | None = None) -> tuple[Se
         StorageError: The storage cannot be read.
         StudyMismatchError: The study is none of a search of this version.
     """
+    return result_of(load_study(storage, study_name))
+
+
+def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
+    """As `read_result`, of a study that has been loaded."""
     with reported():
-        study = _load(storage, study_name)
         settings = recorded_settings(study)
         record = read_record(study)
-        steps = _usage(study, record)
+        steps = steps_used(study, record)
     if not settings:
         raise InvalidArgumentError(f"No search has begun in the study {study.study_name!r} yet.")
     space, unknown = _space(study, settings)
     return _result(study, settings, record, space, steps), _notes(unknown)
 
 
-def _load(storage: StorageSpec, study_name: str | None) -> Study:
+def load_study(storage: StorageSpec, study_name: str | None = None) -> Study:
+    """The study of a search, without writing to its storage; arguments and errors as in `read_result`."""
     check_storage(storage, study_name)
+    with reported():
+        return _load(storage, study_name)
+
+
+def _load(storage: StorageSpec, study_name: str | None) -> Study:
     if isinstance(storage, str | os.PathLike):
         path = os.fspath(storage)
         if "://" not in path and not Path(path).is_file():  # opening it would make one
@@ -166,7 +176,8 @@ def _winner(
     return ledger.best_so_far(ranked, baseline, n_examples)
 
 
-def _usage(study: Study, record: Record) -> StepUsage:
+def steps_used(study: Study, record: Record) -> StepUsage:
+    """What each step of a compile has used, the search by its trials."""
     kept = {k.removeprefix(f"{USED}:"): v for k, v in study.user_attrs.items() if k.startswith(f"{USED}:")}
     steps = StepUsage({step: Usage(**used) for step, used in kept.items()})
     steps["search"] = sum((recorded.usage for recorded in record), Usage())

@@ -20,17 +20,17 @@ class Step(pydantic.BaseModel):
     cost: float | None = None
 
 
-def _program(signature: str, **types: Any) -> Any:
-    return dspy.Predict(dspy.Signature(signature, custom_types=types) if types else signature)
+def _program(signature: Any, **types: Any) -> Any:
+    return dspy.Predict(dspy.Signature(signature, custom_types=types) if types else dspy.Signature(signature))
 
 
 CASES = [
     ("question -> answer", {}, {"question": "1+1", "answer": "2 ü \u2028", "augmented": True}),
     ("question -> answer", {}, {"question": "1+1"}),
     ("question -> answer", {}, {"question": ["a", "b"], "answer": None}),
-    (
-        "question -> steps: list[Step]",
-        {"Step": Step},
+    (  # in a string, DSPy 3.2 finds no types of one's own within others
+        {"question": (str, dspy.InputField()), "steps": (list[Step], dspy.OutputField())},
+        {},
         {"question": "q", "steps": [Step(what="add", cost=1.0)]},
     ),
     ("question -> step: Step", {"Step": Step}, {"question": "q", "step": Step(what="add")}),
@@ -45,7 +45,7 @@ CASES = [
     "adapter", [None, dspy.JSONAdapter(), dspy.XMLAdapter()], ids=["chat", "json", "xml"]
 )
 @pytest.mark.parametrize(("signature", "types", "fields"), CASES)
-def test_same_prompts(signature: str, types: Any, fields: dict[str, Any], adapter: Any) -> None:
+def test_same_prompts(signature: Any, types: Any, fields: dict[str, Any], adapter: Any) -> None:
     """Text, numbers, lists, models, dates and images are prompted with as before."""
     program = _program(signature, **types)
     demos = [dspy.Example(fields)]

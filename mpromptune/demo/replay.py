@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import threading
@@ -213,6 +214,12 @@ class ReplayLM(dspy.BaseLM):
         self.ledger.count_call()
         replies = [f"[[ ## {name} ## ]]\n{self._reply(name, messages)}" for name in _requested(messages)]
         return _completion("\n\n".join([*replies, "[[ ## completed ## ]]"]), self.model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReplayLM:
+        """DSPy 3.2 copies an LM so for each proposal; copies share recording and ledger."""
+        twin = copy.copy(self)
+        twin.kwargs, twin.history = dict(self.kwargs), []
+        return twin
 
     def _reply(self, name: str, messages: list[dict[str, Any]]) -> str:
         if name == "answer":
