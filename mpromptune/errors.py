@@ -47,6 +47,18 @@ class CallTimeoutError(MPromptuneError, TimeoutError):
     """A program call took longer than the ``timeout``."""
 
 
+class TravelError(MPromptuneError, TypeError):
+    """An object cannot be sent to the workers of an executor; the message names it."""
+
+
+class WorkerLostError(MPromptuneError, ConnectionError):
+    """A worker died, or its executor gave up a call; another attempt may succeed."""
+
+
+class ExecutorBrokenError(MPromptuneError, RuntimeError):
+    """An executor makes no more calls."""
+
+
 class SearchStoppedError(MPromptuneError, RuntimeError):
     """The search had to stop before its budget was spent.
 

@@ -26,6 +26,7 @@ from mpromptune.options import OPTION_NAMES, SearchOptions, gather, resolve, unk
 from mpromptune.prices import Pricing
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
+from mpromptune.remote_programs import Elsewhere
 from mpromptune.schedule import Minibatches
 from mpromptune.steps import Steps, wants_traceback
 
@@ -120,6 +121,7 @@ class MIPROv2(dspy.MIPROv2):
         Raises:
             UnknownOptionError: An option is not known (a TypeError).
             InvalidArgumentError: An option is out of range, or given twice (a ValueError).
+            TravelError: Something cannot be sent to the workers of the executor (a TypeError).
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
                 and ``.program`` is the best so far.
             SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
@@ -150,7 +152,9 @@ class MIPROv2(dspy.MIPROv2):
         )
         token = _STEPS.set(steps)
         try:
-            with guard.watching():
+            executor = None if options.dry_run else options.executor
+            elsewhere = Elsewhere(executor, options.timeout, guard, self)
+            with guard.watching(), elsewhere as steps.elsewhere:
                 try:
                     yield
                 finally:
@@ -190,6 +194,7 @@ class MIPROv2(dspy.MIPROv2):
                 run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
                 _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
             _check_embedder(options, program)
+            _STEPS.get().elsewhere.check(program, valset)
             if options.confirm:
                 _STEPS.get().score_ahead(valset)
         return settings
@@ -242,7 +247,9 @@ class MIPROv2(dspy.MIPROv2):
         _STEPS.get().guard.spares = True  # from now on, the workers begin nothing beyond a limit
         forget_statistics(program)
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
-        scorer = ProgramScorer(programs, valset, self.metric, wants_traceback(evaluate.provide_traceback))
+        traceback = wants_traceback(evaluate.provide_traceback)
+        run = _STEPS.get().elsewhere.runner(programs, valset)
+        scorer = ProgramScorer(programs, valset, self.metric, traceback, run)
         score = _STEPS.get().scored_ahead(programs, valset, scorer)
         try:
             result = self._search(programs, score, len(valset), options, max_calls, minibatches, int(seed))
@@ -286,6 +293,7 @@ class MIPROv2(dspy.MIPROv2):
             minibatch=minibatches.enabled,
             minibatch_size=minibatches.size,
             minibatch_full_eval_steps=minibatches.full_eval_steps,
+            executor=_STEPS.get().elsewhere.threads,
             classify=classify,
             retry=options.retry,
             retry_after=retry_after,

@@ -15,6 +15,7 @@ from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_
 from mpromptune.interrupts import GRACE
 from mpromptune.limits import Limits
 from mpromptune.pace import Pace
+from mpromptune.remote import check_executor
 from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
 from mpromptune.storage import check_storage
 
@@ -68,6 +69,8 @@ class SearchOptions:
             call goes on where it was interrupted; by default memory.
         study_name: Name of the study in the storage.
         callbacks: Called as ``callback(study, trial)`` after every trial.
+        executor: Where the programs of the search are run: a ``concurrent.futures.Executor``, or a
+            callable that makes one (default: threads).
     """
 
     sampler: BaseSampler | str = "qei"
@@ -97,6 +100,7 @@ class SearchOptions:
     storage: Any = None
     study_name: str | None = None
     callbacks: Sequence[Any] = ()
+    executor: Any = None
 
     def __post_init__(self) -> None:
         self._check_sampler()
@@ -105,6 +109,7 @@ class SearchOptions:
                 require_count(name, getattr(self, name), least=0 if name == "n_batches" else 1)
         self._check_embedder()
         self._check_callbacks()
+        check_executor(self.executor)
         _ = self.limits  # checks them
         if not isinstance(self.dry_run, bool):
             raise InvalidArgumentError(f"dry_run must be True or False; got {self.dry_run!r}.")

@@ -34,6 +34,7 @@ from mpromptune.lm_errors import classify
 from mpromptune.lm_guard import Guard, measured
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Display
+from mpromptune.remote_programs import Elsewhere
 from mpromptune.schedule import Minibatches
 from mpromptune.threads import Threads
 from mpromptune.usage import Usage, record
@@ -73,7 +74,10 @@ class Steps:
 
     Attributes:
         arguments: Those of the compile.
+        elsewhere: The executor of the search.
     """
+
+    elsewhere: Elsewhere
 
     def __init__(
         self,

@@ -25,10 +25,12 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "usage"),
+    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "travel", "usage"),
     ("limits", "storage", "throttle"),
     ("attempts",),
     ("encoding", "execution", "findings", "ledger", "schedule"),
+    ("worker",),
+    ("remote",),
     ("options", "outage", "record", "repeats"),
     ("analysis", "history"),
     ("knowledge", "plots", "sampler"),
@@ -42,7 +44,7 @@ ADAPTER = (
     ("lm_errors", "prices", "progress"),
     ("estimate", "lm_guard", "threads"),
     ("bootstrap", "demos", "fingerprint", "programs", "proposal"),
-    ("checkpoint",),
+    ("checkpoint", "remote_programs"),
     ("ahead", "reading", "records"),
     ("steps",),
     ("optimizer",),

@@ -1,0 +1,149 @@
+"""Scores and LMs that travel to other processes, and write down there what they are asked.
+
+Workers import this: it needs neither torch nor Optuna.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import dspy
+from lms import arithmetic_lm, completion, digest, requested_fields
+
+N = 30
+TEXTS = {"0_predictor_instruction": ["a", "aa", "aaa", "aaaa"], "0_predictor_demos": [[], ["abc"], ["xyz"]]}
+INSTRUCTION, DEMOS = TEXTS
+
+
+def value(params: dict[str, int], example: int) -> float:
+    """A score that is 1 the more often the higher the indices."""
+    chance = 0.3 + 0.1 * params[INSTRUCTION] + 0.05 * params[DEMOS]
+    return float(digest(params[INSTRUCTION], params[DEMOS], example) % 1000 < 1000 * chance)
+
+
+def write(log: Path, line: str) -> None:
+    """One line, whoever else writes at the same time."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{line}\n".encode())
+    os.close(file)
+
+
+def written(log: Path, what: str) -> Counter[str]:
+    """How often each line that begins so was written."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return Counter(line.removeprefix(f"{what} ") for line in lines if line.startswith(f"{what} "))
+
+
+def kill_worker(marker: Path) -> None:
+    """Kills the process that runs this, once; never that of the tests."""
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    assert multiprocessing.parent_process() is not None
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Written:
+    """`value`, with a line in a file as each call starts and ends.
+
+    Args:
+        log: The file.
+        dies: So many lines later, the worker is killed in mid-call.
+        latency: Seconds of a call.
+    """
+
+    def __init__(self, log: Path, dies: int | None = None, latency: float = 0.0) -> None:
+        self.log, self.dies, self.latency = log, dies, latency
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        call = f"{params[INSTRUCTION]} {params[DEMOS]} {example}"
+        write(self.log, f"start {call}")
+        if self.dies is not None and len(self.log.read_text().splitlines()) >= self.dies:
+            kill_worker(self.log.with_suffix(".killed"))
+        time.sleep(self.latency)
+        write(self.log, f"end {call}")
+        return value(params, example)
+
+
+class Raising:
+    """`value`, but the first call on example 0 raises."""
+
+    def __init__(self, log: Path, error: Exception) -> None:
+        self.log, self.error = log, error
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        write(self.log, f"start {example}")
+        if example == 0 and written(self.log, "start")["0"] == 1:
+            raise self.error
+        return value(params, example)
+
+
+class WrittenLM(dspy.BaseLM):
+    """`lms.arithmetic_lm`, which travels, with a line in a file for each answer.
+
+    Args:
+        log: The file.
+        dies: So many lines later, the worker is killed while it asks.
+    """
+
+    def __init__(self, log: Path, dies: int | None = None) -> None:
+        super().__init__("scripted", "chat", 0.0, 1000, False)
+        self.log, self.dies = log, dies
+
+    def forward(self, prompt: str | None = None, messages: list | None = None, **kwargs: Any) -> Any:
+        messages = messages or [{"role": "user", "content": prompt}]
+        where = "away" if multiprocessing.parent_process() is not None else "here"
+        write(self.log, f"start {where}")
+        if self.dies is not None and len(self.log.read_text().splitlines()) >= self.dies and where == "away":
+            kill_worker(self.log.with_suffix(".killed"))
+        fields = "\n\n".join(f"[[ ## {f} ## ]]\n{_ANSWER(f, messages)}" for f in requested_fields(messages))
+        write(self.log, f"end {where}")
+        return completion(fields + "\n\n[[ ## completed ## ]]", self.model)
+
+    def copy(self, **kwargs: Any) -> WrittenLM:
+        return self
+
+
+_ANSWER: Callable[[str, list], str] = arithmetic_lm()._answer
+
+
+class Distant(Executor):
+    """Threads that behave as other processes do: whatever comes and goes is pickled.
+
+    Args:
+        number: Calls at a time.
+    """
+
+    def __init__(self, number: int = 4) -> None:
+        self._room = threading.Semaphore(number)
+        self.sent = 0  # bytes
+        self.futures: list[Future] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        packed = pickle.dumps((fn, args, kwargs))
+        self.sent += len(packed)
+        future: Future = Future()
+        self.futures.append(future)
+        threading.Thread(target=self._run, args=(future, packed), daemon=True).start()
+        return future
+
+    def _run(self, future: Future, packed: bytes) -> None:
+        with self._room:
+            if not future.set_running_or_notify_cancel():
+                return
+            fn, args, kwargs = pickle.loads(packed)
+            try:
+                future.set_result(pickle.loads(pickle.dumps(fn(*args, **kwargs))))
+            except BaseException as error:
+                future.set_exception(error)
