@@ -135,7 +135,7 @@ class Distant(Executor):
         self.sent += len(packed)
         future: Future = Future()
         self.futures.append(future)
-        threading.Thread(target=self._run, args=(future, packed), daemon=True).start()
+        threading.Thread(target=self._run, args=(future, packed), name="Distant", daemon=True).start()
         return future
 
     def _run(self, future: Future, packed: bytes) -> None:
@@ -145,5 +145,5 @@ class Distant(Executor):
             fn, args, kwargs = pickle.loads(packed)
             try:
                 future.set_result(pickle.loads(pickle.dumps(fn(*args, **kwargs))))
-            except BaseException as error:
+            except Exception as error:
                 future.set_exception(error)
