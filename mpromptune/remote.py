@@ -10,7 +10,6 @@ from concurrent import futures
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -22,14 +21,16 @@ from mpromptune.execution import Score, current_stop
 from mpromptune.interrupts import Stopped, result_of
 from mpromptune.travel import cannot_travel, pack, unpack_error
 from mpromptune.usage import record
-from mpromptune.worker import Answer, Call
+from mpromptune.worker import Call
 
 T = TypeVar("T")
 
 ExecutorSpec = Executor | Callable[[], Executor] | None
 
-# NOTE: seconds between two looks at whether a call is still wanted, as in `interrupts`.
-_SLICE = 0.2
+# NOTE: seconds between two looks at whether a call is still wanted: by each of the threads that wait, of
+# which there may be hundreds, and by the one that watches for all of them.
+_SLICE = 1.0
+_WATCH = 0.2
 _FACTORY = "executor=lambda: ProcessPoolExecutor(4)"
 
 
@@ -91,17 +92,15 @@ class Workplace:
         """Whether there is an executor whose workers do not."""
         return self._executor is not None and self.threads is None
 
-    def run(self, function: Callable[..., T], *args: Any, look: Callable[[], bool] = lambda: False) -> T:
+    def run(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a call in a worker.
 
         Args:
             function: Raises nothing itself.
             *args: Its arguments.
-            look: Called while waiting: whether the call is unwanted, so that it is withdrawn if it has
-                not begun.
 
         Raises:
-            Stopped: It was withdrawn.
+            Stopped: Nobody waits for it any more (`current_stop`), and it was withdrawn.
             WorkerLostError: Its worker was lost, and another one may answer.
             ExecutorBrokenError: The executor makes no more calls.
         """
@@ -113,13 +112,20 @@ class Workplace:
             raise self._lost(executor, error, broken=True) from error
         self._pending.add(future)
         try:
-            self._await(future, look, _says_what_runs(executor))
+            self._await(future, unwanted := current_stop())
         finally:
             self._pending.discard(future)
+        if future.cancelled() and unwanted():
+            raise Stopped
         failed = CancelledError() if future.cancelled() else future.exception()
         if failed is not None:
             raise self._lost(executor, failed, isinstance(failed, BrokenExecutor)) from failed
         return future.result()
+
+    def withdraw(self) -> None:
+        """Cancels calls that have not begun."""
+        for future in tuple(self._pending):
+            self._cancel(future)
 
     def tell(self, function: Callable[..., T], *args: Any) -> list[T]:
         """What a call in every worker there is now returns, where the executor can do that: Dask's can."""
@@ -132,11 +138,18 @@ class Workplace:
             return []
         return [said for said in told.values() if not isinstance(said, BaseException)]
 
-    def _await(self, future: Future[Any], look: Callable[[], bool], can_withdraw: bool) -> None:
+    def _await(self, future: Future[Any], unwanted: Callable[[], bool]) -> None:
         while not future.done():
-            if self._closed.is_set() or (look() and can_withdraw and future.cancel()):
+            if self._closed.is_set():
                 raise Stopped
+            if unwanted():
+                self._cancel(future)
             wait([future], _SLICE)
+
+    def _cancel(self, future: Future[Any]) -> None:
+        """Spares calls under way; Dask's futures do not say which these are, but its workers are told."""
+        if not hasattr(self._executor, "_client"):
+            future.cancel()
 
     def _lost(self, executor: Executor, error: BaseException, broken: bool) -> Exception:
         said = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -159,11 +172,6 @@ class Workplace:
         if not isinstance(made, Executor):
             raise InvalidArgumentError(f"executor must make a concurrent.futures.Executor; it made {made!r}.")
         return made
-
-
-def _says_what_runs(executor: Executor) -> bool:
-    """Whether `cancel` spares calls under way; those of a Dask client are pending until they are done."""
-    return not hasattr(executor, "_client")
 
 
 def _close(executor: Executor, hangs: bool) -> None:
@@ -204,7 +212,7 @@ class RemoteScore:
         self._parts = parts
         self._timeout = timeout
         self._stopped = stopped or threading.Event()
-        self._told = threading.Event()
+        self._over = threading.Event()
         self._key = uuid.uuid4().hex
         self._numbers = itertools.count()
 
@@ -221,17 +229,18 @@ class RemoteScore:
         wrong = next((answer for answer in said if answer is not None), None)
         if wrong is not None:
             raise self._unreadable(wrong)
+        in_daemon(self._watch)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        in_daemon(partial(self._place.tell, worker.stop, self._key, True))
+        self._over.set()
 
     def __call__(self, params: dict[str, int], example: int) -> float:
         """The score of a configuration on an example."""
         call = Call(self._key, params, example, self._timeout, next(self._numbers))
-        answer = self._perform(call)
+        answer = self._place.run(worker.perform, call)
         if answer.lacks:
-            answer = self._perform(replace(call, payload=self._payload))
+            answer = self._place.run(worker.perform, replace(call, payload=self._payload))
         record(answer.usage)
         if answer.unreadable is not None:
             raise cannot_travel("the score", answer.unreadable)
@@ -242,16 +251,15 @@ class RemoteScore:
         assert answer.score is not None
         return answer.score
 
-    def _perform(self, call: Call) -> Answer:
-        stop = current_stop()
-        return self._place.run(worker.perform, call, look=lambda: self._look(stop))
-
-    def _look(self, stop: Callable[[], bool]) -> bool:
-        """Whether a call is unwanted; the first that finds all of them so tells the workers."""
-        if self._stopped.is_set() and not self._told.is_set():
-            self._told.set()
-            in_daemon(partial(self._place.tell, worker.stop, self._key))
-        return stop()
+    def _watch(self) -> None:
+        """Once nothing is to begin any more, says so wherever something still might."""
+        while not self._over.wait(_WATCH):
+            if self._stopped.is_set():
+                self._place.withdraw()
+                self._place.tell(worker.stop, self._key)
+                break
+        self._over.wait()
+        self._place.tell(worker.stop, self._key, True)
 
     def _raise_stopped(self) -> None:
         if self._stopped.is_set() or self._timeout is None:

@@ -69,6 +69,7 @@ class Written:
     def __call__(self, params: dict[str, int], example: int) -> float:
         call = f"{params[INSTRUCTION]} {params[DEMOS]} {example}"
         write(self.log, f"start {call}")
+        write(self.log, f"by {os.getpid()}")
         if self.dies is not None and len(self.log.read_text().splitlines()) >= self.dies:
             kill_worker(self.log.with_suffix(".killed"))
         time.sleep(self.latency)
@@ -145,5 +146,19 @@ class Distant(Executor):
             fn, args, kwargs = pickle.loads(packed)
             try:
                 future.set_result(pickle.loads(pickle.dumps(fn(*args, **kwargs))))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised where the result is asked for
                 future.set_exception(error)
+
+
+class HangingOnce(Written):
+    """`Written`, but the first call on example 0 never comes back."""
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        if example == 0:
+            try:
+                os.close(os.open(self.log.with_suffix(".hangs"), os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                threading.Event().wait()
+        return super().__call__(params, example)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +16,7 @@ from typing import Any
 
 import pytest
 from embedders import letters
-from remote_scores import TEXTS, Distant, N, Raising, Written, value, written
+from remote_scores import TEXTS, Distant, HangingOnce, N, Raising, Written, value, written
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.attempts import RetryPolicy
@@ -100,7 +105,7 @@ def test_a_killed_worker_loses_no_trial(
 ) -> None:
     """After a SIGKILL in mid-run what was under way is asked again: every score is there, and told once."""
     executor = processes if kind == "processes" else request.getfixturevalue("dask")
-    result = run(Written(tmp_path / "log", dies=60, latency=0.005), executor=executor)
+    result = run(Written(tmp_path / "log", dies=90, latency=0.005), executor=executor)
     assert (tmp_path / "log.killed").exists()
     assert trials_of(result) == trials_of(undisturbed)
     assert result.best_params == undisturbed.best_params
@@ -119,7 +124,7 @@ def test_a_broken_pool_that_was_given_ends_the_search_with_what_was_measured(tmp
         processes() as pool,
         pytest.raises(SearchStoppedError, match="lambda: ProcessPoolExecutor") as caught,
     ):
-        run(Written(tmp_path / "log", dies=60, latency=0.005), executor=pool, storage=storage)
+        run(Written(tmp_path / "log", dies=90, latency=0.005), executor=pool, storage=storage)
     assert isinstance(caught.value.__cause__, ExecutorBrokenError)
     assert 0 < caught.value.result.calls < CALLS
     again = run(Written(tmp_path / "log"), storage=storage)
@@ -294,7 +299,7 @@ def test_a_stop_withdraws_what_has_not_begun() -> None:
     def go() -> None:
         try:
             run(hanging, executor=executor, stopped=stopped, num_threads=4, grace=0.1)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - looked at below
             found.append(error)
 
     def hung() -> bool:
@@ -312,3 +317,57 @@ def test_a_stop_withdraws_what_has_not_begun() -> None:
     thread.join(PATIENCE)
     assert isinstance(found[0], SearchStoppedError)
     assert len(queued) == 3
+
+
+def test_a_process_that_hangs_does_not_outlive_the_search(undisturbed: SearchResult, tmp_path: Path) -> None:
+    """Its call is made again by another one; what the search has started, it ends."""
+    others = set(multiprocessing.active_children())
+    retry = RetryPolicy(timeout=5.0, max_wait=0.01)
+    result = run(HangingOnce(tmp_path / "log"), executor=processes, retry=retry, num_threads=2)
+    assert (tmp_path / "log.hangs").exists()
+    assert trials_of(result) == trials_of(undisturbed)
+    for process in set(multiprocessing.active_children()) - others:
+        process.join(PATIENCE)
+        assert not process.is_alive()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from remote_scores import N, TEXTS, Distant, HangingOnce, Raising, Written, value, written
+from mpromptune.errors import SearchInterrupted
+from test_remote import SPAWN, ProcessPoolExecutor, run
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+        try:
+            run(Written(Path(sys.argv[1]), latency=0.05), executor=pool, num_threads=8, grace=60)
+        except SearchInterrupted as interrupted:
+            assert pool.submit(abs, -3).result() == 3
+            print("kept", interrupted.result.calls)
+"""
+
+
+def test_ctrl_c_leaves_calls_in_processes_their_grace(tmp_path: Path) -> None:
+    """The terminal sends it to every process; that of the pool finishes what it has begun, and no more."""
+    log, script = tmp_path / "log", tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    tests = Path(__file__).parent
+    child = subprocess.Popen(
+        [sys.executable, str(script), str(log)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while written(log, "end").total() < 5 and child.poll() is None:
+            time.sleep(0.01)
+        os.killpg(child.pid, signal.SIGINT)
+        said, _ = child.communicate(timeout=PATIENCE)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+    started, ended = written(log, "start").total(), written(log, "end").total()
+    assert said.strip() == f"kept {ended}"
+    assert started == ended < CALLS
