@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import dspy
+from dspy.clients import DISK_CACHE_DIR
 
 from mpromptune.errors import WorkerLostError
 from mpromptune.execution import Score
@@ -25,7 +26,7 @@ from mpromptune.usage import Meter, current_meter, metered
 _OF_A_CALL = frozenset(
     {"trace", "caller_predict", "caller_modules", "usage_tracker", "send_stream", "stream_listeners", METER}
 )
-# What may be different about a cache; its size may be another one on every machine.
+# Of a cache; its size may be another one on every machine.
 _CACHE = ("enable_disk_cache", "enable_memory_cache", "disk_cache_dir")
 
 
@@ -80,11 +81,11 @@ class Elsewhere:
         return _Paced(remote, self._guard, self._guard.pace, len(programs.program.predictors()))
 
     def _remote(self, programs: ProgramSpace, valset: Sequence[Any]) -> RemoteScore:
-        metric, settings, pricing = self._optimizer.metric, _settings(), self._guard.pricing
+        metric, pricing = self._optimizer.metric, self._guard.pricing
+        run = _Run(ProgramRunner(programs, valset, metric), pricing)
         parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
-        parts.update({f"DSPy's setting {name!r}": value for name, value in settings.items()})
+        parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
         parts["the option 'prices'"] = pricing
-        run = _Run(ProgramRunner(programs, valset, metric), settings, pricing, _cache())
         return RemoteScore(self._place, run, parts, self._timeout, self._guard.stopped)
 
 
@@ -93,35 +94,37 @@ class _Run:
 
     Args:
         run: Runs a configuration on an example.
-        settings: DSPy's.
         pricing: What answers cost.
-        cache: What is different about DSPy's cache.
+        settings: DSPy's, by default those of this context.
     """
 
     def __init__(
-        self, run: ProgramRunner, settings: Mapping[str, Any], pricing: Pricing, cache: Mapping[str, Any]
+        self,
+        run: ProgramRunner,
+        pricing: Pricing | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self._parts = run, settings, pricing, cache
+        self.settings = _settings() if settings is None else settings
         self._run = run
-        self._settings = settings
-        self._guard = Guard(pricing=pricing)
+        self._pricing = pricing or Pricing()
+        self._guard = Guard(pricing=self._pricing)
 
     def __reduce__(self) -> Any:
-        return _arrived, self._parts
+        return _arrived, (self._run, self._pricing, self.settings, _cache())
 
     def __call__(self, params: dict[str, int], example: int) -> float:
         meter = current_meter()
-        with dspy.context(**self._settings), self._guard.watching(), measured(meter):
+        with dspy.context(**self.settings), self._guard.watching(), measured(meter):
             return self._run(params, example)
 
 
 def _arrived(
-    run: ProgramRunner, settings: Mapping[str, Any], pricing: Pricing, cache: Mapping[str, Any]
+    run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any], cache: Mapping[str, Any]
 ) -> _Run:
     """The same in a worker, once in each."""
-    if _cache() != cache:
+    if any(getattr(dspy.cache, name) != value for name, value in cache.items()):
         dspy.configure_cache(**cache)
-    return _Run(run, settings, pricing, cache)
+    return _Run(run, pricing, settings)
 
 
 def _settings() -> dict[str, Any]:
@@ -135,7 +138,11 @@ def _settings() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    return {name: getattr(dspy.cache, name) for name in _CACHE if hasattr(dspy.cache, name)}
+    """What is different about the cache; the usual folder may be another one on every machine."""
+    found = {name: getattr(dspy.cache, name) for name in _CACHE if hasattr(dspy.cache, name)}
+    if found.get("disk_cache_dir") == str(DISK_CACHE_DIR):
+        del found["disk_cache_dir"]
+    return found
 
 
 class _Paced:

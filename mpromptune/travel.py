@@ -81,22 +81,27 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__
 
 
+_Link = tuple[Any, tuple[Any, ...], dict[str, Any]]  # what `_rebuilt` takes
+
+
 def _pack_link(error: BaseException) -> bytes:
     """Type, arguments and attributes: constructors of SDKs' errors take what pickle does not give them."""
-    cls = type(error)
-    text = _text(error)
+    cls, text = type(error), _text(error)
     args = tuple(arg if _travels(arg) else repr(arg) for arg in error.args)
     state = {name: value for name, value in vars(error).items() if _travels(value)}
-    packed = bytes(cloudpickle.dumps((cls, args, state))) if _travels(cls) else b""
-    if packed and _text(_rebuilt(*pickle.loads(packed))) == text:
-        return packed
-    try:  # fields that are neither: those of Python's own errors, which pickle knows
-        packed = bytes(cloudpickle.dumps((None, (error,), {})))
-        if _text(pickle.loads(packed)[1][0]) == text:
-            return packed
-    except Exception:  # noqa: BLE001 - whatever an error's own pickling raises
-        packed = b""
-    return pickle.dumps(((cls.__module__, cls.__qualname__), (text,), {}))
+    whole: _Link = None, (error,), {}  # for Python's own errors that have other fields, which pickle knows
+    named: _Link = (cls.__module__, cls.__qualname__), (text,), {}
+    found = (packed for link in ((cls, args, state), whole) if (packed := _packed(link, text)) is not None)
+    return next(found, pickle.dumps(named))
+
+
+def _packed(link: _Link, text: str) -> bytes | None:
+    """What an error is rebuilt from as bytes, if it then says the same."""
+    try:
+        packed = bytes(cloudpickle.dumps(link))
+        return packed if _text(_rebuilt(*pickle.loads(packed))) == text else None
+    except Exception:  # noqa: BLE001 - whatever pickling it, or making it, raises
+        return None
 
 
 def _text(error: BaseException) -> str:

@@ -1,10 +1,11 @@
-"""Scores and LMs that travel to other processes, and write down there what they are asked.
+"""Scores that travel to other processes, and write down there what they are asked.
 
-Workers import this: it needs neither torch nor Optuna.
+Workers import this: it needs neither DSPy nor torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -17,9 +18,6 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
-import dspy
-from lms import arithmetic_lm, completion, digest, requested_fields
-
 N = 30
 TEXTS = {"0_predictor_instruction": ["a", "aa", "aaa", "aaaa"], "0_predictor_demos": [[], ["abc"], ["xyz"]]}
 INSTRUCTION, DEMOS = TEXTS
@@ -28,7 +26,8 @@ INSTRUCTION, DEMOS = TEXTS
 def value(params: dict[str, int], example: int) -> float:
     """A score that is 1 the more often the higher the indices."""
     chance = 0.3 + 0.1 * params[INSTRUCTION] + 0.05 * params[DEMOS]
-    return float(digest(params[INSTRUCTION], params[DEMOS], example) % 1000 < 1000 * chance)
+    asked = f"{params[INSTRUCTION]} {params[DEMOS]} {example}"
+    return float(int(hashlib.sha256(asked.encode()).hexdigest()[:12], 16) % 1000 < 1000 * chance)
 
 
 def write(log: Path, line: str) -> None:
@@ -88,35 +87,6 @@ class Raising:
         if example == 0 and written(self.log, "start")["0"] == 1:
             raise self.error
         return value(params, example)
-
-
-class WrittenLM(dspy.BaseLM):
-    """`lms.arithmetic_lm`, which travels, with a line in a file for each answer.
-
-    Args:
-        log: The file.
-        dies: So many lines later, the worker is killed while it asks.
-    """
-
-    def __init__(self, log: Path, dies: int | None = None) -> None:
-        super().__init__("scripted", "chat", 0.0, 1000, False)
-        self.log, self.dies = log, dies
-
-    def forward(self, prompt: str | None = None, messages: list | None = None, **kwargs: Any) -> Any:
-        messages = messages or [{"role": "user", "content": prompt}]
-        where = "away" if multiprocessing.parent_process() is not None else "here"
-        write(self.log, f"start {where}")
-        if self.dies is not None and len(self.log.read_text().splitlines()) >= self.dies and where == "away":
-            kill_worker(self.log.with_suffix(".killed"))
-        fields = "\n\n".join(f"[[ ## {f} ## ]]\n{_ANSWER(f, messages)}" for f in requested_fields(messages))
-        write(self.log, f"end {where}")
-        return completion(fields + "\n\n[[ ## completed ## ]]", self.model)
-
-    def copy(self, **kwargs: Any) -> WrittenLM:
-        return self
-
-
-_ANSWER: Callable[[str, list], str] = arithmetic_lm()._answer
 
 
 class Distant(Executor):

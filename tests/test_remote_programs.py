@@ -14,14 +14,17 @@ import pytest
 from clocks import Clock
 from faults import RUN, BadKey, RateLimited
 from lms import arithmetic_lm
-from remote_scores import Distant, WrittenLM, write, written
+from remote_lms import WrittenLM
+from remote_scores import Distant, write, written
 from tasks import FEW_SHOT, TRAIN, VAL, Planner
 
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchStoppedError, TravelError, WorkerLostError
 from mpromptune.lm_guard import Guard
 from mpromptune.pace import Pace
-from mpromptune.remote_programs import _Paced
+from mpromptune.programs import ProgramRunner, ProgramSpace
+from mpromptune.remote_programs import _Paced, _Run
+from mpromptune.travel import pack, unpack
 from mpromptune.usage import Usage, record
 
 CALLS = 60
@@ -59,21 +62,6 @@ def same_prompts(a: Any, b: Any) -> bool:
     ]
 
 
-def test_programs_run_in_processes_and_the_ledger_comes_home(at_home: Any, tmp_path: Path) -> None:
-    """Same trials and winner as in threads; LM calls and tokens are those that the LM has written down."""
-    best = compiled(WrittenLM(tmp_path / "log"), executor=spawned)
-    assert trials_of(best) == trials_of(at_home)
-    assert same_prompts(best, at_home)
-    answered = written(tmp_path / "log", "end")
-    used = best.search_result.usage
-    assert used.total.lm_calls == answered.total()
-    assert used.total.prompt_tokens == 10 * answered.total()
-    assert answered["away"] > 0
-    # Two predictors; what was scored ahead of the search was asked here.
-    assert used["search"].lm_calls == 2 * best.search_result.calls
-    assert at_home.search_result.usage["search"].lm_calls == used["search"].lm_calls
-
-
 def test_a_killed_process_loses_no_trial_of_a_compile(at_home: Any, tmp_path: Path) -> None:
     """Its calls are made again; the requests that died with it are all that the ledger lacks."""
     lm = WrittenLM(tmp_path / "log", dies=150)
@@ -86,7 +74,7 @@ def test_a_killed_process_loses_no_trial_of_a_compile(at_home: Any, tmp_path: Pa
 
 
 def test_dask_runs_programs(at_home: Any, tmp_path: Path) -> None:
-    """A scheduler and a worker process, and DSPy's settings of this context in its threads."""
+    """Same trials and winner as in threads; LM calls and tokens are those that the LM has written down."""
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
@@ -96,7 +84,14 @@ def test_dask_runs_programs(at_home: Any, tmp_path: Path) -> None:
     ):
         best = compiled(WrittenLM(tmp_path / "log"), executor=client.get_executor())
     assert trials_of(best) == trials_of(at_home)
-    assert best.search_result.usage.total.lm_calls == written(tmp_path / "log", "end").total()
+    assert same_prompts(best, at_home)
+    answered, used = written(tmp_path / "log", "end"), best.search_result.usage
+    assert answered["away"] > 0
+    assert used.total.lm_calls == answered.total()
+    assert used.total.prompt_tokens == 10 * answered.total()
+    # Two predictors; what was scored ahead of the search was asked here.
+    assert used["search"].lm_calls == 2 * best.search_result.calls
+    assert at_home.search_result.usage["search"].lm_calls == used["search"].lm_calls
 
 
 def test_threads_take_what_cannot_travel(at_home: Any) -> None:
@@ -192,6 +187,28 @@ def test_a_failing_candidate_is_logged_here(tmp_path: Path, caplog: pytest.LogCa
     lm = Failing(tmp_path / "log", ValueError("gibberish"), times=1)
     compiled(lm, executor=Distant())
     assert sum("failed with" in r.message and "gibberish" in r.message for r in caplog.records) == 1
+
+
+def test_a_worker_has_the_cache_of_where_its_work_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where DSPy's disk cache is off, or elsewhere, it is so in the workers."""
+    with dspy.context(lm=WrittenLM(tmp_path / "log")):
+        monkeypatch.setattr(dspy, "cache", dspy.clients.Cache(False, True, str(tmp_path)))
+        packed = pack(_Run(ProgramRunner(ProgramSpace(Planner(), {0: [], 1: []}, None), VAL, exact)), {})
+        monkeypatch.setattr(dspy, "cache", dspy.clients.Cache(True, True, str(tmp_path / "other")))
+        unpack(packed)
+    assert (dspy.cache.enable_disk_cache, dspy.cache.disk_cache_dir) == (False, str(tmp_path))
+
+
+def test_the_history_of_an_lm_stays_here(tmp_path: Path) -> None:
+    """What an LM has been asked before does not travel with it, and is not lost either."""
+    lm = WrittenLM(tmp_path / "log")
+    lm.history.append({"prompt": "x" * 1000})
+    with dspy.context(lm=lm):
+        run = _Run(ProgramRunner(ProgramSpace(Planner(), {0: [], 1: []}, None), VAL, exact))
+    assert b"x" * 1000 not in pack(run, {})
+    assert len(lm.history) == 1
 
 
 class Asking:

@@ -27,6 +27,16 @@ class ParticularError(Exception):
         self.code, self.lock = code, lock
 
 
+class PickyError(Exception):
+    """Cannot be made without what its arguments do not hold."""
+
+    def __new__(cls, *, code: int) -> PickyError:
+        return super().__new__(cls)
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+
+
 def local_error() -> Exception:
     class LocalError(ConnectionError):
         pass
@@ -102,6 +112,12 @@ def test_an_error_whose_class_cannot_travel_keeps_its_name() -> None:
     back = unpack_error(pack_error(cls("slow down")))
     assert (type(back).__name__, str(back)) == ("RateLimitError", "slow down")
     assert classify(back) is classify(litellm.exceptions.RateLimitError("slow down", "openai", "gpt"))
+
+
+def test_an_error_that_cannot_be_made_again_keeps_its_name() -> None:
+    """Nothing that an error does when it is pickled or made loses a call."""
+    back = unpack_error(pack_error(PickyError(code=3)))
+    assert (type(back).__name__, str(back)) == ("PickyError", "code 3")
 
 
 def test_the_part_that_cannot_travel_is_named() -> None:
