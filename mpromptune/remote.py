@@ -272,7 +272,7 @@ class RemoteScore:
         try:
             asked: Future[T] = threads.submit(self._place.run, function, *args)
             return result_of(asked)
-        except WorkerLostError as error:
+        except (WorkerLostError, ExecutorBrokenError) as error:
             raise ExecutorBrokenError(
                 f"The executor's workers cannot run m-promptune: {error} It has to be installed where they "
                 "run; a script that starts processes needs `if __name__ == '__main__':`. No call was made."

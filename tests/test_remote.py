@@ -319,6 +319,33 @@ def test_a_stop_withdraws_what_has_not_begun() -> None:
     assert len(queued) == 3
 
 
+def test_a_stop_reaches_the_workers_of_dask(dask: Executor, tmp_path: Path) -> None:
+    """What waits in its queue asks nothing more, and what is under way comes back and is kept."""
+    log, stopped = tmp_path / "log", threading.Event()
+    score = Written(log, latency=0.02)
+    with pytest.raises(SearchStoppedError, match="told to from outside") as caught:
+        run(score, executor=dask, num_threads=16, stopped=stopped, callbacks=[lambda *_: stopped.set()])
+    for future in [dask.submit(abs, -i) for i in range(20)]:  # behind whatever is queued
+        future.result(PATIENCE)
+    started, ended = written(log, "start").total(), written(log, "end").total()
+    assert started == ended == caught.value.result.calls < CALLS
+
+
+def test_workers_that_cannot_start_are_an_error_before_any_call() -> None:
+    """An executor that loses whatever it is given says so at once, and not call by call."""
+
+    class Void(Losing):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+            return super().submit(lost, *args, **kwargs)
+
+    def lost() -> None:
+        raise AssertionError
+
+    lost.__name__ = "perform"
+    with pytest.raises(ExecutorBrokenError, match="installed where they run.*No call was made"):
+        run(value, executor=Void(10))
+
+
 def test_a_process_that_hangs_does_not_outlive_the_search(undisturbed: SearchResult, tmp_path: Path) -> None:
     """Its call is made again by another one; what the search has started, it ends."""
     others = set(multiprocessing.active_children())
