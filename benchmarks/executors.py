@@ -51,7 +51,7 @@ def workers(kind: str, processes: int, in_flight: int) -> Iterator[Executor | No
         threads = -(-in_flight // processes)
         sizes = {"n_workers": processes, "threads_per_worker": threads, "memory_limit": 0}
         with (
-            LocalCluster(processes=True, dashboard_address=None, **sizes) as cluster,
+            LocalCluster(processes=True, dashboard_address=":0", **sizes) as cluster,
             Client(cluster) as client,
         ):
             yield client.get_executor()

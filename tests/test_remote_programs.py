@@ -78,7 +78,7 @@ def test_dask_runs_programs(at_home: Any, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=4, processes=True, dashboard_address=None, memory_limit=0
+            n_workers=1, threads_per_worker=4, processes=True, dashboard_address=":0", memory_limit=0
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
@@ -171,6 +171,13 @@ def test_rate_limits_in_a_worker_slow_the_search_down(at_home: Any, tmp_path: Pa
     best = compiled(lm, executor=Distant(), max_retries=0)
     assert written(tmp_path / "log", "failed").total() == 2
     assert trials_of(best) == trials_of(at_home)
+
+
+def test_caps_change_no_trial(at_home: Any, tmp_path: Path) -> None:
+    """With leave for every call, taken before it is sent, a search is what it is without."""
+    best = compiled(WrittenLM(tmp_path / "log"), executor=Distant(), max_requests_per_minute=100_000)
+    assert trials_of(best) == trials_of(at_home)
+    assert best.search_result.usage.total.lm_calls == written(tmp_path / "log", "end").total()
 
 
 def test_a_wrong_key_in_a_worker_stops_the_search(tmp_path: Path) -> None:
