@@ -23,7 +23,8 @@ N_TRAIN, N_VAL = 20, 300
 SETUP = """\
 A compile with sampler="qei" of one predictor, 300 validation examples; of its search step alone. Latency
 of an LM call: lognormal, sigma 0.5. Utilisation: sum of latencies / (calls in flight x wall). CPU: seconds
-of this process in the search, and of all its child processes from their start to their end."""
+of this process in the search, and of all its child processes from their start to their end. Dask's
+profiler is off (distributed.worker.profile.enabled)."""
 
 
 class _Timed(mpromptune.MIPROv2):
@@ -46,8 +47,11 @@ def workers(kind: str, processes: int, in_flight: int) -> Iterator[Executor | No
         with ProcessPoolExecutor(in_flight, mp_context=multiprocessing.get_context("spawn")) as pool:
             yield pool
     else:
+        import dask
         from distributed import Client, LocalCluster
 
+        # It looks at every thread of every worker a hundred times a second.
+        dask.config.set({"distributed.worker.profile.enabled": False})
         threads = -(-in_flight // processes)
         sizes = {"n_workers": processes, "threads_per_worker": threads, "memory_limit": 0}
         with (
