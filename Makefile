@@ -58,6 +58,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.proposal
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.wallclock
+	$(BIN)/python -m benchmarks.executors
 	$(MAKE) report ARGS=
 
 notebooks: $(VENV)/.installed

@@ -68,14 +68,14 @@ def measure(cell: Cell) -> Cell:
     ours = cell["method"] == "ours"
     cls = clock.timed(mpromptune.MIPROv2 if ours else dspy.MIPROv2)
     options = {"sampler": "qei", "embedder": hashed} if ours else {}
-    examples = _examples(N_TRAIN + VALIDATION[cell["mode"]])
-    with dspy.context(lm=lm), _quiet():
-        optimizer = cls(metric=_exact, auto=cell["mode"], num_threads=cell["workers"])
+    data = examples(N_TRAIN + VALIDATION[cell["mode"]])
+    with dspy.context(lm=lm), quiet():
+        optimizer = cls(metric=exact, auto=cell["mode"], num_threads=cell["workers"])
         start = time.perf_counter()
         best = optimizer.compile(
             dspy.Predict("question -> answer"),
-            trainset=examples[:N_TRAIN],
-            valset=examples[N_TRAIN:],
+            trainset=data[:N_TRAIN],
+            valset=data[N_TRAIN:],
             **options,
         )
         wall = time.perf_counter() - start
@@ -95,17 +95,19 @@ def _figures(workers: int, wall: float, used: Used, clock: _Clock) -> dict[str, 
     }
 
 
-def _examples(n: int) -> list[dspy.Example]:
+def examples(n: int) -> list[dspy.Example]:
+    """``n`` distinct sums."""
     pairs = [(i, 2 * i + 1) for i in range(n)]
     return [dspy.Example(question=f"{a}+{b}", answer=str(a + b)).with_inputs("question") for a, b in pairs]
 
 
-def _exact(example: Any, prediction: Any, trace: Any = None) -> bool:
+def exact(example: Any, prediction: Any, trace: Any = None) -> bool:
+    """Exact match."""
     return bool(example.answer == prediction.answer)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No logs, bars or warnings of either side."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.samplers import BaseSampler
@@ -14,7 +12,6 @@ from optuna.study import Study
 from mpromptune.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator
-from mpromptune.daemons import DaemonThreads
 from mpromptune.encoding import Encoding
 from mpromptune.errors import require_count, require_finite
 from mpromptune.execution import Score, Workers, as_score, classify_builtin
@@ -26,6 +23,7 @@ from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
 from mpromptune.progress import OnProgress
 from mpromptune.record import check_left, missing_of, read_record
+from mpromptune.remote import ExecutorSpec, Workplace, measuring
 from mpromptune.result import SearchResult
 from mpromptune.samplers import bind, resolve_sampler, round_size
 from mpromptune.schedule import (
@@ -66,7 +64,7 @@ def search(
     minibatch: bool = True,
     minibatch_size: int = 35,
     minibatch_full_eval_steps: int = 5,
-    executor: Executor | None = None,
+    executor: ExecutorSpec = None,
     classify: Classify = classify_builtin,
     retry: RetryPolicy | None = None,
     retry_after: RetryAfter = no_hint,
@@ -122,7 +120,10 @@ def search(
         minibatch: (mipro) False measures every trial on all examples.
         minibatch_size: (mipro) Examples of a trial.
         minibatch_full_eval_steps: (mipro) Trials from one full evaluation to the next.
-        executor: Runs the work items; by default a thread pool of ``num_threads``.
+        executor: Where scores are computed; by default threads. Any ``concurrent.futures.Executor``, which
+            is left open, or a callable that makes one, which is made anew when it breaks. To all but a
+            ``ThreadPoolExecutor`` the score travels (by cloudpickle), but no context variable does. It
+            should have room for ``num_threads`` calls: what waits in its queue nears its ``timeout``.
         classify: The verdict on an exception of ``score``.
         retry: How infrastructure errors are retried, and after how long an attempt is given up.
         retry_after: Seconds that an exception of ``score`` asks to wait, or None.
@@ -143,6 +144,7 @@ def search(
 
     Raises:
         InvalidArgumentError: An argument cannot work; no call was made.
+        TravelError: The score cannot be sent to the workers of the executor; no call was made.
         StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
             seed or schedule, or to none; no call was made.
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
@@ -150,8 +152,7 @@ def search(
         SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
     """
     _check_counts(n_examples=n_examples, max_calls=max_calls, num_threads=num_threads)
-    optional = {"batch_size": batch_size, "block_size": block_size, "patience": patience}
-    _check_counts(**{name: count for name, count in optional.items() if count is not None})
+    _check_given(batch_size=batch_size, block_size=block_size, patience=patience)
     if target is not None:
         require_finite("target", target)
     require_finite("grace", grace)
@@ -184,24 +185,31 @@ def search(
     trials = Trials(study, space, record)
     budget = limits if isinstance(limits, Budget) else Budget(limits)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
-    with handled(), _executor(executor, num_threads) as pool, metered(budget.begin_search()):
-        return Coordinator(
-            space=space,
-            plan=plan,
-            workers=Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped),
-            trials=trials,
-            known=Knowledge(study, encoding, hidden=trials.untold),
-            budget=budget,
-            failure_score=failure_score,
-            callbacks=callbacks,
-            on_progress=on_progress,
-            grace=grace,
-        ).run()
+    stopped, place = stopped or threading.Event(), Workplace(executor)
+    with handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
+        workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
+        with metered(budget.begin_search()):
+            return Coordinator(
+                space=space,
+                plan=plan,
+                workers=workers,
+                trials=trials,
+                known=Knowledge(study, encoding, hidden=trials.untold),
+                budget=budget,
+                failure_score=failure_score,
+                callbacks=callbacks,
+                on_progress=on_progress,
+                grace=grace,
+            ).run()
 
 
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         require_count(name, count)
+
+
+def _check_given(**counts: int | None) -> None:
+    _check_counts(**{name: count for name, count in counts.items() if count is not None})
 
 
 def _set_sampler(
@@ -222,16 +230,3 @@ def _rounds_in_flight(plan: Plan, before: Mapping[str, Any], num_threads: int, t
     if isinstance(plan, MiproPlan):
         return plan.rounds_in_flight
     return default_rounds_in_flight(num_threads, plan.batch_size, trial_size)
-
-
-@contextlib.contextmanager
-def _executor(given: Executor | None, num_threads: int) -> Iterator[Executor]:
-    """The given executor, left open; or threads, which are closed without waiting for a call that hangs."""
-    if given is not None:
-        yield given
-        return
-    pool = DaemonThreads(num_threads)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -59,6 +59,18 @@ class TrialFailedError(MPromptuneError, RuntimeError):
     """A trial lacks scores, for errors of the infrastructure; nobody but DSPy's callbacks sees it."""
 
 
+class TravelError(MPromptuneError, TypeError):
+    """An object cannot be sent to the workers of an executor; the message names it."""
+
+
+class WorkerLostError(MPromptuneError, ConnectionError):
+    """A worker died, or its executor gave up a call; another attempt may succeed."""
+
+
+class ExecutorBrokenError(MPromptuneError, RuntimeError):
+    """An executor makes no more calls."""
+
+
 class SearchStoppedError(MPromptuneError, RuntimeError):
     """The search had to stop before its budget was spent.
 

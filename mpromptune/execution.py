@@ -20,7 +20,13 @@ from typing import Any
 
 from mpromptune.attempts import Attempts, Classify, RetryAfter, RetryPolicy, Verdict, no_hint
 from mpromptune.daemons import in_daemon
-from mpromptune.errors import CallTimeoutError, ScoreError
+from mpromptune.errors import (
+    CallTimeoutError,
+    ExecutorBrokenError,
+    ScoreError,
+    TravelError,
+    WorkerLostError,
+)
 from mpromptune.interrupts import Stopped
 from mpromptune.priority import Priority
 from mpromptune.throttle import Load
@@ -184,7 +190,11 @@ class Workers:
         return None if outcome.error is None else self._judge(outcome.error)
 
     def _judge(self, error: BaseException) -> Verdict:
-        return Verdict.RETRY if isinstance(error, CallTimeoutError) else self._classify(error)
+        if isinstance(error, CallTimeoutError | WorkerLostError):
+            return Verdict.RETRY
+        if isinstance(error, ExecutorBrokenError | TravelError):
+            return Verdict.STOP
+        return self._classify(error)
 
     def _kept(self, keep: Keep | None, params: dict[str, int], example: int) -> Outcome:
         outcome = self._measure(params, example)

@@ -32,6 +32,7 @@ from mpromptune.prices import Pricing
 from mpromptune.programs import ProgramScorer, ProgramSpace
 from mpromptune.progress import Listeners
 from mpromptune.records import attach_statistics, forget_statistics, percent, trial_logs
+from mpromptune.remote_programs import Elsewhere
 from mpromptune.schedule import Minibatches
 from mpromptune.steps import Steps, wants_traceback
 
@@ -111,6 +112,7 @@ class MIPROv2(dspy.MIPROv2):
             UnknownOptionError: An option is not known (a TypeError).
             InvalidArgumentError: An option is out of range, or given twice (a ValueError).
             IncompatibleDSPyError: There are options, and DSPy has changed what they are built on.
+            TravelError: Something cannot be sent to the workers of the executor (a TypeError).
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
                 and ``.program`` is the best so far.
             SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
@@ -151,7 +153,9 @@ class MIPROv2(dspy.MIPROv2):
         )
         token = _STEPS.set(steps)
         try:
-            with guard.watching():
+            executor = None if options.dry_run else options.executor
+            elsewhere = Elsewhere(executor, options.timeout, guard, self)
+            with guard.watching(), elsewhere as steps.elsewhere:
                 try:
                     yield
                 finally:
@@ -202,6 +206,7 @@ class MIPROv2(dspy.MIPROv2):
             run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
             _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
         _check_embedder(options, program)
+        _STEPS.get().elsewhere.check(program, valset)
         if options.confirm:
             _STEPS.get().score_ahead(valset)
 
@@ -249,7 +254,8 @@ class MIPROv2(dspy.MIPROv2):
         forget_statistics(program)
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
         keep, show = _STEPS.get().predictions.keep, wants_traceback(evaluate.provide_traceback)
-        scorer = ProgramScorer(programs, valset, self.metric, show, keep)
+        run = _STEPS.get().elsewhere.runner(programs, valset)
+        scorer = ProgramScorer(programs, valset, self.metric, show, keep, run)
         score = _STEPS.get().scored_ahead(programs, valset, scorer)
         try:
             result = self._search(programs, score, valset, options, max_calls, minibatches, int(seed))
@@ -295,6 +301,7 @@ class MIPROv2(dspy.MIPROv2):
             minibatch=minibatches.enabled,
             minibatch_size=minibatches.size,
             minibatch_full_eval_steps=minibatches.full_eval_steps,
+            executor=_STEPS.get().elsewhere.threads,
             classify=classify,
             retry=options.retry,
             retry_after=retry_after,

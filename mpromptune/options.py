@@ -16,6 +16,7 @@ from mpromptune.interrupts import GRACE
 from mpromptune.limits import Limits
 from mpromptune.pace import Pace
 from mpromptune.progress import OnProgress
+from mpromptune.remote import check_executor
 from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
 from mpromptune.storage import check_storage
 
@@ -72,6 +73,8 @@ class SearchOptions:
         on_progress: Called as ``on_progress(progress)`` with an `mpromptune.progress.Progress` after
             every round of the search, and in between.
         verbose: Show how the compile is getting on.
+        executor: Where the programs of the search are run: a ``concurrent.futures.Executor``, or a
+            callable that makes one (default: threads).
     """
 
     sampler: BaseSampler | str = "qei"
@@ -103,6 +106,7 @@ class SearchOptions:
     callbacks: Sequence[Any] = ()
     on_progress: OnProgress | None = None
     verbose: bool = True
+    executor: Any = None
 
     def __post_init__(self) -> None:
         self._check_sampler()
@@ -111,6 +115,7 @@ class SearchOptions:
                 require_count(name, getattr(self, name), least=0 if name == "n_batches" else 1)
         self._check_embedder()
         self._check_callbacks()
+        check_executor(self.executor)
         _ = self.limits  # checks them
         for name in ("dry_run", "verbose"):
             if not isinstance(getattr(self, name), bool):

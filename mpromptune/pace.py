@@ -58,7 +58,7 @@ class _Window:
 
 @dataclass(frozen=True)
 class Ticket:
-    """Leave for one request."""
+    """Leave for one request, or for all of a program call."""
 
     request: _Entry
     tokens: _Entry
@@ -86,14 +86,14 @@ class Pace:
         self._answered = 0
         self._used = 0
 
-    def take(self, sleep: Callable[[float], object]) -> Ticket:
-        """Leave for one request, once it fits; ``sleep`` may raise to give up waiting."""
+    def take(self, sleep: Callable[[float], object], requests: int = 1) -> Ticket:
+        """Leave for so many requests, once they fit; ``sleep`` may raise to give up waiting."""
         while True:
             with self._lock:
-                now, expected = self._clock(), self._used / max(self._answered, 1)
-                delay = max(self._requests.delay(1, now), self._tokens.delay(expected, now))
+                now, expected = self._clock(), requests * self._used / max(self._answered, 1)
+                delay = max(self._requests.delay(requests, now), self._tokens.delay(expected, now))
                 if delay <= 0:
-                    return Ticket(self._requests.take(1, now), self._tokens.take(expected, now))
+                    return Ticket(self._requests.take(requests, now), self._tokens.take(expected, now))
             sleep(min(delay, _LOOK))
 
     def owe(self) -> Ticket:
@@ -105,9 +105,21 @@ class Pace:
     def settle(self, ticket: Ticket, tokens: int) -> None:
         """The request was answered with that use of tokens."""
         with self._lock:
-            self._answered += 1
-            self._used += tokens
-            self._tokens.correct(ticket.tokens, tokens, self._clock())
+            self._note(ticket, tokens, 1)
+
+    def settle_all(self, ticket: Ticket, tokens: int, requests: int) -> None:
+        """So many requests were made somewhere between `take` and now, with that use of tokens in all.
+
+        They count from now on, the latest that any of them can have been sent.
+        """
+        with self._lock:
+            self._requests.correct(ticket.request, requests, self._clock())
+            self._note(ticket, tokens, requests)
+
+    def _note(self, ticket: Ticket, tokens: int, requests: int) -> None:
+        self._answered += requests
+        self._used += tokens
+        self._tokens.correct(ticket.tokens, tokens, self._clock())
 
     def refund(self, ticket: Ticket) -> None:
         """No request was sent after all: a cache answered."""

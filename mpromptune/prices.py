@@ -31,6 +31,9 @@ class Pricing:
         self._warned: set[str] = set()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> Any:  # each process has its own lock
+        return Pricing, (self._prices, self._must_know)
+
     def cost(self, lm: Any, model: str, usage: Mapping[str, Any]) -> float:
         """Of one answer; 0 if nobody knows."""
         if callable(self._prices):

@@ -13,7 +13,7 @@ import dspy
 from dspy.teleprompt.utils import get_signature, set_signature
 
 from mpromptune.attempts import Verdict
-from mpromptune.execution import as_score
+from mpromptune.execution import Score, as_score
 from mpromptune.lm_errors import classify
 from mpromptune.lm_guard import measured
 from mpromptune.space import PromptSpace
@@ -84,16 +84,57 @@ class ProgramSpace:
         return program
 
 
-class ProgramScorer:
-    """``score(params, example)``: runs a configuration on one validation example.
+def _keep_nothing(params: Mapping[str, int], example: int, prediction: Any) -> None:
+    pass
+
+
+class ProgramRunner:
+    """``score(params, example)``: runs a configuration on one validation example, wherever it is called.
 
     Args:
         programs: The configurations.
         valset: The validation examples.
         metric: ``metric(example, prediction)`` returning a number, a bool, or a prediction with
             ``.score``.
+        keep: Called as ``keep(params, example, prediction)``, in the thread that has it; not in others'
+            processes.
+    """
+
+    def __init__(
+        self, programs: ProgramSpace, valset: Sequence[Any], metric: Any, keep: Keep = _keep_nothing
+    ) -> None:
+        self._parts = programs, valset, metric
+        self._keep = keep
+        self._built = lru_cache(maxsize=_BUILT)(lambda items: _Built(programs.build(dict(items))))
+
+    def __reduce__(self) -> Any:  # without what has been built
+        return ProgramRunner, self._parts
+
+    def __call__(self, params: Mapping[str, int], example: int) -> float:
+        """The metric's value; an exception of the program or of the metric is passed on."""
+        _, valset, metric = self._parts
+        built = self._built(tuple(sorted(params.items())))
+        item = valset[example]
+        try:
+            # A trace of its own, or every call of the run would be kept in the caller's.
+            with dspy.context(trace=[]), measured(current_meter()):
+                prediction = built.program(**item.inputs())
+                self._keep(params, example, prediction)
+                return metric_value(metric(item, prediction))
+        finally:
+            built.forget()
+
+
+class ProgramScorer:
+    """The score of a search: a run of a program, and a line in the log for what a candidate failed on.
+
+    Args:
+        programs: The configurations.
+        valset: The validation examples.
+        metric: As a `ProgramRunner` takes it.
         show_traceback: Log where in the program a candidate's own errors come from.
-        keep: Called as ``keep(params, example, prediction)``, in the thread that has it.
+        keep: As a `ProgramRunner` takes it.
+        run: Runs a configuration on an example, where that is not to be done in this process.
     """
 
     def __init__(
@@ -102,29 +143,19 @@ class ProgramScorer:
         valset: Sequence[Any],
         metric: Any,
         show_traceback: bool = False,
-        keep: Keep = lambda params, example, prediction: None,
+        keep: Keep = _keep_nothing,
+        run: Score | None = None,
     ) -> None:
-        self._valset = valset
-        self._metric = metric
+        self._run = run or ProgramRunner(programs, valset, metric, keep)
         self._show_traceback = show_traceback
-        self._keep = keep
-        self._built = lru_cache(maxsize=_BUILT)(lambda items: _Built(programs.build(dict(items))))
 
-    def __call__(self, params: Mapping[str, int], example: int) -> float:
+    def __call__(self, params: dict[str, int], example: int) -> float:
         """The metric's value; an exception of the program or of the metric is passed on."""
-        built = self._built(tuple(sorted(params.items())))
-        item = self._valset[example]
         try:
-            # A trace of its own, or every call of the run would be kept in the caller's.
-            with dspy.context(trace=[]), measured(current_meter()):
-                prediction = built.program(**item.inputs())
-                self._keep(params, example, prediction)
-                return metric_value(self._metric(item, prediction))
+            return self._run(params, example)
         except Exception as error:
             self._log(error, params, example)
             raise
-        finally:
-            built.forget()
 
     def _log(self, error: Exception, params: Mapping[str, int], example: int) -> None:
         """What scores ``failure_score`` would otherwise leave no trace; the other errors do."""

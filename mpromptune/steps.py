@@ -34,6 +34,7 @@ from mpromptune.limits import SEARCH
 from mpromptune.lm_errors import classify
 from mpromptune.lm_guard import Guard, measured
 from mpromptune.programs import ProgramScorer, ProgramSpace
+from mpromptune.remote_programs import Elsewhere
 from mpromptune.schedule import Minibatches
 from mpromptune.screens import choose
 from mpromptune.threads import Threads
@@ -78,7 +79,10 @@ class Steps:
         arguments: Those of the compile.
         view: What there is to see of all three steps.
         predictions: Of what is scored, for those who listen to DSPy's evaluations.
+        elsewhere: The executor of the search.
     """
+
+    elsewhere: Elsewhere
 
     def __init__(
         self,

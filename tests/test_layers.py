@@ -25,10 +25,12 @@ MATHEMATICS = (
     ("acquisition", "explained", "stopping"),
 )
 LOOP = (
-    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "speed", "usage"),
+    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "speed", "travel", "usage"),
     ("limits", "storage", "throttle"),
     ("attempts", "progress"),
     ("encoding", "execution", "findings", "ledger", "schedule"),
+    ("worker",),
+    ("remote",),
     ("options", "outage", "record", "repeats"),
     ("analysis", "arguments", "history"),
     ("knowledge", "plots", "sampler", "signs"),
@@ -42,7 +44,7 @@ ADAPTER = (
     ("adapters", "frames", "lm_errors", "prices"),
     ("compatibility", "estimate", "lm_guard", "screens", "threads"),
     ("bootstrap", "demos", "fingerprint", "interception", "programs", "proposal", "view"),
-    ("checkpoint",),
+    ("checkpoint", "remote_programs"),
     ("ahead", "reading", "records"),
     ("evaluations",),
     ("steps",),

@@ -123,6 +123,8 @@ def test_sampler_config_must_be_a_mapping(config: Any) -> None:
         ({"max_tokens_per_minute": 1.5}, "max_tokens_per_minute.*1.5"),
         ({"prices": {"m": 3}}, "prices.*'m': 3"),
         ({"prices": 3}, "prices.*3"),
+        ({"executor": 3}, "executor.*3"),
+        ({"executor": "dask"}, "executor.*'dask'"),
         ({"dry_run": "yes"}, "dry_run.*'yes'"),
         ({"schedule": "stock"}, "schedule.*'blocks', 'mipro'.*'stock'"),
         ({"schedule": "mipro", "max_calls": 27}, "max_calls=27.*28"),
