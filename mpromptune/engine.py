@@ -26,7 +26,7 @@ from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
 from mpromptune.record import check_left, missing_of, read_record
 from mpromptune.result import SearchResult
-from mpromptune.samplers import bind, resolve_sampler, round_size
+from mpromptune.samplers import bind, is_qei, resolve_sampler, round_size
 from mpromptune.schedule import (
     Minibatches,
     Schedule,
@@ -166,6 +166,7 @@ def search(
         check_budget(max_calls, n_examples, confirm)
         parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
         plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
+        plan.by_difficulty = is_qei(sampler)
     before = recorded_settings(study := open_study(storage, study_name))
     plan.batch_size = round_size(batch_size, sampler, num_threads, trial_size, before.get("batch_size"))
     plan.rounds_in_flight = _rounds_in_flight(plan, before, num_threads, trial_size)

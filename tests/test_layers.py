@@ -19,7 +19,7 @@ PACKAGE = ROOT / "mpromptune"
 MATHEMATICS = (
     ("attributes", "errors"),
     ("embedding", "space"),
-    ("candidates", "geometry", "noise"),
+    ("candidates", "difficulty", "geometry", "noise"),
     ("kernels",),
     ("surrogate",),
     ("acquisition", "stopping"),
@@ -29,7 +29,7 @@ LOOP = (
     ("limits", "storage", "throttle"),
     ("attempts",),
     ("encoding", "execution", "findings", "ledger", "schedule"),
-    ("options", "outage", "record", "repeats"),
+    ("options", "outage", "record"),
     ("analysis", "history"),
     ("knowledge", "plots", "sampler"),
     ("plan", "report", "samplers", "qEI"),
