@@ -79,9 +79,10 @@ def search(
 
     Rounds of ``batch_size`` configurations are measured on a block of examples each, two rounds at a
     time; promising configurations are measured on further blocks; no example of a configuration is
-    paid for twice. With ``"qei"`` a block is of the examples that tell configurations apart, as far as
-    those told so far, and the baseline, which comes first, can say. With ``schedule="mipro"`` trials are measured on random
-    minibatches instead and, now and then, the best one so far on all examples, as in DSPy's MIPROv2.
+    paid for twice. With ``"qei"`` a block holds the examples that tell configurations apart, as far as
+    is known, and the baseline comes first, on all of them. With ``schedule="mipro"`` trials are
+    measured on random minibatches instead and, now and then, the best one so far on all examples, as
+    in DSPy's MIPROv2.
     Proposals depend on ``seed``, on ``batch_size`` (by default a round has a call for every thread),
     on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds
     measured, never on timing.
