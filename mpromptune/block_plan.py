@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from mpromptune.difficulty import as_matrix, most_telling_first
 from mpromptune.knowledge import Knowledge
 from mpromptune.ledger import Ledger
 from mpromptune.plan import Request
@@ -24,6 +25,9 @@ class BlockPlan:
         batch_size: Configurations per round.
         rounds_in_flight: Rounds being measured at any time.
         stopping: When to stop before the budget is spent.
+        by_difficulty: Whether a trial is measured on the examples that tell most, rather than on its
+            round's block: for a surrogate that knows how hard they are. The baseline comes first then,
+            on all of them, since that tells how hard they are.
     """
 
     schedule: Schedule
@@ -31,6 +35,7 @@ class BlockPlan:
     batch_size: int
     rounds_in_flight: int = 2
     stopping: Stopping = field(default_factory=Stopping)
+    by_difficulty: bool = False
     _rounds: int = 0
     _judged: int = 0
     _over: bool = False
@@ -83,6 +88,7 @@ class BlockPlan:
             return
         before, available = self.schedule.spent, self._available(known)
         until = before + available
+        telling = self._telling(known)
         for _ in range(self.schedule.size_of_round(self.batch_size, available)):
             first = not self.schedule.assigned.get(self.baseline)
             if not first and not self.schedule.anything_open(self.space_size):
@@ -94,11 +100,18 @@ class BlockPlan:
             limit = until - self.schedule.spent
             if limit <= 0:  # trials of an earlier run may be longer than was planned for them now
                 break
-            yield Request(None, partial(self._block, self._rounds, limit))
+            by_round = partial(self._block, self._rounds, limit)
+            yield Request(None, partial(self._first_of, telling, limit) if telling else by_round)
         self._rounds += self.schedule.spent > before
 
     def _first_of_baseline(self, until: int) -> Iterator[Request]:
-        """A block, as of any other; in a large pool, the rest for workers that have nothing else to do."""
+        """A block, as of any other; in a large pool, the rest for workers that have nothing else to do.
+
+        All of it at once where that says how hard the examples are.
+        """
+        if self.by_difficulty and self.schedule.confirm:
+            yield Request(self.baseline, self._missing)
+            return
         limit = self.n_examples if self.schedule.confirm else until - self.schedule.spent
         yield Request(self.baseline, partial(self._block, 0, limit))
         if self._is_wide and self.schedule.confirm and self.schedule.missing(self.baseline):
@@ -111,6 +124,17 @@ class BlockPlan:
     @property
     def _round_calls(self) -> int:
         return self.batch_size * len(self.schedule.blocks[0])
+
+    def _telling(self, known: Knowledge) -> list[int]:
+        """All examples, those first that tell most; none before anything has been told."""
+        if not self.by_difficulty or not known.ledger.calls:
+            return []
+        scores = [known.ledger.means(row) for row in known.ledger.rows()]
+        examples = [e for block in self.schedule.blocks for e in block]
+        return most_telling_first(as_matrix(scores, self.n_examples), examples)
+
+    def _first_of(self, order: Sequence[int], limit: int, row: Row, number: int) -> Examples:
+        return self.schedule.first_of(order, row, limit)
 
     def _block(self, round_number: int, limit: int, row: Row, number: int) -> Examples:
         return self.schedule.next_examples(row, round_number, limit)

@@ -25,7 +25,7 @@ from mpromptune.progress import OnProgress
 from mpromptune.record import check_left, missing_of, read_record
 from mpromptune.remote import ExecutorSpec, Workplace, measuring
 from mpromptune.result import SearchResult
-from mpromptune.samplers import bind, resolve_sampler, round_size
+from mpromptune.samplers import bind, is_qei, resolve_sampler, round_size
 from mpromptune.schedule import (
     Minibatches,
     Schedule,
@@ -76,10 +76,12 @@ def search(
 ) -> SearchResult:
     """Finds the configuration with the highest mean score for a budget of program calls.
 
-    Rounds of ``batch_size`` configurations are measured on one shared block of examples each, two
-    rounds at a time; promising configurations are measured on further blocks; no example of a
-    configuration is paid for twice. With ``schedule="mipro"`` trials are measured on random
-    minibatches instead and, now and then, the best one so far on all examples, as in DSPy's MIPROv2.
+    Rounds of ``batch_size`` configurations are measured on a block of examples each, two rounds at a
+    time; promising configurations are measured on further blocks; no example of a configuration is
+    paid for twice. With ``"qei"`` a block holds the examples that tell configurations apart, as far as
+    is known, and the baseline comes first, on all of them. With ``schedule="mipro"`` trials are
+    measured on random minibatches instead and, now and then, the best one so far on all examples, as
+    in DSPy's MIPROv2.
     Proposals depend on ``seed``, on ``batch_size`` (by default a round has a call for every thread),
     on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds
     measured, never on timing.
@@ -170,6 +172,7 @@ def search(
         check_budget(max_calls, n_examples, confirm)
         parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
         plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
+        plan.by_difficulty = is_qei(sampler)
     before = recorded_settings(study := open_study(storage, study_name))
     plan.batch_size = round_size(batch_size, sampler, num_threads, trial_size, before.get("batch_size"))
     plan.rounds_in_flight = _rounds_in_flight(plan, before, num_threads, trial_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from mpromptune.attributes import EXAMPLES, N_EXAMPLES, PROPOSED, SCORES
+from mpromptune.difficulty import as_matrix, difficulty_of, summarise
 from mpromptune.embedding import FloatArray
 from mpromptune.geometry import Geometry
-from mpromptune.noise import Measurement, observation_variances, variance_components
-from mpromptune.repeats import without_repeats
+from mpromptune.ledger import Ledger
 from mpromptune.space import Row
 from mpromptune.surrogate import fit
 
@@ -27,23 +27,26 @@ RowOf = Callable[[dict[str, object]], Row | None]
 class History:
     """What a study knows, for maximisation.
 
+    Trials with scores by example are one observation for each configuration, its mean score over the
+    validation set as far as they tell; other trials are one observation each.
+
     Attributes:
-        train_X: ``n x (C + 1)`` candidate indices and example-set index (-1: none recorded).
+        train_X: ``n x (C + 1)`` candidate indices and the observation's index (-1: no scores by example).
         train_Y: ``n x 1`` values; negated for a study that minimises.
-        train_Yvar: ``n x 1`` observation variances, or None where no per-example scores exist.
-        overlap: ``m x m`` shares of common examples of the m example sets (see `BlockKernel`).
-        block_variance: Variance of the examples' difficulty.
+        train_Yvar: ``n x 1`` variances of each observation by itself, or None without scores by example.
+        shared: ``n x n`` covariance of the observations through the examples' difficulty; or ``0 x 0``.
+        trial_noise: Variance of a typical trial's estimate; None without scores by example.
         measured: Configuration to the examples that it was measured on.
         pending: Configurations of running trials.
         closed: Configurations with nothing left to measure.
-        n_trials: Trials observed, those included that were pooled into one observation.
+        n_trials: Trials observed.
     """
 
     train_X: Tensor
     train_Y: Tensor
     train_Yvar: Tensor | None
-    overlap: Tensor
-    block_variance: float
+    shared: Tensor
+    trial_noise: float | None
     measured: dict[Row, set[int]]
     pending: tuple[Row, ...]
     closed: frozenset[Row]
@@ -51,11 +54,6 @@ class History:
 
     def __len__(self) -> int:
         return len(self.train_Y)
-
-    @property
-    def trial_noise(self) -> float | None:
-        """Variance of a typical trial's value; None where trials have no per-example scores."""
-        return None if self.train_Yvar is None else float(self.train_Yvar.median())
 
 
 def proposed_params(trial: FrozenTrial) -> dict[str, object]:
@@ -76,12 +74,25 @@ def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_compone
     placed = [(t, row) for t in trials if (row := row_of(proposed_params(t))) is not None]
     complete = [(t, row) for t, row in placed if t.state == TrialState.COMPLETE]
     finished = [(t, row) for t, row in placed if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    pending = tuple(row for t, row in placed if t.state == TrialState.RUNNING)
-    n_examples = study.user_attrs.get(N_EXAMPLES, 0)
     measured = _measured(finished)
-    closed = frozenset(row for row, examples in measured.items() if len(examples) >= n_examples)
+    n_examples = study.user_attrs.get(N_EXAMPLES, 0)
     maximise = study.direction == StudyDirection.MAXIMIZE
-    return _with_tensors(complete, maximise, num_components, n_examples, measured, pending, closed)
+    if complete and all(_has_scores(trial) for trial, _ in complete):
+        known = n_examples or 1 + max(e for examples in measured.values() for e in examples)
+        seen = _configurations(complete, maximise, known)
+    else:
+        seen = _trials_as_they_are(complete, maximise)
+    return History(
+        train_X=torch.tensor(seen.rows, dtype=torch.float64).reshape(len(seen.rows), num_components + 1),
+        train_Y=torch.from_numpy(seen.values).unsqueeze(-1),
+        train_Yvar=None if seen.variances is None else torch.from_numpy(seen.variances).unsqueeze(-1),
+        shared=torch.from_numpy(seen.shared),
+        trial_noise=seen.trial_noise,
+        measured=measured,
+        pending=tuple(row for t, row in placed if t.state == TrialState.RUNNING),
+        closed=frozenset(row for row, examples in measured.items() if len(examples) >= n_examples),
+        n_trials=len(complete),
+    )
 
 
 def _measured(finished: Sequence[tuple[FrozenTrial, Row]]) -> dict[Row, set[int]]:
@@ -91,36 +102,20 @@ def _measured(finished: Sequence[tuple[FrozenTrial, Row]]) -> dict[Row, set[int]
     return measured
 
 
-def _with_tensors(
-    complete: Sequence[tuple[FrozenTrial, Row]],
-    maximise: bool,
-    num_components: int,
-    n_examples: int,
-    measured: dict[Row, set[int]],
-    pending: tuple[Row, ...],
-    closed: frozenset[Row],
-) -> History:
-    observed = without_repeats(complete)
-    sets = list(dict.fromkeys(s for t, _ in observed if (s := _examples(t))))
-    index_of = {s: i for i, s in enumerate(sets)}
-    rows = [[*row, index_of.get(_examples(t), -1)] for t, row in observed]
-    values = _finite(np.array([t.value for t, _ in observed], dtype=np.float64))
-    yvar, block_variance = _noise(observed)
-    return History(
-        train_X=torch.tensor(rows, dtype=torch.float64).reshape(len(rows), num_components + 1),
-        train_Y=torch.from_numpy(values if maximise else -values).unsqueeze(-1),
-        train_Yvar=yvar,
-        overlap=_overlap(sets, n_examples),
-        block_variance=block_variance,
-        measured=measured,
-        pending=pending,
-        closed=closed,
-        n_trials=len(complete),
-    )
+@dataclass(frozen=True)
+class _Observations:
+    """The part of a History that the surrogate is fitted to."""
+
+    rows: list[list[int]]
+    values: FloatArray
+    variances: FloatArray | None = None
+    shared: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    trial_noise: float | None = None
 
 
-def _examples(trial: FrozenTrial) -> tuple[int, ...]:
-    return tuple(trial.user_attrs.get(EXAMPLES, ()))
+def _trials_as_they_are(complete: Sequence[tuple[FrozenTrial, Row]], maximise: bool) -> _Observations:
+    values = _finite(np.array([t.value for t, _ in complete], dtype=np.float64))
+    return _Observations([[*row, -1] for _, row in complete], values if maximise else -values)
 
 
 def _finite(values: FloatArray) -> FloatArray:
@@ -131,42 +126,27 @@ def _finite(values: FloatArray) -> FloatArray:
     return clipped
 
 
-def _noise(observed: Sequence[tuple[FrozenTrial, Row]]) -> tuple[Tensor | None, float]:
-    measurements: list[Measurement] = [
-        (_examples(t), np.array(t.user_attrs[SCORES], dtype=np.float64))
-        for t, _ in observed
-        if t.user_attrs.get(SCORES)
-    ]
-    if not measurements or len(measurements) < len(observed):
-        return None, 0.0
-    components = variance_components(measurements)
-    variances = observation_variances(measurements, [row for _, row in observed], components)
-    return torch.from_numpy(variances).unsqueeze(-1), components.difficulty
+def _configurations(
+    complete: Sequence[tuple[FrozenTrial, Row]], maximise: bool, n_examples: int
+) -> _Observations:
+    """One observation for each configuration; an example that was answered twice counts once."""
+    ledger = Ledger()
+    for trial, row in complete:
+        scores = np.array(trial.user_attrs[SCORES], dtype=np.float64) * (1.0 if maximise else -1.0)
+        ledger.add(row, dict(zip(trial.user_attrs[EXAMPLES], scores.tolist(), strict=True)))
+    rows = ledger.rows()
+    scores = as_matrix([ledger.means(row) for row in rows], n_examples)
+    difficulty = difficulty_of(scores)
+    summary = summarise(scores, difficulty)
+    told = [difficulty.information[list(trial.user_attrs[EXAMPLES])].sum() for trial, _ in complete]
+    indexed = [[*row, i] for i, row in enumerate(rows)]
+    return _Observations(indexed, summary.values, summary.own, summary.shared, 1.0 / float(np.median(told)))
 
 
-def _overlap(sets: Sequence[tuple[int, ...]], n_examples: int) -> Tensor:
-    r"""``m x m``: :math:`|B \cap B'| / (|B| |B'|) - 1 / N`.
-
-    The last term is the finite-population correction: difficulties are deviations from the mean of
-    the validation set, so a trial on all N examples has none, and what is uncertain about a
-    configuration is not what all configurations share.
-    """
-    if not sets:
-        return torch.zeros(0, 0, dtype=torch.float64)
-    membership = np.zeros((len(sets), 1 + max(max(s) for s in sets)))
-    for i, examples in enumerate(sets):
-        membership[i, list(examples)] = 1.0 / len(examples)
-    correction = 1.0 / n_examples if n_examples else 0.0
-    return torch.from_numpy(membership @ membership.T - correction)
+def _has_scores(trial: FrozenTrial) -> bool:
+    return bool(trial.user_attrs.get(SCORES))
 
 
 def fit_history(history: History, geometries: Sequence[Geometry]) -> SingleTaskGP:
     """The surrogate of everything observed; needs at least one observation."""
-    return fit(
-        history.train_X,
-        history.train_Y,
-        history.train_Yvar,
-        geometries,
-        history.overlap,
-        history.block_variance,
-    )
+    return fit(history.train_X, history.train_Y, history.train_Yvar, geometries, history.shared)

@@ -1,12 +1,11 @@
-r"""Covariances over index-valued inputs: PromptKernel (texts) and BlockKernel (shared examples).
+r"""Covariances over index-valued inputs: PromptKernel (texts) and SharedKernel (shared examples).
 
 Notation
     C       number of components; the first C columns of an input are candidate indices
-    block   the last column of an input: index of the example set measured, or -1 for none
+    index   the last column of an input: which observation it is, or -1 for a configuration itself
     d_cv^2  squared distance between two candidates of component c in view v (see `geometry`)
     k_c     component kernel, in [0, 1]
     k_g     group (predictor) kernel
-    B       the set of examples that a trial was measured on
 """
 
 from __future__ import annotations
@@ -148,30 +147,25 @@ class PromptKernel(Kernel):
         return torch.exp(self.log_interaction) * e2 / pairs
 
 
-class BlockKernel(Kernel):
-    r"""Covariance of two trials through the examples that they share.
+class SharedKernel(Kernel):
+    r"""Covariance of observations beside that of what they observe: ``table[i, j]`` by their indices.
 
-    .. math:: k(B, B') = \sigma_b^2 (|B \cap B'| / (|B| |B'|) - 1 / N)
-
-    For blocks that partition the N examples this is, at trial level, the mixed model
-    :math:`y = f(prompt) + b(example) + \epsilon` with :math:`b \sim N(0, \sigma_b^2)` and
-    :math:`\sum b = 0`: a trial's value is a mean over its block, so two trials on one block share
-    the mean of its difficulties. Block -1 is the average example and shares nothing with any block.
+    Here it is what configurations that were measured on the same examples have in common, see
+    `mpromptune.difficulty`. Index -1 is a configuration itself, which shares nothing with any observation.
 
     Args:
-        overlap: ``m x m``, the bracket above for every pair of example sets.
-        variance: :math:`\sigma_b^2`, in the units of the model.
+        table: ``n x n``, in the units of the model.
     """
 
     is_stationary = False
+    table: Tensor
 
-    def __init__(self, overlap: Tensor, variance: float) -> None:
+    def __init__(self, table: Tensor) -> None:
         super().__init__()
-        padded = torch.nn.functional.pad(overlap.to(torch.float64), (0, 1, 0, 1))
-        self.register_buffer("table", variance * padded)
+        # A row of zeros at the end is where -1 points.
+        self.register_buffer("table", torch.nn.functional.pad(table.to(torch.float64), (0, 1, 0, 1)))
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
         """``... x n x (C + 1)`` and ``... x m x (C + 1)`` indices to ``... x n x m`` covariances."""
-        # The padding is a row of zeros at the end, which is where -1 points.
-        block1, block2 = (x[..., -1].long() % len(self.table) for x in (x1, x2))
-        return _lookup(self.table, block1, block2, diag)
+        first, second = (x[..., -1].long() % len(self.table) for x in (x1, x2))
+        return _lookup(self.table, first, second, diag)

@@ -56,6 +56,11 @@ def resolve_sampler(
     raise unknown_sampler(spec)
 
 
+def is_qei(spec: BaseSampler | str | None) -> bool:
+    """Whether `resolve_sampler` makes a qEISampler of it."""
+    return isinstance(spec, qEISampler) or spec is None or str(spec).lower() == "qei"
+
+
 def round_size(
     given: int | None, sampler: object, num_threads: int, trial_size: int, before: int | None = None
 ) -> int:

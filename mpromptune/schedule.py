@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -87,6 +88,12 @@ class Schedule:
             if lacking:
                 return lacking[:limit]
         return ()
+
+    def first_of(self, order: Sequence[int], row: Row, limit: int) -> Examples:
+        """A block's worth of the first in ``order`` that ``row`` lacks, cut to ``limit``."""
+        have = self.assigned.get(row, set())
+        lacking = (e for e in order if e not in have)
+        return tuple(islice(lacking, min(limit, len(self.blocks[0]))))
 
     def assign(self, row: Row, examples: Sequence[int]) -> None:
         """Commits to measuring ``row`` on ``examples``."""

@@ -20,7 +20,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from mpromptune.geometry import Geometry
-from mpromptune.kernels import BlockKernel, PromptKernel
+from mpromptune.kernels import PromptKernel, SharedKernel
 
 # NOTE: a step that gains less than a hundred-thousandth of a nat per observation ends a fit. On 100
 # trials of 2000 configurations that is after 8 evaluations instead of 11, and moves no posterior mean by
@@ -69,19 +69,16 @@ def fit(
     train_Y: Tensor,
     train_Yvar: Tensor | None,
     geometries: Sequence[Geometry],
-    overlap: Tensor | None = None,
-    block_variance: float = 0.0,
+    shared: Tensor | None = None,
 ) -> SingleTaskGP:
     r"""Fits the surrogate by maximum a posteriori (`fit_gpytorch_mll`).
 
     Args:
-        train_X: ``n x (C + 1)`` candidate indices and, last, the example-set index (-1: none).
+        train_X: ``n x (C + 1)`` candidate indices and, last, the observation's index (-1: none).
         train_Y: ``n x 1`` observed values, to be maximised.
         train_Yvar: ``n x 1`` variances of the observations, or None to infer one for all.
         geometries: Distances of the C components.
-        overlap: ``m x m`` shares of common examples of the m example sets (see `BlockKernel`).
-        block_variance: :math:`\sigma_b^2`, variance of the examples' difficulty, in units of
-            ``train_Y`` squared.
+        shared: Further covariance of the observations, by their indices, in units of ``train_Y`` squared.
 
     Returns:
         A BoTorch model whose posterior is in the units of ``train_Y``.
@@ -89,8 +86,8 @@ def fit(
     with quiet_single_thread():
         scale = _scale(train_Y)
         kernel = PromptKernel(geometries)
-        if overlap is not None and block_variance > 0.0:
-            kernel = kernel + BlockKernel(overlap, block_variance / scale**2)
+        if shared is not None and len(shared):
+            kernel = kernel + SharedKernel(shared / scale**2)
         model = SingleTaskGP(
             train_X,
             train_Y,
@@ -152,5 +149,5 @@ def solved(model: SingleTaskGP) -> tuple[Tensor, Tensor]:
 
 
 def at_average_example(rows: Tensor) -> Tensor:
-    """Appends the block column -1: ``... x C`` to ``... x (C + 1)``."""
+    """Appends the index -1: ``... x C`` to ``... x (C + 1)``."""
     return torch.nn.functional.pad(rows.to(torch.float64), (0, 1), value=-1.0)

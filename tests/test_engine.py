@@ -146,9 +146,29 @@ def test_only_listed_combinations_are_measured() -> None:
 
 def test_rounds_share_a_block() -> None:
     """The first round's configurations are compared on the same examples."""
-    trials = run().study.trials
+    trials = run(sampler="random").study.trials
     assert len({tuple(t.user_attrs[EXAMPLES]) for t in trials[:4]}) == 1
     assert len({tuple(t.user_attrs[EXAMPLES]) for t in trials[:8]}) == 2
+
+
+def test_with_qei_the_baseline_comes_first_and_then_what_tells_most() -> None:
+    """All of the baseline; then, in a trial of a new configuration, examples that divide those before it."""
+    trials = run(Scores(), num_threads=1).study.trials
+    assert sorted(trials[0].user_attrs[EXAMPLES]) == list(range(N))
+    new = next(t for t in trials[16:] if all(t.params != earlier.params for earlier in trials[: t.number]))
+    told = trials[: new.number - 8]  # what rounds in flight may lack
+
+    def is_divided(example: int) -> bool:
+        scores = [
+            t.user_attrs[SCORES][t.user_attrs[EXAMPLES].index(example)]
+            for t in told
+            if example in t.user_attrs[EXAMPLES]
+        ]
+        return len(set(scores)) > 1
+
+    assert np.mean([is_divided(e) for e in new.user_attrs[EXAMPLES]]) > np.mean(
+        [is_divided(e) for e in range(N)]
+    )
 
 
 def test_trials_hold_scores_per_example() -> None:
@@ -335,7 +355,7 @@ def test_when_everything_fails_the_search_stops() -> None:
     def down(params: dict[str, int], example: int) -> float:
         raise ValueError("whatever it is")
 
-    with pytest.raises(SearchStoppedError, match="all 20 calls of a round failing"):
+    with pytest.raises(SearchStoppedError, match=f"all {N + 15} calls of a round failing"):
         run(down)
 
 
@@ -396,7 +416,7 @@ def test_an_error_of_a_callback_stops_cleanly() -> None:
         run(callbacks=[callback])
     trials = caught.value.study.trials
     assert all(t.state.is_finished() for t in trials)
-    assert sum(len(t.user_attrs[SCORES]) for t in trials[:3]) == 15
+    assert sum(len(t.user_attrs[SCORES]) for t in trials[:3]) == N + 10
 
 
 def test_an_error_of_the_sampler_loses_no_score() -> None:
@@ -502,7 +522,7 @@ def test_large_pools_have_the_same_trials_under_any_timing() -> None:
     """With 64 threads and four rounds in flight the order of arrival decides nothing."""
     runs = [run(Scores(delay), num_threads=64) for delay in (0.0, 0.002)]
     assert trials_of(runs[0]) == trials_of(runs[1])
-    rest = runs[0].study.trials[1]
+    rest = run(sampler="random", num_threads=64).study.trials[1]
     assert set(rest.params.values()) == {0}
     assert len(rest.user_attrs[EXAMPLES]) == N - 5
 
@@ -510,7 +530,8 @@ def test_large_pools_have_the_same_trials_under_any_timing() -> None:
 def test_in_large_pools_the_rest_of_the_baseline_fills_idle_workers() -> None:
     """It is asked in the first round, told last, and begun when no other call is waiting for a worker."""
     told: list[int] = []
-    result = run(Scores(0.001), num_threads=64, callbacks=[lambda study, trial: told.append(trial.number)])
+    callbacks = [lambda study, trial: told.append(trial.number)]
+    result = run(Scores(0.001), sampler="random", num_threads=64, callbacks=callbacks)
     assert sorted(told) == [t.number for t in result.study.trials]
     assert told.index(1) >= len(told) - 2  # but for the winner's confirmation
     assert result.baseline_score == pytest.approx(sum(TABLE[0, 0]) / N)

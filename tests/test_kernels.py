@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpromptune.geometry import Geometry, identity_views, numeric_views, squared_distances
-from mpromptune.history import _overlap
-from mpromptune.kernels import BlockKernel, ComponentKernel, PromptKernel
+from mpromptune.kernels import ComponentKernel, PromptKernel, SharedKernel
 from mpromptune.surrogate import at_average_example, fit, posterior_mean_and_variance
 
 
@@ -72,45 +71,33 @@ def test_prompt_kernel_is_a_covariance(values: list[float], seed: int) -> None:
 def test_diagonal_equals_that_of_the_whole_matrix() -> None:
     """`diag=True` agrees with the dense matrix, for both kernels together."""
     kernel = PromptKernel([Geometry(numeric_views([0.0, 1.0, 2.0]), 0)])
-    kernel = kernel + BlockKernel(torch.eye(2), 0.5)
+    kernel = kernel + SharedKernel(0.5 * torch.eye(2))
     x = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, -1.0]], dtype=torch.float64)
     dense = kernel(x, x).to_dense().detach()
     assert torch.allclose(kernel(x, x, diag=True).detach(), dense.diagonal())
 
 
-def test_trials_on_one_block_correlate_as_the_mixed_model_says() -> None:
-    """Shared block of n: sigma_b^2 / n; disjoint blocks and block -1: nothing."""
-    n, variance = 10, 0.08
-    kernel = BlockKernel(torch.eye(2) / n, variance)
-    x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    covariance = kernel(x, x).to_dense()
-    assert covariance[0, 1].item() == pytest.approx(variance / n)
-    assert covariance[0, 2].item() == 0.0
-    assert covariance[3].abs().sum().item() == 0.0
+def test_observations_share_what_the_table_says() -> None:
+    """By their indices; -1, a configuration itself, shares nothing."""
+    kernel = SharedKernel(torch.tensor([[0.3, 0.1], [0.1, 0.2]]))
+    x = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    expected = torch.tensor([[0.3, 0.1, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert torch.allclose(kernel(x, x).to_dense(), expected)
 
 
-def test_difficulties_are_deviations_from_the_mean_of_the_validation_set() -> None:
-    """Two blocks of 2 partition N = 4: opposite difficulties; a trial on all four has none."""
-    overlap = _overlap([(0, 1), (2, 3), (0, 1, 2, 3)], n_examples=4)
-    expected = torch.tensor([[0.25, -0.25, 0.0], [-0.25, 0.25, 0.0], [0.0, 0.0, 0.0]])
-    assert torch.allclose(overlap, expected.double())
-
-
-def test_posterior_removes_the_difficulty_that_two_trials_share() -> None:
-    """The difference of two configurations on one block is surer than either of them (closed form)."""
-    block_variance, noise = 0.5, 1e-4
-    x = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+def test_posterior_removes_the_difficulty_that_two_configurations_share() -> None:
+    """The difference of two configurations on the same examples is surer than either (closed form)."""
+    common, noise = 0.5, 1e-4
+    x = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     y = torch.tensor([[0.3], [0.5]], dtype=torch.float64)
-    model = fit(
-        x, y, torch.full_like(y, noise), [Geometry(identity_views(2), 0)], torch.eye(1), block_variance
-    )
+    model = fit(x, y, torch.full_like(y, noise), [Geometry(identity_views(2), 0)], common * torch.ones(2, 2))
     with torch.no_grad():
         covariance = model.posterior(
             at_average_example(torch.tensor([[0], [1]]))
         ).distribution.covariance_matrix
         scale = float(y.std()) ** 2
         prior = model.covar_module.kernels[0](grid(2), grid(2)).to_dense() * scale
-    observed = prior + block_variance + noise * torch.eye(2)
+    observed = prior + common + noise * torch.eye(2)
     expected = prior - prior @ torch.linalg.solve(observed, prior)
     assert torch.allclose(covariance, expected, rtol=1e-3, atol=1e-6)
     difference = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "mpromptune"
 MATHEMATICS = (
     ("attributes", "errors"),
     ("embedding", "space"),
-    ("candidates", "chance", "geometry", "noise"),
+    ("candidates", "chance", "difficulty", "geometry", "noise"),
     ("kernels",),
     ("surrogate",),
     ("acquisition", "explained", "stopping"),
@@ -31,7 +31,7 @@ LOOP = (
     ("encoding", "execution", "findings", "ledger", "schedule"),
     ("worker",),
     ("remote",),
-    ("options", "outage", "record", "repeats"),
+    ("options", "outage", "record"),
     ("analysis", "arguments", "history"),
     ("knowledge", "plots", "sampler", "signs"),
     ("plan", "report", "samplers", "qEI"),

@@ -1,0 +1,110 @@
+"""How hard examples are, and what scores say of configurations then."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpromptune.difficulty import Difficulty, as_matrix, difficulty_of, most_telling_first, summarise
+
+NO = np.nan
+
+
+def random_scores(seed: int, m: int = 5, n: int = 8) -> np.ndarray:
+    """Right and wrong answers to about half of the examples, at least one in every row."""
+    rng = np.random.default_rng(seed)
+    scores = np.where(rng.random((m, n)) < 0.5, (rng.random((m, n)) < 0.6).astype(float), NO)
+    scores[:, 0] = np.where(np.isnan(scores[:, 0]), 1.0, scores[:, 0])
+    return scores
+
+
+def test_scores_by_example_become_a_matrix() -> None:
+    """Not a number where there is no score."""
+    matrix = as_matrix([{2: 0.5}, {0: 1.0, 1: 0.0}], 3)
+    assert np.array_equal(matrix, [[NO, NO, 0.5], [1.0, 0.0, NO]], equal_nan=True)
+
+
+def test_what_configurations_differ_on_comes_first() -> None:
+    """Example 1 divides four configurations; 0 and 2 do not, and 3, which nobody has tried, might."""
+    scores = np.array([[1.0, 1.0, 0.0, NO], [1.0, 0.0, 0.0, NO], [1.0, 1.0, 0.0, NO], [1.0, 0.0, 0.0, NO]])
+    order = most_telling_first(scores, [0, 2, 3, 1])
+    assert order[:2] == [1, 3]
+
+
+def test_of_equal_examples_the_first_comes_first() -> None:
+    """Where nothing is known that tells them apart, the order is that given."""
+    assert most_telling_first(np.array([[1.0, NO, NO, NO]]), [3, 1, 2])[:3] == [3, 1, 2]
+
+
+@given(st.integers(0, 10**6), st.floats(0.1, 100.0), st.floats(-50.0, 50.0))
+def test_units_do_not_matter(seed: int, unit: float, origin: float) -> None:
+    """Scores in other units, or from another zero: the same difficulty in those, the same estimates."""
+    scores = random_scores(seed)
+    plain, other = difficulty_of(scores), difficulty_of(origin + unit * scores)
+    if np.nanmin(scores) == np.nanmax(scores):
+        return
+    assert other.mean == pytest.approx(origin + unit * plain.mean)
+    assert other.spread == pytest.approx(unit**2 * plain.spread)
+    values = summarise(origin + unit * scores, other).values
+    assert values == pytest.approx(origin + unit * summarise(scores, plain).values, abs=1e-6 * unit + 1e-6)
+
+
+def test_the_beta_distribution_is_recovered() -> None:
+    """Four answers each to 3000 examples of Beta(0.8, 0.2)."""
+    rng = np.random.default_rng(0)
+    p = rng.beta(0.8, 0.2, 3000)
+    known = difficulty_of((rng.random((4, 3000)) < p).astype(float))
+    assert known.mean == pytest.approx(0.8, abs=0.03)
+    assert known.variance == pytest.approx(0.8 * 0.2 / 2.0, rel=0.15)
+
+
+def test_scores_of_a_graded_metric_vary_less_than_right_and_wrong() -> None:
+    """Scores around one half that differ by hundredths, and two that set the scale."""
+    rng = np.random.default_rng(0)
+    scores = 0.5 + 0.01 * rng.standard_normal((10, 100))
+    scores[0, 0], scores[0, 1] = 0.0, 1.0
+    assert difficulty_of(scores).spread.mean() < 0.02
+
+
+def brute_force(scores: np.ndarray, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised least squares on every single score, with the covariance of all of them written out."""
+    m, n = scores.shape
+    at = [(c, e) for c in range(m) for e in range(n) if not np.isnan(scores[c, e])]
+    y = np.array([scores[c, e] for c, e in at]) - difficulty.mean
+    design = np.array([[difficulty.slope[e] * (c == row) for row in range(m)] for c, e in at])
+    of_difficulty = difficulty.variance * (np.eye(n) - 1.0 / n)  # they add up to zero
+    covariance = np.array(
+        [[of_difficulty[e, g] + difficulty.spread[e] * ((c, e) == (d, g)) for d, g in at] for c, e in at]
+    )
+    precision = design.T @ np.linalg.solve(covariance, design)
+    evidence = design.T @ np.linalg.solve(covariance, y)
+    return difficulty.mean + np.linalg.solve(precision, evidence), np.linalg.inv(precision)
+
+
+@given(st.integers(0, 10**6))
+def test_the_summary_is_generalised_least_squares(seed: int) -> None:
+    """Integrating the difficulties out one configuration at a time is exact."""
+    scores = random_scores(seed)
+    spread = np.random.default_rng(seed).uniform(0.02, 0.25, scores.shape[1])
+    difficulty = Difficulty(0.6, 0.1, spread)
+    summary = summarise(scores, difficulty)
+    values, covariance = brute_force(scores, difficulty)
+    assert summary.values == pytest.approx(values, rel=1e-6, abs=1e-8)
+    assert summary.shared + np.diag(summary.own) == pytest.approx(covariance, rel=1e-6, abs=1e-8)
+
+
+def test_measured_on_everything_is_the_plain_mean() -> None:
+    """Difficulty cancels: what is estimated is the mean of the scores, whatever their weights."""
+    scores = np.array([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
+    summary = summarise(scores, Difficulty(0.5, 10.0, np.array([0.2, 0.1, 0.05, 0.2])))
+    assert summary.values[0] - summary.values[1] == pytest.approx(0.5, abs=0.02)
+
+
+def test_scores_that_never_vary_can_be_summarised() -> None:
+    """All the same: that is everybody's mean, and no variance is zero."""
+    scores = np.array([[1.0, 1.0, NO], [NO, 1.0, 1.0]])
+    summary = summarise(scores, difficulty_of(scores))
+    assert summary.values == pytest.approx([1.0, 1.0])
+    assert (summary.own > 0.0).all()
