@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from botorch.models import SingleTaskGP
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
@@ -18,7 +17,7 @@ from mpromptune.geometry import Geometry
 from mpromptune.noise import Measurement, observation_variances, variance_components
 from mpromptune.repeats import without_repeats
 from mpromptune.space import Row
-from mpromptune.surrogate import fit
+from mpromptune.surrogate import Surrogate, fit
 
 RowOf = Callable[[dict[str, object]], Row | None]
 
@@ -160,7 +159,7 @@ def _overlap(sets: Sequence[tuple[int, ...]], n_examples: int) -> Tensor:
     return torch.from_numpy(membership @ membership.T - correction)
 
 
-def fit_history(history: History, geometries: Sequence[Geometry]) -> SingleTaskGP:
+def fit_history(history: History, geometries: Sequence[Geometry]) -> Surrogate:
     """The surrogate of everything observed; needs at least one observation."""
     return fit(
         history.train_X,

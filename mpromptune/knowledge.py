@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from botorch.models import SingleTaskGP
 from optuna.study import Study
 
 from mpromptune.candidates import choice_set
@@ -17,7 +16,7 @@ from mpromptune.history import fit_history, read
 from mpromptune.ledger import Ledger
 from mpromptune.space import Row
 from mpromptune.stopping import expected_gains, standard_error
-from mpromptune.surrogate import on_cpu, posterior_mean_and_variance
+from mpromptune.surrogate import Surrogate, on_cpu, posterior_mean_and_variance
 
 # NOTE: as many configurations as a proposal looks at by default.
 _RIVALS = 2000
@@ -38,7 +37,7 @@ class Knowledge:
     encoding: Encoding
     ledger: Ledger = field(default_factory=Ledger)
     hidden: AbstractSet[int] = frozenset()
-    _fitted: tuple[int, SingleTaskGP | None] = (-1, None)
+    _fitted: tuple[int, Surrogate | None] = (-1, None)
 
     def posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and variance of configurations."""
@@ -78,7 +77,7 @@ class Knowledge:
         scores = [np.array(list(self.ledger.means(row).values())) for row in self.ledger.rows()]
         return standard_error(scores, n_examples)
 
-    def _model(self) -> SingleTaskGP | None:
+    def _model(self) -> Surrogate | None:
         """The surrogate, fitted again only when another trial has finished."""
         trials = [t for t in self.study.get_trials(deepcopy=False) if t.number not in self.hidden]
         finished = sum(trial.state.is_finished() for trial in trials)

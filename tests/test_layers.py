@@ -19,8 +19,9 @@ PACKAGE = ROOT / "mpromptune"
 MATHEMATICS = (
     ("attributes", "errors"),
     ("embedding", "space"),
-    ("candidates", "geometry", "noise"),
+    ("candidates", "devices", "geometry", "noise"),
     ("kernels",),
+    ("sparse",),
     ("surrogate",),
     ("acquisition", "stopping"),
 )
