@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import add, mul
 from typing import Any, cast
 
 import torch
@@ -144,17 +146,18 @@ class PromptKernel(Kernel):
 
     def _covariance(self, i1: Tensor, i2: Tensor, diag: bool) -> Tensor:
         """Sum of the groups and of the products of all pairs, from power sums: e_2 = (s_1^2 - s_2) / 2."""
-        total, s1, s2 = (i1.new_zeros((), dtype=torch.float64) for _ in range(3))
-        groups = range(len(self.members))
-        for group in groups:  # one after the other: no array is larger than the result
+        sums: list[Tensor] = []
+        for group in range(len(self.members)):  # one after the other: no array is larger than the result
             covariance, variance = self._group(group, i1, i2, diag)
-            total = total + covariance
-            if len(groups) > 1:
+            parts = [covariance]
+            if len(self.members) > 1:
                 normal = covariance / variance
-                s1, s2 = s1 + normal, s2 + normal**2
-        if len(groups) > 1:
-            pairs = len(groups) * (len(groups) - 1) / 2
-            total = total + torch.exp(self.log_interaction) * ((s1**2 - s2) / 2) / pairs
+                parts += [normal, normal**2]
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        total = sums[0]
+        if len(self.members) > 1:
+            pairs = math.comb(len(self.members), 2)
+            total = total + torch.exp(self.log_interaction) * ((sums[1] ** 2 - sums[2]) / 2) / pairs
         return total if diag else total.expand(*total.shape[:-1], i2.shape[-2])
 
     def _group(self, group: int, i1: Tensor, i2: Tensor, diag: bool) -> tuple[Tensor, Tensor]:
@@ -164,11 +167,11 @@ class PromptKernel(Kernel):
         kernels = [cast(ComponentKernel, self.components[c]) for c in members]
         tables = [_lookup(k.table(), i1[..., j], i2[..., j], diag) for j, k in enumerate(kernels)]
         variance = torch.exp(self.log_variance[members])
-        covariance = sum((v * table for v, table in zip(variance, tables, strict=True)), torch.tensor(0.0))
+        covariance = reduce(add, (v * table for v, table in zip(variance, tables, strict=True)))
         if len(members) == 1:
             return covariance, variance.sum()
         product = torch.exp(self.log_product[group])
-        return covariance + product * math.prod(tables), variance.sum() + product
+        return covariance + product * reduce(mul, tables), variance.sum() + product
 
 
 def at_average_example(rows: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ from mpromptune.kernels import at_average_example
 # NOTE: part of the inducing points that may stand for example sets; blocks are a few dozen.
 _BLOCK_SHARE = 4
 # NOTE: configurations that the spread half of the inducing points is chosen among, for each of these.
-_POOL = 4
+_POOL = 3
+# NOTE: observations whose covariances with the inducing points are computed at once: 8 MB an array.
+_COLUMNS = 2048
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ class SparseGP(Model):
         with torch.no_grad():
             values, noise = standardised(fitted, observed)
             half = psd_safe_cholesky(self.kernel(inducing, inducing).to_dense())
-            whitened = torch.linalg.solve_triangular(
-                half, self.kernel(inducing, observed.X).to_dense(), upper=False
-            )
+            parts = torch.split(observed.X, _COLUMNS)
+            cross = torch.cat([self.kernel(inducing, part).to_dense() for part in parts], dim=-1)
+            whitened = torch.linalg.solve_triangular(half, cross, upper=False)
             unexplained = self.kernel(observed.X, diag=True) - whitened.square().sum(dim=0)
             deviation = (noise + unexplained.clamp_min(0.0)).sqrt()
             scaled = whitened / deviation
