@@ -3,20 +3,18 @@
 Every cell is a process of its own: it fills a study with made-up trials (blocks of 10 of 200 examples, half
 of them of configurations that were measured before) and asks three times for a round of four. Time is the
 least of the three, on the wall and on the processor (the one to compare where a machine is shared); memory is
-the largest resident size over that after the imports, the study and the embeddings included. One thread, which
-leaves the second of two cores to the program. All cells together take about ten minutes.
+the largest resident size over that after the imports, the study and the embeddings included. One thread: the
+second of two cores is the program's. All cells together take about ten minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -74,14 +72,6 @@ def in_new_process(cell: Cell) -> Cell:
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     figures: Cell = json.loads(done.stdout.splitlines()[-1])
     return figures
-
-
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the straight line through points on a log-log plot, by least squares."""
-    x, y = ([math.log(p[k]) for p in points] for k in (0, 1))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - mean_x) ** 2 for a in x)
 
 
 def main() -> None:
