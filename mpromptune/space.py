@@ -99,7 +99,7 @@ class IndexSpace:
             return self._listed_neighbours(self.combinations, centre)
         return np.concatenate([self.moves_along(centre, c) for c in range(len(self.sizes))])
 
-    def moves_along(self, row: Sequence[int], component: int) -> IndexArray:
+    def moves_along(self, row: Sequence[int] | IndexArray, component: int) -> IndexArray:
         """Configurations of a product that differ from ``row`` in this one component."""
         centre = np.asarray(row, dtype=np.int64)
         others = np.delete(np.arange(self.sizes[component]), centre[component])

@@ -19,7 +19,9 @@ from botorch.models.transforms import Standardize
 from botorch.models.utils.inducing_point_allocators import GreedyVarianceReduction
 from botorch.posteriors import GPyTorchPosterior, Posterior
 from gpytorch.distributions import MultivariateNormal
+from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.means import Mean
 from linear_operator import to_linear_operator
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
@@ -75,6 +77,11 @@ class SparseGP(Model):
         AISTATS 2009.
     """
 
+    kernel: Kernel
+    mean: Mean
+    units: Standardize
+    inducing: Tensor
+
     def __init__(self, fitted: SingleTaskGP, observed: Observations, inducing: Tensor) -> None:
         super().__init__()
         self.kernel, self.mean, self.units = fitted.covar_module, fitted.mean_module, units_of(fitted)
@@ -126,7 +133,7 @@ class SparseGP(Model):
 
 def units_of(model: SingleTaskGP | SparseGP) -> Standardize:
     """What stands between the units of the model and those of the scores."""
-    return model.units if isinstance(model, SparseGP) else cast(Standardize, model.outcome_transform)
+    return cast(Standardize, model.outcome_transform) if isinstance(model, SingleTaskGP) else model.units
 
 
 def standardised(fitted: SingleTaskGP, observed: Observations) -> tuple[Tensor, Tensor]:
@@ -165,11 +172,13 @@ def inducing_points(fitted: SingleTaskGP, observed: Observations, count: int, wi
 def _common_blocks(blocks: Tensor, most: int) -> Tensor:
     """The example sets with the most observations."""
     sets, counts = torch.unique(blocks[blocks >= 0], return_counts=True)
-    return sets[counts.argsort(descending=True, stable=True)[:most]]
+    common: Tensor = sets[counts.argsort(descending=True, stable=True)[:most]]
+    return common
 
 
 def _own_means(values: Tensor, noise: Tensor, owner: Tensor, n: int) -> Tensor:
     """Posterior means of n configurations from their own observations alone, under a variance of 1."""
     precision = torch.zeros(n, dtype=values.dtype, device=values.device).index_add_(0, owner, 1.0 / noise)
     total = torch.zeros_like(precision).index_add_(0, owner, values / noise)
-    return total / (precision + 1.0)
+    means: Tensor = total / (precision + 1.0)
+    return means

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import cast
 
 import torch
@@ -99,8 +98,9 @@ def fit(
         A BoTorch model whose posterior is in the units of ``train_Y``.
     """
     kernel: Kernel = PromptKernel(geometries)
-    with_blocks = overlap is not None and block_variance > 0.0
-    if with_blocks:
+    with_blocks = False
+    if overlap is not None and block_variance > 0.0:
+        with_blocks = True
         kernel = kernel + BlockKernel(overlap, block_variance / _scale(train_Y) ** 2)
     device = geometries[0].views.device
     observed, kernel = Observations(train_X, train_Y, train_Yvar).to(device), kernel.to(device)
@@ -151,9 +151,8 @@ def posterior_mean_and_variance(model: Surrogate, rows: Tensor) -> tuple[Tensor,
     """
     inputs = _inputs(model)
     X = at_average_example(rows.to(inputs.device))
-    single = model.single if isinstance(model, SparseGP) else partial(_single, model)
     with torch.no_grad(), quiet_single_thread():
-        chunks = [single(part) for part in torch.split(X, max(1, _ENTRIES // len(inputs)))]
+        chunks = [_single(model, part) for part in torch.split(X, max(1, _ENTRIES // len(inputs)))]
         mean, variance = (torch.cat(parts).unsqueeze(-1) for parts in zip(*chunks, strict=True))
         units = units_of(model).untransform(mean, variance.clamp_min(_LEAST_VARIANCE))
     return units[0].squeeze(-1).cpu(), cast(Tensor, units[1]).squeeze(-1).cpu()
@@ -169,10 +168,13 @@ def joint_posterior(model: Surrogate, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inputs(model: Surrogate) -> Tensor:
     """What the covariances of a row are computed with."""
-    return model.inducing if isinstance(model, SparseGP) else cast(Tensor, model.train_inputs[0])
+    return cast(Tensor, model.inducing if isinstance(model, SparseGP) else model.train_inputs[0])
 
 
-def _single(model: SingleTaskGP, X: Tensor) -> tuple[Tensor, Tensor]:
+def _single(model: Surrogate, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and variances of inputs by themselves, in the units of the model."""
+    if not isinstance(model, SingleTaskGP):
+        return model.single(X)
     kernel = model.covar_module
     weights, half = _solved(model)
     cross = kernel(model.train_inputs[0], X).to_dense()
