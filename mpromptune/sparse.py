@@ -133,7 +133,7 @@ class SparseGP(Model):
 
 def units_of(model: SingleTaskGP | SparseGP) -> Standardize:
     """What stands between the units of the model and those of the scores."""
-    return cast(Standardize, model.outcome_transform) if isinstance(model, SingleTaskGP) else model.units
+    return cast(Standardize, model.units if isinstance(model, SparseGP) else model.outcome_transform)
 
 
 def standardised(fitted: SingleTaskGP, observed: Observations) -> tuple[Tensor, Tensor]:

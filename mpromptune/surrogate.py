@@ -173,8 +173,8 @@ def _inputs(model: Surrogate) -> Tensor:
 
 def _single(model: Surrogate, X: Tensor) -> tuple[Tensor, Tensor]:
     """Means and variances of inputs by themselves, in the units of the model."""
-    if not isinstance(model, SingleTaskGP):
-        return model.single(X)
+    if isinstance(model, SparseGP):
+        return cast(SparseGP, model).single(X)
     kernel = model.covar_module
     weights, half = _solved(model)
     cross = kernel(model.train_inputs[0], X).to_dense()
