@@ -56,6 +56,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.pipelines
 	$(BIN)/python -m benchmarks.proposal
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.enumeration
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.wallclock
 	$(BIN)/python -m benchmarks.executors

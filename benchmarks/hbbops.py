@@ -19,8 +19,9 @@ from benchmarks.tables import Task
 from mpromptune.acquisition import expected_improvement, ranked
 from mpromptune.embedding import as_embedder
 from mpromptune.geometry import geometry_of
+from mpromptune.kernels import at_average_example
 from mpromptune.space import Row
-from mpromptune.surrogate import at_average_example, fit, quiet_single_thread
+from mpromptune.surrogate import fit, quiet_single_thread
 
 # Halving rate, examples of the smallest rung (at least), and observations that a model takes.
 _ETA, _SMALLEST, _ENOUGH = 2, 10, 4

@@ -100,13 +100,14 @@ def halving(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
     return space.params(alive[0])
 
 
-def ours(sampler: str, embeddings: bool = True) -> Method:
-    """`search` with one of its samplers."""
+def ours(sampler: str, embeddings: bool = True, **arguments: Any) -> Method:
+    """`search` with one of its samplers; further arguments are qEISampler's."""
 
     def run(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
         chosen: Any = sampler
         if sampler == "qei":
-            chosen = qEISampler(embedder=problem.embed if embeddings else "index", seed=seed)
+            embedder = problem.embed if embeddings else "index"
+            chosen = qEISampler(embedder=embedder, seed=seed, **arguments)
         result = search(
             problem.space,
             problem.score,

@@ -74,6 +74,18 @@ def proposals(rows: list[Cell], figure: Figure) -> None:
     panels[0].legend(fontsize=8)
 
 
+def scale(rows: list[Cell], figure: Figure) -> None:
+    """CPU seconds and peak memory of a proposal against trials, by size of the space."""
+    panels = figure.subplots(1, 2)
+    spaces = dict.fromkeys(r["configurations"] for r in sorted(rows, key=lambda r: r["size"]))
+    for axes, what, label in zip(panels, ("cpu", "memory"), ("CPU seconds", "MB over imports"), strict=True):
+        for name in spaces:
+            points = sorted((r["trials"], r[what]) for r in rows if r["configurations"] == name)
+            axes.loglog([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+        axes.set(xlabel="trials", ylabel=label)
+    panels[0].legend(title="configurations", fontsize=8)
+
+
 def _bars(axes: Axes, rows: list[Cell], across: str, label: str) -> None:
     groups, methods = list(dict.fromkeys(r[across] for r in rows)), methods_of(rows)
     width = 0.8 / max(len(methods), 1)
@@ -93,4 +105,5 @@ PICTURES: tuple[tuple[str, str, Draw], ...] = (
     ("budgets", "quality", budgets),
     ("pipelines", "pipelines", pipelines),
     ("proposal", "proposal", proposals),
+    ("scale", "scale", scale),
 )

@@ -96,6 +96,7 @@ def filled_study(sampler: BaseSampler, space: PromptSpace, trials: int, seed: in
     difficulty = rng.normal(size=N_EXAMPLES)
     blocks = rng.permutation(N_EXAMPLES).reshape(-1, BLOCK)
     used: dict[tuple[int, ...], list[int]] = {}
+    distributions = distributions_of(space)
     for number in range(trials):
         again = [row for row, have in used.items() if len(have) < len(blocks)] if number % 2 else []
         row = again[rng.integers(len(again))] if again else tuple(int(rng.integers(n)) for n in space.sizes)
@@ -110,7 +111,7 @@ def filled_study(sampler: BaseSampler, space: PromptSpace, trials: int, seed: in
         study.add_trial(
             optuna.create_trial(
                 params=space.params(row),
-                distributions=distributions_of(space),
+                distributions=distributions,
                 value=float(scores.mean()),
                 user_attrs={EXAMPLES: block.tolist(), SCORES: scores.tolist()},
             )
@@ -141,16 +142,16 @@ def measure(cell: Cell) -> Cell:
         filled_study(make_sampler(cell["sampler"], space, s), space, cell["trials"], s)
         for s in range(REPEATS)
     ]
-    before, times = _peak(), list[tuple[float, float]]()
+    before, times = peak(), list[tuple[float, float]]()
     for study in studies:
         times.append(four_asks(study, space))
         if sum(wall for wall, _ in times) > cell["limit"] / 2:
             break
     wall, cpu = (round(statistics.median(part), 4) for part in zip(*times, strict=True))
-    return {"seconds": wall, "cpu": cpu, "memory": round(_peak() - before, 1)}
+    return {"seconds": wall, "cpu": cpu, "memory": round(peak() - before, 1)}
 
 
-def _peak() -> float:
+def peak() -> float:
     """Largest resident size of this process so far, in MB (Linux counts in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

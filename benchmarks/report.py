@@ -176,6 +176,41 @@ def proposal_table(rows: list[Cell]) -> str:
     return markdown(["combinations", "trials", "ours", "TPE", "GP", *ratio_names], lines)
 
 
+def scale_table(rows: list[Cell]) -> str:
+    """CPU seconds and MB of a proposal, and how they grow: slopes on a log-log plot."""
+    spaces = list(dict.fromkeys(r["configurations"] for r in sorted(rows, key=lambda r: r["size"])))
+    trials = sorted({r["trials"] for r in rows})
+    lines = []
+    for name in spaces:
+        by = {r["trials"]: r for r in rows if r["configurations"] == name}
+        cells = [f"{by[n]['cpu']:.2f} s, {by[n]['memory']:.0f} MB" if n in by else "" for n in trials]
+        lines.append([name, *cells, _slope([(n, by[n]["cpu"]) for n in trials if n in by and n >= 500])])
+    down = [[(r["size"], r["cpu"]) for r in rows if r["trials"] == n] for n in trials]
+    lines.append(["slope in configurations", *map(_slope, down), ""])
+    return markdown(["configurations", *(f"{n} trials" for n in trials), "slope from 500 trials"], lines)
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> str:
+    return f"{slope(points):.2f}" if len({x for x, _ in points}) > 1 else ""
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of the straight line through points on a log-log plot, by least squares."""
+    x, y = np.log(np.array(points)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def enumeration_table(rows: list[Cell]) -> str:
+    """Regret with local search and with full enumeration, and the difference over the same seeds."""
+    lines = []
+    for row in rows:
+        base = find({"program": row["program"], "method": "enumerated"}, rows)
+        difference = paired(row, base) if base and base is not row else None
+        text = "" if difference is None else f"{difference[0]:+.2f} ± {difference[1]:.2f}"
+        lines.append([pretty(row["program"]), row["method"], str(row["seeds"]), _regret(row), text])
+    return markdown(["program", "method", "seeds", "regret", "minus enumerated, paired"], lines)
+
+
 def _cost(row: Cell | None) -> str:
     if row is None:
         return ""
@@ -245,6 +280,10 @@ def sections(results: Path) -> Iterator[tuple[str, str]]:
         yield "Wall-clock time of a compile", wallclock_table(json.loads(path.read_text())["rows"])
     if rows := read(results / "proposal.json"):
         yield "Four asks", proposal_table(rows)
+    if rows := read(results / "scale.json"):
+        yield "A proposal of four, CPU time and peak memory over the imports", scale_table(rows)
+    if rows := read(results / "enumeration.json"):
+        yield "Local search against full enumeration", enumeration_table(rows)
 
 
 def _pools(rows: list[Cell]) -> str:

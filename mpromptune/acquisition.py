@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from botorch.acquisition import AcquisitionFunction
 from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.acquisition.objective import PosteriorTransform
-from botorch.models import SingleTaskGP
 from botorch.models.model import Model
 from botorch.optim import optimize_acqf_discrete
 from botorch.posteriors import GPyTorchPosterior, Posterior
@@ -18,7 +15,12 @@ from gpytorch.distributions import MultivariateNormal
 from linear_operator import to_linear_operator
 from torch import Tensor
 
-from mpromptune.surrogate import at_average_example, posterior_mean_and_variance, quiet_single_thread
+from mpromptune.surrogate import (
+    Surrogate,
+    joint_posterior,
+    posterior_mean_and_variance,
+    quiet_single_thread,
+)
 
 # NOTE: 128 Sobol points agree with the closed form and with brute force to a few percent wherever
 # the improvement is not negligible (tests/test_acquisition.py).
@@ -29,7 +31,7 @@ _SHORTLIST = 64
 
 
 def propose(
-    model: SingleTaskGP,
+    model: Surrogate,
     choices: Tensor,
     q: int,
     best_f: float,
@@ -114,11 +116,9 @@ class PosteriorTable(Model):
         self._covariance = covariance
 
     @classmethod
-    def joint(cls, model: SingleTaskGP, rows: Tensor) -> PosteriorTable:
+    def joint(cls, model: Surrogate, rows: Tensor) -> PosteriorTable:
         """Of ``n x C`` candidate indices, of which some may be equal."""
-        with torch.no_grad():
-            posterior = cast(GPyTorchPosterior, model.posterior(at_average_example(rows)))
-            return cls(posterior.mean.squeeze(-1), posterior.distribution.covariance_matrix)
+        return cls(*joint_posterior(model, rows))
 
     @property
     def positions(self) -> Tensor:
@@ -181,7 +181,7 @@ class NextPosteriorMean(PosteriorTransform):
         return Y
 
 
-def log_expected_improvement(model: SingleTaskGP, best_f: float, rows: Tensor) -> Tensor:
+def log_expected_improvement(model: Surrogate, best_f: float, rows: Tensor) -> Tensor:
     """Log EI of single configurations, ``n x C`` to ``n``, in closed form [Ament2023]_."""
     table = PosteriorTable(*posterior_mean_and_variance(model, rows))
     with torch.no_grad():
@@ -189,7 +189,7 @@ def log_expected_improvement(model: SingleTaskGP, best_f: float, rows: Tensor) -
     return values
 
 
-def ranked(model: SingleTaskGP, measured: Tensor) -> tuple[Tensor, Tensor]:
+def ranked(model: Surrogate, measured: Tensor) -> tuple[Tensor, Tensor]:
     """The ``n x C`` measured configurations and their posterior means, the highest first.
 
     The first mean is the plug-in incumbent, ``best_f``: unlike the best value observed it is not the
@@ -201,7 +201,7 @@ def ranked(model: SingleTaskGP, measured: Tensor) -> tuple[Tensor, Tensor]:
     return measured[order], means[order]
 
 
-def _shortlist(model: SingleTaskGP, choices: Tensor, best_f: float) -> Tensor:
+def _shortlist(model: Surrogate, choices: Tensor, best_f: float) -> Tensor:
     """The choices that are worth a joint evaluation, in their order."""
     if len(choices) <= _SHORTLIST:
         return choices

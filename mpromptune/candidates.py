@@ -17,6 +17,12 @@ Value = Callable[[Tensor], Tensor]  # n x C rows -> n values, the higher the bet
 _STARTS = 3
 _STEPS = 8
 _KEPT = 64
+# NOTE: neighbours up to which a step looks at all of them. Beyond (a step would cost as much as a proposal),
+# each component in turn takes a step of its own, twice; and as many rows of it are kept as make up those of
+# the steps above, for a program of 8 predictors.
+_ALL_AT_ONCE = 512
+_SWEEPS = 2
+_KEPT_OF_SWEEP = 16
 
 
 def choice_set(
@@ -48,7 +54,12 @@ def choice_set(
 
 
 def local_search(space: IndexSpace, start: Row, value: Value) -> IndexArray:
-    """Climbs from ``start`` by the best single change; returns the best rows met on the way."""
+    """Climbs from ``start`` by single changes; returns the best rows met on the way.
+
+    Each is the best of all; or, where these are many, the best of one component after the other.
+    """
+    if space.combinations is None and sum(space.sizes) > _ALL_AT_ONCE:
+        return _by_component(space, start, value)
     current, best, met = start, -np.inf, []
     for _ in range(_STEPS):
         rows = space.neighbours(current)
@@ -61,3 +72,20 @@ def local_search(space: IndexSpace, start: Row, value: Value) -> IndexArray:
             break
         current, best = tuple(rows[order[0]].tolist()), float(values[order[0]])
     return np.concatenate(met) if met else np.empty((0, len(start)), dtype=np.int64)
+
+
+def _by_component(space: IndexSpace, start: Row, value: Value) -> IndexArray:
+    current, best = start, float(value(torch.tensor([start])))
+    met = []
+    for _ in range(_SWEEPS):
+        before = best
+        for component in range(len(space.sizes)):
+            rows = space.moves_along(current, component)
+            values = value(torch.from_numpy(rows)).numpy()
+            order = np.argsort(-values, kind="stable")
+            met.append(rows[order[:_KEPT_OF_SWEEP]])
+            if len(rows) and values[order[0]] > best:
+                current, best = tuple(rows[order[0]].tolist()), float(values[order[0]])
+        if best == before:
+            break
+    return np.concatenate(met)

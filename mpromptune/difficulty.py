@@ -41,6 +41,8 @@ _PRIOR_SCORES = 20.0
 _LEAST_VARIANCE = 0.01
 # NOTE: and where every score of a run is the same, which leaves no unit to measure in.
 _ALL_EQUAL = 1e-4
+# What cannot be told from certainty: singular values stay below 1 by this.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,18 @@ class Difficulty:
 
 @dataclass(frozen=True)
 class Summary:
-    """All scores of m configurations, in as few numbers: y ~ N(f, shared + diag(own)).
+    """All scores of m configurations, in few numbers: values ~ N(f, diag(own) + root root^T).
 
     Attributes:
         values: Each configuration's mean over the validation set, estimated from its scores: m.
         own: Variances of these if difficulty were known: m.
-        shared: Covariance through the difficulty of the examples, which they have in common: m x m.
+        root: Of their covariance through the difficulty of the examples, which they have in common:
+            m x min(m, N).
     """
 
     values: FloatArray
     own: FloatArray
-    shared: FloatArray
+    root: FloatArray
 
 
 def difficulty_of(scores: FloatArray) -> Difficulty:
@@ -145,9 +148,16 @@ def summarise(scores: FloatArray, difficulty: Difficulty) -> Summary:
     r"""The likelihood of all scores as a function of f, the difficulties integrated out.
 
     With :math:`a_c = \sum_e s_e^2 / v_e`, :math:`C_{ce} = s_e / v_e` and :math:`D = \operatorname{diag}(1 /
-    \sigma_b^2 + \sum_c 1 / v_e)` over what was measured, the precision of f is :math:`P =
-    \operatorname{diag}(a) - C \tilde D^{-1} C^T`, where :math:`\tilde D^{-1}` is :math:`D^{-1}` on the
-    difficulties that add up to zero. :math:`P^{-1} - \operatorname{diag}(1 / a)` is what they share.
+    \sigma_b^2 + \sum_c 1 / v_e)` over what was measured, the precision of f is
+
+    .. math:: P = \operatorname{diag}(a) - C \tilde D^{-1} C^T = \operatorname{diag}(a) - B B^T, \quad
+        B = C D^{-1/2} (I - u u^T), \quad u \propto D^{-1/2} 1,
+
+    where :math:`\tilde D^{-1}` is :math:`D^{-1}` on the difficulties that add up to zero. With
+    :math:`\operatorname{diag}(a)^{-1/2} B = U \operatorname{diag}(t) V^T`,
+
+    .. math:: P^{-1} = \operatorname{diag}(1 / a) + R R^T, \quad
+        R = \operatorname{diag}(a)^{-1/2} U \operatorname{diag}(t / \sqrt{1 - t^2}).
 
     Args:
         scores: ``m x N``, not a number where a configuration was not measured; some score in every row.
@@ -157,21 +167,22 @@ def summarise(scores: FloatArray, difficulty: Difficulty) -> Summary:
     deviations = np.where(measured, scores - difficulty.mean, 0.0)
     weights = measured * (difficulty.slope / difficulty.spread)
     own = 1.0 / (measured @ difficulty.information)
-    free = 1.0 / (1.0 / difficulty.variance + (measured / difficulty.spread).sum(axis=0))
-    total = float(free.sum())
+    free = np.sqrt(1.0 / (1.0 / difficulty.variance + (measured / difficulty.spread).sum(axis=0)))
+    u = free / np.linalg.norm(free)
 
-    def without_difficulty(of_examples: FloatArray) -> FloatArray:
-        """``C D~^-1`` applied to a vector, or to each column of a matrix."""
-        known = free @ of_examples
-        result: FloatArray = (weights * free) @ of_examples - np.multiply.outer(weights @ free, known / total)
-        return result
+    def at_zero_sum(rows: FloatArray) -> FloatArray:
+        """Rows times ``D^{-1/2} (I - u u^T)``."""
+        scaled = rows * free
+        projected: FloatArray = scaled - np.multiply.outer(scaled @ u, u)
+        return projected
 
-    precision = np.diag(1.0 / own) - without_difficulty(weights.T)
-    by_example = (deviations / difficulty.spread).sum(axis=0)
-    evidence = (deviations * weights).sum(axis=1) - without_difficulty(by_example)
-    covariance = np.linalg.inv(precision)
-    covariance = (covariance + covariance.T) / 2.0
-    return Summary(difficulty.mean + covariance @ evidence, own, covariance - np.diag(own))
+    through = at_zero_sum(weights)
+    by_example = at_zero_sum((deviations / difficulty.spread).sum(axis=0))
+    evidence = (deviations * weights).sum(axis=1) - through @ by_example
+    left, t, _ = np.linalg.svd(np.sqrt(own)[:, None] * through, full_matrices=False)
+    t = np.minimum(t, 1.0 - _ROUNDING)
+    root = np.sqrt(own)[:, None] * left * (t / np.sqrt(1.0 - t**2))
+    return Summary(difficulty.mean + own * evidence + root @ (root.T @ evidence), own, root)
 
 
 def as_matrix(scores: Sequence[Mapping[int, float]], n_examples: int) -> FloatArray:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -50,6 +51,10 @@ class Encoding:
     values: tuple[tuple[Any, ...], ...]
     space: IndexSpace
     geometries: tuple[Geometry, ...]
+
+    def on(self, device: torch.device) -> Encoding:
+        """The same with its distances, and so the surrogate, on a device."""
+        return replace(self, geometries=tuple(geometry.on(device) for geometry in self.geometries))
 
     @cached_property
     def _index_of(self) -> tuple[dict[Any, int], ...]:

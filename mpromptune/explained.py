@@ -56,8 +56,8 @@ def chance_of_likeness(blind: SingleTaskGP, geometries: Sequence[Geometry], seed
         Biometrika 84(2), 1997.
     """
     with torch.no_grad(), quiet_single_thread():
-        weights = solved(blind)[0].numpy()
-        X = blind.train_inputs[0].long().numpy()
+        weights = solved(blind)[0].cpu().numpy()
+        X = blind.train_inputs[0].long().cpu().numpy()
     rng = np.random.default_rng(seed)
     parts = [
         _standardised(*_of_measured(X[:, c], weights, geometry), rng)
@@ -76,7 +76,7 @@ def _of_measured(
     """``u`` and ``S`` of the candidates that were measured."""
     measured, places = np.unique(chosen, return_inverse=True)
     u: FloatArray = np.bincount(places, weights).astype(np.float64)
-    similar: FloatArray = np.exp(-geometry.views[0].numpy()[np.ix_(measured, measured)] / 2.0)
+    similar: FloatArray = np.exp(-geometry.views[0].cpu().numpy()[np.ix_(measured, measured)] / 2.0)
     np.fill_diagonal(similar, 0.0)
     return u, similar
 

@@ -28,6 +28,10 @@ class Geometry:
     group: int
     has_text: bool = False
 
+    def on(self, device: torch.device) -> Geometry:
+        """The same, on a device."""
+        return Geometry(self.views.to(device), self.group)
+
 
 def geometry_of(space: PromptSpace, embedder: CachedEmbedder | None) -> tuple[Geometry, ...]:
     """The geometry of every component; with ``embedder`` None, by identity alone.
@@ -60,7 +64,7 @@ def mean_distances(geometry: Geometry) -> FloatArray:
     """Squared distances, the mean over views; without any, 1 between different candidates: ``n x n``."""
     if not len(geometry.views):
         return 1.0 - np.eye(geometry.views.shape[-1])
-    distances: FloatArray = geometry.views.mean(dim=0).numpy()
+    distances: FloatArray = geometry.views.mean(dim=0).cpu().numpy()
     return distances
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from botorch.models import SingleTaskGP
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
@@ -18,7 +17,7 @@ from mpromptune.embedding import FloatArray
 from mpromptune.geometry import Geometry
 from mpromptune.ledger import Ledger
 from mpromptune.space import Row
-from mpromptune.surrogate import fit
+from mpromptune.surrogate import Surrogate, fit
 
 RowOf = Callable[[dict[str, object]], Row | None]
 
@@ -34,7 +33,7 @@ class History:
         train_X: ``n x (C + 1)`` candidate indices and the observation's index (-1: no scores by example).
         train_Y: ``n x 1`` values; negated for a study that minimises.
         train_Yvar: ``n x 1`` variances of each observation by itself, or None without scores by example.
-        shared: ``n x n`` covariance of the observations through the examples' difficulty; or ``0 x 0``.
+        shared: ``n x r``, a root of their covariance through the examples' difficulty; or ``0 x 0``.
         trial_noise: Variance of a typical trial's estimate; None without scores by example.
         measured: Configuration to the examples that it was measured on.
         pending: Configurations of running trials.
@@ -140,13 +139,13 @@ def _configurations(
     summary = summarise(scores, difficulty)
     told = [difficulty.information[list(trial.user_attrs[EXAMPLES])].sum() for trial, _ in complete]
     indexed = [[*row, i] for i, row in enumerate(rows)]
-    return _Observations(indexed, summary.values, summary.own, summary.shared, 1.0 / float(np.median(told)))
+    return _Observations(indexed, summary.values, summary.own, summary.root, 1.0 / float(np.median(told)))
 
 
 def _has_scores(trial: FrozenTrial) -> bool:
     return bool(trial.user_attrs.get(SCORES))
 
 
-def fit_history(history: History, geometries: Sequence[Geometry]) -> SingleTaskGP:
+def fit_history(history: History, geometries: Sequence[Geometry]) -> Surrogate:
     """The surrogate of everything observed; needs at least one observation."""
     return fit(history.train_X, history.train_Y, history.train_Yvar, geometries, history.shared)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import add, mul
 from typing import Any, cast
 
 import torch
@@ -73,11 +75,24 @@ class ComponentKernel(Kernel):
         super().__init__()
         self.register_buffer("views", views)
         self.register_buffer("identity", torch.eye(views.shape[-1], dtype=torch.float64))
+        self._fitted: Tensor | None = None
         _add(self, "log_lengthscale", (len(views),), _LOG_LENGTHSCALE)
         _add(self, "logits", (len(views) + 1,), _LOGIT)
 
+    def train(self, mode: bool = True) -> ComponentKernel:
+        """Hyper-parameters may change from here on, or may have."""
+        self._fitted = None
+        return cast(ComponentKernel, super().train(mode))
+
     def table(self) -> Tensor:
-        """The whole covariance, ``n x n``."""
+        """The whole covariance, ``n x n``; of a fitted kernel it is computed once."""
+        if self.training or torch.is_grad_enabled():
+            return self._table()
+        if self._fitted is None:
+            self._fitted = self._table()
+        return self._fitted
+
+    def _table(self) -> Tensor:
         weights = torch.softmax(self.logits, dim=0)
         scales = 2.0 * torch.exp(2.0 * self.log_lengthscale)
         similar = torch.exp(-self.views / scales.view(-1, 1, 1))
@@ -121,30 +136,51 @@ class PromptKernel(Kernel):
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
         """``... x n x (C + 1)`` and ``... x m x (C + 1)`` indices to ``... x n x m`` covariances."""
-        i1, i2 = x1.long(), x2.long()
-        kernels = [cast(ComponentKernel, kernel) for kernel in self.components]
-        tables = [_lookup(k.table(), i1[..., c], i2[..., c], diag) for c, k in enumerate(kernels)]
-        parts, variances = zip(*(self._group(g, tables) for g in range(len(self.members))), strict=True)
-        total = torch.stack(parts).sum(dim=0)
-        return total if len(parts) == 1 else total + self._interaction(parts, variances)
+        i1, i2 = (x[..., : len(self.components)].long() for x in (x1, x2))
+        if diag or i1.dim() > 2 or i2.dim() > 2 or not torch.equal(i1, i2):
+            return self._covariance(i1, i2, diag)
+        # Many trials are of one configuration, on several blocks: a quarter of the work where it is half.
+        distinct, position = torch.unique(i1, dim=0, return_inverse=True)
+        return _lookup(self._covariance(distinct, distinct, False), position, position, False)
 
-    def _group(self, group: int, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _covariance(self, i1: Tensor, i2: Tensor, diag: bool) -> Tensor:
+        """Sum of the groups and of the products of all pairs, from power sums: e_2 = (s_1^2 - s_2) / 2."""
+        sums: list[Tensor] = []
+        for group in range(len(self.members)):  # one after the other: no array is larger than the result
+            covariance, variance = self._group(group, i1, i2, diag)
+            parts = [covariance]
+            if len(self.members) > 1:
+                normal = covariance / variance
+                parts += [normal, normal**2]
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        total = sums[0]
+        if len(self.members) > 1:
+            pairs = math.comb(len(self.members), 2)
+            total = total + torch.exp(self.log_interaction) * ((sums[1] ** 2 - sums[2]) / 2) / pairs
+        return total if diag else total.expand(*total.shape[:-1], i2.shape[-2])
+
+    def _group(self, group: int, i1: Tensor, i2: Tensor, diag: bool) -> tuple[Tensor, Tensor]:
         """Covariances of one group, and its variance (the covariance of a point with itself)."""
         members = self.members[group]
+        i1, i2 = i1[..., members], i2[..., members] if diag else _once(i2[..., members])
+        kernels = [cast(ComponentKernel, self.components[c]) for c in members]
+        tables = [_lookup(k.table(), i1[..., j], i2[..., j], diag) for j, k in enumerate(kernels)]
         variance = torch.exp(self.log_variance[members])
-        covariance = sum((v * tables[c] for v, c in zip(variance, members, strict=True)), torch.tensor(0.0))
+        covariance = reduce(add, (v * table for v, table in zip(variance, tables, strict=True)))
         if len(members) == 1:
             return covariance, variance.sum()
         product = torch.exp(self.log_product[group])
-        joint = math.prod(tables[c] for c in members)
-        return covariance + product * joint, variance.sum() + product
+        return covariance + product * reduce(mul, tables), variance.sum() + product
 
-    def _interaction(self, parts: Sequence[Tensor], variances: Sequence[Tensor]) -> Tensor:
-        """Mean of the products of all pairs, from power sums: e_2 = (s_1^2 - s_2) / 2."""
-        normal = torch.stack([k / v for k, v in zip(parts, variances, strict=True)])
-        pairs = len(parts) * (len(parts) - 1) / 2
-        e2 = (normal.sum(dim=0) ** 2 - (normal**2).sum(dim=0)) / 2
-        return torch.exp(self.log_interaction) * e2 / pairs
+
+def at_average_example(rows: Tensor) -> Tensor:
+    """Appends the index -1: ``... x C`` to ``... x (C + 1)``."""
+    return torch.nn.functional.pad(rows.to(torch.float64), (0, 1), value=-1.0)
+
+
+def _once(rows: Tensor) -> Tensor:
+    """The first of rows that are all the same: a local search changes one component of many."""
+    return rows[:1] if rows.dim() == 2 and bool((rows == rows[:1]).all()) else rows
 
 
 class SharedKernel(Kernel):

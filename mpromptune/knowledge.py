@@ -20,7 +20,7 @@ from mpromptune.history import History, fit_history, read
 from mpromptune.ledger import Ledger
 from mpromptune.space import Row
 from mpromptune.stopping import expected_gains, standard_error
-from mpromptune.surrogate import OnRanked, on_cpu, posterior_mean_and_variance, unheard
+from mpromptune.surrogate import OnRanked, Surrogate, on_cpu, posterior_mean_and_variance, unheard
 
 # NOTE: as many configurations as a proposal looks at by default.
 _RIVALS = 2000
@@ -45,7 +45,7 @@ class Knowledge:
     ledger: Ledger = field(default_factory=Ledger)
     hidden: AbstractSet[int] = frozenset()
     on_ranked: OnRanked = unheard
-    _fitted: tuple[int, SingleTaskGP | None] = (-1, None)
+    _fitted: tuple[int, Surrogate | None] = (-1, None)
 
     def posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and variance of configurations."""
@@ -96,7 +96,10 @@ class Knowledge:
         return pairs
 
     def text_chance(self) -> float | None:
-        """How easily chance explains as much as the embeddings do; None where there are none."""
+        """How easily chance explains as much as the embeddings do.
+
+        None where there are none, and with more observations than an exact surrogate takes.
+        """
         geometries = self.encoding.geometries
         if not any(geometry.has_text for geometry in geometries):
             return None
@@ -104,7 +107,8 @@ class Knowledge:
             history = self._history(self._trials())
             if not len(history):
                 return None
-            return chance_of_likeness(fit_history(history, without_texts(geometries)), geometries)
+            blind = fit_history(history, without_texts(geometries))
+            return chance_of_likeness(blind, geometries) if isinstance(blind, SingleTaskGP) else None
 
     def _trials(self) -> list[FrozenTrial]:
         return [t for t in self.study.get_trials(deepcopy=False) if t.number not in self.hidden]
@@ -112,7 +116,7 @@ class Knowledge:
     def _history(self, trials: Sequence[FrozenTrial]) -> History:
         return read(self.study, trials, self.encoding.row, len(self.encoding.names))
 
-    def _model(self) -> SingleTaskGP | None:
+    def _model(self) -> Surrogate | None:
         """The surrogate, fitted again only when another trial has finished."""
         trials = self._trials()
         finished = sum(trial.state.is_finished() for trial in trials)

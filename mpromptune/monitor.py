@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from botorch.models import SingleTaskGP
 
 from mpromptune.execution import Workers
 from mpromptune.findings import Findings
@@ -19,7 +18,7 @@ from mpromptune.progress import OnProgress, Progress, Standing
 from mpromptune.sampler import qEISampler
 from mpromptune.space import Row
 from mpromptune.speed import Speed
-from mpromptune.surrogate import on_cpu, posterior_mean_and_variance
+from mpromptune.surrogate import Surrogate, on_cpu, posterior_mean_and_variance
 from mpromptune.trials import Trials
 
 logger = logging.getLogger(__name__)
@@ -124,10 +123,10 @@ class Monitor:
             rest = min(rest, affordable[1] - self.answered())
         return self._speed.seconds_for(rest)
 
-    def _note(self, model: SingleTaskGP, leader: Sequence[int]) -> None:
+    def _note(self, model: Surrogate, leader: Sequence[int]) -> None:
         self._safely(lambda: self._rank(model, tuple(leader)))
 
-    def _rank(self, model: SingleTaskGP, leader: Row) -> None:
+    def _rank(self, model: Surrogate, leader: Row) -> None:
         """A surrogate ranks ``leader`` first; the baseline may not have been among the others."""
         rows = [leader, self.plan.baseline]
         with on_cpu():

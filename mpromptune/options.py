@@ -21,7 +21,7 @@ from mpromptune.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, c
 from mpromptune.storage import check_storage
 
 SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
-_QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder")
+_QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder", "device")
 _COUNTS = (
     "n_jobs",
     "batch_size",
@@ -48,6 +48,7 @@ class SearchOptions:
         n_batches: (qei) Random joint batches that compete with the greedy one.
         min_cold_start: (qei) Finished trials before the first model.
         embedder: (qei) Model name or path, SentenceTransformer, dspy.Embedder or callable.
+        device: (qei) Where the surrogate is fitted and asked; by default the CPU.
         block_size: Validation examples per trial (default 10).
         max_calls: Program calls to spend; by default exactly what DSPy's MIPROv2 would.
         confirm: Keep calls back so that winner and baseline end fully measured.
@@ -84,6 +85,7 @@ class SearchOptions:
     n_batches: int | None = None
     min_cold_start: int | None = None
     embedder: Any = None
+    device: Any = None
     block_size: int | None = None
     max_calls: int | None = None
     confirm: bool = True
@@ -114,6 +116,7 @@ class SearchOptions:
             if getattr(self, name) is not None:
                 require_count(name, getattr(self, name), least=0 if name == "n_batches" else 1)
         self._check_embedder()
+        self._check_device()
         self._check_callbacks()
         check_executor(self.executor)
         _ = self.limits  # checks them
@@ -160,6 +163,12 @@ class SearchOptions:
                 "embedder must be a model name or path, a SentenceTransformer, a dspy.Embedder or a "
                 f"callable; got {embedder!r}."
             )
+
+    def _check_device(self) -> None:
+        if self.device is not None:
+            from mpromptune.devices import resolve_device  # it loads torch
+
+            resolve_device(self.device)
 
     def _check_waits(self) -> None:
         require_count("max_retries", self.max_retries, least=0)

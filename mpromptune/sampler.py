@@ -20,6 +20,7 @@ from torch import Tensor
 from mpromptune.acquisition import log_expected_improvement, propose, ranked
 from mpromptune.attributes import PLAN, PROPOSED
 from mpromptune.candidates import choice_set
+from mpromptune.devices import resolve_device
 from mpromptune.embedding import CachedEmbedder, as_embedder
 from mpromptune.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.errors import require_count
@@ -63,6 +64,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
             ``texts -> (n, d)``, or ``"index"`` to ignore the texts. Default: all-MiniLM-L6-v2.
         independent_sampler: Samples parameters outside the joint search space (default: random).
         seed: Same seed and same history, same proposals. None draws one.
+        device: Where the surrogate is fitted and asked, such as ``"cuda"``; the CPU by default.
 
     Raises:
         InvalidArgumentError: An argument is out of range.
@@ -84,12 +86,14 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         embedder: Any = None,
         independent_sampler: BaseSampler | None = None,
         seed: int | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         self.max_space_size = require_count("max_space_size", max_space_size, 1)
         self.n_batches = require_count("n_batches", n_batches, 0)
         self.batch_size = None if batch_size is None else require_count("batch_size", batch_size, 1)
         self.min_cold_start = require_count("min_cold_start", min_cold_start, 1)
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self.device = resolve_device(device)
         self.space = space
         self._embedder = resolve_embedder(embedder)
         self._independent_sampler = independent_sampler
@@ -117,7 +121,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
     def prompts(self) -> Encoding | None:
         """The encoding of ``space``; texts are embedded at the first call."""
         if self._prompts is None and self.space is not None:
-            self._prompts = encode_prompts(self.space, self._embedder)
+            self._prompts = encode_prompts(self.space, self._embedder).on(self.device)
         return self._prompts
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -209,7 +213,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         if prompts is not None and search_space == _index_distributions(self.space):
             return prompts
         observed = [proposed_params(t) for t in others]
-        return encode_distributions(search_space, observed, self._embedder, prompts)
+        return encode_distributions(search_space, observed, self._embedder, prompts).on(self.device)
 
     def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
         rng = np.random.default_rng(seed)

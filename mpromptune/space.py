@@ -97,9 +97,11 @@ class IndexSpace:
         centre = np.asarray(row, dtype=np.int64)
         if self.combinations is not None:
             return self._listed_neighbours(self.combinations, centre)
-        return np.concatenate([self._moves_along(centre, c) for c in range(len(self.sizes))])
+        return np.concatenate([self.moves_along(centre, c) for c in range(len(self.sizes))])
 
-    def _moves_along(self, centre: IndexArray, component: int) -> IndexArray:
+    def moves_along(self, row: Sequence[int] | IndexArray, component: int) -> IndexArray:
+        """Configurations of a product that differ from ``row`` in this one component."""
+        centre = np.asarray(row, dtype=np.int64)
         others = np.delete(np.arange(self.sizes[component]), centre[component])
         moved = np.tile(centre, (len(others), 1))
         moved[:, component] = others

@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from botorch.models import SingleTaskGP
-from botorch.posteriors import GPyTorchPosterior
 from torch import Tensor
 
 from mpromptune.embedding import FloatArray
 from mpromptune.noise import pooled_variance
-from mpromptune.surrogate import at_average_example, quiet_single_thread
+from mpromptune.surrogate import Surrogate, joint_posterior, quiet_single_thread
 
 # NOTE: part of a full evaluation's standard error that counts as no gain. The validation set is
 # itself a sample, so the winner's score is known to one standard error (2.8 points at 80 % of 200
@@ -58,7 +55,7 @@ class Stopping:
         self.quiet = self.quiet + 1 if gain < _NEGLIGIBLE * standard_error else 0
 
 
-def expected_gains(model: SingleTaskGP, rows: Tensor, leader: Tensor) -> Tensor:
+def expected_gains(model: Surrogate, rows: Tensor, leader: Tensor) -> Tensor:
     r"""What knowing two configurations exactly would gain over keeping the leader.
 
     .. math:: E[\max(f(x) - f(L), 0)] = s (u \Phi(u) + \phi(u)), \quad u = (\mu_x - \mu_L) / s
@@ -77,11 +74,10 @@ def expected_gains(model: SingleTaskGP, rows: Tensor, leader: Tensor) -> Tensor:
     return torch.cat([_gains(model, chunk, leader) for chunk in torch.split(rows, _CHUNK)])
 
 
-def _gains(model: SingleTaskGP, rows: Tensor, leader: Tensor) -> Tensor:
+def _gains(model: Surrogate, rows: Tensor, leader: Tensor) -> Tensor:
     points = torch.cat([leader.unsqueeze(0).to(rows), rows])
-    with torch.no_grad(), quiet_single_thread():
-        posterior = cast(GPyTorchPosterior, model.posterior(at_average_example(points)))
-        mean, covariance = posterior.mean.squeeze(-1), posterior.distribution.covariance_matrix
+    with quiet_single_thread():
+        mean, covariance = joint_posterior(model, points)
     variance = covariance.diagonal() + covariance[0, 0] - 2.0 * covariance[0]
     return expected_positive_part(mean - mean[0], variance)[1:]
 

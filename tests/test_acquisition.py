@@ -18,7 +18,8 @@ from mpromptune.acquisition import (
     ranked,
 )
 from mpromptune.geometry import Geometry, numeric_views
-from mpromptune.surrogate import at_average_example, fit, posterior_mean_and_variance
+from mpromptune.kernels import at_average_example
+from mpromptune.surrogate import fit, posterior_mean_and_variance
 
 VALUES = [0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.8, 1.0]
 

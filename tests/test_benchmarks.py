@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import proposal, quality, report, runner
+from benchmarks import enumeration, proposal, quality, report, runner, scale
 from benchmarks.methods import METHODS
 from benchmarks.pipelines import Pipeline, best, compose
 from benchmarks.tables import Table
@@ -252,3 +252,50 @@ def test_a_study_is_filled_and_asked(sampler: str) -> None:
     assert len(set(seen)) == len(seen) == 600
     assert min(proposal.four_asks(study, space)) > 0.0
     assert len(study.trials) == 64
+
+
+def scale_rows() -> list[dict[str, Any]]:
+    """Made-up figures: CPU time as the square root of the trials, and the same for every space."""
+    sizes = {"10^2": 100.0, "10^9": 2.0**30}
+    return [
+        {"configurations": name, "trials": n, "size": size, "seconds": 1.0, "cpu": n**0.5, "memory": 100.0}
+        for name, size in sizes.items()
+        for n in (10, 500, 5000)
+    ]
+
+
+def test_scale_table_has_slopes(tmp_path: Path) -> None:
+    """On a log-log plot the square root has slope 1/2, a constant 0; the picture is drawn."""
+    (tmp_path / "scale.json").write_text(json.dumps(scale_rows()))
+    ((_, table),) = report.sections(tmp_path)
+    lines = table.splitlines()
+    assert lines[2].startswith("| 10^2 | 3.16 s, 100 MB |")
+    assert lines[2].endswith("| 0.50 |")
+    assert [float(cell) for cell in lines[-1].split("|")[2:-2]] == pytest.approx([0.0] * 3, abs=0.005)
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import plot_all
+
+    assert [path.name for path in plot_all(tmp_path)] == ["scale.png"]
+
+
+def test_a_scale_cell_measures_a_round() -> None:
+    """Seconds, CPU seconds, memory and the exact size of the space."""
+    figures = scale.measure({"configurations": "10^6", "trials": 6})
+    assert figures["size"] == 32**4
+    assert figures["cpu"] > 0.0
+    assert figures["memory"] >= 0.0
+
+
+def test_enumeration_is_paired_by_seed() -> None:
+    """Local search minus enumeration over the same seeds; the same space by all three ways."""
+    rows = [
+        {"program": "a+b", "method": "enumerated", "seeds": 2, "regret": 1.0, "regret_se": 0.5},
+        {"program": "a+b", "method": "local", "seeds": 2, "regret": 1.5, "regret_se": 0.5},
+    ]
+    rows[0]["regrets"], rows[1]["regrets"] = [0.0, 2.0], [1.0, 2.0]
+    assert report.enumeration_table(rows).splitlines()[-1].endswith("| +0.50 ± 0.50 |")
+    tables = [tiny_table("one"), tiny_table("two", 1), tiny_table("three", 2)]
+    for method in enumeration.METHODS.values():
+        problem = Metered(compose(tables, seed=0, pool=4, n_val=20))
+        assert problem.space.exists(problem.space.row(method(problem, 60, 0, 4)))
+        assert problem.calls <= 60

@@ -92,7 +92,9 @@ def test_the_summary_is_generalised_least_squares(seed: int) -> None:
     summary = summarise(scores, difficulty)
     values, covariance = brute_force(scores, difficulty)
     assert summary.values == pytest.approx(values, rel=1e-6, abs=1e-8)
-    assert summary.shared + np.diag(summary.own) == pytest.approx(covariance, rel=1e-6, abs=1e-8)
+    assert summary.root @ summary.root.T + np.diag(summary.own) == pytest.approx(
+        covariance, rel=1e-6, abs=1e-8
+    )
 
 
 def test_measured_on_everything_is_the_plain_mean() -> None:

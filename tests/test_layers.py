@@ -19,8 +19,9 @@ PACKAGE = ROOT / "mpromptune"
 MATHEMATICS = (
     ("attributes", "errors"),
     ("embedding", "space"),
-    ("candidates", "chance", "difficulty", "geometry", "noise"),
+    ("candidates", "chance", "devices", "difficulty", "geometry", "noise"),
     ("kernels",),
+    ("sparse",),
     ("surrogate",),
     ("acquisition", "explained", "stopping"),
 )

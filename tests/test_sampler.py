@@ -331,3 +331,35 @@ def test_fits_leave_the_global_generator_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(3)
     assert trials() == first
+
+
+def test_thousands_of_recorded_trials_are_gone_on_with(tmp_path) -> None:
+    """From a journal file, twice: the model with inducing points proposes the same, and what is good."""
+    path = str(tmp_path / "study.log")
+    texts = [f"{'a' * (i % 6)}{'b' * (i // 6)} style" for i in range(36)]
+    space = PromptSpace({f"{p}_predictor_instruction": [f"{t} {p}" for t in texts] for p in range(4)})
+    distributions = {n: optuna.distributions.CategoricalDistribution(range(36)) for n in space.names}
+    rng = np.random.default_rng(0)
+    made = optuna.create_study(direction="maximize")
+    for row in map(tuple, rng.integers(0, 36, size=(1500, 4)).tolist()):
+        value = sum(i % 6 for i in row) / 20 + rng.normal(0, 0.05)  # the number of a's, 1 at best
+        made.add_trial(
+            optuna.create_trial(params=space.params(row), distributions=distributions, value=value)
+        )
+    backend = optuna.storages.journal.JournalFileBackend
+    storage = optuna.storages.JournalStorage(backend(path))
+    optuna.create_study(study_name="s", storage=storage, direction="maximize").add_trials(made.trials)
+
+    def proposals() -> list[dict]:
+        again = optuna.load_study(
+            study_name="s",
+            storage=optuna.storages.JournalStorage(backend(path)),
+            sampler=sampler(space=space, batch_size=4),
+        )
+        copied = optuna.create_study(direction="maximize", sampler=again.sampler)
+        copied.add_trials(again.trials)
+        return [copied.ask(distributions).params for _ in range(4)]
+
+    first = proposals()
+    assert first == proposals()
+    assert all(sum(i % 6 for i in params.values()) >= 17 for params in first)

@@ -19,8 +19,8 @@ HALF_NORMAL = 1.0 / math.sqrt(2.0 * math.pi)  # E[max(Z, 0)] of a standard norma
 def gains(mean: list[float], covariance: list[list[float]]) -> list[float]:
     """Of the second configuration and those after it over the first, for a given joint posterior."""
     normal = MultivariateNormal(torch.tensor(mean).double(), torch.tensor(covariance).double())
-    model = SimpleNamespace(posterior=lambda points: GPyTorchPosterior(normal))
     rows = torch.arange(1, len(mean)).unsqueeze(-1)
+    model = SimpleNamespace(posterior=lambda points: GPyTorchPosterior(normal), train_inputs=(rows,))
     return expected_gains(model, rows, torch.tensor([0])).tolist()
 
 

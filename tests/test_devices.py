@@ -1,0 +1,79 @@
+"""The device that the surrogate computes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from embedders import letters
+from test_knowledge import known
+
+from mpromptune import PromptSpace, qEISampler
+from mpromptune.devices import resolve_device
+from mpromptune.errors import InvalidArgumentError
+from mpromptune.history import fit_history, read
+from mpromptune.knowledge import Knowledge
+from mpromptune.options import SearchOptions
+from mpromptune.samplers import distributions_of
+
+SPACE = PromptSpace({f"{i}_predictor_instruction": [f"{'a' * j} {i}" for j in range(9)] for i in range(2)})
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def proposals(device: str | None, n_trials: int) -> list[dict]:
+    """A round of four after so many trials."""
+    study = known(SPACE, n_trials).study
+    study.sampler = qEISampler(space=SPACE, embedder=letters, seed=0, batch_size=4, device=device)
+    return [study.ask(distributions_of(SPACE)).params for _ in range(4)]
+
+
+@pytest.mark.parametrize("bad", ["tpu9", "meta", 1.5, "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(bad: object) -> None:
+    """By the sampler and by the options, naming what was given, before anything is paid for."""
+    for ask in (resolve_device, lambda d: qEISampler(device=d), lambda d: SearchOptions(device=d)):
+        with pytest.raises(InvalidArgumentError, match=f"device must be one .* got {bad!r}"):
+            ask(bad)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_cuda_is_refused_where_there_is_none() -> None:
+    """The message counts what torch has found."""
+    with pytest.raises(InvalidArgumentError, match="CUDA devices found by torch .*: 0"):
+        qEISampler(device="cuda")
+
+
+def test_a_device_is_for_the_default_sampler_only() -> None:
+    """Other samplers have no surrogate of ours."""
+    with pytest.raises(InvalidArgumentError, match="device"):
+        SearchOptions(sampler="tpe", device="cpu")
+
+
+def test_the_cpu_by_name_is_the_default() -> None:
+    """The same proposals."""
+    assert proposals("cpu", 12) == proposals(None, 12)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_everything_of_the_model_is_on_its_device(device: str) -> None:
+    """Parameters, tables and observations follow the geometries; what is asked comes back to the CPU."""
+    knowledge = known(SPACE, 12)
+    encoding = knowledge.encoding.on(resolve_device(device))
+    history = read(knowledge.study, knowledge.study.trials, encoding.row, len(encoding.names))
+    model = fit_history(history, encoding.geometries)
+    held = [*model.parameters(), *model.buffers(), *model.train_inputs, model.train_targets]
+    assert {tensor.device.type for tensor in held} == {device}
+    there = Knowledge(knowledge.study, encoding, knowledge.ledger)
+    rows = [(0, 0), (3, 8)]
+    for ours, expected in zip(there.posterior(rows), knowledge.posterior(rows), strict=True):
+        assert ours.device.type == "cpu"
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("exact", [512, 20])
+def test_cuda_proposes_what_the_cpu_does(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the exact model and with inducing points."""
+    from mpromptune import surrogate
+
+    monkeypatch.setattr(surrogate, "_EXACT", exact)
+    assert proposals("cuda", 40) == proposals("cpu", 40)
