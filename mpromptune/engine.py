@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from functools import partial
 
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -14,8 +14,8 @@ from optuna.study import Study
 from mpromptune.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator, OnCall
+from mpromptune.crew import Crew
 from mpromptune.daemons import DaemonThreads
-from mpromptune.encoding import Encoding
 from mpromptune.errors import require_count, require_finite
 from mpromptune.execution import Score, Workers, as_score, classify_builtin
 from mpromptune.interrupts import GRACE, handled
@@ -24,18 +24,11 @@ from mpromptune.limits import SEARCH, Budget, Limits
 from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
-from mpromptune.record import check_left, missing_of, read_record
 from mpromptune.result import SearchResult
-from mpromptune.samplers import bind, resolve_sampler, round_size
-from mpromptune.schedule import (
-    Minibatches,
-    Schedule,
-    check_budget,
-    default_block_size,
-    default_rounds_in_flight,
-    partition,
-)
-from mpromptune.settings import compare_geometry, recorded_settings, require_same, settings_of, write_settings
+from mpromptune.schedule import Minibatches, Schedule, check_budget, default_block_size, partition
+from mpromptune.setup import Setup
+from mpromptune.shared import SharedWorkers
+from mpromptune.sharing import check_coordinators, search_together, taking_part
 from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
 from mpromptune.storage import StorageSpec, open_study
@@ -74,6 +67,8 @@ def search(
     on_call: OnCall | None = None,
     limits: Limits | Budget | None = None,
     stopped: threading.Event | None = None,
+    coordinators: int = 1,
+    crew: Crew | None = None,
 ) -> SearchResult:
     """Finds the configuration with the highest mean score for a budget of program calls.
 
@@ -90,7 +85,9 @@ def search(
     an error or an interrupt cut off are taken up under new numbers. No saved score is paid again, and
     a finished search is returned without a call. ``max_calls`` is for all runs together; it may
     change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
-    sampler and the callbacks, which are not called again. One process at a time.
+    sampler and the callbacks, which are not called again. One process at a time; several with
+    ``coordinators``, of which the first leads and the others measure what it hands out. Any of them
+    may be killed or join later; they end with the same result.
 
     Args:
         space: The configurations.
@@ -134,6 +131,10 @@ def search(
             used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
             call begins once a limit is used up. A `Budget` where something was used before.
         stopped: Set from outside, no further call begins; set when nothing more may be spent.
+        coordinators: Processes, on any hosts, that are expected to make this call with this
+            ``storage``, each with ``num_threads`` of its own. Callbacks and limits are those of the
+            process that leads.
+        crew: Of these processes, where this one has joined them before.
 
     Returns:
         The winner, its score, the baseline's, and the study.
@@ -153,6 +154,7 @@ def search(
         require_finite("target", target)
     require_finite("grace", grace)
     as_score(failure_score)
+    check_coordinators(coordinators, storage)
     check_schedule(schedule, block_size, confirm, patience, target)
     start = space.first() if baseline is None else space.row(baseline)
     if schedule == "mipro":
@@ -166,59 +168,53 @@ def search(
         check_budget(max_calls, n_examples, confirm)
         parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
         plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
-    before = recorded_settings(study := open_study(storage, study_name))
-    plan.batch_size = round_size(batch_size, sampler, num_threads, trial_size, before.get("batch_size"))
-    plan.rounds_in_flight = _rounds_in_flight(plan, before, num_threads, trial_size)
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
-    settings = settings_of(space, {**arguments, "schedule": schedule, **sizes}, plan)
-    require_same(study, before, settings)
-    record = read_record(study)
-    confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all
-    check_left(record, max_calls, missing_of(record, space.params(start), n_examples) if confirmed else 0)
-    encoding = _set_sampler(study, sampler, space, plan, seed)
-    compare_geometry(study, encoding)
-    write_settings(study, settings)
-    trials = Trials(study, space, record)
+    setup = Setup(
+        space=space,
+        plan=plan,
+        arguments={**arguments, "schedule": schedule, **sizes},
+        sampler=sampler,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        coordinators=coordinators,
+        trial_size=trial_size,
+        confirmed=confirm and schedule == "blocks",  # mipro measures the baseline first of all
+    )
     budget = limits if isinstance(limits, Budget) else Budget(limits)
+    run = partial(
+        Coordinator,
+        space=space,
+        plan=plan,
+        budget=budget,
+        failure_score=failure_score,
+        callbacks=callbacks,
+        on_call=on_call,
+        grace=grace,
+    )
+    study = open_study(storage, study_name)
+    with handled(), _executor(executor, num_threads) as pool:
+        given = score, pool, classify, retry, retry_after, num_threads
+        if coordinators == 1:
+            return _alone(setup, study, budget, run, Workers(*given, budget.admits, stopped))
+        with taking_part(crew, study, num_threads) as mates:
+            workers = SharedWorkers(mates, study._storage, *given, budget.admits, stopped)
+            return search_together(setup, study, run, workers, mates)
+
+
+def _alone(
+    setup: Setup, study: Study, budget: Budget, run: partial[Coordinator], workers: Workers
+) -> SearchResult:
+    record, encoding = setup.take_up(study)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
-    with handled(), _executor(executor, num_threads) as pool, metered(budget.begin_search()):
-        return Coordinator(
-            space=space,
-            plan=plan,
-            workers=Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped),
-            trials=trials,
-            known=Knowledge(study, encoding, hidden=trials.untold),
-            budget=budget,
-            failure_score=failure_score,
-            callbacks=callbacks,
-            on_call=on_call,
-            grace=grace,
-        ).run()
+    trials = Trials(study, setup.space, record)
+    known = Knowledge(study, encoding, hidden=trials.untold)
+    with metered(budget.begin_search()):
+        return run(workers=workers, trials=trials, known=known).run()
 
 
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         require_count(name, count)
-
-
-def _set_sampler(
-    study: Study, sampler: BaseSampler | str | None, space: PromptSpace, plan: Plan, seed: int
-) -> Encoding:
-    n_trials = len(study.get_trials(deepcopy=False))
-    own = resolve_sampler(sampler, space, seed, n_trials)
-    study.sampler, encoding = bind(own, space, plan.batch_size, plan.is_open, seed)
-    if n_trials and own is sampler:  # its stream is at its beginning, and would come again
-        study.sampler.reseed_rng()
-    return encoding
-
-
-def _rounds_in_flight(plan: Plan, before: Mapping[str, Any], num_threads: int, trial_size: int) -> int:
-    """As before, so that other threads make no other trials; unless rounds are of another size now."""
-    if before.get("batch_size") == plan.batch_size:
-        return int(before["rounds_in_flight"])
-    if isinstance(plan, MiproPlan):
-        return plan.rounds_in_flight
-    return default_rounds_in_flight(num_threads, plan.batch_size, trial_size)
 
 
 @contextlib.contextmanager

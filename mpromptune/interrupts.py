@@ -123,6 +123,13 @@ def wait_for(
         pending = wait(pending, timeout=min(_SLICE, left)).not_done
 
 
+def pause(seconds: float) -> None:
+    """Sleeps, where an interrupt may come."""
+    if _is_main():
+        _SIGNALS.check()
+    time.sleep(seconds)
+
+
 def result_of(future: Future[T]) -> T:
     """Its result, awaited where an interrupt may come."""
     wait_for([future])

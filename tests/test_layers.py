@@ -27,15 +27,16 @@ MATHEMATICS = (
 LOOP = (
     ("daemons", "flights", "interrupts", "journal", "pace", "priority", "usage"),
     ("limits", "storage", "throttle"),
-    ("attempts",),
+    ("attempts", "crew"),
     ("encoding", "execution", "findings", "ledger", "schedule"),
-    ("options", "outage", "record", "repeats"),
-    ("analysis", "history"),
+    ("options", "outage", "record", "repeats", "shared"),
+    ("analysis", "handout", "helping", "history"),
     ("knowledge", "plots", "sampler"),
     ("plan", "report", "samplers", "qEI"),
     ("block_plan", "mipro_plan", "result", "settings", "trials"),
-    ("health", "summary"),
+    ("health", "setup", "shared_trials", "summary"),
     ("coordinator",),
+    ("sharing",),
     ("engine",),
 )
 ADAPTER = (
