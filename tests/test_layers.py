@@ -25,7 +25,7 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "usage"),
+    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "reconnecting", "usage"),
     ("limits", "storage", "throttle"),
     ("attempts", "crew"),
     ("encoding", "execution", "findings", "ledger", "schedule"),
