@@ -14,12 +14,13 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune.attributes import BEAT, FAREWELL, HANDED, HELPS, HOST, TAKEN, THREADS
-from mpromptune.errors import MPromptuneError, SearchStoppedError
-from mpromptune.storage import reported
+from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, require_count
+from mpromptune.storage import StorageSpec, reported
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,20 @@ STOPPED, LIMIT = "stopped", "limit"
 
 class LeftOutError(MPromptuneError, RuntimeError):
     """The others have taken this process for dead, and go on without it."""
+
+
+def check_coordinators(coordinators: int, storage: StorageSpec) -> None:
+    """Refuses what cannot be shared.
+
+    Raises:
+        InvalidArgumentError: The number is none, or there is no storage that several processes see.
+    """
+    require_count("coordinators", coordinators)
+    if coordinators > 1 and (storage is None or isinstance(storage, InMemoryStorage)):
+        raise InvalidArgumentError(
+            f"coordinators={coordinators} needs a storage that all of them see: a database such as "
+            "postgresql+psycopg://..., the path of a journal file on one machine, or Optuna's gRPC proxy."
+        )
 
 
 @dataclass(frozen=True)
@@ -258,6 +273,18 @@ class Crew:
             with suppress(UpdateFinishedTrialError):
                 self._storage.set_trial_user_attr(self._trial_id, BEAT, self._beats)
                 self._beaten = time.monotonic()
+
+
+@contextmanager
+def taking_part(crew: Crew | None, study: Study, num_threads: int) -> Iterator[Crew]:
+    """A place in the crew of a study, from now on; or the one that this process has already."""
+    if crew is not None:
+        yield crew
+        return
+    joined = Crew(study, num_threads)
+    joined.join()
+    with joined.taking_part():
+        yield joined
 
 
 def _member(trial: FrozenTrial) -> Member:

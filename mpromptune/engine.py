@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
+from typing import Any
 
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -14,7 +15,7 @@ from optuna.study import Study
 from mpromptune.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator, OnCall
-from mpromptune.crew import Crew
+from mpromptune.crew import Crew, check_coordinators, taking_part
 from mpromptune.daemons import DaemonThreads
 from mpromptune.errors import require_count, require_finite
 from mpromptune.execution import Score, Workers, as_score, classify_builtin
@@ -28,7 +29,7 @@ from mpromptune.result import SearchResult
 from mpromptune.schedule import Minibatches, Schedule, check_budget, default_block_size, partition
 from mpromptune.setup import Setup
 from mpromptune.shared import SharedWorkers
-from mpromptune.sharing import check_coordinators, search_together, taking_part
+from mpromptune.sharing import search_together
 from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
 from mpromptune.storage import StorageSpec, open_study
@@ -157,11 +158,11 @@ def search(
     check_coordinators(coordinators, storage)
     check_schedule(schedule, block_size, confirm, patience, target)
     start = space.first() if baseline is None else space.row(baseline)
+    plan: Plan
     if schedule == "mipro":
         batches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch).within(n_examples)
-        trial_size = batches.size
-        sizes = {"minibatch_size": trial_size, "minibatch_full_eval_steps": batches.full_eval_steps}
-        plan: Plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
+        trial_size, sizes = batches.size, batches.as_arguments()
+        plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
     else:
         trial_size = default_block_size(n_examples) if block_size is None else block_size
         sizes = {"block_size": trial_size}
@@ -169,28 +170,20 @@ def search(
         parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
         plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
+    arguments.update(schedule=schedule, **sizes)
+    confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all
+    threads = num_threads * coordinators
     setup = Setup(
-        space=space,
-        plan=plan,
-        arguments={**arguments, "schedule": schedule, **sizes},
-        sampler=sampler,
-        batch_size=batch_size,
-        num_threads=num_threads,
-        coordinators=coordinators,
-        trial_size=trial_size,
-        confirmed=confirm and schedule == "blocks",  # mipro measures the baseline first of all
+        space, plan, arguments, sampler, batch_size, threads, coordinators > 1, trial_size, confirmed
     )
     budget = limits if isinstance(limits, Budget) else Budget(limits)
-    run = partial(
-        Coordinator,
-        space=space,
-        plan=plan,
-        budget=budget,
-        failure_score=failure_score,
-        callbacks=callbacks,
-        on_call=on_call,
-        grace=grace,
-    )
+    told: dict[str, Any] = {
+        "failure_score": failure_score,
+        "callbacks": callbacks,
+        "on_call": on_call,
+        "grace": grace,
+    }
+    run = partial(Coordinator, space=space, plan=plan, budget=budget, **told)
     study = open_study(storage, study_name)
     with handled(), _executor(executor, num_threads) as pool:
         given = score, pool, classify, retry, retry_after, num_threads

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import contextvars
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import astuple
+from functools import partial
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -22,8 +22,6 @@ from mpromptune.record import Record, usage_of
 from mpromptune.shared import Call, HelperError, Key, SharedWorkers, failure_of, read_calls, written
 from mpromptune.storage import reported
 from mpromptune.usage import Usage
-
-logger = logging.getLogger(__name__)
 
 # NOTE: calls in a member's hands for each of its threads. Between the end of a call and the next one
 # that is handed out pass two looks; with a second call in hand, a thread need not wait for them.
@@ -62,7 +60,8 @@ class Handout:
     def running(self) -> Iterator[None]:
         """Hands out until the search has ended."""
         over = threading.Event()
-        thread = threading.Thread(target=self._run, args=(over,), name="mpromptune-handout", daemon=True)
+        run = partial(contextvars.copy_context().run, self._run, over)  # as the calls of this thread
+        thread = threading.Thread(target=run, name="mpromptune-handout", daemon=True)
         thread.start()
         self._workers.hand_out = self.submit
         try:
@@ -131,8 +130,7 @@ class Handout:
         for trial in trials:
             before, now = self._usage.get(trial._trial_id, Usage()), usage_of(trial.user_attrs)
             if now != before:
-                more = (b - a for a, b in zip(astuple(before), astuple(now), strict=True))
-                self._budget.step(SEARCH).add(Usage(*more))
+                self._budget.step(SEARCH).add(now - before)
             self._usage[trial._trial_id] = now
 
     def _collect(
@@ -162,8 +160,8 @@ class Handout:
             promise.set_result(self._workers.in_order(outcome))
 
     def _take_back(self) -> None:
-        """What members that have gone had in hand comes first."""
-        present = {member.number for member in self._crew.present}
+        """What members had in hand that have gone, or take no calls any more, comes first."""
+        present = {member.number for member in self._crew.present if member.threads}
         left = [key for key, number in self._holder.items() if number not in present]
         for key in left:
             del self._holder[key]

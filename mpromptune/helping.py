@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from mpromptune.attributes import HELPS, TAKEN
 from mpromptune.crew import POLL, Crew, LeftOutError
@@ -31,18 +32,44 @@ def help_until_leading(crew: Crew, workers: SharedWorkers, check: Callable[[], N
         if crew.me.handed["items"] and not is_checked:
             check()
             is_checked = True
+        if crew.me.threads and workers.has_refused:
+            crew.note(HELPS, False)
         _take(crew, workers)
         pause(POLL)
         _look(crew, workers)
 
 
-def _look(crew: Crew, workers: SharedWorkers) -> None:
+def await_candidates(crew: Crew, is_stopped: Callable[[], bool]) -> None:
+    """Returns once this process is the first, or whoever is has begun to measure.
+
+    Raises:
+        SearchStoppedError: Whoever led has stopped, or this process has to.
+    """
+    while not (crew.leads or crew.leader.threads):
+        pause(POLL)
+        if is_stopped():
+            raise SearchStoppedError("The compile was told to stop while it waited for another's candidates.")
+        with _back_again(crew):
+            crew.look()
+        crew.require_going()
+
+
+@contextmanager
+def _back_again(crew: Crew) -> Iterator[None]:
+    """A process that was held up for so long that it was taken for dead joins again."""
     try:
-        crew.look()
-    except LeftOutError:  # it was held up; what was its own has been handed to others
+        yield
+    except LeftOutError:
         logger.warning("This coordinator was taken for dead; it takes part again.")
-        workers.keep_only(())
         crew.join()
+
+
+def _look(crew: Crew, workers: SharedWorkers) -> None:
+    number = crew.number
+    with _back_again(crew):
+        crew.look()
+    if crew.number != number:  # what was its own has been handed to others
+        workers.keep_only(())
         crew.note(HELPS, True)
     crew.require_going()
     if workers.unsaved is not None:

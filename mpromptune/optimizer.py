@@ -150,7 +150,7 @@ class MIPROv2(dspy.MIPROv2):
         )
         token = _STEPS.set(steps)
         try:
-            with guard.watching():
+            with guard.watching(), steps.together:
                 try:
                     yield
                 finally:
@@ -188,7 +188,8 @@ class MIPROv2(dspy.MIPROv2):
             _STEPS.get().search_calls = options.search_calls(len(valset), num_trials, minibatches)
             if options.storage is not None and not options.dry_run:
                 run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
-                _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
+                together = options.coordinators > 1
+                _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run, together))
             _check_embedder(options, program)
             if options.confirm:
                 _STEPS.get().score_ahead(valset)
@@ -294,6 +295,8 @@ class MIPROv2(dspy.MIPROv2):
             on_call=bar.on_call,
             limits=_STEPS.get().guard.budget,
             stopped=_STEPS.get().guard.stopped,
+            coordinators=options.coordinators,
+            crew=_STEPS.get().crew,
         )
 
     def _finished(self, programs: ProgramSpace, result: Any) -> Any:

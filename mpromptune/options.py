@@ -11,6 +11,7 @@ from typing import Any
 from optuna.samplers import BaseSampler
 
 from mpromptune.attempts import RetryPolicy
+from mpromptune.crew import check_coordinators
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
 from mpromptune.interrupts import GRACE
 from mpromptune.limits import Limits
@@ -68,6 +69,8 @@ class SearchOptions:
             call goes on where it was interrupted; by default memory.
         study_name: Name of the study in the storage.
         callbacks: Called as ``callback(study, trial)`` after every trial.
+        coordinators: Processes, on any hosts, that make the same call with the same ``storage`` and
+            share the work.
     """
 
     sampler: BaseSampler | str = "qei"
@@ -97,6 +100,7 @@ class SearchOptions:
     storage: Any = None
     study_name: str | None = None
     callbacks: Sequence[Any] = ()
+    coordinators: int = 1
 
     def __post_init__(self) -> None:
         self._check_sampler()
@@ -115,6 +119,7 @@ class SearchOptions:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
         check_storage(self.storage, self.study_name)
+        check_coordinators(self.coordinators, self.storage)
 
     @property
     def limits(self) -> Limits:

@@ -70,7 +70,7 @@ class ReconnectingStorage(BaseStorage):
             before_sleep=_warn,
             reraise=True,
         )
-        done = False, None
+        done: tuple[bool, Any] = False, None
         try:
             for attempt in attempts:
                 with attempt:
@@ -87,7 +87,7 @@ class ReconnectingStorage(BaseStorage):
             ) from error
         self._is_down = False
         if name == "create_new_trial":
-            self._created.add(int(value))
+            self._created.add(value)
         return value
 
     def _done(self, name: str, args: tuple[Any, ...]) -> tuple[bool, Any]:

@@ -202,6 +202,10 @@ class Minibatches:
             )
         return self
 
+    def as_arguments(self) -> dict[str, int]:
+        """What of it must stay as it is in a study."""
+        return {"minibatch_size": self.size, "minibatch_full_eval_steps": self.full_eval_steps}
+
     def calls(self, num_trials: int, n_examples: int) -> int:
         """What ``num_trials`` trials cost, with the baseline and the full evaluations."""
         return stock_calls(num_trials, n_examples, self.enabled, self.size, self.full_eval_steps)

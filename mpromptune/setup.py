@@ -36,8 +36,8 @@ class Setup:
         arguments: What must stay as it is in a study.
         sampler: Proposes configurations.
         batch_size: Configurations per round, if given.
-        num_threads: Calls in flight at once in this process.
-        coordinators: Processes that are expected to share the study.
+        num_threads: Calls in flight at once, in all processes.
+        is_shared: Whether there are several.
         trial_size: Examples of a trial.
         confirmed: Whether the baseline is to end with a score on every example.
     """
@@ -48,7 +48,7 @@ class Setup:
     sampler: BaseSampler | str | None
     batch_size: int | None
     num_threads: int
-    coordinators: int
+    is_shared: bool
     trial_size: int
     confirmed: bool
 
@@ -60,9 +60,9 @@ class Setup:
             StudyMismatchError: The study belongs to another search.
         """
         before = recorded_settings(study)
-        plan, threads = self.plan, self.num_threads * self.coordinators
+        plan = self.plan
         plan.batch_size = round_size(
-            self.batch_size, self.sampler, threads, self.trial_size, before.get("batch_size")
+            self.batch_size, self.sampler, self.num_threads, self.trial_size, before.get("batch_size")
         )
         plan.rounds_in_flight = self._rounds_in_flight(before)
         settings = self._settings()
@@ -92,8 +92,9 @@ class Setup:
             return int(before["rounds_in_flight"])
         if isinstance(self.plan, MiproPlan):
             return self.plan.rounds_in_flight
-        threads = self.num_threads * self.coordinators
-        return default_rounds_in_flight(threads, self.plan.batch_size, self.trial_size, self.coordinators > 1)
+        return default_rounds_in_flight(
+            self.num_threads, self.plan.batch_size, self.trial_size, self.is_shared
+        )
 
     def _set_sampler(self, study: Study) -> Encoding:
         plan, seed = self.plan, int(self.arguments["seed"])

@@ -137,6 +137,12 @@ class SharedWorkers(Workers):
             self.stopped.set()
             wait_for(list(self.taken.values()), grace)
 
+    @property
+    def has_refused(self) -> bool:
+        """Whether a call was not made, although nobody took it back: a limit of this process's own."""
+        done = [f.result() for f in list(self.taken.values()) if f.done() and not f.cancelled()]
+        return any(outcome.score is None and outcome.error is None for outcome in done)
+
     def in_order(self, outcome: Outcome) -> Outcome:
         """The outcome as the last one so far."""
         return replace(outcome, order=next(self._ended))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
-from optuna.storages import InMemoryStorage
 from optuna.study import Study
 
 from mpromptune.coordinator import Coordinator
 from mpromptune.crew import LIMIT, Crew
-from mpromptune.errors import InvalidArgumentError, SearchInterrupted, require_count
+from mpromptune.errors import SearchInterrupted
 from mpromptune.handout import Handout
 from mpromptune.helping import help_until_leading
 from mpromptune.interrupts import interrupted
@@ -21,34 +18,7 @@ from mpromptune.result import SearchResult
 from mpromptune.setup import Setup
 from mpromptune.shared import SharedWorkers
 from mpromptune.shared_trials import SharedTrials
-from mpromptune.storage import StorageSpec
 from mpromptune.usage import Usage
-
-
-def check_coordinators(coordinators: int, storage: StorageSpec) -> None:
-    """Refuses what cannot be shared.
-
-    Raises:
-        InvalidArgumentError: The number is none, or there is no storage that several processes see.
-    """
-    require_count("coordinators", coordinators)
-    if coordinators > 1 and (storage is None or isinstance(storage, InMemoryStorage)):
-        raise InvalidArgumentError(
-            f"coordinators={coordinators} needs a storage that all of them see: a database such as "
-            "postgresql+psycopg://..., the path of a journal file on one machine, or Optuna's gRPC proxy."
-        )
-
-
-@contextmanager
-def taking_part(crew: Crew | None, study: Study, num_threads: int) -> Iterator[Crew]:
-    """A place in the crew of a study, from now on; or the one that this process has already."""
-    if crew is not None:
-        yield crew
-        return
-    joined = Crew(study, num_threads)
-    joined.join()
-    with joined.taking_part():
-        yield joined
 
 
 def search_together(
@@ -85,7 +55,9 @@ def _lead(
 ) -> SearchResult:
     budget = run.keywords["budget"]
     record, encoding = setup.take_up(study)
-    budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
+    meter = budget.step(SEARCH)
+    # What this process has measured before, its trials will say.
+    meter.add(sum((recorded.usage for recorded in record), Usage()) - meter.total)
     budget.begin_search()
     if (ended := crew.ended()).get("why") == LIMIT:  # whatever used it up, it is for all
         budget.reached = ended["name"]

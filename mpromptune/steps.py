@@ -9,7 +9,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,11 @@ from mpromptune import bootstrap, proposal
 from mpromptune.ahead import Ahead
 from mpromptune.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
 from mpromptune.checkpoint import Checkpoint
+from mpromptune.crew import Crew, taking_part
 from mpromptune.errors import SearchStoppedError
 from mpromptune.estimate import Estimate, Plan, estimate
 from mpromptune.execution import Score
+from mpromptune.helping import await_candidates
 from mpromptune.interrupts import GRACE, Stopped
 from mpromptune.limits import SEARCH
 from mpromptune.lm_errors import classify
@@ -73,6 +75,8 @@ class Steps:
 
     Attributes:
         arguments: Those of the compile.
+        crew: The processes that share this compile, if any.
+        together: Ends this one's part in it.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Steps:
         self.guard = guard or Guard()
         self.display = Display()
         self._optimizer = optimizer
-        self._threads = Threads(threads, grace, retry)
+        self._number, self._threads = threads, Threads(threads, grace, retry)
         self._timeout = None if retry is None else retry.timeout
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
@@ -96,6 +100,8 @@ class Steps:
         self._valset: list[Any] | None = None
         self._ahead: Ahead | None = None
         self._checkpoint: Checkpoint | None = None
+        self.together = ExitStack()
+        self.crew: Crew | None = None
         self.search_calls = self.instructions_wanted = 0  # what DSPy makes of the compile's arguments
 
     @property
@@ -104,8 +110,19 @@ class Steps:
         return None if self._checkpoint is None else self._checkpoint.storage
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Takes from it what an interrupted run has paid for, and keeps in it what this one does."""
+        """Takes from it what an interrupted run has paid for, and keeps in it what this one does.
+
+        Of several processes the first takes the steps, and the others what they ended with.
+        """
         self._checkpoint = checkpoint
+        if checkpoint.is_shared:
+            self.crew = self.together.enter_context(taking_part(None, checkpoint.study, self._number))
+            await_candidates(self.crew, self.guard.stopped.is_set)
+            checkpoint.claim()
+            if not (self.crew.leads or checkpoint.has_candidates):
+                raise SearchStoppedError(
+                    "The demo sets of the process that leads cannot be kept in the study: it goes on alone."
+                )
         for step, usage in checkpoint.usage().items():
             self.guard.budget.step(step).add(usage)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import AuditedLM, compiled
 from killed import Logged, Pair, run
 from optuna.storages import GrpcStorageProxy
 
@@ -35,6 +38,7 @@ class Mate:
     out: Path
     last: int | None = None
     delay: float = 0.0
+    step: str = "search"
 
 
 def opened(storage: Any) -> Any:
@@ -60,6 +64,20 @@ def take_part(storage: Any, mate: Mate, arguments: dict[str, Any]) -> None:
     mate.out.write_text(json.dumps(found))
 
 
+def compile_together(storage: Any, mate: Mate, arguments: dict[str, Any]) -> None:
+    """A compile by one of several processes, killed at the ``last`` request that it makes in a step."""
+    mpromptune.crew.LEASE = LEASE
+
+    def fault(number: int, step: str, messages: Any) -> None:
+        time.sleep(0.1)
+        if mate.step == step and number == mate.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    best = compiled(AuditedLM(fault, mate.log), storage=opened(storage), coordinators=COORDINATORS)
+    used = {step: usage.lm_calls for step, usage in best.search_result.usage.items()}
+    mate.out.write_text(json.dumps({"best": best.dump_state(), "score": best.score, "used": used}))
+
+
 def serve(storage: Any, port: int) -> None:
     """Optuna's gRPC proxy of a storage, until it is killed."""
     from optuna.storages import run_grpc_proxy_server
@@ -77,19 +95,31 @@ def forks() -> Any:
     return context
 
 
-def run_together(storage: Any, mates: Sequence[Mate], **arguments: Any) -> list[dict[str, Any]]:
-    """What those found out that were not killed."""
-    processes = [forks().Process(target=take_part, args=(storage, mate, arguments)) for mate in mates]
-    for process in processes:
-        process.start()
+def run_together(
+    storage: Any, mates: Sequence[Mate], target: Any = take_part, **arguments: Any
+) -> list[dict[str, Any]]:
+    """What those found out that were not killed; the first leads."""
+    processes = [forks().Process(target=target, args=(storage, mate, arguments)) for mate in mates]
     try:
+        for process in processes:
+            process.start()
+            wait_for_calls(mates[0].log)
         for process, mate in zip(processes, mates, strict=True):
             process.join(PATIENCE)
             assert process.exitcode == (0 if mate.last is None else -9)
     finally:
         for process in processes:
-            process.kill()
+            if process.is_alive():
+                process.kill()
     return [json.loads(mate.out.read_text()) for mate in mates if mate.last is None]
+
+
+def wait_for_calls(log: Path) -> None:
+    """Until the process with that log has begun its first call."""
+    deadline = time.monotonic() + PATIENCE
+    while not (log.exists() and log.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def audit(mates: Sequence[Mate]) -> tuple[Counter[Pair], int]:

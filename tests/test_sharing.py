@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import random
 import socket
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import postgres
 import pytest
-from crews import COORDINATORS, THREADS, Mate, audit, forks, run_together, serve, trials_of
+from crews import COORDINATORS, THREADS, Mate, audit, compile_together, forks, run_together, serve, trials_of
+from faults import STEPS, log_lines
 from killed import Scores, run
 from optuna.storages import GrpcStorageProxy
 
@@ -64,12 +67,31 @@ def mates_of(tmp_path: Path, *lasts: int | None, seed: int = 0) -> list[Mate]:
     ]
 
 
+def test_a_compile_is_shared(tmp_path: Path) -> None:
+    """Nobody bootstraps or proposes twice, whoever is killed meanwhile; all return the same program."""
+    alone = mates_of(tmp_path, None)
+    expected = run_together(tmp_path / "one", alone, compile_together)[0]
+    for number, step in ((2, "bootstrap"), (20, "search")):
+        (place := tmp_path / step).mkdir()
+        mates = [replace(mate, step=step) for mate in mates_of(place, number, None, None)]
+        found = run_together(place / "journal", mates, compile_together)
+        assert [one["best"] for one in found] == [expected["best"]] * 2
+        assert [one["score"] for one in found] == [expected["score"]] * 2
+        for made in STEPS:
+            asked = sum((log_lines(mate.log, "start", made) for mate in mates), Counter())
+            killed = log_lines(mates[0].log, "start", made)
+            extra = asked - log_lines(alone[0].log, "start", made)
+            assert not extra - killed
+            assert made in (step, "bootstrap") or sum(extra.values()) <= THREADS
+            assert not log_lines(alone[0].log, "start", made) - asked
+
+
 def test_processes_that_are_killed_leave_the_search_as_it_is(
     storage: Any, tmp_path: Path, by_one: SearchResult
 ) -> None:
     """Two of four are killed, whoever leads: the others end with what one process finds, no pair twice."""
-    rng = random.Random(str(storage))
-    mates = mates_of(tmp_path, rng.randrange(1, 30), None, rng.randrange(1, 30), None)
+    rng = random.Random(type(storage).__name__)
+    mates = mates_of(tmp_path, rng.randrange(1, 30), rng.randrange(1, 30), None, None)
     found = run_together(storage, mates)
     begun, extra = audit(mates)
     for one in found:
