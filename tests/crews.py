@@ -39,6 +39,12 @@ class Mate:
     last: int | None = None
     delay: float = 0.0
     step: str = "search"
+    signal: int = signal.SIGKILL
+
+    @property
+    def exit_code(self) -> int:
+        """Of its process."""
+        return 0 if self.last is None else -9 if self.signal == signal.SIGKILL else 1
 
 
 def opened(storage: Any) -> Any:
@@ -57,7 +63,7 @@ def trials_of(result: SearchResult) -> list[list[Any]]:
 def take_part(storage: Any, mate: Mate, arguments: dict[str, Any]) -> None:
     """A search by one of several processes."""
     mpromptune.crew.LEASE = LEASE
-    score = Logged(mate.log, mate.last, mate.delay, latency=0.2)
+    score = Logged(mate.log, mate.last, mate.delay, latency=0.2, number=mate.signal)
     result = run(opened(storage), score, num_threads=THREADS, coordinators=COORDINATORS, **arguments)
     found = {"best": result.best_params, "calls": result.calls, "trials": trials_of(result)}
     found["used"] = result.usage["search"].program_calls
@@ -106,7 +112,7 @@ def run_together(
             wait_for_calls(mates[0].log)
         for process, mate in zip(processes, mates, strict=True):
             process.join(PATIENCE)
-            assert process.exitcode == (0 if mate.last is None else -9)
+            assert process.exitcode == mate.exit_code
     finally:
         for process in processes:
             if process.is_alive():

@@ -52,13 +52,20 @@ class Logged:
         last: The call after which the process is killed.
         delay: Seconds from its end.
         latency: Of the slowest call, in seconds.
+        number: The signal that it is killed with.
     """
 
     def __init__(
-        self, log: Path, last: int | None = None, delay: float = 0.0, latency: float = 0.004
+        self,
+        log: Path,
+        last: int | None = None,
+        delay: float = 0.0,
+        latency: float = 0.004,
+        number: int = signal.SIGKILL,
     ) -> None:
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._last, self._delay, self._latency = last, delay, latency
+        self._number = number
         self._ended = 0
         self._lock = threading.Lock()
 
@@ -70,7 +77,7 @@ class Logged:
         with self._lock:
             self._ended += 1
             if self._ended == self._last:
-                threading.Timer(self._delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                threading.Timer(self._delay, os.kill, (os.getpid(), self._number)).start()
         return float(TABLE[row][example])
 
     def _note(self, what: str, row: tuple[int, ...], example: int) -> None:
