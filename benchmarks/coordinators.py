@@ -119,7 +119,7 @@ def measure_killed(storage: str, number: int, sampler: str, trials: int) -> dict
     """So many processes, of which one is killed now and then, and replaced."""
     context, rng = multiprocessing.get_context("spawn"), random.Random(0)
     with tempfile.TemporaryDirectory() as directory:
-        logs: list[Path] = []
+        logs: list[Path] = []  # of all processes
         killed: list[Path] = []
         running: dict[Path, Any] = {}
 

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from mpromptune.errors import StorageError
+from mpromptune.interrupts import deferred
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class ReconnectingStorage(BaseStorage):
                 with attempt:
                     if attempt.retry_state.attempt_number > 1:
                         done = self._done(name, args)
-                    value = done[1] if done[0] else call()
+                    with deferred():  # within a question, an interrupt would leave its connection useless
+                        value = done[1] if done[0] else call()
         except Exception as error:
             if not is_lost(error):
                 raise

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,14 @@ def read_calls(items: Iterable[Any]) -> dict[Key, Call]:
     return {call.key: call for call in calls}
 
 
+@dataclass(frozen=True)
+class _Tally:
+    """What this process has used for a trial."""
+
+    meter: Meter = field(default_factory=Meter)
+    lock: Any = field(default_factory=threading.Lock)
+
+
 class HelperError(MPromptuneError, RuntimeError):
     """What a call failed with in another process, which has logged the details.
 
@@ -99,8 +107,7 @@ class SharedWorkers(Workers):
         self.unsaved: Exception | None = None
         self._crew = crew
         self._storage = storage
-        self._meters: dict[tuple[int, int], Meter] = {}
-        self._saving = threading.Lock()
+        self._tallies: dict[tuple[int, int], _Tally] = {}
 
     def submit(
         self,
@@ -152,7 +159,7 @@ class SharedWorkers(Workers):
 
     def _save(self, call: Call, outcome: Outcome) -> None:
         try:
-            with self._saving, suppress(UpdateFinishedTrialError):  # its trial may be over
+            with suppress(UpdateFinishedTrialError):  # its trial may be over
                 self._write(call, outcome)
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self.unsaved = self.fatal = self.fatal or error
@@ -160,10 +167,11 @@ class SharedWorkers(Workers):
 
     def _write(self, call: Call, outcome: Outcome) -> None:
         mine = self._crew.number
-        meter = self._meters.setdefault((mine, call.trial_id), Meter())
-        meter.add(outcome.usage)
-        usage = json.dumps(meter.total.as_dict())
-        self._storage.set_trial_user_attr(call.trial_id, f"{USAGE}:{mine}", usage)
+        tally = self._tallies.setdefault((mine, call.trial_id), _Tally())
+        with tally.lock:  # or an older total could be the last one written
+            tally.meter.add(outcome.usage)
+            usage = json.dumps(tally.meter.total.as_dict())
+            self._storage.set_trial_user_attr(call.trial_id, f"{USAGE}:{mine}", usage)
         if outcome.score is not None:
             self._storage.set_trial_intermediate_value(call.trial_id, call.example, outcome.score)
         elif (verdict := self.verdict(outcome)) is not None:  # not its message: nobody knows what is in it

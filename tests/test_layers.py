@@ -25,7 +25,8 @@ MATHEMATICS = (
     ("acquisition", "stopping"),
 )
 LOOP = (
-    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "reconnecting", "usage"),
+    ("daemons", "flights", "interrupts", "journal", "pace", "priority", "usage"),
+    ("reconnecting",),
     ("limits", "storage", "throttle"),
     ("attempts", "crew"),
     ("encoding", "execution", "findings", "ledger", "schedule"),
