@@ -16,4 +16,13 @@ DEMOS = "mpromptune:demos"  # study: what the bootstrap ended with; `DEMOS:i:j`,
 INSTRUCTIONS = "mpromptune:instructions"  # study: as DEMOS, of the proposal
 USED = "mpromptune:used"  # study: `USED:step`, what a step before the search has used, as JSON
 STUDENT = "mpromptune:student"  # study: `STUDENT:i`, the student's score on validation example i
-USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON; study: `USAGE:step`, a step
+USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON; `USAGE:i`, by a crew's member i
+# Of a crew's study, whose trials are the processes that share a search:
+HOST = "mpromptune:host"  # member: host and process, for people
+THREADS = "mpromptune:threads"  # member: calls at a time
+BEAT = "mpromptune:beat"  # member: a count that goes on for as long as it lives
+HELPS = "mpromptune:helps"  # member: whether it takes calls
+HANDED = "mpromptune:handed"  # member: the calls that are its own, written by whoever leads
+TAKEN = "mpromptune:taken"  # member: version of HANDED besides which it has nothing under way
+FAILED = "mpromptune:failed"  # member: `FAILED:trial:example`, what a call failed with
+FAREWELL = "mpromptune:farewell"  # member: why it has left, where that concerns the others

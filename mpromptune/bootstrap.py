@@ -15,6 +15,10 @@ from typing import Any
 
 import dspy
 from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
+from dspy.teleprompt.mipro_optimizer_v2 import (
+    BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT,
+    LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT,
+)
 
 from mpromptune.attempts import Verdict
 from mpromptune.interrupts import result_of
@@ -41,6 +45,11 @@ def is_supported() -> bool:
     return all(hasattr(BootstrapFewShot, name) for name in _INTERNALS)
 
 
+def max_errors(own: int | None) -> int:
+    """DSPy's ``max_errors``, which its settings decide unless it is given."""
+    return int(dspy.settings.max_errors if own is None else own)
+
+
 @dataclass(frozen=True)
 class DemoSetPlan:
     """The demo sets that DSPy's MIPROv2 would build; fields as in its `create_n_fewshot_demo_sets`."""
@@ -55,6 +64,26 @@ class DemoSetPlan:
     metric_threshold: float | None
     max_errors: int | None
     teacher_settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, optimizer: Any, student: Any, trainset: list[Any], given: Mapping[str, Any]) -> DemoSetPlan:
+        """As MIPROv2 has it: a zero-shot run bootstraps demos too, for the proposer to look at."""
+        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
+        if bootstrapped == 0 and labelled == 0:
+            bootstrapped = BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT
+            labelled = LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
+        return cls(
+            student=student,
+            teacher=given["teacher"],
+            trainset=trainset,
+            num_candidate_sets=given["num_fewshot_candidates"],
+            max_labeled_demos=labelled,
+            max_bootstrapped_demos=bootstrapped,
+            metric=optimizer.metric,
+            metric_threshold=given["metric_threshold"],
+            max_errors=max_errors(given["max_errors"]),
+            teacher_settings=optimizer.teacher_settings,
+        )
 
     def build(
         self, rng: random.Random, threads: Threads, on_set: Callable[[], None] = lambda: None

@@ -33,22 +33,48 @@ class Checkpoint:
         storage: As in `open_storage`.
         study_name: As in `open_study`.
         run: What identifies the run (see `fingerprint`).
+        is_shared: Whether other processes may be at work on the same run; then it begins with `claim`.
 
     Attributes:
         storage: Opened.
+        study: The study.
+        is_shared: As given.
 
     Raises:
         StorageError: The storage cannot be read and written.
         StudyMismatchError: The study belongs to another run.
     """
 
-    def __init__(self, storage: StorageSpec, study_name: str | None, run: Mapping[str, Part]) -> None:
+    def __init__(
+        self,
+        storage: StorageSpec,
+        study_name: str | None,
+        run: Mapping[str, Part],
+        is_shared: bool = False,
+    ) -> None:
         self.storage: BaseStorage = open_storage(storage)
-        self._study: Study = open_study(self.storage, study_name)
-        self._kept: dict[str, Any] = self._study.user_attrs
-        self._require_same(run)
-        if self._kept.get(RUN) != run:
-            self._set(RUN, dict(run))
+        self.study: Study = open_study(self.storage, study_name)
+        self.is_shared = is_shared
+        self._run = run
+        if not is_shared:
+            self.claim()
+
+    def claim(self) -> None:
+        """Reads what is kept, and takes the study for this run.
+
+        Raises:
+            StudyMismatchError: The study belongs to another run.
+        """
+        with reported():
+            self._kept: dict[str, Any] = self.study.user_attrs
+        self._require_same(self._run)
+        if self._kept.get(RUN) != self._run:
+            self._set(RUN, dict(self._run))
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether all steps before the search have ended."""
+        return self._load(DEMOS) is not None and self.has_instructions
 
     def demo_sets(self, rng: random.Random) -> DemoSets | None:
         """Those of the bootstrap, if it has ended; ``rng`` is then left as it was at that time."""
@@ -136,13 +162,13 @@ class Checkpoint:
     def measured(self, params: Mapping[str, int]) -> set[int]:
         """Validation examples of which the search has a score for a configuration."""
         with reported():
-            trials = [t for t in self._study.get_trials(deepcopy=False) if t.params == params]
+            trials = [t for t in self.study.get_trials(deepcopy=False) if t.params == params]
         told = (t.user_attrs.get(EXAMPLES, ()) for t in trials if SCORES in t.user_attrs)
         return {example for some in (*told, *(t.intermediate_values for t in trials)) for example in some}
 
     def _require_same(self, run: Mapping[str, Part]) -> None:
         then = self._kept.get(RUN)
-        name = f"The study {self._study.study_name!r}"
+        name = f"The study {self.study.study_name!r}"
         advice = "Give a new run another study_name or storage"
         if then is None and self._has_trials() and not self._has_steps():
             raise StudyMismatchError(f"{name} was made by search(), not by MIPROv2.compile. {advice}.")
@@ -155,7 +181,7 @@ class Checkpoint:
 
     def _has_trials(self) -> bool:
         with reported():
-            return bool(self._study.get_trials(deepcopy=False))
+            return bool(self.study.get_trials(deepcopy=False))
 
     def _has_steps(self) -> bool:
         """Whether anything has been paid for before a search."""
@@ -174,7 +200,7 @@ class Checkpoint:
 
     def _set(self, key: str, value: Any) -> None:
         with reported():
-            self._study.set_user_attr(key, value)
+            self.study.set_user_attr(key, value)
         self._kept[key] = value
 
 

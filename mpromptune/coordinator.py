@@ -160,8 +160,8 @@ class Coordinator:
 
     def _submit(self, asked: Asked, example: int, idle: bool) -> Future[Outcome]:
         if asked.trial is not None and example not in asked.scores:
-            params = self.space.params(asked.row)
-            return self.workers.submit(params, example, partial(self._keep, asked), idle)
+            params, keep = self.space.params(asked.row), partial(self._keep, asked)
+            return self.workers.submit(params, example, keep, idle, asked.trial._trial_id)
         measured: Future[Outcome] = Future()
         measured.set_result(Outcome(example, asked.scores.get(example)))
         return measured
@@ -300,7 +300,7 @@ class Coordinator:
             self._book(one, scores[one.asked.number])
         try:
             for one in running:
-                self.trials.tell(one.asked, one.examples, scores[one.asked.number], abandoned=True)
+                self.trials.leave(one.asked, one.examples, scores[one.asked.number])
             self.trials.abandon_open()
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self._leave_storage(error, scores)
@@ -319,7 +319,7 @@ class Coordinator:
         return self.trials.tell(running.asked, running.examples, measured, abandoned)
 
     def _book(self, running: _Running, measured: Mapping[int, float]) -> None:
-        self.ledger.add(running.row, measured, running.asked.meter.total)
+        self.ledger.add(running.row, measured, self.trials.usage(running.asked))
         lost = [example for example in running.examples if example not in measured]
         self.plan.settle(running.row, running.examples, lost)
 

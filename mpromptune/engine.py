@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from optuna.samplers import BaseSampler
@@ -12,7 +13,7 @@ from optuna.study import Study
 from mpromptune.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.block_plan import BlockPlan
 from mpromptune.coordinator import Callback, Coordinator
-from mpromptune.encoding import Encoding
+from mpromptune.crew import Crew, check_coordinators, taking_part
 from mpromptune.errors import require_count, require_finite
 from mpromptune.execution import Score, Workers, as_score, classify_builtin
 from mpromptune.interrupts import GRACE, handled
@@ -22,19 +23,13 @@ from mpromptune.mipro_plan import MiproPlan
 from mpromptune.options import check_schedule
 from mpromptune.plan import Plan
 from mpromptune.progress import OnProgress
-from mpromptune.record import check_left, missing_of, read_record
 from mpromptune.remote import ExecutorSpec, Workplace, measuring
 from mpromptune.result import SearchResult
-from mpromptune.samplers import bind, is_qei, resolve_sampler, round_size
-from mpromptune.schedule import (
-    Minibatches,
-    Schedule,
-    check_budget,
-    default_block_size,
-    default_rounds_in_flight,
-    partition,
-)
-from mpromptune.settings import compare_geometry, recorded_settings, require_same, settings_of, write_settings
+from mpromptune.samplers import is_qei
+from mpromptune.schedule import Minibatches, Schedule, check_budget, default_block_size, partition
+from mpromptune.setup import Setup
+from mpromptune.shared import SharedWorkers
+from mpromptune.sharing import search_together
 from mpromptune.space import PromptSpace
 from mpromptune.stopping import Stopping
 from mpromptune.storage import StorageSpec, open_study
@@ -73,6 +68,8 @@ def search(
     on_progress: OnProgress | None = None,
     limits: Limits | Budget | None = None,
     stopped: threading.Event | None = None,
+    coordinators: int = 1,
+    crew: Crew | None = None,
 ) -> SearchResult:
     """Finds the configuration with the highest mean score for a budget of program calls.
 
@@ -91,7 +88,9 @@ def search(
     an error or an interrupt cut off are taken up under new numbers. No saved score is paid again, and
     a finished search is returned without a call. ``max_calls`` is for all runs together; it may
     change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
-    sampler and the callbacks, which are not called again. One process at a time.
+    sampler and the callbacks, which are not called again. One process at a time; several with
+    ``coordinators``, of which the first leads and the others measure what it hands out. Any of them
+    may be killed or join later; they end with the same result.
 
     Args:
         space: The configurations.
@@ -140,6 +139,10 @@ def search(
             used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
             call begins once a limit is used up. A `Budget` where something was used before.
         stopped: Set from outside, no further call begins; set when nothing more may be spent.
+        coordinators: Processes, on any hosts, that are expected to make this call with this
+            ``storage``, each with ``num_threads`` of its own. Callbacks and limits are those of the
+            process that leads.
+        crew: Of these processes, where this one has joined them before.
 
     Returns:
         The winner, its score, the baseline's, and the study.
@@ -159,13 +162,14 @@ def search(
         require_finite("target", target)
     require_finite("grace", grace)
     as_score(failure_score)
+    check_coordinators(coordinators, storage)
     check_schedule(schedule, block_size, confirm, patience, target)
     start = space.first() if baseline is None else space.row(baseline)
+    plan: Plan
     if schedule == "mipro":
         batches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch).within(n_examples)
-        trial_size = batches.size
-        sizes = {"minibatch_size": trial_size, "minibatch_full_eval_steps": batches.full_eval_steps}
-        plan: Plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
+        trial_size, sizes = batches.size, batches.as_arguments()
+        plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
     else:
         trial_size = default_block_size(n_examples) if block_size is None else block_size
         sizes = {"block_size": trial_size}
@@ -173,37 +177,41 @@ def search(
         parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
         plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
         plan.by_difficulty = is_qei(sampler)
-    before = recorded_settings(study := open_study(storage, study_name))
-    plan.batch_size = round_size(batch_size, sampler, num_threads, trial_size, before.get("batch_size"))
-    plan.rounds_in_flight = _rounds_in_flight(plan, before, num_threads, trial_size)
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
-    settings = settings_of(space, {**arguments, "schedule": schedule, **sizes}, plan)
-    require_same(study, before, settings)
-    record = read_record(study)
+    arguments.update(schedule=schedule, **sizes)
     confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all
-    check_left(record, max_calls, missing_of(record, space.params(start), n_examples) if confirmed else 0)
-    encoding = _set_sampler(study, sampler, space, plan, seed)
-    compare_geometry(study, encoding)
-    write_settings(study, settings)
-    trials = Trials(study, space, record)
+    threads = num_threads * coordinators
+    setup = Setup(
+        space, plan, arguments, sampler, batch_size, threads, coordinators > 1, trial_size, confirmed
+    )
     budget = limits if isinstance(limits, Budget) else Budget(limits)
-    budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
+    told: dict[str, Any] = {
+        "failure_score": failure_score,
+        "callbacks": callbacks,
+        "on_progress": on_progress,
+        "grace": grace,
+    }
+    run = partial(Coordinator, space=space, plan=plan, budget=budget, **told)
     stopped, place = stopped or threading.Event(), Workplace(executor)
+    study = open_study(storage, study_name)
     with handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
-        workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
-        with metered(budget.begin_search()):
-            return Coordinator(
-                space=space,
-                plan=plan,
-                workers=workers,
-                trials=trials,
-                known=Knowledge(study, encoding, hidden=trials.untold),
-                budget=budget,
-                failure_score=failure_score,
-                callbacks=callbacks,
-                on_progress=on_progress,
-                grace=grace,
-            ).run()
+        given = score, pool, classify, retry, retry_after, num_threads
+        if coordinators == 1:
+            return _alone(setup, study, budget, run, Workers(*given, budget.admits, stopped))
+        with taking_part(crew, study, num_threads) as mates:
+            workers = SharedWorkers(mates, study._storage, *given, budget.admits, stopped)
+            return search_together(setup, study, run, workers, mates)
+
+
+def _alone(
+    setup: Setup, study: Study, budget: Budget, run: partial[Coordinator], workers: Workers
+) -> SearchResult:
+    record, encoding = setup.take_up(study)
+    budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
+    trials = Trials(study, setup.space, record)
+    known = Knowledge(study, encoding, hidden=trials.untold)
+    with metered(budget.begin_search()):
+        return run(workers=workers, trials=trials, known=known).run()
 
 
 def _check_counts(**counts: int) -> None:
@@ -213,23 +221,3 @@ def _check_counts(**counts: int) -> None:
 
 def _check_given(**counts: int | None) -> None:
     _check_counts(**{name: count for name, count in counts.items() if count is not None})
-
-
-def _set_sampler(
-    study: Study, sampler: BaseSampler | str | None, space: PromptSpace, plan: Plan, seed: int
-) -> Encoding:
-    n_trials = len(study.get_trials(deepcopy=False))
-    own = resolve_sampler(sampler, space, seed, n_trials)
-    study.sampler, encoding = bind(own, space, plan.batch_size, plan.is_open, seed)
-    if n_trials and own is sampler:  # its stream is at its beginning, and would come again
-        study.sampler.reseed_rng()
-    return encoding
-
-
-def _rounds_in_flight(plan: Plan, before: Mapping[str, Any], num_threads: int, trial_size: int) -> int:
-    """As before, so that other threads make no other trials; unless rounds are of another size now."""
-    if before.get("batch_size") == plan.batch_size:
-        return int(before["rounds_in_flight"])
-    if isinstance(plan, MiproPlan):
-        return plan.rounds_in_flight
-    return default_rounds_in_flight(num_threads, plan.batch_size, trial_size)

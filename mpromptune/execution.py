@@ -172,7 +172,12 @@ class Workers:
         return self._attempts.load
 
     def submit(
-        self, params: Mapping[str, int], example: int, keep: Keep | None = None, idle: bool = False
+        self,
+        params: Mapping[str, int],
+        example: int,
+        keep: Keep | None = None,
+        idle: bool = False,
+        trial_id: int | None = None,
     ) -> Future[Outcome]:
         """Queues one item; the future never raises what ``score`` raised.
 
@@ -181,6 +186,7 @@ class Workers:
             example: The example.
             keep: Called with the outcome, in the worker, before anybody else sees it.
             idle: Whether it is for a worker that has nothing else to do.
+            trial_id: Identity of its trial in the storage, for workers in several processes.
         """
         context = contextvars.copy_context()
         return self._queue.submit(partial(context.run, self._kept, keep, dict(params), example), idle)

@@ -155,7 +155,7 @@ class MIPROv2(dspy.MIPROv2):
         try:
             executor = None if options.dry_run else options.executor
             elsewhere = Elsewhere(executor, options.timeout, guard, self)
-            with guard.watching(), elsewhere as steps.elsewhere:
+            with guard.watching(), steps.together, elsewhere as steps.elsewhere:
                 try:
                     yield
                 finally:
@@ -204,7 +204,8 @@ class MIPROv2(dspy.MIPROv2):
             return
         if options.storage is not None:
             run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
-            _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run))
+            together = options.coordinators > 1
+            _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run, together))
         _check_embedder(options, program)
         _STEPS.get().elsewhere.check(program, valset)
         if options.confirm:
@@ -310,6 +311,8 @@ class MIPROv2(dspy.MIPROv2):
             on_progress=Listeners.of(view.on_progress if options.verbose else None, options.on_progress),
             limits=_STEPS.get().guard.budget,
             stopped=_STEPS.get().guard.stopped,
+            coordinators=options.coordinators,
+            crew=_STEPS.get().crew,
         )
 
     def _finished(self, programs: ProgramSpace, result: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from optuna.samplers import BaseSampler
 
 from mpromptune.attempts import RetryPolicy
+from mpromptune.crew import check_coordinators
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
 from mpromptune.interrupts import GRACE
 from mpromptune.limits import Limits
@@ -76,6 +77,8 @@ class SearchOptions:
         verbose: Show how the compile is getting on.
         executor: Where the programs of the search are run: a ``concurrent.futures.Executor``, or a
             callable that makes one (default: threads).
+        coordinators: Processes, on any hosts, that make the same call with the same ``storage`` and
+            share the work.
     """
 
     sampler: BaseSampler | str = "qei"
@@ -109,6 +112,7 @@ class SearchOptions:
     on_progress: OnProgress | None = None
     verbose: bool = True
     executor: Any = None
+    coordinators: int = 1
 
     def __post_init__(self) -> None:
         self._check_sampler()
@@ -130,6 +134,7 @@ class SearchOptions:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
         check_storage(self.storage, self.study_name)
+        check_coordinators(self.coordinators, self.storage)
 
     @property
     def limits(self) -> Limits:

@@ -77,8 +77,14 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     scores = dict(zip(attributes.get(EXAMPLES, ()), attributes.get(SCORES, ()), strict=False))
     if not told:  # what came in after it was closed, or has only been saved so far
         scores.update(trial.intermediate_values)
-    usage = Usage(**json.loads(attributes.get(USAGE, "{}")))
+    usage = usage_of(attributes)
     return Recorded(trial.number, trial._trial_id, dict(trial.params), examples, scores, told, is_open, usage)
+
+
+def usage_of(attributes: Mapping[str, Any]) -> Usage:
+    """What a trial has used, by its attributes: of several processes, each has written down its own."""
+    parts = [value for name, value in attributes.items() if name == USAGE or name.startswith(f"{USAGE}:")]
+    return sum((Usage(**json.loads(part)) for part in parts), Usage())
 
 
 def check_left(record: Record, max_calls: int, missing: int) -> None:

@@ -209,6 +209,10 @@ class Minibatches:
             )
         return self
 
+    def as_arguments(self) -> dict[str, int]:
+        """What of it must stay as it is in a study."""
+        return {"minibatch_size": self.size, "minibatch_full_eval_steps": self.full_eval_steps}
+
     def calls(self, num_trials: int, n_examples: int) -> int:
         """What ``num_trials`` trials cost, with the baseline and the full evaluations."""
         return stock_calls(num_trials, n_examples, self.enabled, self.size, self.full_eval_steps)
@@ -255,12 +259,14 @@ def default_batch_size(num_threads: int, block_size: int) -> int:
     return max(4, math.ceil(num_threads / block_size))
 
 
-def default_rounds_in_flight(num_threads: int, batch_size: int, block_size: int) -> int:
+def default_rounds_in_flight(
+    num_threads: int, batch_size: int, block_size: int, is_shared: bool = False
+) -> int:
     """Rounds being measured at any time: two, or as many as keep a large pool busy.
 
-    Rounds are told in order, so one slow call holds up all that is asked after it: a large pool needs
-    four work items for every worker to ride that out.
+    Rounds are told in order, so one slow call holds up all that is asked after it: a large pool, or
+    one of several processes, needs four work items for every worker to ride that out.
     """
-    if num_threads <= _SMALL_POOL:
+    if num_threads <= _SMALL_POOL and not is_shared:
         return 2
     return max(2, math.ceil(_ITEMS_PER_WORKER * num_threads / (batch_size * block_size)))

@@ -9,15 +9,12 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import dspy
-from dspy.teleprompt.mipro_optimizer_v2 import (
-    BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT,
-    LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT,
-)
+from dspy.teleprompt.mipro_optimizer_v2 import LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
 from dspy.teleprompt.utils import get_signature
 from optuna.storages import BaseStorage
 
@@ -25,10 +22,12 @@ from mpromptune import bootstrap, proposal
 from mpromptune.ahead import Ahead
 from mpromptune.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
 from mpromptune.checkpoint import Checkpoint
+from mpromptune.crew import Crew, taking_part
 from mpromptune.errors import SearchStoppedError
 from mpromptune.estimate import Estimate, Plan, estimate
 from mpromptune.evaluations import Predictions
 from mpromptune.execution import Score
+from mpromptune.helping import await_candidates
 from mpromptune.interrupts import GRACE, Stopped
 from mpromptune.limits import SEARCH
 from mpromptune.lm_errors import classify
@@ -80,6 +79,8 @@ class Steps:
         view: What there is to see of all three steps.
         predictions: Of what is scored, for those who listen to DSPy's evaluations.
         elsewhere: The executor of the search.
+        crew: The processes that share this compile, if any.
+        together: Ends this one's part in it.
     """
 
     elsewhere: Elsewhere
@@ -97,7 +98,7 @@ class Steps:
         self.guard = guard or Guard()
         self.predictions = Predictions()
         self._optimizer = optimizer
-        self._threads = pool = Threads(threads, grace, retry)
+        self._number, self._threads = threads, (pool := Threads(threads, grace, retry))
         self.view = View(choose if verbose else lambda: None, self.guard.budget, lambda: pool.load)
         self._timeout = None if retry is None else retry.timeout
         self.arguments = compile_arguments
@@ -107,6 +108,8 @@ class Steps:
         self._valset: list[Any] | None = None
         self._ahead: Ahead | None = None
         self._checkpoint: Checkpoint | None = None
+        self.together = ExitStack()
+        self.crew: Crew | None = None
         self.search_calls = self.instructions_wanted = 0  # what DSPy makes of the compile's arguments
 
     @property
@@ -115,8 +118,19 @@ class Steps:
         return None if self._checkpoint is None else self._checkpoint.storage
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Takes from it what an interrupted run has paid for, and keeps in it what this one does."""
+        """Takes from it what an interrupted run has paid for, and keeps in it what this one does.
+
+        Of several processes the first takes the steps, and the others what they ended with.
+        """
         self._checkpoint = checkpoint
+        if checkpoint.is_shared:
+            self.crew = self.together.enter_context(taking_part(None, checkpoint.study, self._number))
+            await_candidates(self.crew, self.guard.stopped.is_set)
+            checkpoint.claim()
+            if not (self.crew.leads or checkpoint.has_candidates):
+                raise SearchStoppedError(
+                    "The demo sets of the process that leads cannot be kept in the study: it goes on alone."
+                )
         for step, usage in checkpoint.usage().items():
             self.guard.budget.step(step).add(usage)
 
@@ -229,7 +243,7 @@ class Steps:
             return bootstrap.labelled_demo_sets(program, trainset, number, labelled, self._optimizer.rng)
         if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
             return _serially("bootstrap", stock, program, trainset, *args, **kwargs)
-        plan = self._plan(program, trainset, given)
+        plan = bootstrap.DemoSetPlan.of(self._optimizer, program, trainset, given)
         return plan.build(self._optimizer.rng, self._threads, self._bootstrap_bar(number).advance)
 
     def _bootstrap_bar(self, number: int) -> Bar:
@@ -254,32 +268,13 @@ class Steps:
             keep=lambda _, example, prediction: self.predictions.keep(None, example, prediction),
         )
         score = partial(scorer, student.baseline)
-        limit = _max_errors(self._optimizer.max_errors)
+        limit = bootstrap.max_errors(self._optimizer.max_errors)
         self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint)
         if not idle:
             return
         bootstrapped = {hash(repr(example)) for example in trainset}
         others = [i for i, x in enumerate(self._valset) if hash(repr(x)) not in bootstrapped]
         self._threads.fill(self._ahead.calls(others))
-
-    def _plan(self, program: Any, trainset: Any, given: Mapping[str, Any]) -> bootstrap.DemoSetPlan:
-        """As MIPROv2 has it: a zero-shot run bootstraps demos too, for the proposer to look at."""
-        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
-        if bootstrapped == 0 and labelled == 0:
-            bootstrapped = BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT
-            labelled = LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
-        return bootstrap.DemoSetPlan(
-            student=program,
-            teacher=given["teacher"],
-            trainset=trainset,
-            num_candidate_sets=given["num_fewshot_candidates"],
-            max_labeled_demos=labelled,
-            max_bootstrapped_demos=bootstrapped,
-            metric=self._optimizer.metric,
-            metric_threshold=given["metric_threshold"],
-            max_errors=_max_errors(given["max_errors"]),
-            teacher_settings=self._optimizer.teacher_settings,
-        )
 
     def instructions(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
@@ -332,10 +327,6 @@ class Steps:
 def wants_traceback(own: bool | None) -> bool:
     """DSPy's ``provide_traceback``, which its settings decide unless it is given."""
     return bool(dspy.settings.provide_traceback if own is None else own)
-
-
-def _max_errors(own: int | None) -> int:
-    return int(dspy.settings.max_errors if own is None else own)
 
 
 def _bind(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

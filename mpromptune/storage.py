@@ -9,17 +9,24 @@ from contextlib import contextmanager
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages import get_storage as as_optuna_does
 from optuna.study import Study, StudyDirection
+from tenacity import retry, stop_after_attempt, wait_random
 
 from mpromptune.attributes import FORMAT
 from mpromptune.errors import InvalidArgumentError, StorageError, StudyMismatchError
 from mpromptune.journal import TolerantJournal
+from mpromptune.reconnecting import ReconnectingStorage
 
 DEFAULT_STUDY_NAME = "mpromptune"
 FORMAT_VERSION = 1
 
 StorageSpec = str | os.PathLike[str] | BaseStorage | None
+
+# NOTE: processes that open an empty database at the same time create its tables at the same time, and
+# all but one fail; a second later they are there.
+_OPENINGS = 3
 
 _PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
 
@@ -38,7 +45,7 @@ def open_storage(spec: StorageSpec) -> BaseStorage:
     if spec is None:
         return InMemoryStorage()
     if isinstance(spec, BaseStorage):
-        return spec
+        return _reconnecting(spec) if _is_remote(spec) else spec
     path = os.fspath(spec)
     if "://" in path:
         return _open_database(path)
@@ -113,9 +120,27 @@ def _require_ours(study: Study) -> None:
 
 def _open_database(url: str) -> BaseStorage:
     try:
-        return RDBStorage(url)
+        storage = _database(url)
+        return _reconnecting(storage) if _is_remote(storage) else storage
     except Exception as error:  # any of SQLAlchemy's, of its drivers', of Optuna's
         raise StorageError(f"The database {_public(url)} cannot be opened: {_public(error)}") from error
+
+
+@retry(stop=stop_after_attempt(_OPENINGS), wait=wait_random(0.2, 1.0), reraise=True)
+def _database(url: str) -> RDBStorage:
+    # A connection that was closed meanwhile is noticed before it is used.
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+
+
+def _is_remote(storage: BaseStorage) -> bool:
+    """Whether there is a connection that may be lost."""
+    if isinstance(storage, RDBStorage):
+        return bool(storage.engine.dialect.name != "sqlite")
+    return isinstance(storage, GrpcStorageProxy)
+
+
+def _reconnecting(storage: BaseStorage) -> BaseStorage:
+    return ReconnectingStorage(as_optuna_does(storage))
 
 
 def _public(text: object) -> str:

@@ -116,6 +116,10 @@ class Trials:
             return None
         return Asked(trial, trial.number, row, recorded.examples, recorded.scores, _metered(recorded))
 
+    def usage(self, asked: Asked) -> Usage:
+        """What measuring a trial has used so far."""
+        return asked.meter.total
+
     def start(self, asked: Asked, examples: Sequence[int]) -> None:
         """Notes what a trial is to be measured on."""
         if asked.trial is not None and asked.examples is None:
@@ -169,6 +173,10 @@ class Trials:
         if failed:
             return self.study.tell(trial, state=TrialState.FAIL)
         return self.study.tell(trial, sum(measured.values()) / len(measured))
+
+    def leave(self, asked: Asked, examples: Examples, measured: Mapping[int, float]) -> None:
+        """Leaves a trial to the next run."""
+        self.tell(asked, examples, measured, abandoned=True)
 
     def rest(self) -> Iterator[Asked]:
         """What is left of the record when the search needs no more of it; it was paid for all the same."""

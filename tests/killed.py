@@ -51,23 +51,33 @@ class Logged:
         log: The file.
         last: The call after which the process is killed.
         delay: Seconds from its end.
+        latency: Of the slowest call, in seconds.
+        number: The signal that it is killed with.
     """
 
-    def __init__(self, log: Path, last: int | None = None, delay: float = 0.0) -> None:
+    def __init__(
+        self,
+        log: Path,
+        last: int | None = None,
+        delay: float = 0.0,
+        latency: float = 0.004,
+        number: int = signal.SIGKILL,
+    ) -> None:
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        self._last, self._delay = last, delay
+        self._last, self._delay, self._latency = last, delay, latency
+        self._number = number
         self._ended = 0
         self._lock = threading.Lock()
 
     def __call__(self, params: dict[str, int], example: int) -> float:
         row = SPACE.row(params)
         self._note("start", row, example)
-        time.sleep(0.004 * np.random.default_rng([*row, example]).random())
+        time.sleep(self._latency * np.random.default_rng([*row, example]).random())
         self._note("end", row, example)
         with self._lock:
             self._ended += 1
             if self._ended == self._last:
-                threading.Timer(self._delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                threading.Timer(self._delay, os.kill, (os.getpid(), self._number)).start()
         return float(TABLE[row][example])
 
     def _note(self, what: str, row: tuple[int, ...], example: int) -> None:

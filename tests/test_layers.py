@@ -27,18 +27,20 @@ MATHEMATICS = (
 )
 LOOP = (
     ("daemons", "flights", "interrupts", "journal", "pace", "priority", "speed", "travel", "usage"),
+    ("reconnecting",),
     ("limits", "storage", "throttle"),
-    ("attempts", "progress"),
+    ("attempts", "crew", "progress"),
     ("encoding", "execution", "findings", "ledger", "schedule"),
     ("worker",),
     ("remote",),
-    ("options", "outage", "record"),
-    ("analysis", "arguments", "history"),
+    ("options", "outage", "record", "shared"),
+    ("analysis", "arguments", "handout", "helping", "history"),
     ("knowledge", "plots", "sampler", "signs"),
     ("plan", "report", "samplers", "qEI"),
     ("block_plan", "mipro_plan", "result", "settings", "trials"),
-    ("health", "monitor", "summary"),
+    ("health", "monitor", "setup", "shared_trials", "summary"),
     ("coordinator",),
+    ("sharing",),
     ("engine",),
 )
 ADAPTER = (
