@@ -90,7 +90,9 @@ def test_posterior_removes_the_difficulty_that_two_configurations_share() -> Non
     common, noise = 0.5, 1e-4
     x = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     y = torch.tensor([[0.3], [0.5]], dtype=torch.float64)
-    model = fit(x, y, torch.full_like(y, noise), [Geometry(identity_views(2), 0)], common * torch.ones(2, 2))
+    model = fit(
+        x, y, torch.full_like(y, noise), [Geometry(identity_views(2), 0)], common**0.5 * torch.ones(2, 1)
+    )
     with torch.no_grad():
         covariance = model.posterior(
             at_average_example(torch.tensor([[0], [1]]))

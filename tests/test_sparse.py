@@ -22,32 +22,31 @@ from mpromptune.surrogate import (
     quiet_single_thread,
 )
 
-N_CANDIDATES, N_BLOCKS = 12, 5
+N_CANDIDATES = 12
 GEOMETRIES = [
     Geometry(numeric_views(np.random.default_rng(c).normal(size=N_CANDIDATES).tolist()), c // 2)
     for c in range(4)
 ]
-OVERLAP = torch.eye(N_BLOCKS, dtype=torch.float64) / 10 - 1 / 50
 
 
 def observations(n: int, known_noise: bool = True, distinct: int = 30) -> Observations:
-    """Additive scores of a few configurations, each measured on several blocks."""
+    """Additive scores of a few configurations, each observed several times."""
     rng = np.random.default_rng(n)
     rows = rng.integers(0, N_CANDIDATES, size=(distinct, 4))
-    owner, block = rng.integers(distinct, size=n), rng.integers(N_BLOCKS, size=n)
-    scores = rows[owner].sum(axis=1) / 40 + 0.05 * block + rng.normal(0, 0.1, n)
-    X = torch.from_numpy(np.column_stack([rows[owner], block]).astype(float))
+    owner = rng.integers(distinct, size=n)
+    scores = rows[owner].sum(axis=1) / 40 + rng.normal(0, 0.1, n)
+    X = at_average_example(torch.from_numpy(rows[owner]))
     noise = torch.from_numpy(rng.uniform(0.005, 0.02, (n, 1))) if known_noise else None
     return Observations(X, torch.from_numpy(scores).unsqueeze(-1), noise)
 
 
 def fitted(observed: Observations) -> Surrogate:
-    return fit(observed.X, observed.Y, observed.Yvar, GEOMETRIES, OVERLAP, 0.5)
+    return fit(observed.X, observed.Y, observed.Yvar, GEOMETRIES)
 
 
 def sparse_of(exact: Surrogate, observed: Observations, points: torch.Tensor) -> SparseGP:
     assert isinstance(exact, SingleTaskGP)
-    with quiet_single_thread():  # difficulties of all blocks sum to zero: the last block needs jitter
+    with quiet_single_thread():
         return SparseGP(exact, observed, points)
 
 
@@ -61,8 +60,8 @@ def test_with_every_configuration_inducing_it_is_the_exact_posterior(known_noise
     observed = observations(120, known_noise)
     exact = fitted(observed)
     assert isinstance(exact, SingleTaskGP)
-    points = inducing_points(exact, observed, 200, with_blocks=True)
-    assert len(points) == len(torch.unique(observed.X[:, :-1], dim=0)) + N_BLOCKS
+    points = inducing_points(exact, observed, 200)
+    assert len(points) == len(torch.unique(observed.X[:, :-1], dim=0))
     sparse = sparse_of(exact, observed, points)
     asked = torch.cat([observed.X[:20, :-1].long(), rows()])
     for ours, expected in zip(
@@ -79,7 +78,7 @@ def test_with_few_inducing_points_it_is_the_posterior_of_gpytorch() -> None:
     """`InducingPointKernel` predicts the same from the same points and hyper-parameters."""
     observed = observations(150)
     exact = fitted(observed)
-    points = inducing_points(exact, observed, 16, with_blocks=True)
+    points = inducing_points(exact, observed, 16)
     sparse = sparse_of(exact, observed, points)
     other = SingleTaskGP(
         observed.X,
@@ -100,21 +99,20 @@ def test_single_posteriors_are_those_of_the_joint_one() -> None:
     """The quick posterior of single rows has the joint one's means and variances."""
     observed = observations(150)
     exact = fitted(observed)
-    sparse = sparse_of(exact, observed, inducing_points(exact, observed, 16, with_blocks=True))
+    sparse = sparse_of(exact, observed, inducing_points(exact, observed, 16))
     mean, covariance = joint_posterior(sparse, rows())
     single = posterior_mean_and_variance(sparse, rows())
     torch.testing.assert_close(single[0], mean)
     torch.testing.assert_close(single[1], covariance.diagonal())
 
 
-def test_inducing_points_hold_the_best_and_the_block_of_every_trial() -> None:
+def test_inducing_points_hold_the_best() -> None:
     """At most as many as asked for, without repeats; the configuration of the highest mean among them."""
     observed = observations(200, distinct=60)
     exact = fitted(observed)
-    points = inducing_points(exact, observed, 24, with_blocks=True)
+    points = inducing_points(exact, observed, 24)
     assert len(points) <= 24
     assert len(torch.unique(points, dim=0)) == len(points)
-    assert set(points[:, -1].tolist()) == {-1.0, *map(float, range(N_BLOCKS))}
     means = {
         tuple(row.tolist()): float(observed.Y[(observed.X[:, :-1] == row).all(dim=1)].mean())
         for row in torch.unique(observed.X[:, :-1], dim=0)
@@ -147,3 +145,17 @@ def test_chunks_do_not_change_a_posterior(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(surrogate, "_ENTRIES", 7 * len(observed))
     for a, b in zip(whole, posterior_mean_and_variance(model, rows()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_beyond_a_number_of_trials_what_they_share_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root of 0.1 in one column adds a variance of 0.01 to every observation."""
+    monkeypatch.setattr(surrogate, "_EXACT", 50)
+    observed = observations(80)
+    assert observed.Yvar is not None
+    root = torch.full((80, 1), 0.1, dtype=torch.float64)
+    shared = fit(observed.X, observed.Y, observed.Yvar, GEOMETRIES, root)
+    noisier = fit(observed.X, observed.Y, observed.Yvar + 0.01, GEOMETRIES)
+    for a, b in zip(
+        posterior_mean_and_variance(shared, rows()), posterior_mean_and_variance(noisier, rows()), strict=True
+    ):
+        torch.testing.assert_close(a, b)
