@@ -29,11 +29,12 @@ _LOST_CODES = {"UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED"}
 
 def is_lost(error: BaseException) -> bool:
     """Whether it was the connection that failed, rather than what was asked for."""
-    from sqlalchemy.exc import InterfaceError, OperationalError
+    from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
 
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     code = getattr(error, "code", None)
-    if isinstance(cause, OperationalError | InterfaceError):
+    # The last is what Optuna's second way of reading trials meets, in the session that the first has lost.
+    if isinstance(cause, OperationalError | InterfaceError | PendingRollbackError):
         return True
     return callable(code) and getattr(code(), "name", None) in _LOST_CODES
 

@@ -10,7 +10,7 @@ import pytest
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 
 from mpromptune.errors import StorageError
 from mpromptune.reconnecting import ReconnectingStorage, is_lost
@@ -130,6 +130,7 @@ def test_what_is_a_lost_connection() -> None:
             return self
 
     assert is_lost(lost())
+    assert is_lost(PendingRollbackError())
     assert is_lost(AnswerError("UNAVAILABLE"))
     assert not is_lost(AnswerError("NOT_FOUND"))
     assert not is_lost(IntegrityError("INSERT", {}, Exception()))
