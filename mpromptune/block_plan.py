@@ -26,8 +26,7 @@ class BlockPlan:
         rounds_in_flight: Rounds being measured at any time.
         stopping: When to stop before the budget is spent.
         by_difficulty: Whether a trial is measured on the examples that tell most, rather than on its
-            round's block: for a surrogate that knows how hard they are. The baseline comes first then,
-            on all of them, since that tells how hard they are.
+            round's block; the baseline comes first then, on all of them, since it tells how hard they are.
     """
 
     schedule: Schedule

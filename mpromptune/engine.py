@@ -25,7 +25,7 @@ from mpromptune.plan import Plan
 from mpromptune.progress import OnProgress
 from mpromptune.remote import ExecutorSpec, Workplace, measuring
 from mpromptune.result import SearchResult
-from mpromptune.samplers import is_qei
+from mpromptune.samplers import lists
 from mpromptune.schedule import Minibatches, Schedule, check_budget, default_block_size, partition
 from mpromptune.setup import Setup
 from mpromptune.shared import SharedWorkers
@@ -75,10 +75,10 @@ def search(
 
     Rounds of ``batch_size`` configurations are measured on a block of examples each, two rounds at a
     time; promising configurations are measured on further blocks; no example of a configuration is
-    paid for twice. With ``"qei"`` a block holds the examples that tell configurations apart, as far as
-    is known, and the baseline comes first, on all of them. With ``schedule="mipro"`` trials are
-    measured on random minibatches instead and, now and then, the best one so far on all examples, as
-    in DSPy's MIPROv2.
+    paid for twice. With ``"qei"``, in spaces of up to ``max_space_size``, a block is of the examples that
+    tell configurations apart, as far as is known, and the baseline, which says most about that, comes
+    first; otherwise a round shares one. With ``schedule="mipro"`` trials are measured on random
+    minibatches instead and, now and then, the best one so far on all examples, as in DSPy's MIPROv2.
     Proposals depend on ``seed``, on ``batch_size`` (by default a round has a call for every thread),
     on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds
     measured, never on timing.
@@ -176,7 +176,7 @@ def search(
         check_budget(max_calls, n_examples, confirm)
         parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
         plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
-        plan.by_difficulty = is_qei(sampler)
+        plan.by_difficulty = lists(sampler, space)
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
     arguments.update(schedule=schedule, **sizes)
     confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all

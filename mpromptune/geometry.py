@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Geometry:
 
     def on(self, device: torch.device) -> Geometry:
         """The same, on a device."""
-        return Geometry(self.views.to(device), self.group)
+        return replace(self, views=self.views.to(device))
 
 
 def geometry_of(space: PromptSpace, embedder: CachedEmbedder | None) -> tuple[Geometry, ...]:

@@ -37,6 +37,7 @@ from mpromptune.surrogate import OnRanked, on_cpu, unheard
 _LOOKAHEAD, _LOOKAHEAD_SAMPLED = 3.0, 10.0
 
 _BATCH_SIZE = 4
+LISTED = 2000  # configurations that a proposal lists, by default
 
 
 class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler is known
@@ -77,7 +78,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
     def __init__(
         self,
-        max_space_size: int = 2000,
+        max_space_size: int = LISTED,
         n_batches: int = 32,
         batch_size: int | None = _BATCH_SIZE,
         min_cold_start: int = 4,

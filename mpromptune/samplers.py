@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 
 from mpromptune.encoding import Encoding, encode_prompts
 from mpromptune.options import unknown_sampler
-from mpromptune.sampler import qEISampler
+from mpromptune.sampler import LISTED, qEISampler
 from mpromptune.schedule import default_batch_size
 from mpromptune.space import IndexArray, PromptSpace, Row
 
@@ -56,9 +56,11 @@ def resolve_sampler(
     raise unknown_sampler(spec)
 
 
-def is_qei(spec: BaseSampler | str | None) -> bool:
-    """Whether `resolve_sampler` makes a qEISampler of it."""
-    return isinstance(spec, qEISampler) or spec is None or str(spec).lower() == "qei"
+def lists(spec: BaseSampler | str | None, space: PromptSpace) -> bool:
+    """Whether the sampler is a qEISampler that compares all configurations of ``space`` at once."""
+    if isinstance(spec, qEISampler):
+        return space.size <= spec.max_space_size
+    return str(spec or "qei").lower() == "qei" and space.size <= LISTED
 
 
 def round_size(

@@ -232,7 +232,8 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 
     result_files(tmp_path)
     paths = list(plot_all(tmp_path))
-    assert len(paths) == len(PICTURES)
+    sources = {source for _, source, _ in PICTURES if (tmp_path / f"{source}.json").exists()}
+    assert {path.stem for path in paths} >= sources
     assert all(0 < path.stat().st_size < 100_000 for path in paths)
 
 

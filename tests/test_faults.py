@@ -225,7 +225,7 @@ def from_request(k: int, error: Callable[[], Exception], step: str | None = None
     return fault
 
 
-@pytest.mark.parametrize("k", [1, 10, 25, 60, 100, 150])
+@pytest.mark.parametrize("k", [1, 10, 25, 60, 100, 130])
 @pytest.mark.parametrize("error", [BadKey, Down])
 def test_nothing_works_any_more(k: int, error: type[Exception], tmp_path: Path) -> None:
     """Wherever it begins: a clear error with what was used and the best program, no score of it, and later
@@ -319,7 +319,7 @@ def check_rest(storage: Path, lm: AuditedLM) -> None:
 
 @pytest.mark.parametrize(
     ("step", "at"),
-    [("bootstrap", 2), ("propose", 4), ("search", 50), ("search", 134)],
+    [("bootstrap", 2), ("propose", 4), ("search", 50), ("search", 110)],
     ids=["bootstrap", "proposal", "rounds", "confirmation"],
 )
 def test_ctrl_c(step: str, at: int, tmp_path: Path) -> None:
