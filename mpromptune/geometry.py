@@ -47,7 +47,7 @@ def geometry_of(space: PromptSpace, embedder: CachedEmbedder | None) -> tuple[Ge
 
 def identity_views(n: int) -> Tensor:
     """No view at all: ``0 x n x n``."""
-    return torch.empty(0, n, n, dtype=torch.float64)
+    return torch.empty(0, n, n, dtype=torch.float64, device="cpu")  # whatever the user's default is
 
 
 def numeric_views(values: Sequence[float]) -> Tensor:

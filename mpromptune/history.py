@@ -11,7 +11,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from mpromptune.attributes import EXAMPLES, N_EXAMPLES, PROPOSED, SCORES
+from mpromptune.attributes import ABANDONED, EXAMPLES, N_EXAMPLES, PROPOSED, SCORES
 from mpromptune.difficulty import as_matrix, difficulty_of, summarise
 from mpromptune.embedding import FloatArray
 from mpromptune.geometry import Geometry
@@ -20,6 +20,8 @@ from mpromptune.space import Row
 from mpromptune.surrogate import Surrogate, fit
 
 RowOf = Callable[[dict[str, object]], Row | None]
+
+_MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,21 @@ def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_compone
 
     Args:
         study: Their study, for its direction and the size of its validation set.
-        trials: Any trials. COMPLETE ones are observations; PRUNED ones count as measured only;
-            RUNNING ones are pending; FAIL and WAITING ones are ignored.
+        trials: Any trials. COMPLETE ones are observations, as are the scores of FAIL ones that were told
+            without some of theirs; PRUNED ones count as measured only; RUNNING ones are pending; other
+            FAIL ones and WAITING ones are ignored.
         row_of: Params to index row, or None for a trial of another search space.
         num_components: C.
     """
     placed = [(t, row) for t in trials if (row := row_of(proposed_params(t))) is not None]
     complete = [(t, row) for t, row in placed if t.state == TrialState.COMPLETE]
-    finished = [(t, row) for t, row in placed if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    measured = _measured(finished)
+    measured = _measured([(t, row) for t, row in placed if t.state in _MEASURED or _is_partly_told(t)])
     n_examples = study.user_attrs.get(N_EXAMPLES, 0)
     maximise = study.direction == StudyDirection.MAXIMIZE
     if complete and all(_has_scores(trial) for trial, _ in complete):
         known = n_examples or 1 + max(e for examples in measured.values() for e in examples)
-        seen = _configurations(complete, maximise, known)
+        told = [(t, row) for t, row in placed if t.state == TrialState.COMPLETE or _is_partly_told(t)]
+        seen = _configurations(told, maximise, known)
     else:
         seen = _trials_as_they_are(complete, maximise)
     return History(
@@ -140,6 +143,11 @@ def _configurations(
     told = [difficulty.information[list(trial.user_attrs[EXAMPLES])].sum() for trial, _ in complete]
     indexed = [[*row, i] for i, row in enumerate(rows)]
     return _Observations(indexed, summary.values, summary.own, summary.root, 1.0 / float(np.median(told)))
+
+
+def _is_partly_told(trial: FrozenTrial) -> bool:
+    """Whether errors cost it some of its scores; of an abandoned one, the trial that takes it up has them."""
+    return trial.state == TrialState.FAIL and _has_scores(trial) and ABANDONED not in trial.user_attrs
 
 
 def _has_scores(trial: FrozenTrial) -> bool:

@@ -65,7 +65,7 @@ class MIPROv2(dspy.MIPROv2):
     """A drop-in ``dspy.MIPROv2`` that can evaluate many prompt configurations at once.
 
     Without a sampler it is DSPy's optimizer, call for call. With one, the search step proposes
-    batches of configurations, measures them concurrently on shared blocks of the validation set,
+    batches of configurations, measures them concurrently on small blocks of the validation set,
     and returns the one with the highest posterior mean, measured on all of it next to the baseline.
 
     Args:

@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 
@@ -55,6 +54,7 @@ class Schedule:
         baseline: The configuration that the winner is compared with.
         confirm: Whether winner and baseline are to end fully measured.
         failures: Configuration to how many of its trials failed.
+        lost: Configuration to the examples that could not be measured.
         spent: Calls made or committed to.
         price: How many times the average call one of a configuration costs.
     """
@@ -66,6 +66,7 @@ class Schedule:
     confirm: bool = True
     assigned: dict[Row, set[int]] = field(default_factory=dict)
     failures: Counter[Row] = field(default_factory=Counter)
+    lost: dict[Row, set[int]] = field(default_factory=dict)
     spent: int = 0
     price: Callable[[Row], float] = lambda row: 1.0
 
@@ -90,10 +91,13 @@ class Schedule:
         return ()
 
     def first_of(self, order: Sequence[int], row: Row, limit: int) -> Examples:
-        """A block's worth of the first in ``order`` that ``row`` lacks, cut to ``limit``."""
-        have = self.assigned.get(row, set())
-        lacking = (e for e in order if e not in have)
-        return tuple(islice(lacking, min(limit, len(self.blocks[0]))))
+        """A block's worth of the first in ``order`` that ``row`` lacks, cut to ``limit``.
+
+        Those that could not be measured before come last.
+        """
+        have, lost = self.assigned.get(row, set()), self.lost.get(row, set())
+        lacking = sorted((e for e in order if e not in have), key=lost.__contains__)
+        return tuple(lacking[: min(limit, len(self.blocks[0]))])
 
     def assign(self, row: Row, examples: Sequence[int]) -> None:
         """Commits to measuring ``row`` on ``examples``."""
@@ -104,6 +108,7 @@ class Schedule:
         """Takes back what could not be measured: its budget returns."""
         lost = set(examples)
         self.assigned[row] -= lost
+        self.lost.setdefault(row, set()).update(lost)
         self.spent -= len(lost)
         self.failures[row] += bool(lost)
 

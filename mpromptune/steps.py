@@ -125,7 +125,9 @@ class Steps:
         self._checkpoint = checkpoint
         if checkpoint.is_shared:
             self.crew = self.together.enter_context(taking_part(None, checkpoint.study, self._number))
-            await_candidates(self.crew, self.guard.stopped.is_set)
+            crew = self.crew
+            self.predictions.is_told_here = lambda: crew.leads
+            await_candidates(crew, self.guard.stopped.is_set)
             checkpoint.claim()
             if not (self.crew.leads or checkpoint.has_candidates):
                 raise SearchStoppedError(

@@ -480,13 +480,30 @@ def test_numpy_booleans_are_scores() -> None:
     assert trials_of(result) == trials_of(run())
 
 
-def test_another_default_device_does_not_matter() -> None:
+@pytest.mark.parametrize("sampler", ["qei", "random"])
+def test_another_default_device_does_not_matter(sampler: str) -> None:
     """The surrogate lives on the CPU, whatever the caller's default device is."""
     import torch
 
+    given = {} if sampler == "qei" else {"sampler": sampler}
     with torch.device("meta"):
-        result = run(max_calls=100)
+        result = run(max_calls=100, **given)
     assert result.calls == 100
+
+
+def test_a_lost_call_costs_its_own_score_only() -> None:
+    """The baseline is scored on all but one example, fails on that, and is believed by all the others."""
+    lost = iter([True])
+
+    def score(params: dict[str, int], example: int) -> float:
+        if SPACE.row(params) == (0, 0) and example == 0 and next(lost, False):
+            raise ConnectionError("gone")
+        return TABLE[SPACE.row(params)][example]
+
+    result = run(score, retry=RetryPolicy(attempts=1))
+    found = next(m for m in result.configurations if SPACE.row(m.params) == (0, 0))
+    assert len(found.scores) == N
+    assert found.posterior_mean == pytest.approx(TABLE[0, 0].mean(), abs=0.1)
 
 
 def test_the_best_rival_of_a_leading_baseline_is_fully_measured() -> None:

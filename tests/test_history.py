@@ -9,10 +9,10 @@ import optuna
 import pytest
 import torch
 from embedders import letters
-from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune import PromptSpace
-from mpromptune.attributes import EXAMPLES, N_EXAMPLES, SCORES
+from mpromptune.attributes import ABANDONED, EXAMPLES, N_EXAMPLES, PLANNED, SCORES
 from mpromptune.embedding import as_embedder
 from mpromptune.encoding import Encoding, encode_prompts
 from mpromptune.history import History, fit_history, read
@@ -96,3 +96,28 @@ def test_trials_without_scores_by_example_are_observations_as_they_are() -> None
     assert history.train_X[:, -1].tolist() == [-1.0, -1.0, -1.0]
     assert history.train_Yvar is None
     assert history.trial_noise is None
+
+
+def test_a_trial_that_lost_a_score_is_observed_by_its_others() -> None:
+    """Errors cost it one of three; an abandoned one counts for nothing, since another takes it up."""
+    whole = trial(A, {0: 1.0, 1: 0.0})
+    partly = create_trial(
+        state=TrialState.FAIL,
+        params=whole.params,
+        distributions=whole.distributions,
+        user_attrs={**whole.user_attrs, PLANNED: [0, 1, 2]},
+    )
+    abandoned = create_trial(
+        state=TrialState.FAIL,
+        params=SPACE.params(B),
+        distributions=whole.distributions,
+        user_attrs={EXAMPLES: [0], SCORES: [1.0], ABANDONED: True},
+    )
+    study = optuna.create_study(direction="maximize")
+    study.set_user_attr(N_EXAMPLES, 12)
+    study.add_trials([trial(B, {0: 0.0}), partly, abandoned])
+    history = read(study, study.get_trials(), ENCODING.row, 1)
+    expected = history_of([(B, {0: 0.0}), (A, {0: 1.0, 1: 0.0})])
+    assert torch.equal(history.train_X, expected.train_X)
+    assert torch.equal(history.train_Y, expected.train_Y)
+    assert history.measured == expected.measured

@@ -101,3 +101,13 @@ def test_rounds_in_flight_hold_four_items_for_every_worker_of_a_large_pool(
 ) -> None:
     """ceil(4 x threads / (q x 10)) above 40 threads, two up to there."""
     assert default_rounds_in_flight(num_threads, batch_size, block_size=10) == rounds
+
+
+def test_examples_that_could_not_be_measured_come_last() -> None:
+    """Of five in order, 4 was lost: it is asked for again when nothing else is left."""
+    plan = Schedule(5, ((0, 1), (2, 3), (4,)), 100, (0,))
+    plan.assign((1,), (4, 3))
+    plan.release((1,), (4,))
+    assert plan.first_of((4, 3, 2, 1, 0), (1,), 10) == (2, 1)
+    plan.assign((1,), (2, 1, 0))
+    assert plan.first_of((4, 3, 2, 1, 0), (1,), 10) == (4,)
