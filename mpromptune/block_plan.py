@@ -1,4 +1,4 @@
-"""The plan of shared blocks: explore by expected improvement, then confirm winner and baseline."""
+"""The plan of blocks: explore by expected improvement, then confirm winner and baseline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpromptune.stopping import Stopping
 
 @dataclass
 class BlockPlan:
-    """Rounds on shared blocks until the budget is spent or the user's rules say stop.
+    """Rounds on blocks of examples until the budget is spent or the user's rules say stop.
 
     Attributes:
         schedule: Blocks and budget.
