@@ -5,12 +5,12 @@ from __future__ import annotations
 import email.utils
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from dspy.utils import exceptions as dspy_errors
 
 from mpromptune.attempts import Verdict
+from mpromptune.errors import causes
 from mpromptune.execution import classify_builtin
 
 
@@ -87,17 +87,8 @@ def classify(error: BaseException) -> Verdict:
     The rest is the candidate's.
     An error that says nothing by itself is judged by what it was raised from.
     """
-    verdicts = (_verdict(link) for link in _chain(error))
+    verdicts = (_verdict(link) for link in causes(error))
     return next((verdict for verdict in verdicts if verdict is not None), Verdict.CANDIDATE)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        yield link
-        seen.add(id(link))
-        link = link.__cause__
 
 
 def _verdict(error: BaseException) -> Verdict | None:
@@ -128,7 +119,7 @@ def _sdk_verdict(error: BaseException) -> Verdict | None:
 
 def retry_after(error: BaseException) -> float | None:
     """Seconds that a provider asks to wait: DSPy's ``retry_after``, or the header of that name."""
-    return next((seconds for link in _chain(error) if (seconds := _asked(link)) is not None), None)
+    return next((seconds for link in causes(error) if (seconds := _asked(link)) is not None), None)
 
 
 def _asked(error: BaseException) -> float | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import cloudpickle
 
-from mpromptune.errors import TravelError
+from mpromptune.errors import TravelError, causes
 
 
 def pack(whole: Any, parts: Mapping[str, Any]) -> bytes:
@@ -69,16 +69,6 @@ def unpack_error(packed: bytes) -> Exception:
         error.__cause__ = cause
     first: Exception = errors[0]
     return first
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        yield link
-        seen.add(id(link))
-        link = link.__cause__
 
 
 _Link = tuple[Any, tuple[Any, ...], dict[str, Any]]  # what `_rebuilt` takes
