@@ -20,7 +20,7 @@ import warnings
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.runner import RESULTS, Cell, find, keep, line, read
+from benchmarks.runner import RESULTS, Cell, run_once
 
 if TYPE_CHECKING:  # a parent that has loaded little leaves its children's memory alone
     from optuna.samplers import BaseSampler
@@ -195,11 +195,7 @@ def main() -> None:
     path = RESULTS / arguments.output
     for combinations, trials, name in product(arguments.combinations, arguments.trials, arguments.samplers):
         cell = {"combinations": combinations, "trials": trials, "sampler": name, "limit": arguments.limit}
-        row = find(cell, read(path))
-        if row is None:
-            row = {**cell, **in_new_process(cell)}
-            keep(row, cell, path)
-        print(line(row), flush=True)
+        run_once(cell, in_new_process, path)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,15 @@ def run_cells(cells: Iterable[Cell], measure: Measure, seeds: int, path: Path, j
     return rows
 
 
+def run_once(cell: Cell, measure: Callable[[Cell], Cell], path: Path) -> None:
+    """Measures a cell without seeds, unless the file has it, and prints its row."""
+    row = find(cell, read(path))
+    if row is None:
+        row = {**cell, **measure(cell)}
+        keep(row, cell, path)
+    print(line(row), flush=True)
+
+
 def _timed(measure: Measure, cell: Cell, seed: int) -> Figures:
     """The figures, and the CPU time that they took."""
     start = time.process_time()

@@ -19,7 +19,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from benchmarks.proposal import ASKS, embed, filled_study, four_asks, peak
-from benchmarks.runner import RESULTS, Cell, find, keep, line, read
+from benchmarks.runner import RESULTS, Cell, run_once
 
 if TYPE_CHECKING:  # what is imported before the baseline is taken would not count
     from mpromptune import PromptSpace
@@ -90,11 +90,7 @@ def main() -> None:
     path = RESULTS / arguments.output
     for configurations, trials in product(arguments.only, arguments.trials):
         cell = {"configurations": configurations, "trials": trials}
-        row = find(cell, read(path))
-        if row is None:
-            row = {**cell, **in_new_process(cell)}
-            keep(row, cell, path)
-        print(line(row), flush=True)
+        run_once(cell, in_new_process, path)
 
 
 if __name__ == "__main__":
