@@ -44,7 +44,7 @@ def take_part(storage: str, number: int, log: Path, trials: int, sampler: str, s
     import logging
 
     from mpromptune import PromptSpace, search
-    from mpromptune.sampler import qEISampler
+    from mpromptune.sampling.sampler import qEISampler
 
     quiet()
     logging.disable(logging.WARNING)

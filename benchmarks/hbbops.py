@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from benchmarks.tables import Task
-from mpromptune.acquisition import expected_improvement, ranked
-from mpromptune.embedding import as_embedder
-from mpromptune.geometry import geometry_of
-from mpromptune.kernels import at_average_example
-from mpromptune.space import Row
-from mpromptune.surrogate import fit, quiet_single_thread
+from mpromptune.model.acquisition import expected_improvement, ranked
+from mpromptune.model.embedding import as_embedder
+from mpromptune.model.geometry import geometry_of
+from mpromptune.model.kernels import at_average_example
+from mpromptune.model.space import Row
+from mpromptune.model.surrogate import fit, quiet_single_thread
 
 # Halving rate, examples of the smallest rung (at least), and observations that a model takes.
 _ETA, _SMALLEST, _ENOUGH = 2, 10, 4

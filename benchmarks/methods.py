@@ -15,8 +15,8 @@ from optuna.samplers import BaseSampler
 from benchmarks.hbbops import hbbops
 from benchmarks.tables import Task
 from mpromptune import qEISampler, search
-from mpromptune.samplers import OpenSampler, distributions_of
-from mpromptune.schedule import stock_calls
+from mpromptune.plans.schedule import stock_calls
+from mpromptune.sampling.samplers import OpenSampler, distributions_of
 
 Method = Callable[[Task, int, int, int], dict[str, int]]  # problem, calls, seed, q
 Params = tuple[tuple[str, int], ...]

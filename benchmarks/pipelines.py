@@ -19,7 +19,7 @@ from benchmarks.methods import METHODS
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import FloatArray, Table, load
 from mpromptune import PromptSpace
-from mpromptune.schedule import stock_calls
+from mpromptune.plans.schedule import stock_calls
 
 Scores = NDArray[np.float32]
 

@@ -85,9 +85,9 @@ def filled_study(sampler: BaseSampler, space: PromptSpace, trials: int, seed: in
     import numpy as np
     import optuna
 
-    from mpromptune.attributes import EXAMPLES, SCORES
-    from mpromptune.attributes import N_EXAMPLES as SIZE
-    from mpromptune.samplers import distributions_of
+    from mpromptune.sampling.samplers import distributions_of
+    from mpromptune.studies.attributes import EXAMPLES, SCORES
+    from mpromptune.studies.attributes import N_EXAMPLES as SIZE
 
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.set_user_attr(SIZE, N_EXAMPLES)
@@ -121,7 +121,7 @@ def filled_study(sampler: BaseSampler, space: PromptSpace, trials: int, seed: in
 
 def four_asks(study: Study, space: PromptSpace) -> tuple[float, float]:
     """Seconds that the asks took, and those that the processor spent on them."""
-    from mpromptune.samplers import distributions_of
+    from mpromptune.sampling.samplers import distributions_of
 
     distributions = distributions_of(space)
     start, busy = time.perf_counter(), time.process_time()

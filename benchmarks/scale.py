@@ -52,7 +52,7 @@ def measure(cell: Cell) -> Cell:
     """Least seconds, least CPU seconds and peak memory (MB) of a round, in this process."""
     import optuna
 
-    from mpromptune.sampler import qEISampler
+    from mpromptune.sampling.sampler import qEISampler
 
     before = peak()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpromptune import PromptSpace
-from mpromptune.space import Row
+from mpromptune.model.space import Row
 
 FloatArray = NDArray[np.float64]
 

@@ -9,32 +9,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpromptune.engine import search
+    from mpromptune.calls.attempts import RetryPolicy
+    from mpromptune.calls.limits import Limits
+    from mpromptune.calls.usage import Usage
     from mpromptune.errors import MPromptuneError
-    from mpromptune.limits import Limits
-    from mpromptune.optimizer import MIPROv2
-    from mpromptune.result import SearchResult
-    from mpromptune.sampler import qEISampler
-    from mpromptune.space import PromptSpace
+    from mpromptune.live.progress import Progress
+    from mpromptune.loop.engine import search
+    from mpromptune.loop.result import SearchResult
+    from mpromptune.mipro.optimizer import MIPROv2
+    from mpromptune.model.space import PromptSpace
+    from mpromptune.sampling.sampler import qEISampler
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Limits": "limits",
-    "MIPROv2": "optimizer",
+    "Limits": "calls.limits",
+    "MIPROv2": "mipro.optimizer",
     "MPromptuneError": "errors",
-    "PromptSpace": "space",
-    "SearchResult": "result",
-    "qEISampler": "sampler",
-    "search": "engine",
+    "Progress": "live.progress",
+    "PromptSpace": "model.space",
+    "RetryPolicy": "calls.attempts",
+    "SearchResult": "loop.result",
+    "Usage": "calls.usage",
+    "qEISampler": "sampling.sampler",
+    "search": "loop.engine",
 }
 
 __all__ = [
     "Limits",
     "MIPROv2",
     "MPromptuneError",
+    "Progress",
     "PromptSpace",
+    "RetryPolicy",
     "SearchResult",
+    "Usage",
     "qEISampler",
     "search",
 ]

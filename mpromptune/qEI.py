@@ -1,6 +1,6 @@
 """The public names of the earlier package: ``qEI.qEISampler`` and ``qEI.Sampler``."""
 
-from mpromptune.sampler import qEISampler
+from mpromptune.sampling.sampler import qEISampler
 
 Sampler = qEISampler
 

@@ -19,9 +19,9 @@ from faults import AuditedLM, compiled
 from killed import Logged, Pair, run
 from optuna.storages import GrpcStorageProxy
 
-import mpromptune.crew
+import mpromptune.crew.members
 from mpromptune import SearchResult
-from mpromptune.storage import open_storage
+from mpromptune.studies.storage import open_storage
 
 COORDINATORS, THREADS = 3, 4
 # Seconds; enough for a process to give a sign of life on a machine that is busy.
@@ -62,7 +62,7 @@ def trials_of(result: SearchResult) -> list[list[Any]]:
 
 def take_part(storage: Any, mate: Mate, arguments: dict[str, Any]) -> None:
     """A search by one of several processes."""
-    mpromptune.crew.LEASE = LEASE
+    mpromptune.crew.members.LEASE = LEASE
     score = Logged(mate.log, mate.last, mate.delay, latency=0.2, number=mate.signal)
     result = run(opened(storage), score, num_threads=THREADS, coordinators=COORDINATORS, **arguments)
     found = {"best": result.best_params, "calls": result.calls, "trials": trials_of(result)}
@@ -72,7 +72,7 @@ def take_part(storage: Any, mate: Mate, arguments: dict[str, Any]) -> None:
 
 def compile_together(storage: Any, mate: Mate, arguments: dict[str, Any]) -> None:
     """A compile by one of several processes, killed at the ``last`` request that it makes in a step."""
-    mpromptune.crew.LEASE = LEASE
+    mpromptune.crew.members.LEASE = LEASE
 
     def fault(number: int, step: str, messages: Any) -> None:
         time.sleep(0.1)

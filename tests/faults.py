@@ -22,13 +22,13 @@ from embedders import hashed
 from lms import ScriptedLM, arithmetic_lm, completion, digest, requested_fields
 from tasks import FEW_SHOT, TRAIN, VAL, Counted, Planner
 
-import mpromptune.engine
-import mpromptune.sampler  # noqa: F401
+import mpromptune.loop.engine
+import mpromptune.sampling.sampler  # noqa: F401
 from mpromptune import MIPROv2
-from mpromptune.attributes import STUDENT, USAGE
-from mpromptune.execution import current_stop
-from mpromptune.storage import open_study
-from mpromptune.usage import Usage
+from mpromptune.calls.execution import current_stop
+from mpromptune.calls.usage import Usage
+from mpromptune.studies.attributes import STUDENT, USAGE
+from mpromptune.studies.storage import open_study
 
 THREADS = 4
 STEPS = ("bootstrap", "propose", "search")

@@ -10,16 +10,16 @@ import torch
 from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.models import SingleTaskGP
 
-from mpromptune.acquisition import (
+from mpromptune.model.acquisition import (
     NextPosteriorMean,
     expected_improvement,
     log_expected_improvement,
     propose,
     ranked,
 )
-from mpromptune.geometry import Geometry, numeric_views
-from mpromptune.kernels import at_average_example
-from mpromptune.surrogate import fit, posterior_mean_and_variance
+from mpromptune.model.geometry import Geometry, numeric_views
+from mpromptune.model.kernels import at_average_example
+from mpromptune.model.surrogate import fit, posterior_mean_and_variance
 
 VALUES = [0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.8, 1.0]
 

@@ -9,8 +9,8 @@ import pytest
 from dspy.utils import exceptions as dspy_errors
 from lms import ScriptedLM, completion
 
-from mpromptune import adapters
-from mpromptune.adapters import PatientChatAdapter, given_adapter, patient
+from mpromptune.lms import adapters
+from mpromptune.lms.adapters import PatientChatAdapter, given_adapter, patient
 
 
 class Answers(ScriptedLM):

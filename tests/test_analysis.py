@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from handmade import BASELINE, DEMOS, INSTRUCTION, TRIALS, WINNER, findings, study_of
 
-from mpromptune.analysis import (
+from mpromptune.reports.analysis import (
     Effect,
     ExampleScores,
     Step,
@@ -23,7 +23,7 @@ from mpromptune.analysis import (
     random_in_full,
     random_in_hindsight,
 )
-from mpromptune.attributes import SETTINGS
+from mpromptune.studies.attributes import SETTINGS
 
 
 def test_growth_is_the_best_estimate_met_so_far() -> None:

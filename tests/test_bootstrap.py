@@ -15,8 +15,8 @@ from dspy.teleprompt.utils import create_n_fewshot_demo_sets
 from lms import ScriptedLM, digest
 from tasks import Adder, Planner, additions
 
-from mpromptune.bootstrap import DemoSetPlan
-from mpromptune.threads import Threads
+from mpromptune.lms.threads import Threads
+from mpromptune.mipro.bootstrap import DemoSetPlan
 
 TRAIN = additions(20)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpromptune import candidates
-from mpromptune.candidates import choice_set, local_search
-from mpromptune.space import IndexSpace
+from mpromptune.model import candidates
+from mpromptune.model.candidates import choice_set, local_search
+from mpromptune.model.space import IndexSpace
 
 # Eight predictors of 200 instructions and 200 demo sets: 200^16, above 2^63 and above what a float holds.
 HUGE = IndexSpace([200] * 16)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpromptune.chance import expected_best
+from mpromptune.model.chance import expected_best
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=7))

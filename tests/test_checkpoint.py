@@ -22,9 +22,9 @@ from lms import ScriptedLM, arithmetic_lm
 from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Counted, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.attributes import DEMOS, INSTRUCTIONS, STUDENT
 from mpromptune.errors import SearchStoppedError, StorageError, StudyMismatchError
-from mpromptune.storage import open_study
+from mpromptune.studies.attributes import DEMOS, INSTRUCTIONS, STUDENT
+from mpromptune.studies.storage import open_study
 
 SHOTS = {"zero": ZERO_SHOT, "labelled": LABELLED_ONLY, "few": FEW_SHOT}
 
@@ -164,7 +164,7 @@ def test_killed_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mpromptune.engine.search", killed)
+        patch.setattr("mpromptune.loop.engine.search", killed)
         with pytest.raises(Killed):
             _compile(tmp_path / "run.log")
     students = sum(key.startswith(STUDENT) for key in open_study(tmp_path / "run.log").user_attrs)
@@ -360,7 +360,7 @@ def test_demos_that_are_no_json(
     def refuse(demos: Any) -> Any:
         raise TypeError("Object of type Opaque is not JSON serializable")
 
-    monkeypatch.setattr("mpromptune.checkpoint.to_json", refuse)
+    monkeypatch.setattr("mpromptune.mipro.checkpoint.to_json", refuse)
     with caplog.at_level(logging.WARNING):
         optimizer, best = _compile(tmp_path / "run.log")
     assert "The demo sets cannot be kept in the study (TypeError: Object of type Opaque" in caplog.text
@@ -372,7 +372,7 @@ def test_demos_that_are_no_json(
 
 def test_disk_that_is_full_after_the_bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops with a StorageError before the proposal; later the same call goes on."""
-    from mpromptune.checkpoint import Checkpoint
+    from mpromptune.mipro.checkpoint import Checkpoint
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")

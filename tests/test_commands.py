@@ -12,11 +12,12 @@ import pytest
 from lms import ScriptedLM, arithmetic_lm
 from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Adder, Counted
 
-from mpromptune import MIPROv2, cli
+from mpromptune import MIPROv2
+from mpromptune.cli import main as cli
+from mpromptune.cli.targets import load_target
 from mpromptune.errors import SearchStoppedError
-from mpromptune.interception import interceptor
-from mpromptune.standing import read_standing
-from mpromptune.targets import load_target
+from mpromptune.mipro.interception import interceptor
+from mpromptune.mipro.standing import read_standing
 
 # The user's file: `shared` holds what the test hands to it, and what it has done.
 FILE = """

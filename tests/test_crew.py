@@ -9,10 +9,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from mpromptune.attributes import BEAT, FAREWELL, HELPS
-from mpromptune.crew import Crew, LeftOutError, check_coordinators
+from mpromptune.crew.members import Crew, LeftOutError, check_coordinators
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
-from mpromptune.storage import open_study
+from mpromptune.studies.attributes import BEAT, FAREWELL, HELPS
+from mpromptune.studies.storage import open_study
 
 # Seconds without a sign of life after which these are dead.
 LEASE = 0.6

@@ -13,7 +13,7 @@ import pytest
 from lms import ScriptedLM
 from rich.console import Console
 
-from mpromptune import cli
+from mpromptune.cli import main as cli
 from mpromptune.demo.problems import same_number, word_problems
 from mpromptune.demo.replay import (
     RIGHT,

@@ -8,12 +8,12 @@ from embedders import letters
 from test_knowledge import known
 
 from mpromptune import PromptSpace, qEISampler
-from mpromptune.devices import resolve_device
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.history import fit_history, read
-from mpromptune.knowledge import Knowledge
-from mpromptune.options import SearchOptions
-from mpromptune.samplers import distributions_of
+from mpromptune.loop.options import SearchOptions
+from mpromptune.model.devices import resolve_device
+from mpromptune.plans.knowledge import Knowledge
+from mpromptune.sampling.history import fit_history, read
+from mpromptune.sampling.samplers import distributions_of
 
 SPACE = PromptSpace({f"{i}_predictor_instruction": [f"{'a' * j} {i}" for j in range(9)] for i in range(2)})
 
@@ -73,7 +73,7 @@ def test_everything_of_the_model_is_on_its_device(device: str) -> None:
 @pytest.mark.parametrize("exact", [512, 20])
 def test_cuda_proposes_what_the_cpu_does(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the exact model and with inducing points."""
-    from mpromptune import surrogate
+    from mpromptune.model import surrogate
 
     monkeypatch.setattr(surrogate, "_EXACT", exact)
     assert proposals("cuda", 40) == proposals("cpu", 40)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpromptune.difficulty import Difficulty, as_matrix, difficulty_of, most_telling_first, summarise
+from mpromptune.model.difficulty import Difficulty, as_matrix, difficulty_of, most_telling_first, summarise
 
 NO = np.nan
 

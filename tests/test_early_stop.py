@@ -9,9 +9,9 @@ import pytest
 from optuna.trial import TrialState
 from test_engine import SPACE, TABLE, N, Scores, run, trials_of
 
-from mpromptune.attributes import EXAMPLES
+from mpromptune.calls.execution import RetryPolicy
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.execution import RetryPolicy
+from mpromptune.studies.attributes import EXAMPLES
 
 BUDGET = 500
 

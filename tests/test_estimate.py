@@ -22,8 +22,8 @@ from tasks import (
 )
 
 from mpromptune import MIPROv2
-from mpromptune.estimate import Estimate, Plan, estimate
-from mpromptune.usage import StepUsage, Usage
+from mpromptune.calls.usage import StepUsage, Usage
+from mpromptune.mipro.estimate import Estimate, Plan, estimate
 
 
 def _optimizer(shots: Any, **options: Any) -> MIPROv2:

@@ -15,8 +15,8 @@ from lms import arithmetic_lm
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
 
 from mpromptune import MIPROv2
-from mpromptune.attributes import EXAMPLES, SCORES
 from mpromptune.errors import TrialFailedError
+from mpromptune.studies.attributes import EXAMPLES, SCORES
 
 QEI = {"sampler": "qei", "embedder": hashed}
 

@@ -16,10 +16,8 @@ from optuna.trial import TrialState
 from tenacity import RetryCallState, Retrying
 from test_engine import SPACE, TABLE, N, Scores, run, trials_of
 
-from mpromptune.attributes import EXAMPLES, SCORES
-from mpromptune.daemons import DaemonThreads
-from mpromptune.errors import CallTimeoutError, SearchStoppedError
-from mpromptune.execution import (
+from mpromptune.calls.daemons import DaemonThreads
+from mpromptune.calls.execution import (
     RetryPolicy,
     Verdict,
     Workers,
@@ -28,7 +26,9 @@ from mpromptune.execution import (
     current_stop,
     stoppable,
 )
-from mpromptune.interrupts import Stopped
+from mpromptune.calls.interrupts import Stopped
+from mpromptune.errors import CallTimeoutError, SearchStoppedError
+from mpromptune.studies.attributes import EXAMPLES, SCORES
 
 HASTY = RetryPolicy(attempts=3, max_wait=0.001)
 

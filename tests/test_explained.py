@@ -11,10 +11,10 @@ import torch
 from botorch.models import SingleTaskGP
 
 from mpromptune import PromptSpace
-from mpromptune.embedding import CachedEmbedder
-from mpromptune.explained import chance_of_likeness, without_texts
-from mpromptune.geometry import Geometry, geometry_of, numeric_views
-from mpromptune.surrogate import fit
+from mpromptune.model.embedding import CachedEmbedder
+from mpromptune.model.explained import chance_of_likeness, without_texts
+from mpromptune.model.geometry import Geometry, geometry_of, numeric_views
+from mpromptune.model.surrogate import fit
 
 LINE = Geometry(numeric_views([0.0, 1.0, 2.0, 3.0, 4.0]), 0, has_text=True)
 

@@ -15,9 +15,11 @@ from lms import ScriptedLM, arithmetic_lm
 from optuna.trial import TrialState
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
-from mpromptune import MIPROv2, execution, options
-from mpromptune.attributes import SCORES
+from mpromptune import MIPROv2
+from mpromptune.calls import execution
 from mpromptune.errors import SearchStoppedError
+from mpromptune.loop import options
+from mpromptune.studies.attributes import SCORES
 
 
 @pytest.fixture(autouse=True)

@@ -41,12 +41,12 @@ from faults import (
 )
 from tasks import Counted
 
-from mpromptune import options
-from mpromptune.attempts import RetryPolicy
-from mpromptune.attributes import DEMOS, INSTRUCTIONS, SCORES
+from mpromptune.calls.attempts import RetryPolicy
+from mpromptune.calls.usage import StepUsage, Usage
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, StorageError
-from mpromptune.storage import open_study
-from mpromptune.usage import StepUsage, Usage
+from mpromptune.loop import options
+from mpromptune.studies.attributes import DEMOS, INSTRUCTIONS, SCORES
+from mpromptune.studies.storage import open_study
 
 # The student: what a program of two predictors comes with.
 BASELINE = {f"{i}_predictor_{what}": 0 for i in (0, 1) for what in ("instruction", "demos")}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tasks import Adder, Counted, Planner
 
-from mpromptune.fingerprint import _of_callable, _of_program, canonical, differences, digest
+from mpromptune.mipro.fingerprint import _of_callable, _of_program, canonical, differences, digest
 
 
 class Thing:

@@ -12,12 +12,12 @@ from embedders import letters
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune import PromptSpace
-from mpromptune.attributes import ABANDONED, EXAMPLES, N_EXAMPLES, PLANNED, SCORES
-from mpromptune.embedding import as_embedder
-from mpromptune.encoding import Encoding, encode_prompts
-from mpromptune.history import History, fit_history, read
-from mpromptune.samplers import distributions_of
-from mpromptune.surrogate import posterior_mean_and_variance
+from mpromptune.model.embedding import as_embedder
+from mpromptune.model.surrogate import posterior_mean_and_variance
+from mpromptune.sampling.encoding import Encoding, encode_prompts
+from mpromptune.sampling.history import History, fit_history, read
+from mpromptune.sampling.samplers import distributions_of
+from mpromptune.studies.attributes import ABANDONED, EXAMPLES, N_EXAMPLES, PLANNED, SCORES
 
 A, B = (0,), (1,)
 SPACE = PromptSpace({"style": [f"{'a' * i} style" for i in range(4)]})

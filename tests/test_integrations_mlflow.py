@@ -12,7 +12,7 @@ from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
 
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchInterrupted
-from mpromptune.estimate import Estimate
+from mpromptune.mipro.estimate import Estimate
 
 
 def _compile(**options: Any) -> Any:

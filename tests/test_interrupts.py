@@ -22,11 +22,12 @@ from optuna.trial import TrialState
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 from test_engine import SPACE, TABLE, N, run, trials_of
 
-from mpromptune import MIPROv2, coordinator
-from mpromptune.attributes import EXAMPLES, SCORES
+from mpromptune import MIPROv2
+from mpromptune.calls.execution import RetryPolicy, Verdict, check_stopped, current_stop
+from mpromptune.calls.interrupts import Stopped, deferred, handled
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
-from mpromptune.execution import RetryPolicy, Verdict, check_stopped, current_stop
-from mpromptune.interrupts import Stopped, deferred, handled
+from mpromptune.loop import coordinator
+from mpromptune.studies.attributes import EXAMPLES, SCORES
 
 THREADS = 4
 
@@ -343,7 +344,7 @@ def test_an_interrupt_of_one_search_leaves_another_alone() -> None:
 SCRIPT = """
 import os, sys, threading
 from mpromptune import PromptSpace, search
-from mpromptune.execution import current_stop
+from mpromptune.calls.execution import current_stop
 
 answered = []
 lock = threading.Lock()

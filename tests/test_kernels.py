@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpromptune.geometry import Geometry, identity_views, numeric_views, squared_distances
-from mpromptune.kernels import ComponentKernel, PromptKernel, SharedKernel, at_average_example
-from mpromptune.surrogate import fit, posterior_mean_and_variance
+from mpromptune.model.geometry import Geometry, identity_views, numeric_views, squared_distances
+from mpromptune.model.kernels import ComponentKernel, PromptKernel, SharedKernel, at_average_example
+from mpromptune.model.surrogate import fit, posterior_mean_and_variance
 
 
 def grid(n: int, components: int = 1) -> torch.Tensor:

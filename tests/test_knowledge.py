@@ -10,14 +10,14 @@ from embedders import letters
 from optuna.trial import TrialState, create_trial
 
 from mpromptune import PromptSpace
-from mpromptune.attributes import EXAMPLES, N_EXAMPLES, SCORES
-from mpromptune.embedding import as_embedder
-from mpromptune.encoding import encode_prompts
-from mpromptune.history import fit_history, read
-from mpromptune.knowledge import Knowledge
-from mpromptune.samplers import distributions_of
-from mpromptune.space import Row
-from mpromptune.stopping import expected_gains
+from mpromptune.model.embedding import as_embedder
+from mpromptune.model.space import Row
+from mpromptune.model.stopping import expected_gains
+from mpromptune.plans.knowledge import Knowledge
+from mpromptune.sampling.encoding import encode_prompts
+from mpromptune.sampling.history import fit_history, read
+from mpromptune.sampling.samplers import distributions_of
+from mpromptune.studies.attributes import EXAMPLES, N_EXAMPLES, SCORES
 
 TEXTS = [f"{'a' * i} style" for i in range(16)]
 # 4096 configurations, twice as many as are listed; the later a candidate, the better.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpromptune.ledger import Ledger
+from mpromptune.studies.ledger import Ledger
 
 A, B = (0,), (1,)
 

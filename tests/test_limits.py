@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 from clocks import Clock
 
-from mpromptune import PromptSpace, coordinator, search
-from mpromptune.attributes import USAGE
+from mpromptune import PromptSpace, search
+from mpromptune.calls.execution import RetryPolicy
+from mpromptune.calls.flights import Flights
+from mpromptune.calls.limits import Budget, Limits
+from mpromptune.calls.pace import Pace
+from mpromptune.calls.usage import Usage, record
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
-from mpromptune.execution import RetryPolicy
-from mpromptune.flights import Flights
-from mpromptune.ledger import Ledger
-from mpromptune.limits import Budget, Limits
-from mpromptune.mipro_plan import MiproPlan
-from mpromptune.pace import Pace
-from mpromptune.schedule import Minibatches
-from mpromptune.usage import Usage, record
+from mpromptune.loop import coordinator
+from mpromptune.plans.mipro import MiproPlan
+from mpromptune.plans.schedule import Minibatches
+from mpromptune.studies.attributes import USAGE
+from mpromptune.studies.ledger import Ledger
 
 NAME = "0_predictor_instruction"
 SIX = PromptSpace({NAME: [f"style {i}" for i in range(6)]})

@@ -14,9 +14,9 @@ import dspy
 import pytest
 from dspy.utils import exceptions as dspy_errors
 
+from mpromptune.calls.execution import Verdict
 from mpromptune.errors import ScoreError
-from mpromptune.execution import Verdict
-from mpromptune.lm_errors import classify, retry_after
+from mpromptune.lms.errors import classify, retry_after
 
 
 def _sdk_error(module: str, *names: str, **attributes: Any) -> Exception:

@@ -21,15 +21,16 @@ from embedders import hashed
 from lms import ScriptedLM, arithmetic_lm, completion
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted, Planner
 
-from mpromptune import MIPROv2, execution
-from mpromptune.attributes import USAGE
+from mpromptune import MIPROv2
+from mpromptune.calls import execution
+from mpromptune.calls.interrupts import Stopped
+from mpromptune.calls.limits import Budget, Limits
+from mpromptune.calls.pace import Pace
+from mpromptune.calls.usage import Usage, metered
 from mpromptune.errors import SearchStoppedError
-from mpromptune.interrupts import Stopped
-from mpromptune.limits import Budget, Limits
-from mpromptune.lm_guard import Guard, measured
-from mpromptune.pace import Pace
-from mpromptune.prices import Pricing
-from mpromptune.usage import Usage, metered
+from mpromptune.lms.guard import Guard, measured
+from mpromptune.lms.prices import Pricing
+from mpromptune.studies.attributes import USAGE
 
 
 @pytest.fixture(autouse=True)
@@ -248,7 +249,7 @@ def test_what_the_provider_reports_is_believed() -> None:
 
 def test_a_model_without_a_price_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     """If money is limited; otherwise nobody asked."""
-    with caplog.at_level(logging.WARNING, logger="mpromptune.prices"):
+    with caplog.at_level(logging.WARNING, logger="mpromptune.lms.prices"):
         silent, limited = Pricing(), Pricing(must_know=True)
         for pricing in (silent, limited, limited):
             assert pricing.cost(None, "unheard-of", {"prompt_tokens": 10}) == 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpromptune.noise import pooled_variance
+from mpromptune.model.noise import pooled_variance
 
 
 def test_pooled_variance_by_hand() -> None:

@@ -14,7 +14,7 @@ from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import MIPROv2
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError, UnknownOptionError
-from mpromptune.options import OPTION_NAMES, gather, resolve
+from mpromptune.loop.options import OPTION_NAMES, gather, resolve
 
 
 def _optimizer(lm: ScriptedLM, **options: Any) -> MIPROv2:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mpromptune.execution import Outcome
-from mpromptune.outage import Answer, Reliability, last_failures
+from mpromptune.calls.execution import Outcome
+from mpromptune.calls.outage import Answer, Reliability, last_failures
 
 A, B, C, D = ((i,) for i in range(4))
 

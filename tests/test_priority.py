@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpromptune.priority import Priority
+from mpromptune.calls.priority import Priority
 
 
 class AtOnce(Executor):

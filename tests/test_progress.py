@@ -16,18 +16,18 @@ from embedders import letters
 from killed import SPACE, N, Scores
 
 from mpromptune import Limits, SearchResult, qEISampler, search
-from mpromptune.attributes import EXAMPLES, SCORES
-from mpromptune.encoding import encode_prompts
-from mpromptune.knowledge import Knowledge
-from mpromptune.ledger import Ledger
-from mpromptune.limits import Budget
-from mpromptune.monitor import Monitor
-from mpromptune.progress import Listeners, Progress, Standing
-from mpromptune.space import Row
-from mpromptune.speed import Speed
-from mpromptune.surrogate import unheard
-from mpromptune.throttle import Load, Throttle
-from mpromptune.usage import Usage, record
+from mpromptune.calls.limits import Budget
+from mpromptune.calls.throttle import Load, Throttle
+from mpromptune.calls.usage import Usage, record
+from mpromptune.live.progress import Listeners, Progress, Standing
+from mpromptune.live.speed import Speed
+from mpromptune.loop.monitor import Monitor
+from mpromptune.model.space import Row
+from mpromptune.model.surrogate import unheard
+from mpromptune.plans.knowledge import Knowledge
+from mpromptune.sampling.encoding import encode_prompts
+from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.studies.ledger import Ledger
 
 ARGUMENTS = {"n_examples": N, "max_calls": 240, "num_threads": 4, "batch_size": 2, "seed": 1}
 

@@ -22,9 +22,10 @@ from embedders import hashed
 from lms import completion, digest, requested_fields
 from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, VAL, ZERO_SHOT, Adder, Planner, additions
 
-from mpromptune import MIPROv2, bootstrap, proposal
-from mpromptune.adapters import patient
-from mpromptune.threads import Threads
+from mpromptune import MIPROv2
+from mpromptune.lms.adapters import patient
+from mpromptune.lms.threads import Threads
+from mpromptune.mipro import bootstrap, proposal
 
 TRAIN = additions(24)
 Call = tuple[str, Any, str]  # messages, rollout, what was asked for

@@ -12,10 +12,11 @@ from embedders import hashed
 from lms import arithmetic_lm
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
 
-from mpromptune import MIPROv2, PromptSpace, SearchResult, cli, search
+from mpromptune import MIPROv2, PromptSpace, SearchResult, search
+from mpromptune.cli import main as cli
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
-from mpromptune.reading import read_result
-from mpromptune.storage import open_study
+from mpromptune.mipro.reading import read_result
+from mpromptune.studies.storage import open_study
 
 SPACE = PromptSpace({"style": ["secret a", "secret b", "secret c", "secret d"]})
 

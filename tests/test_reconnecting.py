@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 
 from mpromptune.errors import StorageError
-from mpromptune.reconnecting import ReconnectingStorage, is_lost
+from mpromptune.studies.reconnecting import ReconnectingStorage, is_lost
 
 
 def lost() -> StorageInternalError:

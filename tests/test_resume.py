@@ -21,12 +21,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE
+from mpromptune.calls.execution import RetryPolicy
+from mpromptune.calls.limits import Limits
+from mpromptune.calls.usage import Usage, record
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, StudyMismatchError
-from mpromptune.execution import RetryPolicy
-from mpromptune.limits import Limits
-from mpromptune.schedule import stock_calls
-from mpromptune.usage import Usage, record
+from mpromptune.plans.schedule import stock_calls
+from mpromptune.studies.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE
 
 MIPRO = {
     "schedule": "mipro",

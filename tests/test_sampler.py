@@ -13,8 +13,8 @@ from embedders import letters
 from optuna.trial import Trial, TrialState
 
 from mpromptune import PromptSpace, qEISampler
-from mpromptune.attributes import PROPOSED
 from mpromptune.errors import InvalidArgumentError
+from mpromptune.studies.attributes import PROPOSED
 
 TEXTS = [
     f"{verb} {manner}"
@@ -134,7 +134,7 @@ def test_numbers_texts_and_flags_together() -> None:
 def test_cold_start_is_random_and_then_the_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """min_cold_start counts finished trials before the first fit."""
     fits: list[int] = []
-    import mpromptune.sampler as module
+    import mpromptune.sampling.sampler as module
 
     original = module.fit_history
     monkeypatch.setattr(module, "fit_history", lambda h, g: fits.append(len(h)) or original(h, g))
@@ -146,7 +146,7 @@ def test_cold_start_is_random_and_then_the_model_decides(monkeypatch: pytest.Mon
 def test_a_batch_needs_one_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """batch_size asks in a row share one proposal."""
     fits: list[int] = []
-    import mpromptune.sampler as module
+    import mpromptune.sampling.sampler as module
 
     original = module.fit_history
     monkeypatch.setattr(module, "fit_history", lambda h, g: fits.append(len(h)) or original(h, g))
@@ -163,7 +163,7 @@ def test_a_batch_needs_one_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_max_space_size_bounds_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above it the space is sampled and searched locally; a cost of the bound, not of the product."""
     seen: list[int] = []
-    import mpromptune.sampler as module
+    import mpromptune.sampling.sampler as module
 
     original = module.propose
     monkeypatch.setattr(
@@ -184,7 +184,7 @@ def test_max_space_size_bounds_the_choices(monkeypatch: pytest.MonkeyPatch) -> N
 def test_n_batches_changes_what_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The random joint batches are drawn only when asked for."""
     drawn: list[int] = []
-    import mpromptune.acquisition as module
+    import mpromptune.model.acquisition as module
 
     original = torch_multinomial = module.torch.multinomial
     monkeypatch.setattr(

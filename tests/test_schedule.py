@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.schedule import (
+from mpromptune.plans.schedule import (
     Schedule,
     default_batch_size,
     default_rounds_in_flight,

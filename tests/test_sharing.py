@@ -23,13 +23,13 @@ from faults import STEPS, log_lines
 from killed import SPACE, Pair, Scores, run
 from optuna.storages import GrpcStorageProxy
 
-import mpromptune.crew
-import mpromptune.reconnecting
+import mpromptune.crew.members
+import mpromptune.studies.reconnecting
 from mpromptune import SearchResult
+from mpromptune.calls.limits import Limits
+from mpromptune.calls.usage import Usage, record
 from mpromptune.errors import SearchStoppedError, StudyMismatchError
-from mpromptune.limits import Limits
-from mpromptune.storage import open_study
-from mpromptune.usage import Usage, record
+from mpromptune.studies.storage import open_study
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +210,13 @@ def test_a_connection_that_stays_lost_ends_a_search(
     coordinators: int, server: postgres.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a plain error; all that was saved is there for the next call."""
-    monkeypatch.setattr(mpromptune.reconnecting, "PATIENCE", 1.0)
+    monkeypatch.setattr(mpromptune.studies.reconnecting, "PATIENCE", 1.0)
     expected = run(tmp_path / "j", Scores(), coordinators=coordinators)
     url, score = server.url_of(f"lost{coordinators}"), Cutting(server, at=60, back_after=None)
     with pytest.raises(SearchStoppedError, match="connection to the storage was lost"):
         run(url, score, coordinators=coordinators)
     server.start()
-    monkeypatch.setattr(mpromptune.crew, "LEASE", 1.0)
+    monkeypatch.setattr(mpromptune.crew.members, "LEASE", 1.0)
     kept = {(SPACE.row(t.params), e) for t in open_study(url).trials for e in t.intermediate_values}
     again = Scores()
     assert trials_of(run(url, again, coordinators=coordinators)) == trials_of(expected)

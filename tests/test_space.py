@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpromptune import PromptSpace
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.space import IndexSpace, groups_of
+from mpromptune.model.space import IndexSpace, groups_of
 
 NAMES = ["0_predictor_instruction", "0_predictor_demos", "1_predictor_instruction", "style"]
 

@@ -9,12 +9,12 @@ from botorch.models import SingleTaskGP
 from botorch.models.transforms import Standardize
 from gpytorch.kernels import InducingPointKernel
 
-from mpromptune import surrogate
-from mpromptune.geometry import Geometry, numeric_views
-from mpromptune.kernels import at_average_example
-from mpromptune.sparse import Observations, SparseGP, inducing_points
-from mpromptune.stopping import expected_gains
-from mpromptune.surrogate import (
+from mpromptune.model import surrogate
+from mpromptune.model.geometry import Geometry, numeric_views
+from mpromptune.model.kernels import at_average_example
+from mpromptune.model.sparse import Observations, SparseGP, inducing_points
+from mpromptune.model.stopping import expected_gains
+from mpromptune.model.surrogate import (
     Surrogate,
     fit,
     joint_posterior,

@@ -11,7 +11,7 @@ import torch
 from botorch.posteriors import GPyTorchPosterior
 from gpytorch.distributions import MultivariateNormal
 
-from mpromptune.stopping import Stopping, expected_gains, expected_positive_part, standard_error
+from mpromptune.model.stopping import Stopping, expected_gains, expected_positive_part, standard_error
 
 HALF_NORMAL = 1.0 / math.sqrt(2.0 * math.pi)  # E[max(Z, 0)] of a standard normal Z
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 
-from mpromptune.usage import Meter, StepUsage, Usage, current_meter, metered, record
+from mpromptune.calls.usage import Meter, StepUsage, Usage, current_meter, metered, record
 
 
 def test_usage_adds_up_field_by_field() -> None:

@@ -24,15 +24,15 @@ from rich.live import Live
 from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Counted, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.attributes import EXAMPLES, SCORES
-from mpromptune.frames import BarFrame, Frame, duration
-from mpromptune.limits import Budget, Limits
-from mpromptune.options import resolve
-from mpromptune.progress import Progress, Standing
-from mpromptune.screens import Lines, Notebook, Screen, Terminal, choose
-from mpromptune.throttle import Load
-from mpromptune.usage import Usage
-from mpromptune.view import View
+from mpromptune.calls.limits import Budget, Limits
+from mpromptune.calls.throttle import Load
+from mpromptune.calls.usage import Usage
+from mpromptune.live.frames import BarFrame, Frame, duration
+from mpromptune.live.progress import Progress, Standing
+from mpromptune.live.screens import Lines, Notebook, Screen, Terminal, choose
+from mpromptune.live.view import View
+from mpromptune.loop.options import resolve
+from mpromptune.studies.attributes import EXAMPLES, SCORES
 
 ROOT = Path(__file__).parent.parent
 FREE = Load(running=8, limit=16, most=16)
@@ -184,7 +184,7 @@ def test_a_terminal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     streams, screen = (sys.stdout, sys.stderr), io.StringIO()
     terminal = Terminal(Console(file=screen, width=80, force_terminal=True))
     view = View(lambda: terminal, Budget(), lambda: FREE)
-    monkeypatch.setattr("mpromptune.screens._drawn", lambda frame: 1 / 0)
+    monkeypatch.setattr("mpromptune.live.screens._drawn", lambda frame: 1 / 0)
     view.bar("Searching", 10, "calls")
     view.close()
     assert (sys.stdout, sys.stderr) == streams
@@ -316,7 +316,7 @@ def test_a_view_that_fails_ends_no_compile(
 ) -> None:
     """It is logged once, and the compile returns what it does without a view."""
     screen = Recorded(error)
-    monkeypatch.setattr("mpromptune.steps.choose", lambda: screen)
+    monkeypatch.setattr("mpromptune.mipro.steps.choose", lambda: screen)
     with caplog.at_level(logging.WARNING, "mpromptune"):
         best = compiled(arithmetic_lm(latency=0.002))
     assert best.search_result.calls == SMALL_RUN_CALLS
@@ -329,7 +329,7 @@ def test_a_view_that_fails_ends_no_compile(
 def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking changes nothing; and what is shown at the end is the result."""
     screen = Recorded()
-    monkeypatch.setattr("mpromptune.steps.choose", lambda: screen)
+    monkeypatch.setattr("mpromptune.mipro.steps.choose", lambda: screen)
     seen, alone = compiled(), compiled(verbose=False)
     trials = [
         [(t.params, t.user_attrs[EXAMPLES], t.user_attrs[SCORES]) for t in best.search_result.study.trials]
@@ -352,7 +352,7 @@ def test_what_an_interrupted_run_has_made_is_shown_as_done(
     """The same call again: three full bars, and no call."""
     compiled(storage=tmp_path / "run.log", verbose=False)
     screen, lm = Recorded(), arithmetic_lm()
-    monkeypatch.setattr("mpromptune.steps.choose", lambda: screen)
+    monkeypatch.setattr("mpromptune.mipro.steps.choose", lambda: screen)
     compiled(lm, storage=tmp_path / "run.log")
     assert [(b.title, b.done, b.total) for b in screen.frames[-1].bars] == [
         ("Bootstrapping", 3, 3),
@@ -424,7 +424,7 @@ def test_the_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(choose(), Lines)
-    monkeypatch.setattr("mpromptune.screens._Console.is_jupyter", True, raising=False)
+    monkeypatch.setattr("mpromptune.live.screens._Console.is_jupyter", True, raising=False)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert isinstance(choose(), Notebook)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from rich.console import Console
 from rich.table import Table
 
-from mpromptune.optimizer import MIPROv2
+from mpromptune.mipro.optimizer import MIPROv2
 
 _CHATTY = ("dspy", "optuna")
 # DSPy's own proposer makes DSPy warn, twice for every instruction.

@@ -1,0 +1,1 @@
+"""Crews: several processes that share the calls of one search."""

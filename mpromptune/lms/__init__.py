@@ -1,0 +1,1 @@
+"""Language models under DSPy: their errors, requests, adapters and prices."""

@@ -1,0 +1,133 @@
+"""Threads for the steps before the search: calls that keep the caller's context and can be stopped."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+from mpromptune.calls.attempts import Attempts, RetryPolicy
+from mpromptune.calls.daemons import DaemonThreads
+from mpromptune.calls.execution import stoppable
+from mpromptune.calls.interrupts import GRACE, Stopped
+from mpromptune.calls.throttle import Load
+from mpromptune.lms.errors import classify, retry_after
+
+T = TypeVar("T")
+
+
+class Threads:
+    """A pool of threads; leaving it stops what has not begun and waits for what has.
+
+    After an error or an interrupt the wait is short: what is still under way then makes no further
+    LM call (see `execution.current_stop`), and does not hold up the interpreter's end.
+
+    Args:
+        number: Calls at a time.
+        grace: Seconds that calls under way are left after an error.
+        retry: How often and how patiently errors of the infrastructure are retried.
+
+    Attributes:
+        attempts: Makes a call with these retries, in the thread that asks for it.
+    """
+
+    def __init__(self, number: int, grace: float = GRACE, retry: RetryPolicy | None = None) -> None:
+        self.number = number
+        self.grace = grace
+        self._executor = DaemonThreads(number, "mpromptune-step")
+        self._ending = threading.Event()  # nothing more begins
+        self._stopped = threading.Event()  # nor does anybody wait for what has begun
+        self.attempts = Attempts(classify, retry or RetryPolicy(), retry_after, number, self._stopped)
+        self._lock = threading.Lock()
+        self._unfinished = 0
+        self._fillers: Iterator[Callable[[], object]] = iter(())
+
+    @property
+    def load(self) -> Load:
+        """Threads that have something to do, and what the retries leave them."""
+        return replace(self.attempts.load, running=min(self._unfinished, self.number))
+
+    def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+        """Queues a call, to be run in a copy of the caller's context (where DSPy's settings live)."""
+        with self._lock:
+            return self._submit(contextvars.copy_context(), function, *args, **kwargs)
+
+    def fill(self, calls: Iterable[Callable[[], object]]) -> None:
+        """Has the threads that nothing else needs make these calls, in order; each handles its errors.
+
+        They are taken from ``calls`` one by one when a thread is free, in a copy of this context.
+        """
+        with self._lock:
+            self._fillers, self._context = iter(calls), contextvars.copy_context()
+            self._fill()
+
+    def check(self) -> None:
+        """Ends a chain of calls that nobody waits for any more.
+
+        Raises:
+            Stopped: The pool has been closed.
+        """
+        if self._stopped.is_set():
+            raise Stopped
+
+    def finish(self, within: float | None = None) -> None:
+        """Starts nothing more, and lets the calls under way come to their end: they are paid for.
+
+        Args:
+            within: Seconds to wait at most; what still runs then asks no LM any more.
+        """
+        with self._lock:  # no call is being submitted
+            self._ending.set()
+        self._executor.shutdown(wait=False)
+        self._executor.join(within)
+        self._stopped.set()
+
+    def close(self, within: float | None = None) -> None:
+        """Starts nothing more, and waits for the calls that are under way, the first time.
+
+        Args:
+            within: Seconds to wait at most.
+        """
+        with self._lock:  # no call is being submitted
+            already = self._stopped.is_set()
+            self._ending.set()
+            self._stopped.set()
+        # Not `cancel_futures`: nobody who is in `wait` for a future is told of its cancellation.
+        self._executor.shutdown(wait=False)
+        if not already:
+            self._executor.join(within)
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close(None if kind is None else self.grace)
+
+    def _submit(
+        self, context: contextvars.Context, function: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> Future[T]:
+        future = self._executor.submit(context.run, self._call, function, *args, **kwargs)
+        self._unfinished += 1
+        return future
+
+    def _fill(self) -> None:
+        while self._unfinished < self.number and not self._ending.is_set():
+            call = next(self._fillers, None)
+            if call is None:
+                break
+            self._submit(self._context.copy(), call)
+
+    def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        try:
+            if self._ending.is_set():
+                raise Stopped
+            with stoppable(self._stopped):
+                return function(*args, **kwargs)
+        finally:
+            with self._lock:
+                self._unfinished -= 1
+                self._fill()

@@ -1,0 +1,1 @@
+"""The search: ask, measure, tell. Knows Optuna, and no DSPy."""

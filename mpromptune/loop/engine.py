@@ -1,0 +1,223 @@
+"""`search`: the engine by itself, without DSPy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+
+from mpromptune.calls.attempts import Classify, RetryAfter, RetryPolicy, no_hint
+from mpromptune.calls.execution import Score, Workers, as_score, classify_builtin
+from mpromptune.calls.interrupts import GRACE, handled
+from mpromptune.calls.limits import SEARCH, Budget, Limits
+from mpromptune.calls.remote import ExecutorSpec, Workplace, measuring
+from mpromptune.calls.usage import Usage, metered
+from mpromptune.crew.members import Crew, check_coordinators, taking_part
+from mpromptune.crew.shared import SharedWorkers
+from mpromptune.errors import require_count, require_finite
+from mpromptune.live.progress import OnProgress
+from mpromptune.loop.coordinator import Callback, Coordinator
+from mpromptune.loop.options import check_schedule
+from mpromptune.loop.result import SearchResult
+from mpromptune.loop.setup import Setup
+from mpromptune.loop.sharing import search_together
+from mpromptune.loop.trials import Trials
+from mpromptune.model.space import PromptSpace
+from mpromptune.model.stopping import Stopping
+from mpromptune.plans.blocks import BlockPlan
+from mpromptune.plans.knowledge import Knowledge
+from mpromptune.plans.mipro import MiproPlan
+from mpromptune.plans.plan import Plan
+from mpromptune.plans.schedule import Minibatches, Schedule, check_budget, default_block_size, partition
+from mpromptune.sampling.samplers import lists
+from mpromptune.studies.storage import StorageSpec, open_study
+
+
+def search(
+    space: PromptSpace,
+    score: Score,
+    *,
+    n_examples: int,
+    max_calls: int,
+    sampler: BaseSampler | str | None = None,
+    num_threads: int = 8,
+    batch_size: int | None = None,
+    block_size: int | None = None,
+    baseline: Mapping[str, int] | None = None,
+    seed: int = 0,
+    storage: StorageSpec = None,
+    study_name: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    confirm: bool = True,
+    patience: int | None = None,
+    target: float | None = None,
+    schedule: str = "blocks",
+    minibatch: bool = True,
+    minibatch_size: int = 35,
+    minibatch_full_eval_steps: int = 5,
+    executor: ExecutorSpec = None,
+    classify: Classify = classify_builtin,
+    retry: RetryPolicy | None = None,
+    retry_after: RetryAfter = no_hint,
+    grace: float = GRACE,
+    failure_score: float = 0.0,
+    on_progress: OnProgress | None = None,
+    limits: Limits | Budget | None = None,
+    stopped: threading.Event | None = None,
+    coordinators: int = 1,
+    crew: Crew | None = None,
+) -> SearchResult:
+    """Finds the configuration with the highest mean score for a budget of program calls.
+
+    Rounds of ``batch_size`` configurations are measured on a block of examples each, two rounds at a
+    time; promising configurations are measured on further blocks; no example of a configuration is
+    paid for twice. With ``"qei"``, in spaces of up to ``max_space_size``, a block is of the examples that
+    tell configurations apart, as far as is known, and the baseline, which says most about that, comes
+    first; otherwise a round shares one. With ``schedule="mipro"`` trials are measured on random
+    minibatches instead and, now and then, the best one so far on all examples, as in DSPy's MIPROv2.
+    Proposals depend on ``seed``, on ``batch_size`` (by default a round has a call for every thread),
+    on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds
+    measured, never on timing.
+
+    With ``storage`` every score is saved as it comes in, and the same call goes on where the last one
+    ended, however it ended. After ``kill -9`` the trials are those of a search in one go; trials that
+    an error or an interrupt cut off are taken up under new numbers. No saved score is paid again, and
+    a finished search is returned without a call. ``max_calls`` is for all runs together; it may
+    change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
+    sampler and the callbacks, which are not called again. One process at a time; several with
+    ``coordinators``, of which the first leads and the others measure what it hands out. Any of them
+    may be killed or join later; they end with the same result.
+
+    Args:
+        space: The configurations.
+        score: ``score(params, example) -> float``, the higher the better; called from threads.
+        n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
+        max_calls: Calls of ``score`` to spend. Fewer are spent when no configuration that
+            could still win, and be fully measured, is left; with more than 40 threads, when less
+            than half a round is left.
+        sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
+        num_threads: Calls in flight at once.
+        batch_size: Configurations per round (q); by default as before in a study that is gone on with,
+            otherwise enough to occupy all threads.
+        block_size: Examples per block (default 10, or all where there are fewer).
+        baseline: Configuration to compare with; by default the first of the space.
+        seed: Fixes blocks, proposals and so the whole search.
+        storage: Path of a journal file, URL of a database, or an Optuna storage; None for memory.
+        study_name: Name of the study in the storage, by default ``"mpromptune"``.
+        callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which
+            they are told.
+        confirm: Keep calls back so that winner and baseline end measured on every example. With
+            False the winner is the highest posterior mean, whatever it was measured on.
+        patience: Stop after so many rounds in a row after which, by the posterior, no open
+            configuration is expected to gain over the leader a tenth of a full evaluation's
+            standard error. None: never. It cannot judge where all scores are the same.
+        target: Stop exploring once the leader's posterior mean is at or above this mean score; go
+            on if, fully measured, it is not.
+        schedule: ``"blocks"`` or ``"mipro"``.
+        minibatch: (mipro) False measures every trial on all examples.
+        minibatch_size: (mipro) Examples of a trial.
+        minibatch_full_eval_steps: (mipro) Trials from one full evaluation to the next.
+        executor: Where scores are computed; by default threads. Any ``concurrent.futures.Executor``, which
+            is left open, or a callable that makes one, which is made anew when it breaks. To all but a
+            ``ThreadPoolExecutor`` the score travels (by cloudpickle), but no context variable does. It
+            should have room for ``num_threads`` calls: what waits in its queue nears its ``timeout``.
+        classify: The verdict on an exception of ``score``.
+        retry: How infrastructure errors are retried, and after how long an attempt is given up.
+        retry_after: Seconds that an exception of ``score`` asks to wait, or None.
+        grace: Seconds that Ctrl-C and SIGTERM leave to calls in flight. No other call begins; a
+            second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it has a
+            handler already.
+        failure_score: What an example scores when the candidate itself failed on it.
+        on_progress: Called as ``on_progress(progress)`` with a `Progress`: at the beginning, after every
+            round, about twice a second while calls are awaited, and at the end. In the thread that
+            searches, so it should not take long; an error in it is logged, and it is not called again.
+        limits: On tokens, money and time: ``score`` calls `mpromptune.calls.usage.record` to say what it
+            used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
+            call begins once a limit is used up. A `Budget` where something was used before.
+        stopped: Set from outside, no further call begins; set when nothing more may be spent.
+        coordinators: Processes, on any hosts, that are expected to make this call with this
+            ``storage``, each with ``num_threads`` of its own. Callbacks and limits are those of the
+            process that leads.
+        crew: Of these processes, where this one has joined them before.
+
+    Returns:
+        The winner, its score, the baseline's, and the study.
+
+    Raises:
+        InvalidArgumentError: An argument cannot work; no call was made.
+        TravelError: The score cannot be sent to the workers of the executor; no call was made.
+        StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
+            seed or schedule, or to none; no call was made.
+        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
+            where the storage failed, and ``.result`` is what can be said from it.
+        SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
+    """
+    _check_counts(n_examples=n_examples, max_calls=max_calls, num_threads=num_threads)
+    _check_given(batch_size=batch_size, block_size=block_size, patience=patience)
+    if target is not None:
+        require_finite("target", target)
+    require_finite("grace", grace)
+    as_score(failure_score)
+    check_coordinators(coordinators, storage)
+    check_schedule(schedule, block_size, confirm, patience, target)
+    start = space.first() if baseline is None else space.row(baseline)
+    plan: Plan
+    if schedule == "mipro":
+        batches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch).within(n_examples)
+        trial_size, sizes = batches.size, batches.as_arguments()
+        plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
+    else:
+        trial_size = default_block_size(n_examples) if block_size is None else block_size
+        sizes = {"block_size": trial_size}
+        check_budget(max_calls, n_examples, confirm)
+        parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
+        plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
+        plan.by_difficulty = lists(sampler, space)
+    arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
+    arguments.update(schedule=schedule, **sizes)
+    confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all
+    threads = num_threads * coordinators
+    setup = Setup(
+        space, plan, arguments, sampler, batch_size, threads, coordinators > 1, trial_size, confirmed
+    )
+    budget = limits if isinstance(limits, Budget) else Budget(limits)
+    told: dict[str, Any] = {
+        "failure_score": failure_score,
+        "callbacks": callbacks,
+        "on_progress": on_progress,
+        "grace": grace,
+    }
+    run = partial(Coordinator, space=space, plan=plan, budget=budget, **told)
+    stopped, place = stopped or threading.Event(), Workplace(executor)
+    study = open_study(storage, study_name)
+    with handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
+        given = score, pool, classify, retry, retry_after, num_threads
+        if coordinators == 1:
+            return _alone(setup, study, budget, run, Workers(*given, budget.admits, stopped))
+        with taking_part(crew, study, num_threads) as mates:
+            workers = SharedWorkers(mates, study._storage, *given, budget.admits, stopped)
+            return search_together(setup, study, run, workers, mates)
+
+
+def _alone(
+    setup: Setup, study: Study, budget: Budget, run: partial[Coordinator], workers: Workers
+) -> SearchResult:
+    record, encoding = setup.take_up(study)
+    budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
+    trials = Trials(study, setup.space, record)
+    known = Knowledge(study, encoding, hidden=trials.untold)
+    with metered(budget.begin_search()):
+        return run(workers=workers, trials=trials, known=known).run()
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        require_count(name, count)
+
+
+def _check_given(**counts: int | None) -> None:
+    _check_counts(**{name: count for name, count in counts.items() if count is not None})

@@ -1,0 +1,111 @@
+"""A search made ready on its study: settings compared, the record read, the sampler set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+
+from mpromptune.loop.settings import (
+    Settings,
+    compare_geometry,
+    recorded_settings,
+    require_same,
+    settings_of,
+    write_settings,
+)
+from mpromptune.model.space import PromptSpace
+from mpromptune.plans.mipro import MiproPlan
+from mpromptune.plans.plan import Plan
+from mpromptune.plans.schedule import default_batch_size, default_rounds_in_flight
+from mpromptune.sampling.encoding import Encoding
+from mpromptune.sampling.sampler import qEISampler
+from mpromptune.sampling.samplers import bind, resolve_sampler
+from mpromptune.studies.record import Record, check_left, missing_of, read_record
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the trials of a search depend on.
+
+    Attributes:
+        space: The configurations.
+        plan: What is measured next; its rounds are sized here.
+        arguments: What must stay as it is in a study.
+        sampler: Proposes configurations.
+        batch_size: Configurations per round, if given.
+        num_threads: Calls in flight at once, in all processes.
+        is_shared: Whether there are several.
+        trial_size: Examples of a trial.
+        confirmed: Whether the baseline is to end with a score on every example.
+    """
+
+    space: PromptSpace
+    plan: Plan
+    arguments: Mapping[str, Any]
+    sampler: BaseSampler | str | None
+    batch_size: int | None
+    num_threads: int
+    is_shared: bool
+    trial_size: int
+    confirmed: bool
+
+    def take_up(self, study: Study) -> tuple[Record, Encoding]:
+        """What earlier runs have left, and the candidates as the surrogate sees them.
+
+        Raises:
+            InvalidArgumentError: The budget is too low to go on.
+            StudyMismatchError: The study belongs to another search.
+        """
+        before = recorded_settings(study)
+        plan = self.plan
+        plan.batch_size = self._batch_size(before)
+        plan.rounds_in_flight = self._rounds_in_flight(before)
+        settings = self._settings()
+        require_same(study, before, settings)
+        record = read_record(study)
+        start, n_examples = self.space.params(plan.baseline), plan.n_examples
+        check_left(record, plan.max_calls, missing_of(record, start, n_examples) if self.confirmed else 0)
+        encoding = self._set_sampler(study)
+        compare_geometry(study, encoding)
+        write_settings(study, settings)
+        return record, encoding
+
+    def check(self, study: Study) -> None:
+        """Whether a study that others are at work on is of this search.
+
+        Raises:
+            StudyMismatchError: It is not.
+        """
+        require_same(study, recorded_settings(study), self._settings())
+
+    def _settings(self) -> Settings:
+        return settings_of(self.space, self.arguments, self.plan)
+
+    def _batch_size(self, before: Mapping[str, Any]) -> int:
+        """As given, as the sampler has it, as before, or enough for all threads."""
+        own = self.sampler.batch_size if isinstance(self.sampler, qEISampler) else None
+        least = default_batch_size(self.num_threads, self.trial_size)
+        return self.batch_size or own or int(before.get("batch_size") or least)
+
+    def _rounds_in_flight(self, before: Mapping[str, Any]) -> int:
+        """As before, so that other threads make no other trials; unless rounds are of another size now."""
+        if before.get("batch_size") == self.plan.batch_size:
+            return int(before["rounds_in_flight"])
+        if isinstance(self.plan, MiproPlan):
+            return self.plan.rounds_in_flight
+        return default_rounds_in_flight(
+            self.num_threads, self.plan.batch_size, self.trial_size, self.is_shared
+        )
+
+    def _set_sampler(self, study: Study) -> Encoding:
+        plan, seed = self.plan, int(self.arguments["seed"])
+        n_trials = len(study.get_trials(deepcopy=False))
+        own = resolve_sampler(self.sampler, self.space, seed, n_trials)
+        study.sampler, encoding = bind(own, self.space, plan.batch_size, plan.is_open, seed)
+        if n_trials and own is self.sampler:  # its stream is at its beginning, and would come again
+            study.sampler.reseed_rng()
+        return encoding

@@ -1,0 +1,211 @@
+"""What a compile keeps in its study besides the search: who it is, and what its first steps ended with."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.storages import BaseStorage
+from optuna.study import Study
+
+from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.usage import Usage
+from mpromptune.errors import StorageError, StudyMismatchError
+from mpromptune.lms.errors import classify
+from mpromptune.mipro.fingerprint import Part, differences
+from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
+from mpromptune.studies.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
+from mpromptune.studies.storage import StorageSpec, open_storage, open_study, reported
+
+logger = logging.getLogger(__name__)
+
+Instructions = dict[int, list[str]]
+
+
+class Checkpoint:
+    """The steps of one compile before its search, in the attributes of its study.
+
+    A step is there as a whole or not at all: its parts are written first, and what they are last.
+
+    Args:
+        storage: As in `open_storage`.
+        study_name: As in `open_study`.
+        run: What identifies the run (see `fingerprint`).
+        is_shared: Whether other processes may be at work on the same run; then it begins with `claim`.
+
+    Attributes:
+        storage: Opened.
+        study: The study.
+        is_shared: As given.
+
+    Raises:
+        StorageError: The storage cannot be read and written.
+        StudyMismatchError: The study belongs to another run.
+    """
+
+    def __init__(
+        self,
+        storage: StorageSpec,
+        study_name: str | None,
+        run: Mapping[str, Part],
+        is_shared: bool = False,
+    ) -> None:
+        self.storage: BaseStorage = open_storage(storage)
+        self.study: Study = open_study(self.storage, study_name)
+        self.is_shared = is_shared
+        self._run = run
+        if not is_shared:
+            self.claim()
+
+    def claim(self) -> None:
+        """Reads what is kept, and takes the study for this run.
+
+        Raises:
+            StudyMismatchError: The study belongs to another run.
+        """
+        with reported():
+            self._kept: dict[str, Any] = self.study.user_attrs
+        self._require_same(self._run)
+        if self._kept.get(RUN) != self._run:
+            self._set(RUN, dict(self._run))
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether all steps before the search have ended."""
+        return self._load(DEMOS) is not None and self.has_instructions
+
+    def demo_sets(self, rng: random.Random) -> DemoSets | None:
+        """Those of the bootstrap, if it has ended; ``rng`` is then left as it was at that time."""
+        kept = self._load(DEMOS)
+        if kept is None:
+            return None
+        head, parts = kept
+        version, state, gauss = head["rng"]
+        rng.setstate((version, tuple(state), gauss))
+        numbers = enumerate(head["numbers"])
+        return {i: [from_json(parts[f"{i}:{j}"]) for j in range(number)] for i, number in numbers}
+
+    def keep_demo_sets(self, program: Any, demos: DemoSets, rng: random.Random) -> DemoSets:
+        """Keeps what the bootstrap ended with; returns it as it will be loaded.
+
+        Should that give other prompts, a warning says that nothing was kept.
+        """
+        try:
+            plain = {f"{i}:{j}": to_json(one) for i, sets in demos.items() for j, one in enumerate(sets)}
+            loaded = {
+                i: [from_json(plain[f"{i}:{j}"]) for j, _ in enumerate(sets)] for i, sets in demos.items()
+            }
+            require_same_prompts(program, demos, loaded)
+        except Exception as error:  # noqa: BLE001 - of adapters, of types of fields: the demos are paid for
+            logger.warning(
+                "The demo sets cannot be kept in the study (%s: %s): a run that goes on after an "
+                "interruption bootstraps them again.",
+                type(error).__name__,
+                error,
+            )
+            return demos
+        version, state, gauss = rng.getstate()
+        numbers = [len(demos[i]) for i in range(len(demos))]
+        self._keep(DEMOS, {"numbers": numbers, "rng": [version, list(state), gauss]}, plain)
+        return loaded
+
+    @property
+    def has_instructions(self) -> bool:
+        """Whether the proposal has ended."""
+        return self._load(INSTRUCTIONS) is not None
+
+    def instructions(self) -> Instructions | None:
+        """Those of the proposal, if it has ended."""
+        kept = self._load(INSTRUCTIONS)
+        return None if kept is None else {int(i): list(texts) for i, texts in kept[1].items()}
+
+    def keep_instructions(self, instructions: Instructions) -> None:
+        """Keeps what the proposal ended with."""
+        texts = {str(i): [str(text) for text in texts] for i, texts in instructions.items()}
+        self._keep(INSTRUCTIONS, {}, texts)
+
+    def usage(self) -> dict[str, Usage]:
+        """What the steps before the search have used so far, in interrupted runs too."""
+        if not self._has_steps():  # nothing that another run could go on with, so this may be another
+            return {}
+        kept = {key: value for key, value in self._kept.items() if key.startswith(f"{USED}:")}
+        return {key.removeprefix(f"{USED}:"): Usage(**value) for key, value in kept.items()}
+
+    def keep_usage(self, step: str, usage: Usage) -> None:
+        """Keeps what a step has used."""
+        self._set(f"{USED}:{step}", usage.as_dict())
+
+    def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
+        """Per validation example, the student's score or what it failed with, and what it used."""
+        return {
+            int(key.removeprefix(f"{STUDENT}:")): _outcome(value)
+            for key, value in self._kept.items()
+            if key.startswith(f"{STUDENT}:")
+        }
+
+    def keep_student_outcome(self, example: int, outcome: float | Exception, usage: Usage) -> None:
+        """Keeps it, unless it says nothing about the student; may be called by any thread."""
+        kept: dict[str, Any] = {"usage": usage.as_dict()}
+        if not isinstance(outcome, Exception):
+            kept["score"] = outcome
+        elif classify(outcome) is Verdict.CANDIDATE:
+            kept["error"] = type(outcome).__name__  # not its message: nobody knows what is in it
+        else:
+            return
+        try:
+            self._set(f"{STUDENT}:{example}", kept)
+        except StorageError as error:  # which the search cannot do without, and will report
+            logger.warning("The student's score on example %d could not be kept: %s", example, error)
+
+    def measured(self, params: Mapping[str, int]) -> set[int]:
+        """Validation examples of which the search has a score for a configuration."""
+        with reported():
+            trials = [t for t in self.study.get_trials(deepcopy=False) if t.params == params]
+        told = (t.user_attrs.get(EXAMPLES, ()) for t in trials if SCORES in t.user_attrs)
+        return {example for some in (*told, *(t.intermediate_values for t in trials)) for example in some}
+
+    def _require_same(self, run: Mapping[str, Part]) -> None:
+        then = self._kept.get(RUN)
+        name = f"The study {self.study.study_name!r}"
+        advice = "Give a new run another study_name or storage"
+        if then is None and self._has_trials() and not self._has_steps():
+            raise StudyMismatchError(f"{name} was made by search(), not by MIPROv2.compile. {advice}.")
+        changed = differences(then, run) if then is not None else []
+        if changed and (self._has_trials() or self._has_steps()):
+            raise StudyMismatchError(
+                f"{name} belongs to another run, which differs in: {', '.join(changed)}. {advice}, or go "
+                "on with what that one was given."
+            )
+
+    def _has_trials(self) -> bool:
+        with reported():
+            return bool(self.study.get_trials(deepcopy=False))
+
+    def _has_steps(self) -> bool:
+        """Whether anything has been paid for before a search."""
+        return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT)) for key in self._kept)
+
+    def _load(self, step: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        head = self._kept.get(step)
+        if head is None or not all(f"{step}:{part}" in self._kept for part in head["parts"]):
+            return None
+        return head, {part: self._kept[f"{step}:{part}"] for part in head["parts"]}
+
+    def _keep(self, step: str, head: Mapping[str, Any], parts: Mapping[str, Sequence[Any]]) -> None:
+        for part, value in parts.items():
+            self._set(f"{step}:{part}", value)
+        self._set(step, {**head, "parts": list(parts)})
+
+    def _set(self, key: str, value: Any) -> None:
+        with reported():
+            self.study.set_user_attr(key, value)
+        self._kept[key] = value
+
+
+def _outcome(kept: Mapping[str, Any]) -> tuple[float | Exception, Usage]:
+    usage = Usage(**kept["usage"])
+    if "score" in kept:
+        return float(kept["score"]), usage
+    return RuntimeError(f"the student failed with {kept['error']} before the run was interrupted"), usage

@@ -1,0 +1,207 @@
+"""What identifies a run of `compile`: the same in every process, and without any secret."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from types import CodeType, FunctionType
+from typing import Any
+
+import dspy
+from dspy.teleprompt.utils import get_signature
+from pydantic import BaseModel
+
+from mpromptune.lms.adapters import given_adapter
+
+Part = str | int | float | bool | None
+
+# What decides which candidates there are, beside the data; budget, threads and patience may change.
+_ARGUMENTS = (
+    "view_data_batch_size",
+    "program_aware_proposer",
+    "data_aware_proposer",
+    "tip_aware_proposer",
+    "fewshot_aware_proposer",
+)
+# Settings of a predictor that change its answers; the others may be secrets.
+_CONFIG = ("temperature", "max_tokens", "n", "top_p")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def fingerprint(
+    optimizer: Any,
+    program: Any,
+    valset: Sequence[Any],
+    candidates: tuple[int, int],
+    arguments: Mapping[str, Any],
+) -> dict[str, Part]:
+    """The run in named parts, of which digests and plain arguments are kept.
+
+    Args:
+        optimizer: The ``dspy.MIPROv2``.
+        program: The student.
+        valset: The validation examples, as they are numbered in the search.
+        candidates: How many instructions, and how many demo sets.
+        arguments: Of ``dspy.MIPROv2.compile``, with defaults.
+    """
+    own = {name: arguments[name] for name in _ARGUMENTS if name in arguments}
+    adapter = given_adapter(dspy.settings.adapter)
+    return {
+        "program": _of_program(program),
+        "trainset": _of_examples(arguments["trainset"]),
+        "valset": _of_examples(valset),
+        "metric": f"{_name(optimizer.metric)} {digest(_of_callable(optimizer.metric))}",
+        "teacher": None if arguments.get("teacher") is None else _of_program(arguments["teacher"]),
+        "teacher's model": _model(optimizer.teacher_settings.get("lm")),
+        "task_model": _model(optimizer.task_model),
+        "prompt_model": _model(optimizer.prompt_model),
+        "adapter": type(adapter).__name__ if adapter else None,
+        "instruction candidates": candidates[0],
+        "demo set candidates": candidates[1],
+        "max_bootstrapped_demos": _either(arguments, optimizer, "max_bootstrapped_demos"),
+        "max_labeled_demos": _either(arguments, optimizer, "max_labeled_demos"),
+        "metric_threshold": optimizer.metric_threshold,
+        "init_temperature": optimizer.init_temperature,
+        "seed": int(arguments.get("seed") or optimizer.seed),
+        **own,
+    }
+
+
+def differences(then: Mapping[str, Part], now: Mapping[str, Part]) -> list[str]:
+    """Which parts differ, and how."""
+    names = [*now, *(name for name in then if name not in now)]
+    changed = [name for name in names if then.get(name) != now.get(name)]
+    return [f"{name} ({then.get(name)!r} then, {now.get(name)!r} now)" for name in changed]
+
+
+def digest(value: Any) -> str:
+    """A short digest of what `canonical` makes of a value."""
+    text = json.dumps(canonical(value), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def canonical(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """A value as JSON that is the same in every process, whatever it holds.
+
+    Args:
+        value: Anything.
+        inside: What it is part of, which it may contain again.
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value.value if isinstance(value, enum.Enum) else value
+    if id(value) in inside:
+        return "..."
+    inside = (*inside, id(value))
+    parts = _parts(value)
+    if isinstance(parts, Mapping):
+        return {str(key): canonical(item, inside) for key, item in parts.items()}
+    if isinstance(parts, Set):
+        return sorted((canonical(item, inside) for item in parts), key=json.dumps)
+    if isinstance(parts, Iterable) and not isinstance(parts, str):
+        return [canonical(item, inside) for item in parts]
+    return parts
+
+
+def _parts(value: Any) -> Any:
+    """A value as a mapping, a set, a sequence or a text of what makes it up."""
+    if isinstance(value, Mapping | Set | list | tuple):
+        return value
+    if isinstance(value, bytes | bytearray):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, dspy.BaseLM):
+        return _model(value)
+    if isinstance(value, dspy.Example):
+        return dict(value.items())
+    return [_name(value), *_state(value)]
+
+
+def _state(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, BaseModel):
+        return (dict(value),)
+    for method in ("tobytes", "tolist"):  # of arrays, images and tensors
+        if callable(getattr(value, method, None)):
+            return getattr(value, "shape", None), getattr(value, "size", None), getattr(value, method)()
+    says_nothing = type(value).__dict__.get("__repr__", object.__repr__) is object.__repr__
+    if says_nothing and hasattr(value, "__dict__"):
+        return (vars(value),)
+    return (_ADDRESS.sub("", repr(value)),)
+
+
+def _of_examples(examples: Sequence[Any]) -> str:
+    return f"{len(examples)} examples {digest(list(examples))}"
+
+
+def _of_program(program: Any) -> str:
+    modules = [(name, _of_class(type(module))) for name, module in program.named_sub_modules()]
+    predictors = [(name, _of_predictor(p)) for name, p in program.named_predictors()]
+    return f"{_name(program)} {digest([modules, predictors])}"
+
+
+def _of_predictor(predictor: Any) -> list[Any]:
+    signature = get_signature(predictor)
+    fields = [
+        (name, _ADDRESS.sub("", str(field.annotation)), *map(str, _described(field)))
+        for name, field in signature.fields.items()
+    ]
+    config = getattr(predictor, "config", None) or {}
+    settings = {key: config[key] for key in _CONFIG if key in config}
+    model = _model(getattr(predictor, "lm", None))
+    return [signature.instructions, fields, list(predictor.demos), settings, model]
+
+
+def _described(field: Any) -> list[Any]:
+    extra = field.json_schema_extra or {}
+    return [extra.get(key) for key in ("__dspy_field_type", "prefix", "desc")]
+
+
+def _of_class(cls: type) -> list[Any]:
+    """DSPy's own modules are known by name: a new version of DSPy is no other program."""
+    own = cls.__module__.partition(".")[0] != "dspy"
+    return [cls.__qualname__, _source(cls) if own else None]
+
+
+def _of_callable(function: Any) -> list[Any]:
+    """A function's source, or its class's: what an object holds may change from call to call."""
+    if isinstance(function, functools.partial):
+        return [_of_callable(function.func), function.args, function.keywords]
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType):
+        cls = function if isinstance(function, type) else type(function)
+        return [cls.__qualname__, _source(cls)]
+    if function.__name__ == "<lambda>":  # its line of source holds other things too
+        return [function.__qualname__, _of_code(function.__code__)]
+    return [function.__qualname__, _source(function)]
+
+
+def _of_code(code: CodeType) -> list[Any]:
+    constants = [_of_code(c) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return [code.co_code, code.co_names, constants]
+
+
+def _source(item: Any) -> str | None:
+    try:
+        return inspect.getsource(item)
+    except (OSError, TypeError):
+        return None
+
+
+def _name(value: Any) -> str:
+    """Without the module, which is ``__main__`` or not as the script is run or imported."""
+    if isinstance(value, functools.partial):
+        return _name(value.func)
+    return str(getattr(value, "__qualname__", None) or type(value).__qualname__)
+
+
+def _model(lm: Any) -> str | None:
+    """Its name alone: other settings may be secrets."""
+    return None if lm is None else str(getattr(lm, "model", None) or type(lm).__qualname__)
+
+
+def _either(arguments: Mapping[str, Any], optimizer: Any, name: str) -> Any:
+    given = arguments.get(name)
+    return getattr(optimizer, name) if given is None else given

@@ -1,0 +1,340 @@
+"""The steps of one compile before the search, as concurrently as they can be: demo sets and instructions.
+
+They wait for one another most of the time; the threads that this leaves idle score the student.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import dspy
+from dspy.teleprompt.mipro_optimizer_v2 import LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
+from dspy.teleprompt.utils import get_signature
+from optuna.storages import BaseStorage
+
+from mpromptune.calls.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
+from mpromptune.calls.execution import Score
+from mpromptune.calls.interrupts import GRACE, Stopped
+from mpromptune.calls.limits import SEARCH
+from mpromptune.calls.usage import Usage, record
+from mpromptune.crew.helping import await_candidates
+from mpromptune.crew.members import Crew, taking_part
+from mpromptune.errors import SearchStoppedError
+from mpromptune.live.screens import choose
+from mpromptune.live.view import Bar, View
+from mpromptune.lms.errors import classify
+from mpromptune.lms.guard import Guard, measured
+from mpromptune.lms.threads import Threads
+from mpromptune.mipro import bootstrap, proposal
+from mpromptune.mipro.ahead import Ahead
+from mpromptune.mipro.checkpoint import Checkpoint
+from mpromptune.mipro.estimate import Estimate, Plan, estimate
+from mpromptune.mipro.evaluations import Predictions
+from mpromptune.plans.schedule import Minibatches
+from mpromptune.programs.configurations import ProgramScorer, ProgramSpace
+from mpromptune.programs.remote import Elsewhere
+
+logger = logging.getLogger(__name__)
+
+_FLAGS = (
+    "view_data_batch_size",
+    "program_aware_proposer",
+    "data_aware_proposer",
+    "tip_aware_proposer",
+    "fewshot_aware_proposer",
+)
+_BOOTSTRAP = (
+    "teacher",
+    "num_fewshot_candidates",
+    "max_bootstrapped_demos",
+    "max_labeled_demos",
+    "max_errors",
+    "metric_threshold",
+)
+_PROPOSAL = (*_FLAGS, "demo_candidates", "num_instruct_candidates")
+
+
+class Steps:
+    """Runs MIPROv2's first two steps with the results that its own serial loops have.
+
+    `score_ahead` has idle threads measure the student meanwhile, and `scored_ahead` hands that on.
+
+    Args:
+        optimizer: The ``dspy.MIPROv2``; its ``rng`` is drawn from as DSPy does.
+        threads: LM calls at a time.
+        compile_arguments: Of ``dspy.MIPROv2.compile``, with defaults.
+        guard: Watches the LM requests.
+        grace: Seconds that LM calls under way are left after an error or an interrupt.
+        retry: How often and how patiently errors of the infrastructure are retried.
+        verbose: Whether there is anything to see of it.
+
+    Attributes:
+        arguments: Those of the compile.
+        view: What there is to see of all three steps.
+        predictions: Of what is scored, for those who listen to DSPy's evaluations.
+        elsewhere: The executor of the search.
+        crew: The processes that share this compile, if any.
+        together: Ends this one's part in it.
+    """
+
+    elsewhere: Elsewhere
+
+    def __init__(
+        self,
+        optimizer: Any,
+        threads: int,
+        compile_arguments: Mapping[str, Any],
+        guard: Guard | None = None,
+        grace: float = GRACE,
+        retry: RetryPolicy | None = None,
+        verbose: bool = True,
+    ) -> None:
+        self.guard = guard or Guard()
+        self.predictions = Predictions()
+        self._optimizer = optimizer
+        self._number, self._threads = threads, (pool := Threads(threads, grace, retry))
+        self.view = View(choose if verbose else lambda: None, self.guard.budget, lambda: pool.load)
+        self._timeout = None if retry is None else retry.timeout
+        self.arguments = compile_arguments
+        self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
+        self._proposals = proposal.Proposals(optimizer, self._threads)
+        self._traceback = compile_arguments.get("provide_traceback")
+        self._valset: list[Any] | None = None
+        self._ahead: Ahead | None = None
+        self._checkpoint: Checkpoint | None = None
+        self.together = ExitStack()
+        self.crew: Crew | None = None
+        self.search_calls = self.instructions_wanted = 0  # what DSPy makes of the compile's arguments
+
+    @property
+    def storage(self) -> BaseStorage | None:
+        """The storage of this run, opened, where one was given."""
+        return None if self._checkpoint is None else self._checkpoint.storage
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Takes from it what an interrupted run has paid for, and keeps in it what this one does.
+
+        Of several processes the first takes the steps, and the others what they ended with.
+        """
+        self._checkpoint = checkpoint
+        if checkpoint.is_shared:
+            self.crew = self.together.enter_context(taking_part(None, checkpoint.study, self._number))
+            crew = self.crew
+            self.predictions.is_told_here = lambda: crew.leads
+            await_candidates(crew, self.guard.stopped.is_set)
+            checkpoint.claim()
+            if not (self.crew.leads or checkpoint.has_candidates):
+                raise SearchStoppedError(
+                    "The demo sets of the process that leads cannot be kept in the study: it goes on alone."
+                )
+        for step, usage in checkpoint.usage().items():
+            self.guard.budget.step(step).add(usage)
+
+    def estimate(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Estimate:
+        """What all steps would use; arguments as in `demo_sets`, `search_calls` and so on being set."""
+        given = _bind(stock, (program, trainset, *args), kwargs)
+        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
+        zero_shot = bootstrapped == labelled == 0  # bootstraps all the same, for the proposer
+        batch = self._flags["view_data_batch_size"] if self._flags["data_aware_proposer"] else None
+        plan = Plan(
+            predictors=len(program.predictors()),
+            train_size=len(trainset),
+            demo_sets=given["num_fewshot_candidates"],
+            bootstrapped=bootstrapped > 0 or zero_shot,
+            labelled=labelled > 0 or (zero_shot and LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT > 0),
+            instructions=self.instructions_wanted,
+            describes_program=bool(self._flags["program_aware_proposer"]),
+            summary_batch=batch or 0,
+            search_calls=self.search_calls,
+        )
+        task, prompt = self._optimizer.task_model, self._optimizer.prompt_model
+        price = self.guard.pricing.of
+        return estimate(plan, price(task, task.model), price(prompt, prompt.model))
+
+    def score_ahead(self, valset: list[Any]) -> None:
+        """From the first step on, threads that it leaves idle score the student on ``valset``."""
+        self._valset = valset
+
+    def scored_ahead(self, programs: ProgramSpace, valset: list[Any], score: Score) -> Score:
+        """``score``, but for what is known already; after `close_threads`."""
+        ahead = self._ahead
+        if ahead is None or programs.program is not ahead.program or valset is not ahead.valset:
+            return score
+        if self._checkpoint is not None:
+            ahead.forget(self._checkpoint.measured(programs.baseline))
+        return partial(ahead.score_or, score, programs.baseline)
+
+    def minibatches(self, enabled: bool) -> Minibatches:
+        """DSPy's arguments of its search step; ``auto`` decides whether there are minibatches."""
+        size, steps = (self.arguments[f"minibatch_{name}"] for name in ("size", "full_eval_steps"))
+        return Minibatches(size, steps, enabled)
+
+    def demo_sets(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Demo sets; ``stock`` is the serial method, which also says what the arguments mean."""
+        with self._step("bootstrap"):
+            return self._demo_sets(stock, program, trainset, *args, **kwargs)
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        """Counts what a step uses; a limit, or the infrastructure, ends it with an error that says so."""
+        budget, began = self.guard.budget, time.monotonic()
+        meter = budget.step(name)
+        before = meter.total.lm_calls
+        try:
+            with measured(meter):
+                yield
+                record(Usage(seconds=time.monotonic() - began))
+        except Exception as error:
+            if classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
+                raise self._stopped(name, error) from error
+            raise
+        except Stopped as stop:
+            if budget.reached is None:
+                raise
+            raise SearchStoppedError(
+                f"{budget.reached}={getattr(budget.limits, budget.reached)} was used up in the {name} step, "
+                f"before the search began, by {budget.usage.total}."
+            ) from stop
+        finally:
+            if self._checkpoint is not None and meter.total.lm_calls > before:
+                self._checkpoint.keep_usage(name, meter.total)
+
+    def _stopped(self, name: str, error: Exception) -> SearchStoppedError:
+        return SearchStoppedError(
+            f"The {name} step stopped on {type(error).__name__}: {error}. What was made before is kept where "
+            "there is a storage."
+        )
+
+    def _demo_sets(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        checkpoint, rng, step = self._checkpoint, self._optimizer.rng, self.guard.budget.step
+        kept = None if checkpoint is None else checkpoint.demo_sets(rng)
+        proposed = checkpoint is not None and checkpoint.has_instructions
+        if not proposed and proposal.is_supported() and None not in self._flags.values():
+            with measured(step("propose")):
+                self._proposals.start(program, trainset, self._flags)
+        with measured(step(SEARCH)):
+            self._begin_ahead(program, trainset, idle=not proposed or kept is None)
+        if kept is not None:
+            logger.info("The demo sets are those that an interrupted run has bootstrapped.")
+            number = len(kept[0]) if kept else 0
+            self._bootstrap_bar(number).advance(number)
+            return kept
+        demos = self._bootstrapped(stock, program, trainset, *args, **kwargs)
+        if self._threads.attempts.down is not None:  # an outage, not a bad teacher
+            raise self._threads.attempts.down.__cause__ or self._threads.attempts.down
+        return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos, rng)
+
+    def _bootstrapped(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = _bind(stock, (program, trainset, *args), kwargs)
+        number, labelled = given.get("num_fewshot_candidates", 0), given.get("max_labeled_demos", 0)
+        if given.get("max_bootstrapped_demos") == 0 and labelled > 0:
+            return bootstrap.labelled_demo_sets(program, trainset, number, labelled, self._optimizer.rng)
+        if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
+            return _serially("bootstrap", stock, program, trainset, *args, **kwargs)
+        plan = bootstrap.DemoSetPlan.of(self._optimizer, program, trainset, given)
+        return plan.build(self._optimizer.rng, self._threads, self._bootstrap_bar(number).advance)
+
+    def _bootstrap_bar(self, number: int) -> Bar:
+        return self.view.bar("Bootstrapping", number, "demo sets")
+
+    def _proposal_bar(self, number: int) -> Bar:
+        return self.view.bar("Proposing", number, "instructions")
+
+    def _begin_ahead(self, program: Any, trainset: Any, idle: bool) -> None:
+        """Leaves out what the bootstrap may be asking for just now: the search finds that in the cache.
+
+        Without ``idle`` threads there is only what an interrupted run has scored.
+        """
+        if self._valset is None:
+            return
+        student = ProgramSpace(program, {i: [] for i, _ in enumerate(program.predictors())}, None)
+        scorer = ProgramScorer(
+            student,
+            self._valset,
+            self._optimizer.metric,
+            wants_traceback(self._traceback),
+            keep=lambda _, example, prediction: self.predictions.keep(None, example, prediction),
+        )
+        score = partial(scorer, student.baseline)
+        limit = bootstrap.max_errors(self._optimizer.max_errors)
+        self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint)
+        if not idle:
+            return
+        bootstrapped = {hash(repr(example)) for example in trainset}
+        others = [i for i, x in enumerate(self._valset) if hash(repr(x)) not in bootstrapped]
+        self._threads.fill(self._ahead.calls(others))
+
+    def instructions(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Instructions, the first of each predictor its own; ``stock`` as in `demo_sets`."""
+        with self._step("propose"):
+            return self._instructions(stock, program, trainset, *args, **kwargs)
+
+    def _instructions(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        kept = None if self._checkpoint is None else self._checkpoint.instructions()
+        if kept is not None:
+            logger.info("The instructions are those that an interrupted run has proposed.")
+            number = sum(map(len, kept.values()))
+            self._proposal_bar(number).advance(number)
+            return kept
+        proposed = self._proposed(stock, program, trainset, *args, **kwargs)
+        if self._checkpoint is not None:
+            self._checkpoint.keep_instructions(proposed)
+        return proposed
+
+    def _proposed(
+        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = _bind(stock, (program, trainset, *args), kwargs)
+        if not proposal.is_supported() or not set(_PROPOSAL) <= given.keys():
+            return _serially("proposal", stock, program, trainset, *args, **kwargs)
+        number, demos = given["num_instruct_candidates"], given["demo_candidates"]
+        each = min(number, max(len(demos[0]), 1)) if demos else number
+        bar = self._proposal_bar(each * len(program.predictors()))
+        flags = {name: given[name] for name in _FLAGS}
+        proposed = self._proposals.instructions(program, trainset, demos, number, flags, bar.advance)
+        for i, predictor in enumerate(program.predictors()):
+            proposed[i][0] = get_signature(predictor).instructions
+        return proposed
+
+    def close_threads(self) -> None:
+        """Starts no further call; those under way are waited for, but not longer than for any other."""
+        self._threads.finish(self._timeout)
+
+    def close(self) -> None:
+        """Ends what is still running, and the view; after an error, nothing waits for long."""
+        try:
+            self._threads.close(self._threads.grace)
+        finally:
+            self.view.close()
+
+
+def wants_traceback(own: bool | None) -> bool:
+    """DSPy's ``provide_traceback``, which its settings decide unless it is given."""
+    return bool(dspy.settings.provide_traceback if own is None else own)
+
+
+def _bind(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
+
+
+def _serially(step: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    logger.warning("The %s step of DSPy %s is not known; running it serially.", step, dspy.__version__)
+    return stock(*args, **kwargs)

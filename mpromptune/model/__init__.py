@@ -1,0 +1,1 @@
+"""Mathematics: the space of configurations, its Gaussian process, and expected improvement."""

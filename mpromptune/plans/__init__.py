@@ -1,0 +1,1 @@
+"""Evaluation plans: which examples a trial is measured on, when to stop, and who wins."""

@@ -1,0 +1,223 @@
+"""The plan of blocks: explore by expected improvement, then confirm winner and baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from mpromptune.model.difficulty import as_matrix, most_telling_first
+from mpromptune.model.space import Row
+from mpromptune.model.stopping import Stopping
+from mpromptune.plans.knowledge import Knowledge
+from mpromptune.plans.plan import Request
+from mpromptune.plans.schedule import Schedule
+from mpromptune.studies.ledger import Examples, Ledger
+
+
+@dataclass
+class BlockPlan:
+    """Rounds on blocks of examples until the budget is spent or the user's rules say stop.
+
+    Attributes:
+        schedule: Blocks and budget.
+        space_size: Number of configurations.
+        batch_size: Configurations per round.
+        rounds_in_flight: Rounds being measured at any time.
+        stopping: When to stop before the budget is spent.
+        by_difficulty: Whether a trial is measured on the examples that tell most, rather than on its
+            round's block; the baseline comes first then, on all of them, since it tells how hard they are.
+    """
+
+    schedule: Schedule
+    space_size: int
+    batch_size: int
+    rounds_in_flight: int = 2
+    stopping: Stopping = field(default_factory=Stopping)
+    by_difficulty: bool = False
+    _rounds: int = 0
+    _judged: int = 0
+    _over: bool = False
+
+    def __post_init__(self) -> None:
+        self.n_examples = self.schedule.n_examples
+        self.max_calls = self.schedule.max_calls
+        self.baseline = self.schedule.baseline
+        self.outage = len(self.schedule.blocks[0])
+
+    def is_open(self, row: Row) -> bool:
+        """Whether measuring ``row`` further could matter."""
+        return self.schedule.is_open(row)
+
+    def assign(self, row: Row, examples: Sequence[int]) -> None:
+        """Commits to measuring ``row`` on ``examples``."""
+        self.schedule.assign(row, examples)
+
+    def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
+        """Takes back what could not be measured."""
+        self.schedule.release(row, lost)
+
+    def afford(self, calls: int, price: Callable[[Row], float]) -> None:
+        """Lowers the budget; what is kept back for winner and baseline counts at their price."""
+        self.schedule.max_calls = min(self.max_calls, calls)
+        self.schedule.price = price
+
+    def is_dropped(self, row: Row) -> bool:
+        """Whether ``row`` has failed too often."""
+        return self.schedule.is_dropped(row)
+
+    def forgive(self, row: Row) -> None:
+        """Forgets the failures of ``row``."""
+        self.schedule.forgive(row)
+
+    def is_full(self, row: Row, ledger: Ledger) -> bool:
+        """Whether ``row`` has a score on every example, from however many trials."""
+        return ledger.covers(row, self.n_examples)
+
+    def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
+        """A round of the search proper; once that is over, what winner and baseline lack."""
+        before = self.schedule.spent
+        yield from self._explore(known)
+        if self.schedule.spent == before:
+            yield from self._confirm(known, alone)
+
+    def _explore(self, known: Knowledge) -> Iterator[Request]:
+        self._over = self._is_over(known)
+        if self._over:
+            return
+        before, available = self.schedule.spent, self._available(known)
+        until = before + available
+        telling = self._telling(known)
+        for _ in range(self.schedule.size_of_round(self.batch_size, available)):
+            first = not self.schedule.assigned.get(self.baseline)
+            if not first and not self.schedule.anything_open(self.space_size):
+                break
+            if first:
+                yield from self._first_of_baseline(until)
+                until += self.schedule.confirm * (self.schedule.spent - before)  # they are kept back
+                continue
+            limit = until - self.schedule.spent
+            if limit <= 0:  # trials of an earlier run may be longer than was planned for them now
+                break
+            by_round = partial(self._block, self._rounds, limit)
+            yield Request(None, partial(self._first_of, telling, limit) if telling else by_round)
+        self._rounds += self.schedule.spent > before
+
+    def _first_of_baseline(self, until: int) -> Iterator[Request]:
+        """A block, as of any other; in a large pool, the rest for workers that have nothing else to do.
+
+        All of it at once where that says how hard the examples are.
+        """
+        if self.by_difficulty and self.schedule.confirm:
+            yield Request(self.baseline, self._missing)
+            return
+        limit = self.n_examples if self.schedule.confirm else until - self.schedule.spent
+        yield Request(self.baseline, partial(self._block, 0, limit))
+        if self._is_wide and self.schedule.confirm and self.schedule.missing(self.baseline):
+            yield Request(self.baseline, self._missing, background=True)
+
+    @property
+    def _is_wide(self) -> bool:
+        return self.rounds_in_flight > 2
+
+    @property
+    def _round_calls(self) -> int:
+        return self.batch_size * len(self.schedule.blocks[0])
+
+    def _telling(self, known: Knowledge) -> list[int]:
+        """All examples, those first that tell most; none before anything has been told."""
+        if not self.by_difficulty or not known.ledger.calls:
+            return []
+        scores = [known.ledger.means(row) for row in known.ledger.rows()]
+        examples = [e for block in self.schedule.blocks for e in block]
+        return most_telling_first(as_matrix(scores, self.n_examples), examples)
+
+    def _first_of(self, order: Sequence[int], limit: int, row: Row, number: int) -> Examples:
+        return self.schedule.first_of(order, row, limit)
+
+    def _block(self, round_number: int, limit: int, row: Row, number: int) -> Examples:
+        return self.schedule.next_examples(row, round_number, limit)
+
+    def _missing(self, row: Row, number: int) -> Examples:
+        return self.schedule.missing(row)
+
+    def _available(self, known: Knowledge) -> int:
+        """Calls for exploration now; the rest is kept for winner and baseline."""
+        cautious = self.schedule.available()
+        if cautious >= self._round_calls or not known.ledger.scores:
+            return max(cautious, 0)
+        finalist = self._finalist(known)
+        freed = max(self.schedule.available(finalist), 0)
+        # A large pool would idle through many small rounds for the last few calls.
+        negligible = self._is_wide and finalist != self.baseline and freed < self._round_calls // 2
+        return 0 if negligible else freed
+
+    def _confirm(self, known: Knowledge, alone: bool) -> Iterator[Request]:
+        """Measures what finalist and baseline still lack, once the last round has been told.
+
+        The baseline's examples do not depend on any result, so they fill the wait.
+        """
+        if not self.schedule.confirm:
+            return
+        finalists = [self.baseline]
+        if alone and known.ledger.scores and not self._has_target(known):
+            finalists.append(self._finalist(known))
+        for row in dict.fromkeys(finalists):
+            if 0 < len(self.schedule.missing(row)) <= self.schedule.remaining:
+                yield Request(row, self._missing)
+
+    def _finalist(self, known: Knowledge) -> Row:
+        """Whom the calls kept back are for: the leader, or the best rival of a baseline that leads.
+
+        The baseline is measured in any case, so its rival costs nothing that another could have.
+        """
+        return self._leader(known, apart_from=None if self._over else self.baseline)[0]
+
+    def _leader(self, known: Knowledge, apart_from: Row | None = None) -> tuple[Row, float]:
+        """The highest posterior mean among what can still be fully measured, and that mean."""
+        others = [row for row in known.ledger.rows() if row != apart_from]
+        rows = [row for row in others if self.schedule.is_affordable(row)]
+        return known.best_first(rows)[0] if rows else (self.baseline, float("-inf"))
+
+    def _is_over(self, known: Knowledge) -> bool:
+        """Whether the user's rules say stop, on what has been told; asked again after every round."""
+        rules, ledger = self.stopping, known.ledger
+        if (rules.target is None and rules.patience is None) or not ledger.calls:
+            return False
+        leader, mean = self._leader(known)
+        if rules.patience is not None and self._judged < ledger.rounds:
+            self._judged = ledger.rounds
+            gain = known.largest_gain(leader, lambda row: row != leader and self.is_open(row))
+            rules.note(gain, known.standard_error(self.n_examples))
+        return rules.is_hopeless() or self._is_good_enough(leader, mean, known)
+
+    def _is_good_enough(self, leader: Row, mean: float, known: Knowledge) -> bool:
+        """By the leader's posterior, until it is fully measured; by what was measured then."""
+        if self._has_target(known):
+            return True
+        return not self.is_full(leader, known.ledger) and self.stopping.is_enough(mean)
+
+    def _has_target(self, known: Knowledge) -> bool:
+        """Whether what would be returned now is fully measured, and reaches the target."""
+        ranked = [row for row, _ in known.best_first(known.ledger.rows())]
+        best = self._best_full(ranked, known.ledger)
+        return best is not None and self.stopping.is_enough(known.ledger.mean(best))
+
+    def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
+        """The highest posterior mean; with `confirm`, of what is fully measured."""
+        if not self.schedule.confirm:
+            return ranked[0]
+        return self._best_full(ranked, ledger) or self.baseline
+
+    def best_so_far(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
+        """The highest posterior mean; with `confirm`, not worse than the baseline as far as was measured."""
+        if not self.schedule.confirm:
+            return ranked[0]
+        return ledger.best_so_far(ranked, self.baseline, self.n_examples)
+
+    def _best_full(self, ranked: Sequence[Row], ledger: Ledger) -> Row | None:
+        """The first that is fully measured, or the baseline where that measured better."""
+        full = [row for row in ranked if self.is_full(row, ledger)]
+        if self.baseline in full and ledger.mean(full[0]) < ledger.mean(self.baseline):
+            return self.baseline
+        return full[0] if full else None

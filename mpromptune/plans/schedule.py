@@ -1,0 +1,276 @@
+"""Which examples a configuration is measured on next, and how many calls are left to spend."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpromptune.errors import InvalidArgumentError, require_count
+from mpromptune.model.space import Row
+from mpromptune.studies.ledger import Examples
+
+SCHEDULE_NAMES = ("blocks", "mipro")
+
+# NOTE: up to this many threads the trials of a search with blocks of ten do not depend on their number;
+# it is what two rounds of the smallest q, four blocks, keep busy.
+_SMALL_POOL = 40
+# NOTE: at 64 workers and lognormal latencies (sigma 0.5) the pool ran dry between rounds with two or
+# three items for every worker and not with four. More cost quality: their proposals know less.
+_ITEMS_PER_WORKER = 4
+
+# Trials of one configuration that may fail before it is given up.
+MAX_FAILURES = 3
+
+
+def partition(n_examples: int, block_size: int, seed: int) -> tuple[Examples, ...]:
+    """Random blocks of ``block_size`` examples that partition ``range(n_examples)``.
+
+    Sizes differ by at most one, so that no block is a poor remainder.
+
+    Raises:
+        InvalidArgumentError: ``block_size`` is not between 1 and ``n_examples``.
+    """
+    check_block_size(block_size, n_examples)
+    order = np.random.default_rng([abs(seed), n_examples]).permutation(n_examples)
+    blocks = np.array_split(order, math.ceil(n_examples / block_size))
+    return tuple(tuple(int(i) for i in block) for block in blocks)
+
+
+@dataclass
+class Schedule:
+    """The evaluation plan: shared blocks for the configurations of a round, each pair paid once.
+
+    Attributes:
+        n_examples: Size of the validation set.
+        blocks: A partition of it; round r measures on block r, in rotation.
+        max_calls: Budget of program calls.
+        assigned: Configuration to the examples measured or being measured.
+        baseline: The configuration that the winner is compared with.
+        confirm: Whether winner and baseline are to end fully measured.
+        failures: Configuration to how many of its trials failed.
+        lost: Configuration to the examples that could not be measured.
+        spent: Calls made or committed to.
+        price: How many times the average call one of a configuration costs.
+    """
+
+    n_examples: int
+    blocks: tuple[Examples, ...]
+    max_calls: int
+    baseline: Row
+    confirm: bool = True
+    assigned: dict[Row, set[int]] = field(default_factory=dict)
+    failures: Counter[Row] = field(default_factory=Counter)
+    lost: dict[Row, set[int]] = field(default_factory=dict)
+    spent: int = 0
+    price: Callable[[Row], float] = lambda row: 1.0
+
+    @property
+    def remaining(self) -> int:
+        """Calls not yet committed to."""
+        return self.max_calls - self.spent
+
+    def missing(self, row: Row) -> Examples:
+        """The examples that ``row`` is not yet measured on, block by block."""
+        have = self.assigned.get(row, set())
+        return tuple(e for block in self.blocks for e in block if e not in have)
+
+    def next_examples(self, row: Row, round_number: int, limit: int) -> Examples:
+        """The round's block, or the next later block that ``row`` lacks, cut to ``limit``."""
+        have = self.assigned.get(row, set())
+        for offset in range(len(self.blocks)):
+            block = self.blocks[(round_number + offset) % len(self.blocks)]
+            lacking = tuple(e for e in block if e not in have)
+            if lacking:
+                return lacking[:limit]
+        return ()
+
+    def first_of(self, order: Sequence[int], row: Row, limit: int) -> Examples:
+        """A block's worth of the first in ``order`` that ``row`` lacks, cut to ``limit``.
+
+        Those that could not be measured before come last.
+        """
+        have, lost = self.assigned.get(row, set()), self.lost.get(row, set())
+        lacking = sorted((e for e in order if e not in have), key=lost.__contains__)
+        return tuple(lacking[: min(limit, len(self.blocks[0]))])
+
+    def assign(self, row: Row, examples: Sequence[int]) -> None:
+        """Commits to measuring ``row`` on ``examples``."""
+        self.assigned.setdefault(row, set()).update(examples)
+        self.spent += len(examples)
+
+    def release(self, row: Row, examples: Iterable[int]) -> None:
+        """Takes back what could not be measured: its budget returns."""
+        lost = set(examples)
+        self.assigned[row] -= lost
+        self.lost.setdefault(row, set()).update(lost)
+        self.spent -= len(lost)
+        self.failures[row] += bool(lost)
+
+    def is_dropped(self, row: Row) -> bool:
+        """Whether so many trials of ``row`` failed that no further call is risked on it."""
+        return self.failures[row] >= MAX_FAILURES
+
+    def forgive(self, row: Row) -> None:
+        """Forgets the failures of ``row``."""
+        del self.failures[row]
+
+    def is_affordable(self, row: Row) -> bool:
+        """Whether ``row`` can still be fully measured, together with the baseline."""
+        return not self.is_dropped(row) and self.available(row) >= 0
+
+    def available(self, winner: Row | None = None) -> int:
+        """Calls free for exploration.
+
+        With `confirm`, the baseline's missing examples and the winner's are kept back; of a winner
+        that is not known yet, all examples, at the highest price.
+        """
+        if not self.confirm:
+            return self.remaining
+        kept = len(self.missing(self.baseline)) * self.price(self.baseline)
+        if winner is None:
+            kept += self.n_examples * max([1.0, *map(self.price, self.assigned)])
+        elif winner != self.baseline:
+            kept += len(self.missing(winner)) * self.price(winner)
+        return self.remaining - math.ceil(kept)
+
+    def is_open(self, row: Row) -> bool:
+        """Whether measuring ``row`` further could matter.
+
+        It has examples left, and they are affordable: a configuration that cannot be fully measured
+        any more cannot win, so no call is spent on it.
+        """
+        measured = len(self.assigned.get(row, ()))
+        return measured < self.n_examples and self.is_affordable(row)
+
+    def anything_open(self, space_size: int) -> bool:
+        """Whether any of the ``space_size`` configurations is open."""
+        untouched = len(self.assigned) < space_size and self.available() >= 0
+        return untouched or any(self.is_open(row) for row in self.assigned)
+
+    def size_of_round(self, batch_size: int, available: int) -> int:
+        """Trials of the next round: ``batch_size``, or as many blocks as the budget still holds."""
+        return min(batch_size, math.ceil(available / len(self.blocks[0])))
+
+
+def check_block_size(block_size: int, n_examples: int) -> None:
+    """Refuses blocks that do not fit into the validation set.
+
+    Raises:
+        InvalidArgumentError: ``block_size`` is not between 1 and ``n_examples``.
+    """
+    if not 1 <= block_size <= n_examples:
+        raise InvalidArgumentError(
+            f"block_size must be between 1 and the {n_examples} validation examples; got {block_size}."
+        )
+
+
+def check_budget(max_calls: int, n_examples: int, confirm: bool) -> None:
+    """Refuses budgets in which winner and baseline cannot be measured.
+
+    Raises:
+        InvalidArgumentError: ``max_calls`` is too low.
+    """
+    least = 2 * n_examples if confirm else 1
+    if max_calls < least:
+        raise InvalidArgumentError(
+            f"max_calls={max_calls} is below the {least} calls that measuring the winner and the "
+            f"baseline on all {n_examples} validation examples takes. Raise max_calls, use fewer "
+            "validation examples, or pass confirm=False."
+        )
+
+
+@dataclass(frozen=True)
+class Minibatches:
+    """DSPy's own arguments of the plan of MIPROv2.
+
+    Attributes:
+        size: Examples of a trial.
+        full_eval_steps: Trials from one full evaluation to the next.
+        enabled: False when every trial is a full evaluation and there are no others.
+    """
+
+    size: int = 35
+    full_eval_steps: int = 5
+    enabled: bool = True
+
+    def within(self, n_examples: int) -> Minibatches:
+        """The plan for a validation set; a minibatch of all of it is a full evaluation itself.
+
+        Raises:
+            InvalidArgumentError: A number cannot work.
+        """
+        require_count("minibatch_full_eval_steps", self.full_eval_steps)
+        if not self.enabled or require_count("minibatch_size", self.size) == n_examples:
+            return Minibatches(n_examples, self.full_eval_steps, enabled=False)
+        if self.size > n_examples:
+            raise InvalidArgumentError(
+                f"minibatch_size={self.size} exceeds the {n_examples} validation examples."
+            )
+        return self
+
+    def as_arguments(self) -> dict[str, int]:
+        """What of it must stay as it is in a study."""
+        return {"minibatch_size": self.size, "minibatch_full_eval_steps": self.full_eval_steps}
+
+    def calls(self, num_trials: int, n_examples: int) -> int:
+        """What ``num_trials`` trials cost, with the baseline and the full evaluations."""
+        return stock_calls(num_trials, n_examples, self.enabled, self.size, self.full_eval_steps)
+
+    def trials_for(self, max_calls: int, n_examples: int) -> int:
+        """The most trials that ``max_calls`` calls allow.
+
+        Raises:
+            InvalidArgumentError: Not even one.
+        """
+        if max_calls < (least := self.calls(1, n_examples)):
+            raise InvalidArgumentError(
+                f"max_calls={max_calls} is below the {least} calls of MIPROv2's shortest plan: the baseline "
+                f"on all {n_examples} validation examples, one trial, and a full evaluation of it."
+            )
+        # Every trial costs at least one call, so there are no more of them than calls.
+        return bisect_right(range(max_calls + 1), max_calls, key=lambda n: self.calls(n, n_examples)) - 1
+
+
+def stock_calls(
+    num_trials: int,
+    n_examples: int,
+    minibatch: bool = True,
+    minibatch_size: int = 35,
+    minibatch_full_eval_steps: int = 5,
+) -> int:
+    """Program calls that DSPy's MIPROv2 spends in its search step for these arguments.
+
+    It evaluates the default program, then every trial on a minibatch, and after every
+    ``minibatch_full_eval_steps`` of them (and at the end) the best one so far on all examples.
+    """
+    per_trial = min(minibatch_size, n_examples) if minibatch else n_examples
+    full = math.ceil(num_trials / minibatch_full_eval_steps) if minibatch else 0
+    return n_examples * (1 + full) + per_trial * num_trials
+
+
+def default_block_size(n_examples: int) -> int:
+    """Ten examples, or all where there are fewer."""
+    return min(10, n_examples)
+
+
+def default_batch_size(num_threads: int, block_size: int) -> int:
+    """Smallest q of at least 4 for which one round holds a work item for every worker."""
+    return max(4, math.ceil(num_threads / block_size))
+
+
+def default_rounds_in_flight(
+    num_threads: int, batch_size: int, block_size: int, is_shared: bool = False
+) -> int:
+    """Rounds being measured at any time: two, or as many as keep a large pool busy.
+
+    Rounds are told in order, so one slow call holds up all that is asked after it: a large pool, or
+    one of several processes, needs four work items for every worker to ride that out.
+    """
+    if num_threads <= _SMALL_POOL and not is_shared:
+        return 2
+    return max(2, math.ceil(_ITEMS_PER_WORKER * num_threads / (batch_size * block_size)))

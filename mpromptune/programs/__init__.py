@@ -1,0 +1,1 @@
+"""DSPy programs as configurations, scored here or in other processes."""

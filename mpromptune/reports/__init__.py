@@ -1,0 +1,1 @@
+"""Reports: a finished search in numbers, figures and one page."""

@@ -1,0 +1,1 @@
+"""Samplers: qEISampler, and Optuna's own made fit for a search."""

@@ -1,0 +1,16 @@
+"""The samplers that have a name; torch is not needed to know them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpromptune.errors import InvalidArgumentError
+
+SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
+
+
+def unknown_sampler(given: Any) -> InvalidArgumentError:
+    """The error for a sampler that is neither a known name nor an Optuna sampler."""
+    return InvalidArgumentError(
+        f"sampler must be one of {list(SAMPLER_NAMES)} or an optuna BaseSampler; got {given!r}."
+    )
