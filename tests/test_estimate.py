@@ -58,11 +58,11 @@ def test_a_run_takes_what_was_estimated(shots: dict[str, int], program: Any) -> 
 
 
 def test_a_budget_of_ones_own_is_what_the_search_takes() -> None:
-    """``max_calls`` calls, two LM calls each."""
+    """``max_calls`` calls, two LM calls each; a last block that could not change the winner is not spent."""
     expected = _compile(arithmetic_lm(), Planner(), ZERO_SHOT, dry_run=True, max_calls=60)
     assert expected.usage["search"] == Usage(program_calls=60, lm_calls=120)
     best = _compile(arithmetic_lm(), Planner(), ZERO_SHOT, max_calls=60)
-    assert best.search_result.calls == 60
+    assert 60 - 4 <= best.search_result.calls <= 60
 
 
 def test_an_estimate_can_be_asked_for_in_the_constructor() -> None:

@@ -143,6 +143,12 @@ class PromptKernel(Kernel):
         distinct, position = torch.unique(i1, dim=0, return_inverse=True)
         return _lookup(self._covariance(distinct, distinct, False), position, position, False)
 
+    def widen(self, ratio: float) -> None:
+        """Multiplies all variances by ``ratio``."""
+        with torch.no_grad():
+            for parameter in self.parameters(recurse=False):  # logarithms of variances, all of them
+                parameter.add_(math.log(ratio))
+
     def _covariance(self, i1: Tensor, i2: Tensor, diag: bool) -> Tensor:
         """Sum of the groups and of the products of all pairs, from power sums: e_2 = (s_1^2 - s_2) / 2."""
         sums: list[Tensor] = []
