@@ -100,8 +100,11 @@ def halving(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
     return space.params(alive[0])
 
 
-def ours(sampler: str, embeddings: bool = True, **arguments: Any) -> Method:
-    """`search` with one of its samplers; further arguments are qEISampler's."""
+def ours(sampler: str, embeddings: bool = True, confirm: bool = True, **arguments: Any) -> Method:
+    """`search` with one of its samplers; further arguments are qEISampler's.
+
+    Winner and baseline end fully measured if ``confirm``, and if that leaves calls to explore with.
+    """
 
     def run(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
         chosen: Any = sampler
@@ -118,7 +121,7 @@ def ours(sampler: str, embeddings: bool = True, **arguments: Any) -> Method:
             batch_size=q,
             baseline=problem.baseline,
             seed=seed,
-            confirm=calls >= 3 * problem.n_examples,
+            confirm=confirm and calls >= 3 * problem.n_examples,
         )
         assert result.calls <= calls
         return result.best_params
@@ -140,4 +143,5 @@ METHODS: dict[str, Method] = {
     "search-tpe": ours("tpe"),
     "search-qei-index": ours("qei", embeddings=False),
     "search-qei": ours("qei"),
+    "search-qei-unconfirmed": ours("qei", confirm=False),
 }

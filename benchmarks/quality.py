@@ -15,6 +15,7 @@ from mpromptune.plans.schedule import stock_calls
 STOCK_TRIALS = {18: 10, 72: 18, 162: 27}
 N_VAL = 200
 SOME = ("stock-tpe", "halving", "search-random", "search-qei-index", "search-qei")
+AT_ONE_SHARE = tuple(method for method in METHODS if method != "search-qei-unconfirmed")
 NOT_INDEX = tuple(method for method in SOME if method != "search-qei-index")
 # The tables that slices vary one factor on: a wide field of prompts, and a flat one.
 FOCUS = ("gsm8k_llama33_70b_s43", "agnews_llama33_70b_s42")
@@ -52,7 +53,7 @@ def cell(method: str, table: str, pool: int = 72, share: float = 1.0, q: int = 4
 
 def headline() -> Iterator[Cell]:
     """Every method at stock's calls, pool 72 (all prompts of a smaller table), q = 4."""
-    yield from (cell(method, table) for table, method in product(PER_EXAMPLE, METHODS))
+    yield from (cell(method, table) for table, method in product(PER_EXAMPLE, AT_ONE_SHARE))
 
 
 def means() -> Iterator[Cell]:
@@ -68,6 +69,8 @@ def budgets() -> Iterator[Cell]:
         yield cell(method, table, share=2.0)
     for table, share in product(FOCUS, (0.125, 0.375, 0.75)):
         yield cell("search-qei", table, share=share)
+    for table, share in product(FOCUS, (0.375, 0.5, 0.75, 1.0)):  # below, nothing is confirmed in any case
+        yield cell("search-qei-unconfirmed", table, share=share)
 
 
 def batch_sizes() -> Iterator[Cell]:
