@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpromptune.model.difficulty import Difficulty, as_matrix, difficulty_of, most_telling_first, summarise
+from mpromptune.model.difficulty import Difficulty, as_matrix, difficulty_of, summarise, telling_first
 
 NO = np.nan
 
@@ -26,16 +26,30 @@ def test_scores_by_example_become_a_matrix() -> None:
     assert np.array_equal(matrix, [[NO, NO, 0.5], [1.0, 0.0, NO]], equal_nan=True)
 
 
-def test_what_configurations_differ_on_comes_first() -> None:
-    """Example 1 divides four configurations; 0 and 2 do not, and 3, which nobody has tried, might."""
-    scores = np.array([[1.0, 1.0, 0.0, NO], [1.0, 0.0, 0.0, NO], [1.0, 1.0, 0.0, NO], [1.0, 0.0, 0.0, NO]])
-    order = most_telling_first(scores, [0, 2, 3, 1])
-    assert order[:2] == [1, 3]
+def test_what_configurations_differ_on_comes_early() -> None:
+    """Of two hundred examples, a tenth divides the configurations: most of those are in the first tenth."""
+    telling = np.arange(0, 200, 10)
+    scores = np.ones((8, 200))
+    scores[::2, telling] = 0.0
+    order = telling_first(scores, np.random.default_rng(0).permutation(200).tolist())
+    assert sorted(order) == list(range(200))
+    assert 10 < len(set(order[:20]) & set(telling.tolist())) < 20
+
+
+def test_an_example_comes_before_another_as_often_as_it_tells_more() -> None:
+    """Of two, with weights w and v, the first comes first with probability w / (w + v)."""
+    scores = np.array([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    rows = np.hstack([np.tile(scores[:, :1], 100), np.tile(scores[:, 1:], 100)])
+    rng = np.random.default_rng(0)
+    orders = [np.argsort(telling_first(rows, rng.permutation(200).tolist())) for _ in range(50)]
+    before = np.mean([np.mean(place[:100, None] < place[None, 100:]) for place in orders])
+    w, v = difficulty_of(rows).information[[0, 100]]
+    assert before == pytest.approx(w / (w + v), abs=0.02)
 
 
 def test_of_equal_examples_the_first_comes_first() -> None:
     """Where nothing is known that tells them apart, the order is that given."""
-    assert most_telling_first(np.array([[1.0, NO, NO, NO]]), [3, 1, 2])[:3] == [3, 1, 2]
+    assert telling_first(np.array([[1.0, NO, NO, NO]]), [3, 1, 2])[:3] == [3, 1, 2]
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 100.0), st.floats(-50.0, 50.0))

@@ -75,9 +75,9 @@ def search(
 
     Rounds of ``batch_size`` configurations are measured on a block of examples each, two rounds at a
     time; promising configurations are measured on further blocks; no example of a configuration is
-    paid for twice. With ``"qei"``, in spaces of up to ``max_space_size``, a block is of the examples that
-    tell configurations apart, as far as is known, and the baseline, which says most about that, comes
-    first; otherwise a round shares one. With ``schedule="mipro"`` trials are measured on random
+    paid for twice. With ``"qei"``, in spaces of up to ``max_space_size``, a block is mostly of examples
+    that tell configurations apart, as far as is known, and the baseline, which says most about that,
+    comes first; otherwise a round shares one. With ``schedule="mipro"`` trials are measured on random
     minibatches instead and, now and then, the best one so far on all examples, as in DSPy's MIPROv2.
     Proposals depend on ``seed``, on ``batch_size`` (by default a round has a call for every thread),
     on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds

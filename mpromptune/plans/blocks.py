@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from mpromptune.model.difficulty import as_matrix, most_telling_first
+from mpromptune.model.difficulty import as_matrix, telling_first
 from mpromptune.model.space import Row
 from mpromptune.model.stopping import Stopping
 from mpromptune.plans.knowledge import Knowledge
@@ -25,8 +25,8 @@ class BlockPlan:
         batch_size: Configurations per round.
         rounds_in_flight: Rounds being measured at any time.
         stopping: When to stop before the budget is spent.
-        by_difficulty: Whether a trial is measured on the examples that tell most, rather than on its
-            round's block; the baseline comes first then, on all of them, since it tells how hard they are.
+        by_difficulty: Whether a trial is measured on examples that tell much, rather than on its round's
+            block; the baseline comes first then, on all of them, since it tells how hard they are.
     """
 
     schedule: Schedule
@@ -125,12 +125,12 @@ class BlockPlan:
         return self.batch_size * len(self.schedule.blocks[0])
 
     def _telling(self, known: Knowledge) -> list[int]:
-        """All examples, those first that tell most; none before anything has been told."""
+        """All examples, those that tell more the earlier; none before anything has been told."""
         if not self.by_difficulty or not known.ledger.calls:
             return []
         scores = [known.ledger.means(row) for row in known.ledger.rows()]
         examples = [e for block in self.schedule.blocks for e in block]
-        return most_telling_first(as_matrix(scores, self.n_examples), examples)
+        return telling_first(as_matrix(scores, self.n_examples), examples)
 
     def _first_of(self, order: Sequence[int], limit: int, row: Row, number: int) -> Examples:
         return self.schedule.first_of(order, row, limit)
