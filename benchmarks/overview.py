@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import HEADLINE, OURS, STOCK, find, pretty, select
-from benchmarks.runner import Cell, read
+from benchmarks.rows import HEADLINE, OURS, STOCK, pretty, select
+from benchmarks.runner import Cell, find, read
 
 _GREY, _BLUE = "#8a8f98", "#2f6db5"
 

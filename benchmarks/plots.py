@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.overview import overview
-from benchmarks.report import HEADLINE, budget_curve, methods_of, pretty, select, tables_of
+from benchmarks.rows import HEADLINE, budget_curve, methods_of, pretty, select, tables_of
 from benchmarks.runner import Cell, read
 
 Draw = Callable[[list[Cell], Figure], None]

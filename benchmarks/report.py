@@ -12,14 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.methods import METHODS
+from benchmarks.rows import HEADLINE, OURS, STOCK, budget_curve, methods_of, pretty, select, tables_of
 from benchmarks.runner import RESULTS, Cell, find, read
 
 # NOTE: an excess of zero would make a geometric mean zero by one lucky table: floor at 0.02 points.
 _FLOOR = 0.02
-OURS, STOCK = "search-qei", "stock-tpe"
-
-HEADLINE = {"pool": 72, "share": 1.0, "q": 4, "few_shot": False, "shuffled": False}
 
 
 def headline(rows: list[Cell], **other: Any) -> str:
@@ -56,13 +53,6 @@ def excess_table(rows: list[Cell]) -> str:
 def geometric_mean(values: Sequence[float]) -> float | None:
     """The mean on the scale of ratios; None of nothing."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
-def budget_curve(rows: list[Cell], table: str, method: str) -> list[tuple[float, Cell]]:
-    """Rows of a method by the share of stock's calls, in order."""
-    wanted = {k: v for k, v in HEADLINE.items() if k != "share"}
-    found = select(rows, **wanted, table=table, method=method)
-    return sorted(((r["share"], r) for r in found), key=lambda pair: pair[0])
 
 
 def share_reached(curve: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -224,27 +214,6 @@ def _quotient(row: Cell | None, other: Cell | None, figure: str = "seconds") -> 
     if other[figure] is None:
         return f"< {row[figure] / other['limit']:.3f}"
     return f"{row[figure] / other[figure]:.2f}"
-
-
-def select(rows: Iterable[Cell], **wanted: Any) -> list[Cell]:
-    """The rows with these values."""
-    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
-
-
-def tables_of(rows: Iterable[Cell]) -> list[str]:
-    """Names of tables in the order of their first row."""
-    return list(dict.fromkeys(r["table"] for r in rows))
-
-
-def methods_of(rows: Iterable[Cell]) -> list[str]:
-    """Names of the methods that rows are about, in the order of `METHODS`."""
-    found = {r["method"] for r in rows}
-    return [m for m in METHODS if m in found]
-
-
-def pretty(name: str) -> str:
-    """A table's or a program's name to read."""
-    return " + ".join(part.replace("_", " ") for part in name.split("+"))
 
 
 def _regret(row: Cell | None) -> str:
