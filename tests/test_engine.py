@@ -555,8 +555,8 @@ def test_in_large_pools_the_rest_of_the_baseline_fills_idle_workers() -> None:
 
 
 @pytest.mark.parametrize("max_calls", [2 * N, 3 * N])
-def test_large_pools_leave_less_than_half_a_round(max_calls: int) -> None:
-    """A winner is confirmed from the smallest budget on."""
+def test_large_pools_confirm_a_winner_from_the_smallest_budget_on(max_calls: int) -> None:
+    """With calls for winner and baseline alone, what little is left over is less than half a round."""
     baseline = {"0_predictor_instruction": 0, "0_predictor_demos": 0}
     result = run(lambda params, e: float(params != baseline), num_threads=64, max_calls=max_calls)
     assert result.best_score == 1.0

@@ -144,13 +144,13 @@ class BlockPlan:
     def _available(self, known: Knowledge) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
         cautious = self.schedule.available()
-        if cautious >= self._round_calls or not known.ledger.scores:
+        # NOTE: with many rounds under way it is too early for a finalist, whom the last calls would bind to,
+        # and a large pool would idle through small rounds: regret at 64 workers 1.50 against 1.92 (20 seeds,
+        # -0.42 +- 0.30, GSM8K) with 5 % of the calls left unspent.
+        has_rival = any(row != self.baseline for row in known.ledger.scores)
+        if cautious >= self._round_calls or not known.ledger.scores or (self._is_wide and has_rival):
             return max(cautious, 0)
-        finalist = self._finalist(known)
-        freed = max(self.schedule.available(finalist), 0)
-        # A large pool would idle through many small rounds for the last few calls.
-        negligible = self._is_wide and finalist != self.baseline and freed < self._round_calls // 2
-        return 0 if negligible else freed
+        return max(self.schedule.available(self._finalist(known)), 0)
 
     def _confirm(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """Measures what finalist and baseline still lack, once the last round has been told.
