@@ -100,10 +100,13 @@ def halving(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
     return space.params(alive[0])
 
 
-def ours(sampler: str, embeddings: bool = True, confirm: bool = True, **arguments: Any) -> Method:
+def ours(
+    sampler: str, embeddings: bool = True, confirm: bool = True, num_threads: int = 1, **arguments: Any
+) -> Method:
     """`search` with one of its samplers; further arguments are qEISampler's.
 
-    Winner and baseline end fully measured if ``confirm``, and if that leaves calls to explore with.
+    Winner and baseline end fully measured if ``confirm``, and if that leaves calls to explore with. Trials
+    do not depend on ``num_threads`` up to 40 of them.
     """
 
     def run(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
@@ -117,7 +120,7 @@ def ours(sampler: str, embeddings: bool = True, confirm: bool = True, **argument
             n_examples=problem.n_examples,
             max_calls=calls,
             sampler=chosen,
-            num_threads=1,
+            num_threads=num_threads,
             batch_size=q,
             baseline=problem.baseline,
             seed=seed,
@@ -144,4 +147,5 @@ METHODS: dict[str, Method] = {
     "search-qei-index": ours("qei", embeddings=False),
     "search-qei": ours("qei"),
     "search-qei-unconfirmed": ours("qei", confirm=False),
+    "search-qei-64-threads": ours("qei", num_threads=64),
 }

@@ -15,7 +15,8 @@ from mpromptune.plans.schedule import stock_calls
 STOCK_TRIALS = {18: 10, 72: 18, 162: 27}
 N_VAL = 200
 SOME = ("stock-tpe", "halving", "search-random", "search-qei-index", "search-qei")
-AT_ONE_SHARE = tuple(method for method in METHODS if method != "search-qei-unconfirmed")
+VARIANTS = ("search-qei-unconfirmed", "search-qei-64-threads")
+ORDINARY = tuple(method for method in METHODS if method not in VARIANTS)
 NOT_INDEX = tuple(method for method in SOME if method != "search-qei-index")
 # The tables that slices vary one factor on: a wide field of prompts, and a flat one.
 FOCUS = ("gsm8k_llama33_70b_s43", "agnews_llama33_70b_s42")
@@ -53,7 +54,7 @@ def cell(method: str, table: str, pool: int = 72, share: float = 1.0, q: int = 4
 
 def headline() -> Iterator[Cell]:
     """Every method at stock's calls, pool 72 (all prompts of a smaller table), q = 4."""
-    yield from (cell(method, table) for table, method in product(PER_EXAMPLE, AT_ONE_SHARE))
+    yield from (cell(method, table) for table, method in product(PER_EXAMPLE, ORDINARY))
 
 
 def means() -> Iterator[Cell]:
@@ -78,6 +79,11 @@ def batch_sizes() -> Iterator[Cell]:
     yield from (cell("search-qei", table, q=q) for table, q in product(FOCUS, (1, 8, 16)))
 
 
+def threads() -> Iterator[Cell]:
+    """The trials of a pool of 64 threads, whose rounds have 7 configurations by default."""
+    yield from (cell("search-qei-64-threads", table, q=7) for table in FOCUS)
+
+
 def pools() -> Iterator[Cell]:
     """As many prompts, and calls, as DSPy's light and heavy runs have."""
     yield from (cell(m, table, pool=pool) for table, m, pool in product(FOCUS, NOT_INDEX, (18, 162)))
@@ -99,6 +105,7 @@ SLICES: dict[str, Callable[[], Iterator[Cell]]] = {
     "means": means,
     "budgets": budgets,
     "q": batch_sizes,
+    "threads": threads,
     "pools": pools,
     "shuffled": shuffled,
     "few-shot": few_shot,
