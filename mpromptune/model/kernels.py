@@ -124,6 +124,7 @@ class PromptKernel(Kernel):
 
     def __init__(self, geometries: Sequence[Geometry]) -> None:
         super().__init__()
+        self.space_size = math.prod(g.views.shape[-1] for g in geometries)
         self.components = torch.nn.ModuleList(ComponentKernel(g.views) for g in geometries)
         groups = [g.group for g in geometries]
         self.members = [[c for c, g in enumerate(groups) if g == group] for group in sorted(set(groups))]
