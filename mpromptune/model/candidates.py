@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mpromptune.model.space import IndexArray, IndexSpace, Row
 
+LISTED = 2000  # configurations that a proposal lists, by default
+
 Value = Callable[[Tensor], Tensor]  # n x C rows -> n values, the higher the better
 
 # NOTE: starts, steps, and rows kept of a step. A bound on the work rather than a tuned choice: the

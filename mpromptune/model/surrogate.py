@@ -25,6 +25,7 @@ from linear_operator.utils.memoize import cached
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
+from mpromptune.model.candidates import LISTED
 from mpromptune.model.geometry import Geometry
 from mpromptune.model.kernels import PromptKernel, SharedKernel, at_average_example
 from mpromptune.model.sparse import Observations, SparseGP, inducing_points, units_of
@@ -45,7 +46,7 @@ _INDUCING = 512
 # and up): GSM8K s43 0.84, 0.23, 0.38 (4: 0.55); GSM8K s42 1.43, 0.47, 1.00; AG News 0.55, 0.52, 0.60; with 1
 # and 2 only: Subj 1.09, 0.81 and 0.31, 0.38. In larger spaces nearly all is never tried, and it did not help:
 # programs of two predictors 3.0, 3.1 with 1 and 5.4, 2.7 with 2 (seeds 0-9; on 20-29 2.4, 5.0 and 2.1, 3.3).
-_WIDER, _WIDER_UP_TO = 2.0, 2000
+_WIDER = 2.0
 # NOTE: entries of the covariances of rows with what the model was fitted to, at once: 8 MB, of which a
 # dozen are held at a time.
 _ENTRIES = 2**20
@@ -140,7 +141,7 @@ def _fit_exact(observed: Observations, kernel: Kernel, units: Standardize) -> Si
         torch.manual_seed(0)
         fit_gpytorch_mll(mll, optimizer_kwargs=_FIT)
     for part in kernel.modules():
-        if isinstance(part, PromptKernel) and part.space_size <= _WIDER_UP_TO:
+        if isinstance(part, PromptKernel) and part.space_size <= LISTED:
             part.widen(_WIDER)
     return model
 

@@ -12,7 +12,7 @@ from botorch.models import SingleTaskGP
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from mpromptune.model.candidates import choice_set
+from mpromptune.model.candidates import LISTED, choice_set
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.explained import chance_of_likeness, without_texts
 from mpromptune.model.space import Row
@@ -22,8 +22,6 @@ from mpromptune.sampling.encoding import Encoding
 from mpromptune.sampling.history import History, fit_history, read
 from mpromptune.studies.ledger import Ledger
 
-# NOTE: as many configurations as a proposal looks at by default.
-_RIVALS = 2000
 # NOTE: the expected best of a few of so many differs from that of all by less than can be drawn.
 _DRAWN = 500
 
@@ -80,7 +78,7 @@ class Knowledge:
         rng = np.random.default_rng(self.ledger.rounds)
         starts = [row for row, _ in self.best_first(self.ledger.rows())]
         with on_cpu():
-            rivals = choice_set(self.encoding.space, _RIVALS, is_open, rng, gains, starts)
+            rivals = choice_set(self.encoding.space, LISTED, is_open, rng, gains, starts)
             return float(gains(rivals).max()) if len(rivals) else 0.0
 
     def standard_error(self, n_examples: int) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mpromptune.errors import require_count
 from mpromptune.model.acquisition import log_expected_improvement, propose, ranked
-from mpromptune.model.candidates import choice_set
+from mpromptune.model.candidates import LISTED, choice_set
 from mpromptune.model.devices import resolve_device
 from mpromptune.model.embedding import CachedEmbedder, as_embedder
 from mpromptune.model.space import PromptSpace, Row
@@ -37,7 +37,6 @@ from mpromptune.studies.attributes import PLAN, PROPOSED
 _LOOKAHEAD, _LOOKAHEAD_SAMPLED = 3.0, 10.0
 
 _BATCH_SIZE = 4
-LISTED = 2000  # configurations that a proposal lists, by default
 
 
 class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler is known

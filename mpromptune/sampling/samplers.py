@@ -13,10 +13,11 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from mpromptune.model.candidates import LISTED
 from mpromptune.model.space import IndexArray, PromptSpace, Row
 from mpromptune.sampling.encoding import Encoding, encode_prompts
 from mpromptune.sampling.names import unknown_sampler
-from mpromptune.sampling.sampler import LISTED, qEISampler
+from mpromptune.sampling.sampler import qEISampler
 
 IsOpen = Callable[[Row], bool]
 
