@@ -8,8 +8,10 @@ import threading
 from concurrent.futures import Future
 
 import pytest
+from faults import press_ctrl_c
 
 from mpromptune.calls.daemons import DaemonThreads, in_daemon
+from mpromptune.calls.interrupts import handled
 
 
 def test_calls_run_at_the_same_time_in_so_many_threads() -> None:
@@ -69,3 +71,21 @@ def test_a_hanging_call_does_not_hold_up_the_interpreter() -> None:
         "began.wait()\npool.shutdown(wait=False)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_an_interrupt_while_a_thread_begins_holds_up_no_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread is one of the pool's, and is told to end like the others."""
+    pool, start = DaemonThreads(2), threading.Thread.start
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        start(thread)
+        press_ctrl_c()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted_start)
+        with handled(), pytest.raises(KeyboardInterrupt):
+            pool.submit(lambda: None)
+    assert pool.submit(lambda: 3).result(60) == 3
+    pool.shutdown(wait=False)
+    pool.join(timeout=60)
+    assert not [t for t in threading.enumerate() if t.name.startswith("mpromptune_")]

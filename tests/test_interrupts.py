@@ -17,26 +17,20 @@ import dspy
 import optuna
 import pytest
 from embedders import hashed
+from faults import hold, press_ctrl_c
 from lms import ScriptedLM, arithmetic_lm
 from optuna.trial import TrialState
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 from test_engine import SPACE, TABLE, N, run, trials_of
 
 from mpromptune import MIPROv2
-from mpromptune.calls.execution import RetryPolicy, Verdict, check_stopped, current_stop
+from mpromptune.calls.execution import RetryPolicy, Verdict, check_stopped
 from mpromptune.calls.interrupts import Stopped, deferred, handled
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
 from mpromptune.loop import coordinator
 from mpromptune.studies.attributes import EXAMPLES, SCORES
 
 THREADS = 4
-
-
-def press_ctrl_c() -> None:
-    """A signal to the main thread, which wakes it, as the terminal's does."""
-    ident = threading.main_thread().ident
-    assert ident is not None
-    signal.pthread_kill(ident, signal.SIGINT)
 
 
 class Interrupting:
@@ -61,13 +55,6 @@ class Interrupting:
             if self._error is not None:
                 raise self._error
         return float(TABLE[SPACE.row(params)][example])
-
-
-def hold() -> None:
-    """Returns once whoever called this one does not wait for it any more."""
-    stop, patience = current_stop(), threading.Event()
-    while not stop():
-        patience.wait(0.001)
 
 
 def closed(error: SearchInterrupted) -> list[Any]:

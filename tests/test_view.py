@@ -18,12 +18,14 @@ import dspy
 import pytest
 from clocks import Clock
 from embedders import hashed
+from faults import press_ctrl_c
 from lms import arithmetic_lm
 from rich.console import Console
 from rich.live import Live
 from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Counted, Planner
 
 from mpromptune import MIPROv2
+from mpromptune.calls.interrupts import handled
 from mpromptune.calls.limits import Budget, Limits
 from mpromptune.calls.throttle import Load
 from mpromptune.calls.usage import Usage
@@ -306,6 +308,23 @@ def test_the_last_frame_is_shown_once_all_is_over() -> None:
     assert screen.closed == 1
     assert screen.frames[-1].ended
     assert screen.frames[-1].limits == Limits(max_cost=5.0)
+
+
+def test_an_interrupt_while_the_view_begins_leaves_one_that_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes once the thread has begun, which shows the last frame."""
+    screen, start = Recorded(), threading.Thread.start
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        press_ctrl_c()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    view = view_on(screen)
+    with handled(), pytest.raises(KeyboardInterrupt):
+        view.bar("Searching", 1630, "calls")
+    view.close()
+    assert screen.closed == 1
+    assert screen.frames[-1].ended
 
 
 @pytest.mark.parametrize(

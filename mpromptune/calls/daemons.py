@@ -12,6 +12,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from mpromptune.calls.interrupts import deferred
+
 T = TypeVar("T")
 
 # NOTE: seconds of one wait, as in `interrupts`.
@@ -47,7 +49,8 @@ class DaemonThreads(Executor):
             self._futures.add(future)
             self._queue.put(partial(self._run, future, partial(fn, *args, **kwargs)))
             if len(self._threads) < self._number:
-                self._threads.append(_start(self._work, f"{self._name}_{len(self._threads)}"))
+                with deferred():  # one that is not known would take the end of another
+                    self._threads.append(started(self._work, f"{self._name}_{len(self._threads)}"))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -86,7 +89,7 @@ _NUMBERS = itertools.count()
 def in_daemon(call: Callable[[], T]) -> Future[T]:
     """Begins a call in a daemon thread of its own."""
     future: Future[T] = Future()
-    _start(partial(settle, future, call), f"mpromptune-call_{next(_NUMBERS)}")
+    started(partial(settle, future, call), f"mpromptune-call_{next(_NUMBERS)}")
     return future
 
 
@@ -102,7 +105,8 @@ def settle(future: Future[T], call: Callable[[], T]) -> None:
         future.set_result(result)
 
 
-def _start(target: Callable[[], None], name: str) -> threading.Thread:
+def started(target: Callable[[], None], name: str) -> threading.Thread:
+    """A daemon thread, which has begun."""
     thread = threading.Thread(target=target, name=name, daemon=True)
     thread.start()
     return thread

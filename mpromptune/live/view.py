@@ -7,7 +7,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
+from mpromptune.calls.daemons import started
 from mpromptune.calls.interrupts import deferred
 from mpromptune.calls.limits import Budget
 from mpromptune.calls.throttle import Load
@@ -100,10 +102,8 @@ class View:
         self._bars = [*self._bars, bar]
         if self._thread is None:
             run = contextvars.copy_context().run  # in which a notebook's kernel finds the cell
-            self._thread = threading.Thread(
-                target=run, args=(self._run,), name="mpromptune-view", daemon=True
-            )
-            self._thread.start()
+            with deferred():  # a thread whose start is interrupted cannot be joined
+                self._thread = started(partial(run, self._run), "mpromptune-view")
         self._news.set()
         return bar
 
