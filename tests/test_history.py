@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -15,7 +17,7 @@ from mpromptune import PromptSpace
 from mpromptune.model.embedding import as_embedder
 from mpromptune.model.surrogate import posterior_mean_and_variance
 from mpromptune.sampling.encoding import Encoding, encode_prompts
-from mpromptune.sampling.history import History, fit_history, read
+from mpromptune.sampling.history import History, LastFit, fit_history, read
 from mpromptune.sampling.samplers import distributions_of
 from mpromptune.studies.attributes import ABANDONED, EXAMPLES, N_EXAMPLES, PLANNED, SCORES
 
@@ -121,3 +123,14 @@ def test_a_trial_that_lost_a_score_is_observed_by_its_others() -> None:
     assert torch.equal(history.train_X, expected.train_X)
     assert torch.equal(history.train_Y, expected.train_Y)
     assert history.measured == expected.measured
+
+
+def test_the_same_observations_are_fitted_once() -> None:
+    """What is running makes no difference; one more score does. A copy that travelled fits again."""
+    scores = [(A, {0: 1.0, 1: 0.0}), (B, {0: 0.0})]
+    fits, told = LastFit(ENCODING.geometries), history_of(scores)
+    model = fits.of(told)
+    assert fits.of(replace(history_of(scores), pending=(B,))) is model
+    assert fits.of(history_of([*scores, (B, {1: 1.0})])) is not model
+    assert fits.of(told) is not model  # one is kept
+    assert pickle.loads(pickle.dumps(fits)).of(told).state_dict().keys() == model.state_dict().keys()

@@ -134,7 +134,7 @@ def test_numbers_texts_and_flags_together() -> None:
 def test_cold_start_is_random_and_then_the_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """min_cold_start counts finished trials before the first fit."""
     fits: list[int] = []
-    import mpromptune.sampling.sampler as module
+    import mpromptune.sampling.history as module
 
     original = module.fit_history
     monkeypatch.setattr(module, "fit_history", lambda h, g: fits.append(len(h)) or original(h, g))
@@ -146,7 +146,7 @@ def test_cold_start_is_random_and_then_the_model_decides(monkeypatch: pytest.Mon
 def test_a_batch_needs_one_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """batch_size asks in a row share one proposal."""
     fits: list[int] = []
-    import mpromptune.sampling.sampler as module
+    import mpromptune.sampling.history as module
 
     original = module.fit_history
     monkeypatch.setattr(module, "fit_history", lambda h, g: fits.append(len(h)) or original(h, g))

@@ -121,6 +121,6 @@ class Knowledge:
         if self._fitted[0] != finished:
             with on_cpu():
                 history = self._history(trials)
-                model = fit_history(history, self.encoding.geometries) if len(history) else None
+                model = self.encoding.surrogates.of(history) if len(history) else None
             self._fitted = (finished, model)
         return self._fitted[1]

@@ -27,6 +27,7 @@ from mpromptune.model.geometry import (
     text_views,
 )
 from mpromptune.model.space import IndexSpace, PromptSpace, Row, groups_of
+from mpromptune.sampling.history import LastFit
 
 # NOTE: grid of a numeric parameter. The observed values are added to it, so the model never rounds
 # what it has seen; 64 levels are finer than what tens of trials can tell apart.
@@ -55,6 +56,11 @@ class Encoding:
     def on(self, device: torch.device) -> Encoding:
         """The same with its distances, and so the surrogate, on a device."""
         return replace(self, geometries=tuple(geometry.on(device) for geometry in self.geometries))
+
+    @cached_property
+    def surrogates(self) -> LastFit:
+        """What is fitted to trials of this space."""
+        return LastFit(self.geometries)
 
     @cached_property
     def _index_of(self) -> tuple[dict[Any, int], ...]:

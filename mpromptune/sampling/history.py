@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,3 +158,35 @@ def _has_scores(trial: FrozenTrial) -> bool:
 def fit_history(history: History, geometries: Sequence[Geometry]) -> Surrogate:
     """The surrogate of everything observed; needs at least one observation."""
     return fit(history.train_X, history.train_Y, history.train_Yvar, geometries, history.shared)
+
+
+class LastFit:
+    """Surrogates over the same choices; a search and its sampler ask for the same one in turn.
+
+    Args:
+        geometries: Of the choices.
+    """
+
+    def __init__(self, geometries: Sequence[Geometry]) -> None:
+        self._geometries = geometries
+        self._last: tuple[History, Surrogate] | None = None
+
+    def of(self, history: History) -> Surrogate:
+        """The surrogate of everything observed; fitted unless the last one was fitted to the same."""
+        last = self._last
+        if last is None or not _is_same(last[0], history):
+            last = self._last = history, fit_history(history, self._geometries)
+        return last[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # it can be fitted again
+
+
+def _is_same(one: History, other: History) -> bool:
+    """Whether the surrogates of two histories are equal."""
+    pairs = zip(_observations(one), _observations(other), strict=True)
+    return all((a is b is None) or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def _observations(history: History) -> tuple[Tensor | None, ...]:
+    return history.train_X, history.train_Y, history.train_Yvar, history.shared

@@ -25,7 +25,7 @@ from mpromptune.model.embedding import CachedEmbedder, as_embedder
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.model.surrogate import OnRanked, on_cpu, unheard
 from mpromptune.sampling.encoding import Encoding, encode_distributions, encode_prompts
-from mpromptune.sampling.history import History, fit_history, proposed_params, read
+from mpromptune.sampling.history import History, proposed_params, read
 from mpromptune.studies.attributes import PLAN, PROPOSED
 
 # NOTE: a proposal is valued as if it were to be measured on several blocks rather than one: one block
@@ -220,7 +220,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         if history.n_trials < self.min_cold_start:
             choices = self._choices(encoding, history, rng)
             return [choices[int(rng.integers(len(choices)))].tolist()]
-        model = fit_history(history, encoding.geometries)
+        model = encoding.surrogates.of(history)
         measured, means = ranked(model, torch.tensor(sorted(history.measured), dtype=torch.float64))
         best_f = float(means[0])
         self.on_ranked(model, [int(i) for i in measured[0].tolist()])
