@@ -11,17 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.methods import METHODS
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import FloatArray, Table, load
 from mpromptune import PromptSpace
+from mpromptune.model.space import IndexArray
 from mpromptune.plans.schedule import stock_calls
 
-Scores = NDArray[np.float32]
+Scores = np.ndarray[Any, np.dtype[np.float32]]
 
 _GSM8K, _OTHER_GSM8K, _NEWS = "gsm8k_llama33_70b_s43", "gsm8k_llama33_70b_s42", "agnews_llama33_70b_s42"
 PROGRAMS = (
@@ -54,7 +55,7 @@ class Pipeline:
 
     space: PromptSpace
     stages: tuple[Scores, ...]
-    validation: NDArray[np.int64]
+    validation: IndexArray
     baseline: dict[str, int]
     vectors: Mapping[str, FloatArray]
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpromptune import PromptSpace
-from mpromptune.model.space import Row
-
-FloatArray = NDArray[np.float64]
+from mpromptune.model.embedding import FloatArray
+from mpromptune.model.space import IndexArray, Row
 
 PER_EXAMPLE = (
     "gsm8k_llama33_70b_s42",
@@ -35,11 +33,11 @@ class Table:
     name: str
     scores: FloatArray | None
     truth: FloatArray
-    instruction_of: NDArray[np.int64]
-    demo_set_of: NDArray[np.int64]
+    instruction_of: IndexArray
+    demo_set_of: IndexArray
     instruction_emb: FloatArray
     demo_emb: FloatArray
-    demo_sets: NDArray[np.int64]
+    demo_sets: IndexArray
 
 
 @lru_cache(maxsize=8)
@@ -165,7 +163,7 @@ def draw(
     return Problem(space, scores[order], table.truth[chosen][order], baseline, vectors)
 
 
-def _validation(table: Table, chosen: NDArray[Any], n_val: int, rng: np.random.Generator) -> FloatArray:
+def _validation(table: Table, chosen: IndexArray, n_val: int, rng: np.random.Generator) -> FloatArray:
     if table.scores is None:  # means only: independent examples with the recorded mean
         return (rng.random((len(chosen), n_val)) < table.truth[chosen, None]).astype(float)
     examples = rng.choice(table.scores.shape[1], n_val, replace=False)
@@ -173,7 +171,7 @@ def _validation(table: Table, chosen: NDArray[Any], n_val: int, rng: np.random.G
     return validation
 
 
-def _space(table: Table, chosen: NDArray[Any]) -> tuple[PromptSpace, list[int]]:
+def _space(table: Table, chosen: IndexArray) -> tuple[PromptSpace, list[int]]:
     """The pool as components, and the position in ``chosen`` of each combination."""
     instructions, i_of = np.unique(table.instruction_of[chosen], return_inverse=True)
     sets, d_of = np.unique(table.demo_set_of[chosen], return_inverse=True)

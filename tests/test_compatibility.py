@@ -135,3 +135,9 @@ def test_tested_versions_are_those_of_the_project() -> None:
     assert bound is not None
     assert pinned is not None
     assert (TESTED_DSPY[0], TESTED_DSPY[-1]) == (bound[1], pinned[1])
+
+
+def test_nothing_needs_numpy_typing() -> None:
+    """DSPy 3.3.1 puts off loading numpy, after which `numpy.typing` cannot be imported."""
+    modules = (ROOT / "mpromptune").rglob("*.py")
+    assert not [path for path in modules if "from numpy.typing import" in path.read_text()]

@@ -17,7 +17,11 @@ from typing import Any
 
 import dspy
 import numpy as np
-from numpy.typing import NDArray
+
+from mpromptune.model.embedding import FloatArray
+from mpromptune.model.space import IndexArray
+
+ScoreArray = np.ndarray[Any, np.dtype[np.uint8]]
 
 RIGHT, WRONG = "right", "wrong"
 TABLE = "gsm8k_llama33_70b_s43.npz"
@@ -48,9 +52,9 @@ class Recording:
         validation: Numbers of the validation examples.
     """
 
-    scores: NDArray[np.uint8] = field(repr=False)
-    features: NDArray[np.float64] = field(repr=False)
-    n_demos: NDArray[np.int64] = field(repr=False)
+    scores: ScoreArray = field(repr=False)
+    features: FloatArray = field(repr=False)
+    n_demos: IndexArray = field(repr=False)
     pool: tuple[int, ...]
     train: tuple[int, ...]
     validation: tuple[int, ...]
@@ -93,7 +97,7 @@ class Recording:
         """The highest `mean` of the pool."""
         return max(self.mean(prompt) for prompt in self.pool)
 
-    def embed(self, texts: list[str]) -> NDArray[np.float64]:
+    def embed(self, texts: list[str]) -> FloatArray:
         """The recorded embeddings of stand-in texts, ``len(texts) x d``."""
         return self.features[[prompt_of(text) for text in texts]]
 
@@ -114,7 +118,7 @@ def _number(pattern: re.Pattern[str], text: str) -> int:
     return int(found.group(1))
 
 
-def _draw_pool(scores: NDArray[np.uint8]) -> tuple[int, ...]:
+def _draw_pool(scores: ScoreArray) -> tuple[int, ...]:
     """Prompts drawn at random, the one of median mean accuracy first."""
     rng = np.random.default_rng(_POOL_SEED)
     pool = rng.choice(len(scores), _POOL_SIZE, replace=False)
@@ -123,7 +127,7 @@ def _draw_pool(scores: NDArray[np.uint8]) -> tuple[int, ...]:
     return (student, *(prompt for prompt in pool.tolist() if prompt != student))
 
 
-def _features(arrays: dict[str, NDArray[Any]], n_demos: NDArray[np.int64]) -> NDArray[np.float64]:
+def _features(arrays: dict[str, np.ndarray[Any, Any]], n_demos: IndexArray) -> FloatArray:
     """Instruction embedding, mean demo embedding, and the number of demos, side by side."""
     instructions = arrays["instruction_emb"].astype(np.float64)[arrays["instruction_of"]]
     # A row of zeros at the end is what the padding index -1 picks.

@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidArgumentError
 
-FloatArray = NDArray[np.float64]
+# Not of numpy.typing, which cannot be imported after DSPy 3.3.1: that leaves numpy itself for later.
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 Embedder = Callable[[list[str]], Any]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"

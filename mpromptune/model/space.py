@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpromptune.errors import InvalidArgumentError
 
 Candidate = str | Sequence[str]
 Row = tuple[int, ...]
-IndexArray = NDArray[np.int64]
+IndexArray = np.ndarray[Any, np.dtype[np.int64]]
 
 _PREDICTOR = re.compile(r"^(\d+)_predictor_")
 
