@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the default model comes from the offline package
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or importing it asks a server
 
 import dspy
 import optuna

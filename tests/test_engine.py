@@ -313,7 +313,8 @@ def test_a_metric_that_raises_on_some_examples_loses_nothing_else() -> None:
         return value
 
     result = run(score, failure_score=0.25)
-    assert 290 <= result.calls == sum(scores.asked.values()) <= 300
+    assert result.calls == sum(scores.asked.values())
+    assert is_spent(result, 300)
     assert {t.state for t in result.study.trials} == {TrialState.COMPLETE}
     for measured in result.configurations:
         expected = {e: 0.25 if e % 7 == 0 else TABLE[SPACE.row(measured.params)][e] for e in measured.scores}

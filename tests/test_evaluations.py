@@ -181,6 +181,7 @@ def test_a_trial_without_all_scores_ends_with_an_error() -> None:
     assert "lacks the scores of 1 of" in str(next(e for e in errors if e is not None))
 
 
+@pytest.mark.skipif(not hasattr(BaseCallback, "on_compile_start"), reason="DSPy 3.2 has no such callback")
 def test_nested_compiles_stay_in_the_callers_thread(listened: tuple[Listener, Any]) -> None:
     """The optimizer comes first, once; what it compiles inside does so where the caller is."""
     listener, _ = listened

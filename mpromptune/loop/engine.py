@@ -74,14 +74,14 @@ def search(
     """Finds the configuration with the highest mean score for a budget of program calls.
 
     Rounds of ``batch_size`` configurations are measured on a block of examples each, two rounds at a
-    time; promising configurations are measured on further blocks; no example of a configuration is
-    paid for twice. With ``"qei"``, in spaces of up to ``max_space_size``, a block is mostly of examples
-    that tell configurations apart, as far as is known, and the baseline, which says most about that,
-    comes first; otherwise a round shares one. With ``schedule="mipro"`` trials are measured on random
-    minibatches instead and, now and then, the best one so far on all examples, as in DSPy's MIPROv2.
-    Proposals depend on ``seed``, on ``batch_size`` (by default a round has a call for every thread),
-    on the number of rounds in flight (more than two from 41 threads on) and on what earlier rounds
-    measured, never on timing.
+    time, or more at first where there are many threads; promising configurations are measured on
+    further blocks; no example of a configuration is paid for twice. With ``"qei"``, in spaces of up to
+    ``max_space_size``, a block is mostly of examples that tell configurations apart, as far as is
+    known, and the baseline, which says most about that, comes first; otherwise a round shares one.
+    With ``schedule="mipro"`` trials are measured on random minibatches instead and, now and then, the
+    best one so far on all examples, as in DSPy's MIPROv2. Proposals depend on ``seed``, on
+    ``batch_size`` (by default a round has a call for every thread), on the number of rounds in flight
+    (more than two from 41 threads on) and on what earlier rounds measured, never on timing.
 
     With ``storage`` every score is saved as it comes in, and the same call goes on where the last one
     ended, however it ended. After ``kill -9`` the trials are those of a search in one go; trials that
@@ -97,8 +97,7 @@ def search(
         score: ``score(params, example) -> float``, the higher the better; called from threads.
         n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
         max_calls: Calls of ``score`` to spend. Fewer are spent when no configuration that
-            could still win, and be fully measured, is left; with more than 40 threads, when less
-            than half a round is left.
+            could still win, and be fully measured, is left.
         sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
         num_threads: Calls in flight at once.
         batch_size: Configurations per round (q); by default as before in a study that is gone on with,

@@ -67,7 +67,7 @@ def on_cpu() -> AbstractContextManager[object]:
 
     Where it is the CPU already nothing is done: torch's own context costs a third of a fit.
     """
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 
 @contextmanager

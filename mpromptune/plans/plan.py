@@ -37,11 +37,14 @@ class Plan(Protocol):
     max_calls: int
     baseline: Row
     batch_size: int  # configurations in a round
-    rounds_in_flight: int  # while one is being told, the others keep the workers busy
+    rounds_in_flight: int  # at most; while one is being told, the others keep the workers busy
     outage: int  # failures in a round that are read as an outage, though all of one configuration
 
     def is_open(self, row: Row) -> bool:
         """Whether the sampler may propose ``row``."""
+
+    def rounds_now(self) -> int:
+        """How many rounds to have in flight at this point of the search."""
 
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """The trials of the next round; none when there is nothing to start now.
