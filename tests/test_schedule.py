@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpromptune.errors import InvalidArgumentError
+from mpromptune.plans.blocks import BlockPlan
 from mpromptune.plans.schedule import (
     Schedule,
     default_batch_size,
@@ -111,3 +112,16 @@ def test_examples_that_could_not_be_measured_come_last() -> None:
     assert plan.first_of((4, 3, 2, 1, 0), (1,), 10) == (2, 1)
     plan.assign((1,), (2, 1, 0))
     assert plan.first_of((4, 3, 2, 1, 0), (1,), 10) == (4,)
+
+
+def test_a_large_pool_has_fewer_rounds_in_flight_towards_the_end() -> None:
+    """Three quarters of them from half of the calls on, and half from three quarters; a small pool always two."""
+    parts = Schedule(40, partition(40, 10, seed=0), 200, baseline=(0, 0))
+    large = BlockPlan(parts, 12, batch_size=4, rounds_in_flight=8)
+    small = BlockPlan(parts, 12, batch_size=4)
+    rounds = []
+    for parts.spent in (0, 99, 100, 149, 150, 200):
+        rounds.append((large.rounds_now(), small.rounds_now()))
+    assert rounds == [(8, 2), (8, 2), (6, 2), (6, 2), (4, 2), (4, 2)]
+    parts.confirm = False
+    assert large.rounds_now() == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,11 +15,11 @@ from mpromptune.plans.plan import Request
 from mpromptune.plans.schedule import Schedule
 from mpromptune.studies.ledger import Examples, Ledger
 
-# NOTE: the share of the calls after which a large pool has no more than two rounds in flight. What is asked
-# late decides who wins, and should know of the rounds before it: with four rounds in flight to the end the
-# regret at 64 workers was 0.9, 2.0 and 1.7, with this 0.6, 1.3 and 1.0, in 7 % more time (GSM8K s43 and
-# s42, AG News, seeds 200-229).
-_EARLY = 0.55
+# NOTE: what part of a large pool's rounds in flight is left from a share of the calls on. What is asked late
+# decides who wins, and should know of the rounds before it: regret at 64 workers with four rounds to the end
+# 0.9, 2.0 and 1.5; with these, three and then two, 0.6, 1.5 and 1.2 in 2 % more time; with two from 55 % on
+# 0.5, 1.1 and 1.1 in 15 % more (GSM8K s43 and s42, AG News; 30 seeds each).
+_NARROWING = ((0.5, 0.75), (0.75, 0.5))
 
 
 @dataclass
@@ -81,17 +82,17 @@ class BlockPlan:
         return ledger.covers(row, self.n_examples)
 
     def rounds_now(self) -> int:
-        """Two from `_EARLY` on, where each has calls for the leader as well."""
-        return 2 if self._is_late else self.rounds_in_flight
+        """Fewer towards the end, where each has calls for the leader as well."""
+        left = min((part for share, part in _NARROWING if self._is_late(share)), default=1.0)
+        return max(2, math.ceil(left * self.rounds_in_flight))
 
-    @property
-    def _is_late(self) -> bool:
-        is_late = self.schedule.spent >= _EARLY * self.schedule.max_calls
-        return self._is_wide and self.schedule.confirm and is_late
+    def _is_late(self, share: float = _NARROWING[0][0]) -> bool:
+        """Whether a large pool has spent that share of the calls."""
+        return self._is_wide and self.schedule.confirm and self.schedule.spent >= share * self.max_calls
 
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """A round of the search proper; once that is over, what winner and baseline lack."""
-        before, is_late = self.schedule.spent, self._is_late
+        before, is_late = self.schedule.spent, self._is_late()
         yield from self._explore(known)
         if self.schedule.spent == before:
             yield from self._confirm(known, alone)
@@ -161,6 +162,10 @@ class BlockPlan:
     def _available(self, known: Knowledge) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
         cautious = self.schedule.available()
+        if (
+            self._is_late()
+        ):  # NOTE: small rounds took a large pool a third of the time for a tenth of the calls
+            return cautious if 2 * cautious >= self._round_calls else 0
         if cautious >= self._round_calls or not known.ledger.scores:
             return max(cautious, 0)
         return max(self.schedule.available(self._finalist(known)), 0)
