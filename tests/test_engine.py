@@ -546,14 +546,14 @@ def test_large_pools_have_the_same_trials_under_any_timing() -> None:
 
 
 def test_the_last_rounds_of_a_large_pool_measure_the_leader_as_well() -> None:
-    """On up to half a round's calls at a time, from half of the budget on, and nothing twice."""
+    """On up to half a round's calls at a time, from half of the budget on; what that saves is not spent."""
     scores = Scores()
     result = run(scores, num_threads=64, max_calls=400)
     sizes = [len(t.user_attrs[EXAMPLES]) for t in result.study.trials]
     assert max(scores.asked.values()) == 1
     assert 10 in sizes
     assert sum(sizes[: sizes.index(10)]) >= 200
-    assert is_spent(result, 400) or 400 - result.calls < 10
+    assert 400 - N < result.calls <= 400
 
 
 def test_in_large_pools_the_rest_of_the_baseline_fills_idle_workers() -> None:

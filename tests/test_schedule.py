@@ -115,7 +115,7 @@ def test_examples_that_could_not_be_measured_come_last() -> None:
 
 
 def test_a_large_pool_has_fewer_rounds_in_flight_towards_the_end() -> None:
-    """Three quarters of them from half of the calls on, and half from three quarters; a small pool always two."""
+    """Three quarters of them from half of the calls on, then half; a small pool always has two."""
     parts = Schedule(40, partition(40, 10, seed=0), 200, baseline=(0, 0))
     large = BlockPlan(parts, 12, batch_size=4, rounds_in_flight=8)
     small = BlockPlan(parts, 12, batch_size=4)

@@ -162,9 +162,9 @@ class BlockPlan:
     def _available(self, known: Knowledge) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
         cautious = self.schedule.available()
-        if (
-            self._is_late()
-        ):  # NOTE: small rounds took a large pool a third of the time for a tenth of the calls
+        has_rival = any(row != self.baseline for row in known.ledger.scores)
+        # NOTE: a large pool would idle through small rounds: a third of its time for a tenth of the calls.
+        if self._is_late() and has_rival:
             return cautious if 2 * cautious >= self._round_calls else 0
         if cautious >= self._round_calls or not known.ledger.scores:
             return max(cautious, 0)
