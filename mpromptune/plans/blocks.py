@@ -82,13 +82,14 @@ class BlockPlan:
         return ledger.covers(row, self.n_examples)
 
     def rounds_now(self) -> int:
-        """Fewer towards the end, where each has calls for the leader as well."""
-        left = min((part for share, part in _NARROWING if self._is_late(share)), default=1.0)
-        return max(2, math.ceil(left * self.rounds_in_flight))
+        """Fewer towards the end for a large pool, where each has calls for the leader as well."""
+        left = [part for share, part in _NARROWING if self._is_late(share)]
+        return max(2, math.ceil(min(left) * self.rounds_in_flight)) if left else self.rounds_in_flight
 
     def _is_late(self, share: float = _NARROWING[0][0]) -> bool:
         """Whether a large pool has spent that share of the calls."""
-        return self._is_wide and self.schedule.confirm and self.schedule.spent >= share * self.max_calls
+        spent = self.schedule.spent >= share * self.schedule.max_calls
+        return spent and self._is_wide and self.schedule.confirm
 
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """A round of the search proper; once that is over, what winner and baseline lack."""
