@@ -67,7 +67,10 @@ def on_cpu() -> AbstractContextManager[object]:
 
     Where it is the CPU already nothing is done: torch's own context costs a third of a fit.
     """
-    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
+    default = torch.get_default_device()
+    if default.type == "cpu":
+        default = torch.empty(0).device  # torch 2.4 says "cpu" within `with torch.device(...)` too
+    return nullcontext() if default.type == "cpu" else torch.device("cpu")
 
 
 @contextmanager

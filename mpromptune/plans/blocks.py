@@ -87,7 +87,10 @@ class BlockPlan:
         return max(2, math.ceil(min(left) * self.rounds_in_flight)) if left else self.rounds_in_flight
 
     def _is_late(self, share: float = _NARROWING[0][0]) -> bool:
-        """Whether a large pool has spent that share of the calls."""
+        """Whether a large pool has spent that share of the calls.
+
+        Without `confirm` it never has: there the leader's calls would not occupy it.
+        """
         spent = self.schedule.spent >= share * self.schedule.max_calls
         return spent and self._is_wide and self.schedule.confirm
 
@@ -163,18 +166,19 @@ class BlockPlan:
     def _available(self, known: Knowledge) -> int:
         """Calls for exploration now; the rest is kept for winner and baseline."""
         cautious = self.schedule.available()
-        has_rival = any(row != self.baseline for row in known.ledger.scores)
-        # NOTE: a large pool would idle through small rounds: a third of its time for a tenth of the calls.
-        if self._is_late() and has_rival:
-            return cautious if 2 * cautious >= self._round_calls else 0
-        if cautious >= self._round_calls or not known.ledger.scores:
+        if not known.ledger.scores:
             return max(cautious, 0)
+        # NOTE: a large pool would idle through small rounds: a third of its time for a tenth of the calls.
+        if self._is_late() and self._finalist(known) != self.baseline:
+            return cautious if 2 * cautious >= self._round_calls else 0
+        if cautious >= self._round_calls:
+            return cautious
         return max(self.schedule.available(self._finalist(known)), 0)
 
     def _advance(self, known: Knowledge) -> Iterator[Request]:
-        """Half a round's calls for who leads: kept back for that in any case, they occupy a large pool."""
+        """Up to half a round's calls for who leads: should it win, they need not be made later."""
         leader = self._finalist(known)
-        calls = min(self.batch_size * len(self.schedule.blocks[0]) // 2, self.schedule.available())
+        calls = min(self._round_calls // 2, self.schedule.available())
         if leader != self.baseline and calls > 0 and self.schedule.missing(leader):
             yield Request(leader, lambda row, number: self.schedule.missing(row)[:calls])
 

@@ -20,8 +20,8 @@ SCHEDULE_NAMES = ("blocks", "mipro")
 # it is what two rounds of the smallest q, four blocks, keep busy.
 _SMALL_POOL = 40
 # NOTE: at 64 workers and lognormal latencies (sigma 0.5) the pool ran dry between rounds with two or
-# three items for every worker and not with four: two take 1.8 times as long. Four cost quality, since what
-# is proposed knows less: regret at 64 workers 1.8 and 2.7 against 0.3 and 1.4 with two (GSM8K, 16 seeds).
+# three items for every worker and not with four: two take 1.8 times as long. What is proposed knows less
+# then: see `blocks._NARROWING`.
 _ITEMS_PER_WORKER = 4
 
 # Trials of one configuration that may fail before it is given up.
@@ -76,9 +76,10 @@ class Schedule:
         return self.max_calls - self.spent
 
     def missing(self, row: Row) -> Examples:
-        """The examples that ``row`` is not yet measured on, block by block."""
-        have = self.assigned.get(row, set())
-        return tuple(e for block in self.blocks for e in block if e not in have)
+        """The examples that ``row`` is not yet measured on, block by block; failed ones last."""
+        have, lost = self.assigned.get(row, set()), self.lost.get(row, set())
+        lacking = (e for block in self.blocks for e in block if e not in have)
+        return tuple(sorted(lacking, key=lost.__contains__))
 
     def next_examples(self, row: Row, round_number: int, limit: int) -> Examples:
         """The round's block, or the next later block that ``row`` lacks, cut to ``limit``."""
@@ -267,7 +268,7 @@ def default_batch_size(num_threads: int, block_size: int) -> int:
 def default_rounds_in_flight(
     num_threads: int, batch_size: int, block_size: int, is_shared: bool = False
 ) -> int:
-    """Rounds being measured at any time: two, or as many as keep a large pool busy.
+    """Rounds being measured at any time, at most: two, or as many as keep a large pool busy.
 
     Rounds are told in order, so one slow call holds up all that is asked after it: a large pool, or
     one of several processes, needs four work items for every worker to ride that out.
