@@ -114,13 +114,17 @@ def test_examples_that_could_not_be_measured_come_last() -> None:
     assert plan.first_of((4, 3, 2, 1, 0), (1,), 10) == (4,)
 
 
-def test_a_large_pool_has_fewer_rounds_in_flight_towards_the_end() -> None:
-    """Three quarters of them from half of the calls on, then half; a small pool always has two."""
-    parts = Schedule(40, partition(40, 10, seed=0), 200, baseline=(0, 0))
+@pytest.mark.parametrize(("max_calls", "late", "last"), [(200, 100, 50), (2000, 12 * 40, 6 * 40)])
+def test_a_large_pool_has_fewer_rounds_in_flight_towards_the_end(
+    max_calls: int, late: int, last: int
+) -> None:
+    """Three quarters of them from half of the calls or twelve rounds before the end on, then half."""
+    parts = Schedule(40, partition(40, 10, seed=0), max_calls, baseline=(0, 0))
     large = BlockPlan(parts, 12, batch_size=4, rounds_in_flight=8)
     small = BlockPlan(parts, 12, batch_size=4)
     rounds = []
-    for parts.spent in (0, 99, 100, 149, 150, 200):
+    for left in (max_calls, late + 1, late, last + 1, last, 0):
+        parts.spent = max_calls - left
         rounds.append((large.rounds_now(), small.rounds_now()))
     assert rounds == [(8, 2), (8, 2), (6, 2), (6, 2), (4, 2), (4, 2)]
     parts.confirm = False

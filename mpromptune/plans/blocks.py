@@ -15,11 +15,13 @@ from mpromptune.plans.plan import Request
 from mpromptune.plans.schedule import Schedule
 from mpromptune.studies.ledger import Examples, Ledger
 
-# NOTE: what part of a large pool's rounds in flight is left from a share of the calls on. What is asked late
-# decides who wins, and should know of the rounds before it: regret at 64 workers with four rounds to the end
-# 0.9, 2.0 and 1.5; with these, three and then two, 0.6, 1.5 and 1.2 in 2 % more time; with two from 55 % on
-# 0.5, 1.1 and 1.1 in 15 % more (GSM8K s43 and s42, AG News; 30 seeds each).
-_NARROWING = ((0.5, 0.75), (0.75, 0.5))
+# NOTE: the parts of a large pool's rounds in flight that remain when so large a share of the calls, and no
+# more than so many rounds, are left. What is asked late decides who wins, and should know of the rounds before
+# it: regret at 64 workers with four rounds to the end 0.9, 2.0 and 1.5; with these, three and then two, 0.6,
+# 1.5 and 1.2 in 2 % more time; with two for the last 45 % 0.5, 1.1 and 1.1 in 15 % more (GSM8K s43 and s42,
+# AG News; 30 seeds each).
+_NARROWING = {0.75: (0.5, 12), 0.5: (0.25, 6)}
+_LATE = _NARROWING[0.75]
 
 
 @dataclass
@@ -83,16 +85,16 @@ class BlockPlan:
 
     def rounds_now(self) -> int:
         """Fewer towards the end for a large pool, where each has calls for the leader as well."""
-        left = [part for share, part in _NARROWING if self._is_late(share)]
-        return max(2, math.ceil(min(left) * self.rounds_in_flight)) if left else self.rounds_in_flight
+        parts = [part for part, late in _NARROWING.items() if self._is_late(*late)]
+        return max(2, math.ceil(min(parts) * self.rounds_in_flight)) if parts else self.rounds_in_flight
 
-    def _is_late(self, share: float = _NARROWING[0][0]) -> bool:
-        """Whether a large pool has spent that share of the calls.
+    def _is_late(self, share: float = _LATE[0], rounds: int = _LATE[1]) -> bool:
+        """Whether a large pool has no more than that share of the calls left, and as many rounds.
 
-        Without `confirm` it never has: there the leader's calls would not occupy it.
+        Without `confirm` it always has: there the leader's calls would not occupy it.
         """
-        spent = self.schedule.spent >= share * self.schedule.max_calls
-        return spent and self._is_wide and self.schedule.confirm
+        late = min(share * self.schedule.max_calls, rounds * self._round_calls)
+        return self._is_wide and self.schedule.confirm and self.schedule.remaining <= late
 
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """A round of the search proper; once that is over, what winner and baseline lack."""
