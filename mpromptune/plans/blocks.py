@@ -16,10 +16,10 @@ from mpromptune.plans.schedule import Schedule
 from mpromptune.studies.ledger import Examples, Ledger
 
 # NOTE: the parts of a large pool's rounds in flight that remain when so large a share of the calls, and no
-# more than so many rounds, are left. What is asked late decides who wins, and should know of the rounds before
-# it: regret at 64 workers with four rounds to the end 0.9, 2.0 and 1.5; with these, three and then two, 0.6,
-# 1.5 and 1.2 in 2 % more time; with two for the last 45 % 0.5, 1.1 and 1.1 in 15 % more (GSM8K s43 and s42,
-# AG News; 30 seeds each).
+# more than so many rounds, are left. What is asked late decides who wins, and should know of the rounds
+# before it: regret at 64 workers with four rounds to the end 0.9, 2.0 and 1.5; with these, three and two,
+# 0.6, 1.5 and 1.2 in 2 % more time; with two for the last 45 % 0.5, 1.1 and 1.1 in 15 % more (GSM8K s43 and
+# s42, AG News; 30 seeds each).
 _NARROWING = {0.75: (0.5, 12), 0.5: (0.25, 6)}
 _LATE = _NARROWING[0.75]
 
