@@ -91,7 +91,7 @@ class BlockPlan:
     def _is_late(self, share: float = _LATE[0], rounds: int = _LATE[1]) -> bool:
         """Whether a large pool has no more than that share of the calls left, and as many rounds.
 
-        Without `confirm` it always has: there the leader's calls would not occupy it.
+        Never without `confirm`: there the leader's calls, which occupy it meanwhile, would be extra ones.
         """
         late = min(share * self.schedule.max_calls, rounds * self._round_calls)
         return self._is_wide and self.schedule.confirm and self.schedule.remaining <= late
