@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ import optuna
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("optuna.testing.pytest_samplers")
 torch.set_num_threads(1)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
