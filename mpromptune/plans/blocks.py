@@ -21,7 +21,6 @@ from mpromptune.studies.ledger import Examples, Ledger
 # 0.6, 1.5 and 1.2 in 2 % more time; with two for the last 45 % 0.5, 1.1 and 1.1 in 15 % more (GSM8K s43 and
 # s42, AG News; 30 seeds each).
 _NARROWING = {0.75: (0.5, 12), 0.5: (0.25, 6)}
-_LATE = _NARROWING[0.75]
 
 
 @dataclass
@@ -85,20 +84,27 @@ class BlockPlan:
 
     def rounds_now(self) -> int:
         """Fewer towards the end for a large pool, where each has calls for the leader as well."""
-        parts = [part for part, late in _NARROWING.items() if self._is_late(*late)]
-        return max(2, math.ceil(min(parts) * self.rounds_in_flight)) if parts else self.rounds_in_flight
+        return math.ceil(self._part_in_flight * self.rounds_in_flight)
 
-    def _is_late(self, share: float = _LATE[0], rounds: int = _LATE[1]) -> bool:
-        """Whether a large pool has no more than that share of the calls left, and as many rounds.
+    @property
+    def _part_in_flight(self) -> float:
+        """Of the rounds: all, but for a large pool towards the end.
 
-        Never without `confirm`: there the leader's calls, which occupy it meanwhile, would be extra ones.
+        All without `confirm`: there the leader's calls, which occupy it meanwhile, would be extra ones.
         """
-        late = min(share * self.schedule.max_calls, rounds * self._round_calls)
-        return self._is_wide and self.schedule.confirm and self.schedule.remaining <= late
+        if not (self._is_wide and self.schedule.confirm):
+            return 1.0
+        left, budget, round_ = self.schedule.remaining, self.schedule.max_calls, self._round_calls
+        bounds = {part: min(share * budget, rounds * round_) for part, (share, rounds) in _NARROWING.items()}
+        return min((part for part, bound in bounds.items() if left <= bound), default=1.0)
+
+    @property
+    def _is_late(self) -> bool:
+        return self._part_in_flight < 1.0
 
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """A round of the search proper; once that is over, what winner and baseline lack."""
-        before, is_late = self.schedule.spent, self._is_late()
+        before, is_late = self.schedule.spent, self._is_late
         yield from self._explore(known)
         if self.schedule.spent == before:
             yield from self._confirm(known, alone)
@@ -171,7 +177,7 @@ class BlockPlan:
         if not known.ledger.scores:
             return max(cautious, 0)
         # NOTE: a large pool would idle through small rounds: a third of its time for a tenth of the calls.
-        if self._is_late() and self._finalist(known) != self.baseline:
+        if self._is_late and self._finalist(known) != self.baseline:
             return cautious if 2 * cautious >= self._round_calls else 0
         if cautious >= self._round_calls:
             return cautious

@@ -77,9 +77,11 @@ class Schedule:
 
     def missing(self, row: Row) -> Examples:
         """The examples that ``row`` is not yet measured on, block by block; failed ones last."""
+        return self._lacking(row, [e for block in self.blocks for e in block])
+
+    def _lacking(self, row: Row, order: Sequence[int]) -> Examples:
         have, lost = self.assigned.get(row, set()), self.lost.get(row, set())
-        lacking = (e for block in self.blocks for e in block if e not in have)
-        return tuple(sorted(lacking, key=lost.__contains__))
+        return tuple(sorted((e for e in order if e not in have), key=lost.__contains__))
 
     def next_examples(self, row: Row, round_number: int, limit: int) -> Examples:
         """The round's block, or the next later block that ``row`` lacks, cut to ``limit``."""
@@ -96,9 +98,7 @@ class Schedule:
 
         Those that could not be measured before come last.
         """
-        have, lost = self.assigned.get(row, set()), self.lost.get(row, set())
-        lacking = sorted((e for e in order if e not in have), key=lost.__contains__)
-        return tuple(lacking[: min(limit, len(self.blocks[0]))])
+        return self._lacking(row, order)[: min(limit, len(self.blocks[0]))]
 
     def assign(self, row: Row, examples: Sequence[int]) -> None:
         """Commits to measuring ``row`` on ``examples``."""
