@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpromptune.model import surrogate
 from mpromptune.model.geometry import Geometry, identity_views, numeric_views, squared_distances
 from mpromptune.model.kernels import ComponentKernel, PromptKernel, SharedKernel, at_average_example
 from mpromptune.model.surrogate import fit, posterior_mean_and_variance
@@ -53,15 +52,6 @@ def test_predictors_interact_in_pairs() -> None:
     b = kernel.log_interaction.exp().item()
     assert covariance[0, 0].item() == pytest.approx(a.sum().item() + b)
     assert covariance[0, 1].item() == pytest.approx(a[:2].sum().item() + b / 3)
-
-
-def test_a_wider_kernel_is_a_multiple_of_what_it_was() -> None:
-    """Main effects, products within a predictor, and interactions of predictors alike."""
-    kernel = PromptKernel([Geometry(identity_views(2), g) for g in (0, 0, 1)])
-    x = at_average_example(torch.tensor([[0, 0, 0], [0, 1, 1], [1, 1, 0]]))
-    before = kernel(x, x).to_dense().detach()
-    kernel.widen(2.0)
-    assert torch.allclose(kernel(x, x).to_dense().detach(), 2.0 * before)
 
 
 @settings(max_examples=20, deadline=None)
@@ -114,22 +104,6 @@ def test_posterior_removes_the_difficulty_that_two_configurations_share() -> Non
     assert torch.allclose(covariance, expected, rtol=1e-3, atol=1e-6)
     difference = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     assert difference < 0.1 * covariance[0, 0]
-
-
-def test_a_configuration_that_was_never_measured_is_twice_as_uncertain_as_the_fit_has_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Without texts its variance is the one a priori."""
-    X = at_average_example(torch.tensor([[0], [1], [2]]))
-    train_Y, train_Yvar = torch.tensor([[0.2], [0.5], [0.7]]).double(), torch.full((3, 1), 0.01).double()
-
-    def variance() -> float:
-        model = fit(X, train_Y, train_Yvar, [Geometry(identity_views(4), 0)])
-        return posterior_mean_and_variance(model, torch.tensor([[3]]))[1].item()
-
-    wider = variance()
-    monkeypatch.setattr(surrogate, "_WIDER", 1.0)
-    assert wider == pytest.approx(2.0 * variance())
 
 
 def test_fit_predicts_at_an_average_example() -> None:

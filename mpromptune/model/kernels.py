@@ -124,7 +124,6 @@ class PromptKernel(Kernel):
 
     def __init__(self, geometries: Sequence[Geometry]) -> None:
         super().__init__()
-        self.space_size = math.prod(g.views.shape[-1] for g in geometries)
         self.components = torch.nn.ModuleList(ComponentKernel(g.views) for g in geometries)
         groups = [g.group for g in geometries]
         self.members = [[c for c, g in enumerate(groups) if g == group] for group in sorted(set(groups))]
@@ -143,12 +142,6 @@ class PromptKernel(Kernel):
         # Many trials are of one configuration, on several blocks: a quarter of the work where it is half.
         distinct, position = torch.unique(i1, dim=0, return_inverse=True)
         return _lookup(self._covariance(distinct, distinct, False), position, position, False)
-
-    def widen(self, ratio: float) -> None:
-        """Multiplies all variances by ``ratio``."""
-        with torch.no_grad():
-            for parameter in self.parameters(recurse=False):  # logarithms of variances, all of them
-                parameter.add_(math.log(ratio))
 
     def _covariance(self, i1: Tensor, i2: Tensor, diag: bool) -> Tensor:
         """Sum of the groups and of the products of all pairs, from power sums: e_2 = (s_1^2 - s_2) / 2."""

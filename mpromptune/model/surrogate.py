@@ -25,7 +25,6 @@ from linear_operator.utils.memoize import cached
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-from mpromptune.model.candidates import LISTED
 from mpromptune.model.geometry import Geometry
 from mpromptune.model.kernels import PromptKernel, SharedKernel, at_average_example
 from mpromptune.model.sparse import Observations, SparseGP, inducing_points, units_of
@@ -40,13 +39,6 @@ _FIT = {"options": {"ftol": 1e-5, "maxiter": 75}}
 # many are taken for the model of all. And the inducing points of that.
 _EXACT = 512
 _INDUCING = 512
-# NOTE: variance of all configurations, as a multiple of what makes those that were measured most plausible.
-# What is measured is what was expected to be good, and such configurations differ less than all do: with 1
-# the best of a pool was never tried in 21 of 170 searches, with 2 in 3. Regret with 1, 2 and 3 (seeds 200
-# and up): GSM8K s43 0.84, 0.23, 0.38 (4: 0.55); GSM8K s42 1.43, 0.47, 1.00; AG News 0.55, 0.52, 0.60; with 1
-# and 2 only: Subj 1.09, 0.81 and 0.31, 0.38. In larger spaces nearly all is never tried, and it did not help:
-# programs of two predictors 3.0, 3.1 with 1 and 5.4, 2.7 with 2 (seeds 0-9; on 20-29 2.4, 5.0 and 2.1, 3.3).
-_WIDER = 2.0
 # NOTE: entries of the covariances of rows with what the model was fitted to, at once: 8 MB, of which a
 # dozen are held at a time.
 _ENTRIES = 2**20
@@ -112,8 +104,7 @@ def fit(
         shared: ``n x r``, a root of further covariance of the observations, in units of ``train_Y``.
 
     Returns:
-        A BoTorch model whose posterior is in the units of ``train_Y``. In spaces that can be listed its
-        variances a priori are wider than those of the fit: see `_WIDER`.
+        A BoTorch model whose posterior is in the units of ``train_Y``.
     """
     device = geometries[0].views.device
     is_exact = len(train_Y) <= _EXACT
@@ -143,9 +134,6 @@ def _fit_exact(observed: Observations, kernel: Kernel, units: Standardize) -> Si
     with torch.random.fork_rng(devices=[]), lazily_evaluate_kernels(False):
         torch.manual_seed(0)
         fit_gpytorch_mll(mll, optimizer_kwargs=_FIT)
-    for part in kernel.modules():
-        if isinstance(part, PromptKernel) and part.space_size <= LISTED:
-            part.widen(_WIDER)
     return model
 
 
