@@ -22,6 +22,8 @@ from mpromptune.model.kernels import at_average_example
 from mpromptune.model.surrogate import fit, posterior_mean_and_variance
 
 VALUES = [0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.8, 1.0]
+# Less than a standard deviation above the uncertain candidates: farther out, few of the samples improve.
+BEST_F = 0.62
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,8 @@ def test_one_candidate_equals_analytic_log_ei(model: SingleTaskGP) -> None:
     """q = 1 agrees with the closed form within Monte-Carlo error."""
     X = at_average_example(rows(*range(8))).unsqueeze(-2)
     with torch.no_grad():
-        sampled = expected_improvement(model, best_f=0.7)(X)
-        analytic = LogExpectedImprovement(model, best_f=0.7)(X)
+        sampled = expected_improvement(model, best_f=BEST_F)(X)
+        analytic = LogExpectedImprovement(model, best_f=BEST_F)(X)
     likely = analytic > np.log(1e-3)
     assert likely.sum() >= 4
     assert torch.allclose(sampled[likely], analytic[likely], atol=0.15)
@@ -64,8 +66,8 @@ def test_one_candidate_equals_analytic_log_ei(model: SingleTaskGP) -> None:
 def test_joint_value_equals_brute_force(model: SingleTaskGP, indices: tuple[int, ...]) -> None:
     """The joint qEI of several candidates is that of the multivariate normal posterior."""
     with torch.no_grad():
-        sampled = expected_improvement(model, best_f=0.7)(at_average_example(rows(*indices)))
-    expected = brute_force_ei(model, indices, 0.7)
+        sampled = expected_improvement(model, best_f=BEST_F)(at_average_example(rows(*indices)))
+    expected = brute_force_ei(model, indices, BEST_F)
     assert float(sampled.exp()) == pytest.approx(expected, rel=0.1, abs=2e-3)
 
 

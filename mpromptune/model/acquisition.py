@@ -22,8 +22,9 @@ from mpromptune.model.surrogate import (
     quiet_single_thread,
 )
 
-# NOTE: 64 Sobol points agree with the closed form and with brute force to a few percent wherever
-# the improvement is not negligible (tests/test_acquisition.py).
+# NOTE: deviation from the closed form over draws of 64 Sobol points: 6 % a standard deviation below the
+# incumbent, 16 % at one and a half; with 128 it is 4 % and 10 %, in twice the time. All choices of a
+# proposal have the same points, so most of it cancels between them.
 _MC_SAMPLES = 64
 # NOTE: joint values are computed for this many choices, the best by their own expected improvement:
 # the time of a proposal then hardly depends on the size of the space. With 32, batches of seven with 28
