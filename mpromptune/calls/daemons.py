@@ -12,12 +12,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from mpromptune.calls.interrupts import deferred
+from mpromptune.calls.interrupts import SLICE, deferred
 
 T = TypeVar("T")
-
-# NOTE: seconds of one wait, as in `interrupts`.
-_SLICE = 0.2
 
 
 class DaemonThreads(Executor):
@@ -70,7 +67,7 @@ class DaemonThreads(Executor):
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         for thread in self._threads:
             while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
-                thread.join(min(_SLICE, left))
+                thread.join(min(SLICE, left))
 
     def _work(self) -> None:
         while (call := self._queue.get()) is not None:

@@ -20,7 +20,7 @@ from mpromptune.errors import SearchInterrupted, SearchTerminated
 GRACE = 5.0
 # NOTE: seconds of one wait. A signal that comes when the main thread is just about to wait is not
 # noticed before the wait ends, and on Windows none is; so long waits are made of short ones.
-_SLICE = 0.2
+SLICE = 0.2
 
 T = TypeVar("T")
 
@@ -126,7 +126,7 @@ def wait_for(
     while pending and not unless() and (left := deadline - time.monotonic()) > 0:
         if _is_main():
             _SIGNALS.check()
-        pending = wait(pending, timeout=min(_SLICE, left)).not_done
+        pending = wait(pending, timeout=min(SLICE, left)).not_done
         meanwhile()
 
 

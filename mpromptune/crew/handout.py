@@ -14,6 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.daemons import started
 from mpromptune.calls.execution import Outcome
 from mpromptune.calls.limits import SEARCH, Budget
 from mpromptune.calls.usage import Usage
@@ -61,8 +62,7 @@ class Handout:
         """Hands out until the search has ended."""
         over = threading.Event()
         run = partial(contextvars.copy_context().run, self._run, over)  # as the calls of this thread
-        thread = threading.Thread(target=run, name="mpromptune-handout", daemon=True)
-        thread.start()
+        thread = started(run, "mpromptune-handout")
         self._workers.hand_out = self.submit
         try:
             yield

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import optuna
@@ -18,6 +19,7 @@ from optuna.storages import InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from mpromptune.calls.daemons import started
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, require_count
 from mpromptune.studies.attributes import BEAT, FAREWELL, HANDED, HELPS, HOST, TAKEN, THREADS
 from mpromptune.studies.storage import StorageSpec, reported
@@ -137,8 +139,7 @@ class Crew:
             self._trial_id = self._storage.create_new_trial(self._study_id, record)
             self.number = self._storage.get_trial(self._trial_id).number
             self._beaten, self._beats, self._gone = time.monotonic(), 0, threading.Event()
-            beating = threading.Thread(target=self._keep_beating, args=(self._gone,), daemon=True)
-            beating.start()
+            started(partial(self._keep_beating, self._gone), "mpromptune-crew")
             self.look()
 
     @property
