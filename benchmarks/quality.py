@@ -21,11 +21,10 @@ NOT_INDEX = tuple(method for method in SOME if method != "search-qei-index")
 # The tables that slices vary one factor on: a wide field of prompts, and a flat one.
 FOCUS = ("gsm8k_llama33_70b_s43", "agnews_llama33_70b_s42")
 COST = """\
-CPU seconds of a run at pool 72 and stock's calls, measured on a busy machine: search-qei and
-search-qei-index 6, hbbops 4, search-random and search-tpe 1, the others under 0.5; search-qei 17 at twice the
-calls, 13 with q = 1, 19 with a pool of 162. With 40 seeds that makes, in CPU hours: headline 1.1, means 0.2,
-budgets 0.9, q 0.5, pools 0.6, shuffled 0.2, few-shot 0.3. Finished cells are kept, so that a run can be
-stopped and taken up again."""
+CPU seconds of a run at pool 72 and stock's calls: search-qei and search-qei-index 2.5, hbbops, search-random
+and search-tpe 1, the others under 0.3; search-qei 5.5 at twice the calls, 6 with q = 1, 4.5 with a pool of
+162. With 40 seeds that makes, in CPU hours: headline 0.4, means 0.1, budgets 0.5, q 0.2, pools 0.2, shuffled
+0.1, few-shot 0.1. Finished cells are kept, so that a run can be stopped and taken up again."""
 
 
 def measure(cell: Cell, seed: int) -> dict[str, float]:
