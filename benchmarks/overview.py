@@ -51,12 +51,18 @@ def _regrets(axes: Axes, rows: Sequence[Cell], across: str) -> None:
 
 
 def _short(name: str) -> str:
-    words = {"gsm8k llama33 70b": "GSM8K", "agnews llama33 70b s42": "AG News", "subj": "Subj"}
+    words = {
+        "gsm8k llama33 70b": "GSM8K",
+        "agnews llama33 70b s42": "AG News",
+        "means subj qwen25 32b": "Subj, Qwen, means",
+        "subj llama33 70b s42": "Subj, Llama",
+        "subj qwen25 32b s42": "Subj, Qwen",
+        " + ": "\n+ ",
+    }
     text = pretty(name)
     for old, new in words.items():
         text = text.replace(old, new)
-    text = text.replace(" llama33 70b s42", ", Llama").replace(" qwen25 32b s42", ", Qwen")
-    return text.replace(" + ", "\n+ ")
+    return text
 
 
 def _times(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
