@@ -36,8 +36,8 @@ POOL, N_VAL = 72, 200
 STOCK_TRIALS = {2: 28, 3: 43}
 COMPARED = ("stock-tpe", "stock-random", "search-random", "search-qei-index", "search-qei")
 COST = """\
-CPU seconds of a run: search-qei and search-qei-index 9 with 2 stages and 20 with 3, the others under 5. With 10
-seeds that makes 0.1 CPU hours for 2 stages and 0.2 for 3. Finished cells are kept."""
+CPU seconds of a run: search-qei and search-qei-index 9 with 2 stages and 20 with 3, the others under 5. With
+10 seeds that makes 0.1 CPU hours for 2 stages and 0.2 for 3. Finished cells are kept."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Every cell is a process of its own, with one thread: it fills a study with made-up trials (blocks of 10 of 200
 examples, scores recorded as a search records them), proposes once on another small study, and then asks four
 times in a row. Time is the median of up to three studies; memory is what the process grew by meanwhile. All
-cells together take about a quarter of an hour.
+cells together take about eight minutes.
 """
 
 from __future__ import annotations
