@@ -136,7 +136,7 @@ def test_a_broken_pool_that_was_given_ends_the_search_with_what_was_measured(tmp
     assert ended.total() - len(ended) <= 4
 
 
-def test_what_cannot_travel_is_refused_before_any_call(tmp_path: Path) -> None:
+def test_what_cannot_travel_is_refused_before_any_call(undisturbed: SearchResult, tmp_path: Path) -> None:
     """A score with a lock is named, no call is made, and threads take it."""
     score = Written(tmp_path / "log")
     score.lock = threading.Lock()  # type: ignore[attr-defined]
@@ -144,7 +144,7 @@ def test_what_cannot_travel_is_refused_before_any_call(tmp_path: Path) -> None:
         run(score, executor=Distant())
     assert not (tmp_path / "log").exists()
     with ThreadPoolExecutor(2) as pool:
-        assert run(score, executor=pool).calls == CALLS
+        assert run(score, executor=pool).calls == undisturbed.calls
 
 
 class Homesick:
@@ -220,7 +220,8 @@ def test_usage_comes_back(undisturbed: SearchResult) -> None:
     result = run(costly, executor=Distant())
     assert trials_of(result) == trials_of(undisturbed)
     used = result.usage.total
-    assert (used.lm_calls, used.prompt_tokens, used.cost) == (2 * CALLS, 10 * CALLS, 0.5 * CALLS)
+    calls = undisturbed.calls
+    assert (used.lm_calls, used.prompt_tokens, used.cost) == (2 * calls, 10 * calls, 0.5 * calls)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,8 @@ def test_infrastructure_errors_are_retried(
     """An error comes back with its type: another attempt is made, and counted."""
     result = run(Raising(tmp_path / "log", error), executor=Distant())
     assert trials_of(result) == trials_of(undisturbed)
-    assert result.usage.total.program_calls == CALLS + 1 == written(tmp_path / "log", "start").total()
+    made = result.usage.total.program_calls
+    assert made == undisturbed.calls + 1 == written(tmp_path / "log", "start").total()
 
 
 def test_a_bad_score_stops_the_search(tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_a_call_that_its_executor_gives_up_is_made_again(undisturbed: SearchResu
     """A cancelled future is a lost worker, as Dask's are when its scheduler loses them."""
     result = run(value, executor=Losing(3), retry=RetryPolicy(max_wait=0.01))
     assert trials_of(result) == trials_of(undisturbed)
-    assert result.usage.total.program_calls == CALLS + 3
+    assert result.usage.total.program_calls == undisturbed.calls + 3
 
 
 RELEASE = threading.Event()
@@ -288,7 +290,7 @@ def test_a_call_that_hangs_is_given_up(undisturbed: SearchResult) -> None:
     result = run(hanging, executor=Distant(8), retry=RetryPolicy(timeout=0.2, max_wait=0.01))
     RELEASE.set()
     assert trials_of(result) == trials_of(undisturbed)
-    assert result.usage.total.program_calls > CALLS
+    assert result.usage.total.program_calls > undisturbed.calls
 
 
 def test_a_stop_withdraws_what_has_not_begun() -> None:
