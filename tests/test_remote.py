@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from embedders import letters
 from remote_scores import TEXTS, Distant, HangingOnce, N, Raising, Written, value, written
+from tasks import is_spent
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.calls.attempts import RetryPolicy
@@ -60,8 +61,10 @@ def processes() -> ProcessPoolExecutor:
 
 @pytest.fixture(scope="module")
 def undisturbed() -> SearchResult:
-    """The search on threads of its own."""
-    return run(value)
+    """The search on threads of its own, which spends its budget as far as anything can still win."""
+    result = run(value)
+    assert is_spent(result, CALLS)
+    return result
 
 
 @pytest.fixture(scope="module")
