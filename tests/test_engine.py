@@ -546,14 +546,26 @@ def test_large_pools_have_the_same_trials_under_any_timing() -> None:
 
 
 def test_the_last_rounds_of_a_large_pool_measure_the_leader_as_well() -> None:
-    """On up to half a round's calls at a time, from half of the budget on; what that saves is not spent."""
+    """On up to half a round's calls at a time, from half of the budget on; no pair is asked for twice."""
     scores = Scores()
     result = run(scores, num_threads=64, max_calls=400)
     sizes = [len(t.user_attrs[EXAMPLES]) for t in result.study.trials]
     assert max(scores.asked.values()) == 1
     assert 10 in sizes
     assert sum(sizes[: sizes.index(10)]) >= 200
-    assert 400 - N < result.calls <= 400
+    assert 400 - 10 < result.calls <= 400
+
+
+def test_a_large_pool_drains_once_for_its_finalists() -> None:
+    """All is begun while three rounds and more are awaited, and three rivals of the baseline end full."""
+    begun: list[int] = []
+    callbacks = [lambda study, trial: begun.append(len(study.trials))]
+    result = run(num_threads=64, max_calls=400, callbacks=callbacks)
+    assert begun.count(len(result.study.trials)) > 3 * 4
+    measured: Counter[tuple[int, ...]] = Counter()
+    for trial in result.study.trials:
+        measured[SPACE.row(trial.params)] += len(trial.user_attrs[EXAMPLES])
+    assert list(measured.values()).count(N) >= 1 + 3
 
 
 def test_in_large_pools_the_rest_of_the_baseline_fills_idle_workers() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +18,7 @@ from mpromptune.plans.schedule import (
     partition,
     stock_calls,
 )
+from mpromptune.studies.ledger import Ledger
 
 A, B = (0,), (1,)
 
@@ -60,6 +64,19 @@ def test_winner_and_baseline_are_kept_back() -> None:
     assert plan.available(winner=B) == 8
     assert plan.available() == 6
     assert schedule(max_calls=20, confirm=False).available() == 20
+
+
+def test_calls_are_kept_back_for_several_finalists_at_their_price() -> None:
+    """Of 20 calls, 4 spent: A and B lack 4 each and C all 6, at twice the price of the others."""
+    plan = schedule(max_calls=20)
+    plan.assign(A, (0, 1))
+    plan.assign(B, (0, 1))
+    assert plan.available_beside([B, (2,)]) == 16 - 4 - 4 - 6
+    plan.price = lambda row: 1.0 + (row == (2,))
+    assert plan.cost([B, (2,)]) == 4 + 2 * 6
+    assert plan.available_beside([(2,), A]) == 16 - 4 - 12
+    plan.confirm = False
+    assert plan.available_beside([B, (2,)]) == 16
 
 
 def test_what_cannot_be_finished_is_closed() -> None:
@@ -129,3 +146,46 @@ def test_a_large_pool_has_fewer_rounds_in_flight_towards_the_end(
     assert rounds == [(8, 2), (8, 2), (6, 2), (6, 2), (4, 2), (4, 2)]
     parts.confirm = False
     assert large.rounds_now() == 8
+
+
+def large_pool(max_calls: int, measured: dict[tuple[int], int]) -> tuple[BlockPlan, Any]:
+    """A plan whose baseline is full, and whose rivals, the best first, have so many of 40 examples."""
+    parts = Schedule(40, partition(40, 10, seed=0), max_calls, baseline=A)
+    ledger = Ledger()
+    for row, n in {A: 40, **measured}.items():
+        parts.assign(row, range(n))
+        ledger.add(row, dict.fromkeys(range(n), 0.5))
+    ranked = SimpleNamespace(ledger=ledger, best_first=lambda rows: [(row, 0.5) for row in rows])
+    return BlockPlan(parts, 12, batch_size=4, rounds_in_flight=8), ranked
+
+
+@pytest.mark.parametrize(
+    ("max_calls", "alone", "asked"),
+    [
+        (210, False, [None, None]),  # 50 left, 30 of them for three finalists: two blocks to explore with
+        (205, False, [(1,), (2,), (3,)]),  # less than half a round of 40 is free
+        (190, False, [(1,), (2,), (3,)]),
+        (189, False, []),  # three cannot be paid any more: who leads will be known when all is told
+        (189, True, [(1,)]),
+    ],
+)
+def test_a_large_pool_asks_for_three_finalists_at_once(
+    max_calls: int, alone: bool, asked: list[tuple[int] | None]
+) -> None:
+    """As soon as what else is left is less than half a round, and while other rounds come in."""
+    plan, known = large_pool(max_calls, {(row,): 30 for row in (1, 2, 3, 4)})
+    requests = []
+    for request in plan.next_round(known, alone):
+        requests.append(request.row)
+        row = request.row or (9 + len(requests),)
+        plan.assign(row, request.examples(row, 0))
+    # What explores towards the end comes with calls for the leader.
+    assert requests[:3] == [*asked, (1,)] if None in asked else requests == asked
+
+
+def test_finalists_take_no_more_than_a_third_of_the_budget() -> None:
+    """Of 240 calls, three that lack 35 would take 105 and two take 70, beside which ten are left."""
+    plan, known = large_pool(
+        240, {**{(row,): 5 for row in (1, 2, 3, 4)}, **{(row,): 25 for row in range(5, 9)}}
+    )
+    assert [request.row for request in plan.next_round(known, alone=False)] == [(1,), (2,)]

@@ -131,14 +131,18 @@ class Schedule:
         With `confirm`, the baseline's missing examples and the winner's are kept back; of a winner
         that is not known yet, all examples, at the highest price.
         """
-        if not self.confirm:
-            return self.remaining
-        kept = len(self.missing(self.baseline)) * self.price(self.baseline)
-        if winner is None:
-            kept += self.n_examples * max([1.0, *map(self.price, self.assigned)])
-        elif winner != self.baseline:
-            kept += len(self.missing(winner)) * self.price(winner)
-        return self.remaining - math.ceil(kept)
+        if winner is not None:
+            return self.available_beside([winner])
+        unknown = self.n_examples * max([1.0, *map(self.price, self.assigned)])
+        return self.remaining - math.ceil(self.confirm * (self.cost([self.baseline]) + unknown))
+
+    def available_beside(self, finalists: Iterable[Row]) -> int:
+        """Calls free for exploration when all ``finalists`` are to end fully measured, with `confirm`."""
+        return self.remaining - math.ceil(self.confirm * self.cost({self.baseline, *finalists}))
+
+    def cost(self, rows: Iterable[Row]) -> float:
+        """What measuring ``rows`` on all that they lack takes, in average calls."""
+        return sum(len(self.missing(row)) * self.price(row) for row in rows)
 
     def is_open(self, row: Row) -> bool:
         """Whether measuring ``row`` further could matter.
