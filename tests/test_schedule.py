@@ -160,22 +160,21 @@ def large_pool(max_calls: int, measured: dict[tuple[int], int]) -> tuple[BlockPl
 
 
 @pytest.mark.parametrize(
-    ("max_calls", "alone", "asked"),
+    ("max_calls", "asked"),
     [
-        (210, False, [None, None]),  # 50 left, 30 of them for three finalists: two blocks to explore with
-        (205, False, [(1,), (2,), (3,)]),  # less than half a round of 40 is free
-        (190, False, [(1,), (2,), (3,)]),
-        (189, False, []),  # three cannot be paid any more: who leads will be known when all is told
-        (189, True, [(1,)]),
+        (210, [None, None]),  # 50 left, 30 of them for three finalists: two blocks to explore with
+        (205, [(1,), (2,), (3,)]),  # less than half a round of 40 is free
+        (190, [(1,), (2,), (3,)]),
+        (189, [(1,), (2,)]),  # three cannot be paid any more
     ],
 )
 def test_a_large_pool_asks_for_three_finalists_at_once(
-    max_calls: int, alone: bool, asked: list[tuple[int] | None]
+    max_calls: int, asked: list[tuple[int] | None]
 ) -> None:
     """As soon as what else is left is less than half a round, and while other rounds come in."""
     plan, known = large_pool(max_calls, {(row,): 30 for row in (1, 2, 3, 4)})
     requests = []
-    for request in plan.next_round(known, alone):
+    for request in plan.next_round(known, alone=False):
         requests.append(request.row)
         row = request.row or (9 + len(requests),)
         plan.assign(row, request.examples(row, 0))
@@ -189,3 +188,22 @@ def test_finalists_take_no_more_than_a_third_of_the_budget() -> None:
         240, {**{(row,): 5 for row in (1, 2, 3, 4)}, **{(row,): 25 for row in range(5, 9)}}
     )
     assert [request.row for request in plan.next_round(known, alone=False)] == [(1,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("measured", "max_calls", "at_once"),
+    [
+        (30, 90, True),  # 20 left, 10 of them for the leader
+        (20, 95, True),
+        (19, 95, False),  # what is awaited may still make another one the leader
+        (5, 82, False),
+    ],
+)
+def test_one_finalist_is_waited_for_unless_it_is_well_known(
+    measured: int, max_calls: int, at_once: bool
+) -> None:
+    """A large pool asks for it before all is told if it leads with half of the examples measured."""
+    plan, known = large_pool(max_calls, {B: measured})
+    assert [request.row for request in plan.next_round(known, alone=False)] == [B] * at_once
+    plan, known = large_pool(max_calls, {B: measured})
+    assert [request.row for request in plan.next_round(known, alone=True)] == [B]

@@ -98,7 +98,7 @@ def search(
         n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
         max_calls: Calls of ``score`` to spend. Fewer are spent when no configuration that
             could still win, and be fully measured, is left. With more than 40 threads, less than half a
-            round stays unspent too, as does what was kept back for a winner that is measured already.
+            round may stay unspent too, or what was kept back for a winner that is measured already.
         sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
         num_threads: Calls in flight at once.
         batch_size: Configurations per round (q); by default as before in a study that is gone on with,

@@ -23,9 +23,9 @@ from mpromptune.studies.ledger import Examples, Ledger
 _NARROWING = {0.75: (0.5, 12), 0.5: (0.25, 6)}
 # NOTE: a large pool pays for so many finalists at once, while its last rounds come in, instead of waiting to
 # know the one: it drains once, not two or three times, and spends all of its calls. In a simulation of 64
-# workers 0.90 of their time is used instead of 0.84 (2130 calls; of 1630, 0.86 instead of 0.82), and regrets
-# are as before: GSM8K s43 1.1 and 0.9, s42 1.6 and 1.4, AG News 0.9 and 1.2 (80 seeds, +-0.2). Without
-# fewer rounds in flight towards the end as well it would be 0.91, and 1.9 and 2.1 on GSM8K (40 seeds).
+# workers and 1630 calls 0.87 of their time is used instead of 0.82, and regrets are as before: GSM8K s43 1.0
+# and 0.9, AG News 0.9 and 1.2, s42 1.5 and 1.4 (70 seeds, +-0.2). With as many rounds in flight to the end as
+# before it 0.91 would be used, and regrets on GSM8K were 1.9 and 2.1 (40 seeds).
 # No more than a third of the budget pays for them: where calls are few, those to explore with are worth more.
 _FINALISTS = 3
 _SHARE_OF_FINALISTS = 1 / 3
@@ -193,8 +193,9 @@ class BlockPlan:
         return max(self.schedule.available(self._finalist(known)), 0)
 
     def _can_pay(self, finalists: Sequence[Row]) -> bool:
-        """Whether there are several, and calls for all of them."""
-        return len(finalists) > 1 and self.schedule.available_beside(finalists) >= 0
+        """Whether there are calls for all of them, and enough to have explored with."""
+        share = _SHARE_OF_FINALISTS * self.schedule.max_calls
+        return self.schedule.cost(finalists) <= share and self.schedule.available_beside(finalists) >= 0
 
     def _advance(self, known: Knowledge) -> Iterator[Request]:
         """Up to half a round's calls for who leads: should it win, they need not be made later."""
@@ -217,12 +218,17 @@ class BlockPlan:
                 yield Request(row, self._missing)
 
     def _to_confirm(self, known: Knowledge, alone: bool) -> list[Row]:
-        """The finalist, once the last round has been told; or all, where a large pool can pay for all."""
+        """The finalist, once the last round has been told; or those that a large pool need not wait for."""
         if not known.ledger.scores or self._has_target(known):
             return []
-        if self._is_wide and not self._over and self._can_pay(finalists := self._finalists(known)):
+        if self._is_wide and not self._over and self._are_found(finalists := self._finalists(known)):
             return finalists
         return [self._finalist(known)] if alone else []
+
+    def _are_found(self, finalists: Sequence[Row]) -> bool:
+        """Whether they are several, or one that leads with most examples measured; and can be paid."""
+        is_sure = 2 * self.schedule.cost(finalists[:1]) <= self.n_examples
+        return bool(finalists) and (len(finalists) > 1 or is_sure) and self._can_pay(finalists)
 
     def _finalist(self, known: Knowledge) -> Row:
         """Whom the calls kept back are for: the leader, or the best rival of a baseline that leads.
@@ -234,7 +240,7 @@ class BlockPlan:
     def _finalists(self, known: Knowledge) -> list[Row]:
         """The leader, and as many of the next rivals of the baseline as a large pool pays for with it."""
         rows = [row for row, _ in self._rivals(known, self.baseline)[:_FINALISTS]]
-        while len(rows) > 1 and self.schedule.cost(rows) > _SHARE_OF_FINALISTS * self.schedule.max_calls:
+        while len(rows) > 1 and not self._can_pay(rows):
             rows.pop()
         return rows
 
