@@ -226,9 +226,10 @@ class BlockPlan:
         return [self._finalist(known)] if alone else []
 
     def _are_found(self, finalists: Sequence[Row]) -> bool:
-        """Whether they are several, or one that leads with most examples measured; and can be paid."""
-        is_sure = 2 * self.schedule.cost(finalists[:1]) <= self.n_examples
-        return bool(finalists) and (len(finalists) > 1 or is_sure) and self._can_pay(finalists)
+        """Whether they can be paid, and are several, or one that leads with half of the examples measured."""
+        if not finalists or not self._can_pay(finalists):
+            return False
+        return len(finalists) > 1 or 2 * len(self.schedule.missing(finalists[0])) <= self.n_examples
 
     def _finalist(self, known: Knowledge) -> Row:
         """Whom the calls kept back are for: the leader, or the best rival of a baseline that leads.
