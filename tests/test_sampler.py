@@ -63,6 +63,15 @@ def test_no_text_twice_with_threads() -> None:
     assert len({t.params["text"] for t in study.trials}) == 9
 
 
+def test_a_trial_that_is_overtaken_takes_no_text_twice() -> None:
+    """The first of three trials suggests after the second has made the plan for all of them."""
+    study = study_of(lambda: sampler(min_cold_start=2))
+    study.optimize(objective, n_trials=3)
+    first, second, third = (study.ask() for _ in range(3))
+    texts = [trial.suggest_categorical("text", TEXTS) for trial in (second, first, third)]
+    assert len({*texts, *(t.params["text"] for t in study.trials[:3])}) == 6
+
+
 def test_running_trials_are_pending() -> None:
     """Asks without a tell all differ."""
     study = study_of(lambda: sampler(min_cold_start=2))

@@ -189,7 +189,8 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         if params is None:
             batch = self._propose(study, trial, search_space, others)
             params = batch[0]
-            plan: dict[str, Any] = {"known": known, "batch": batch}
+            late = [t.number for t in others if t.number < trial.number and _is_to_be_proposed(t)]
+            plan: dict[str, Any] = {"known": known, "batch": batch, "late": late}
             study._storage.set_trial_system_attr(trial._trial_id, PLAN, plan)
         return params
 
@@ -290,6 +291,10 @@ def _agrees(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(name in other and repr(other[name]) == repr(value) for name, value in params.items())
 
 
+def _is_to_be_proposed(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.RUNNING and not proposed_params(trial)
+
+
 def _restricted(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
     return {name: params[name] for name in names}
 
@@ -301,8 +306,10 @@ def _next_of_plan(
     leader = next((t for t in reversed(others) if PLAN in t.system_attrs), None)
     if leader is None or leader.system_attrs[PLAN]["known"] != known:
         return None
-    handed_out = [proposed_params(t) for t in others if t.number >= leader.number]
-    for params in leader.system_attrs[PLAN]["batch"]:
+    plan = leader.system_attrs[PLAN]
+    late = plan.get("late", ())  # with threads, an earlier trial may come to the plan after a later one
+    handed_out = [proposed_params(t) for t in others if t.number >= leader.number or t.number in late]
+    for params in plan["batch"]:
         taken = next((i for i, other in enumerate(handed_out) if _agrees(params, other)), None)
         if taken is not None:
             del handed_out[taken]
