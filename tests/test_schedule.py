@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,10 +160,19 @@ def large_pool(max_calls: int, measured: dict[tuple[int], int]) -> tuple[BlockPl
     return BlockPlan(parts, 12, batch_size=4, rounds_in_flight=8), ranked
 
 
+def asked_for(plan: BlockPlan, known: Any) -> Iterator[tuple[tuple[int] | None, int]]:
+    """A round's requests, and how many examples each is for; what explores is new."""
+    for new, request in enumerate(plan.next_round(known, alone=False), start=10):
+        row = request.row or (new,)
+        examples = request.examples(row, 0)
+        plan.assign(row, examples)
+        yield request.row, len(examples)
+
+
 @pytest.mark.parametrize(
     ("max_calls", "asked"),
     [
-        (210, [None, None]),  # 50 left, 30 of them for three finalists: two blocks to explore with
+        (210, [None, None, (1,), (2,), (3,)]),  # 50 left, 30 for three finalists: two blocks to explore with
         (205, [(1,), (2,), (3,)]),  # less than half a round of 40 is free
         (190, [(1,), (2,), (3,)]),
         (189, [(1,), (2,)]),  # three cannot be paid any more
@@ -171,15 +181,15 @@ def large_pool(max_calls: int, measured: dict[tuple[int], int]) -> tuple[BlockPl
 def test_a_large_pool_asks_for_three_finalists_at_once(
     max_calls: int, asked: list[tuple[int] | None]
 ) -> None:
-    """As soon as what else is left is less than half a round, and while other rounds come in."""
+    """With the last blocks to explore with, while other rounds come in; less than half a round is none."""
     plan, known = large_pool(max_calls, {(row,): 30 for row in (1, 2, 3, 4)})
-    requests = []
-    for request in plan.next_round(known, alone=False):
-        requests.append(request.row)
-        row = request.row or (9 + len(requests),)
-        plan.assign(row, request.examples(row, 0))
-    # What explores towards the end comes with calls for the leader.
-    assert requests[:3] == [*asked, (1,)] if None in asked else requests == asked
+    assert list(asked_for(plan, known)) == [(row, 10) for row in asked]
+
+
+def test_the_late_rounds_of_a_large_pool_have_calls_for_the_leader() -> None:
+    """Of 270 calls 110 are left, 50 for three finalists: a round of 40, and half as many for who leads."""
+    plan, known = large_pool(270, {B: 10, **{(row,): 30 for row in (2, 3, 4)}, (5,): 20})
+    assert list(asked_for(plan, known)) == [*[(None, 10)] * 4, (B, 20)]
 
 
 def test_finalists_take_no_more_than_a_third_of_the_budget() -> None:

@@ -111,13 +111,14 @@ class BlockPlan:
         return self._part_in_flight < 1.0
 
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
-        """A round of the search proper; once that is over, what winner and baseline lack."""
+        """A round of the search proper; once nothing else can be explored, what winner and baseline lack."""
         before, is_late = self.schedule.spent, self._is_late
         yield from self._explore(known)
-        if self.schedule.spent == before:
-            yield from self._confirm(known, alone)
-        elif is_late:
+        has_explored = self.schedule.spent > before
+        if has_explored and is_late and self._available(known) > 0:
             yield from self._advance(known)
+        elif is_late or not has_explored:
+            yield from self._confirm(known, alone and not has_explored)
 
     def _explore(self, known: Knowledge) -> Iterator[Request]:
         self._over = self._is_over(known)
