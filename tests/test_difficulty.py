@@ -66,12 +66,33 @@ def test_units_do_not_matter(seed: int, unit: float, origin: float) -> None:
 
 
 def test_the_beta_distribution_is_recovered() -> None:
-    """Four answers each to 3000 examples of Beta(0.8, 0.2)."""
+    """Four answers each to 3000 examples of Beta(0.8, 0.2): of concentration 1."""
     rng = np.random.default_rng(0)
     p = rng.beta(0.8, 0.2, 3000)
     known = difficulty_of((rng.random((4, 3000)) < p).astype(float))
     assert known.mean == pytest.approx(0.8, abs=0.03)
-    assert known.variance == pytest.approx(0.8 * 0.2 / 2.0, rel=0.15)
+    assert known.variance == pytest.approx(known.spread, rel=0.15)
+
+
+def test_after_some_answers_difficulty_is_known_as_well_as_a_beta_distribution_is() -> None:
+    """Variance a b / ((a + b)^2 (a + b + 1)) after k answers, w of them right: the prior is conjugate."""
+    rng = np.random.default_rng(0)
+    scores = (rng.random((4, 300)) < rng.beta(0.8, 0.2, 300)).astype(float)
+    known, k, w = difficulty_of(scores), 4, scores.sum(axis=0)
+    s = (known.spread / known.variance)[0]
+    a, b = s * known.mean + w, s * (1.0 - known.mean) + k - w
+    expected = a * b / ((a + b) ** 2 * (a + b + 1.0))
+    assert 1.0 / (1.0 / known.variance + k / known.spread) == pytest.approx(expected, rel=1e-6)
+
+
+def test_difficulties_of_a_graded_metric_vary_as_far_as_its_scores_do() -> None:
+    """Means of examples around one half with a deviation of a tenth, answers with a hundredth around these."""
+    rng = np.random.default_rng(0)
+    means = np.clip(0.5 + 0.1 * rng.standard_normal(300), 0.01, 0.99)
+    scores = means + 0.01 * rng.standard_normal((4, 300))
+    scores[0, 0], scores[0, 1] = 0.0, 1.0
+    known = difficulty_of(scores)
+    assert np.sqrt(known.variance.mean()) == pytest.approx(0.1, rel=0.3)
 
 
 def test_scores_of_a_graded_metric_vary_less_than_right_and_wrong() -> None:
@@ -88,7 +109,8 @@ def brute_force(scores: np.ndarray, difficulty: Difficulty) -> tuple[np.ndarray,
     at = [(c, e) for c in range(m) for e in range(n) if not np.isnan(scores[c, e])]
     y = np.array([scores[c, e] for c, e in at]) - difficulty.mean
     design = np.array([[difficulty.slope[e] * (c == row) for row in range(m)] for c, e in at])
-    of_difficulty = difficulty.variance * (np.eye(n) - 1.0 / n)  # they add up to zero
+    by_itself = difficulty.variance
+    of_difficulty = np.diag(by_itself) - np.outer(by_itself, by_itself) / by_itself.sum()  # add up to zero
     covariance = np.array(
         [[of_difficulty[e, g] + difficulty.spread[e] * ((c, e) == (d, g)) for d, g in at] for c, e in at]
     )
@@ -101,8 +123,8 @@ def brute_force(scores: np.ndarray, difficulty: Difficulty) -> tuple[np.ndarray,
 def test_the_summary_is_generalised_least_squares(seed: int) -> None:
     """Integrating the difficulties out one configuration at a time is exact."""
     scores = random_scores(seed)
-    spread = np.random.default_rng(seed).uniform(0.02, 0.25, scores.shape[1])
-    difficulty = Difficulty(0.6, 0.1, spread)
+    variance, spread = np.random.default_rng(seed).uniform(0.02, 0.25, (2, scores.shape[1]))
+    difficulty = Difficulty(0.6, variance, spread)
     summary = summarise(scores, difficulty)
     values, covariance = brute_force(scores, difficulty)
     assert summary.values == pytest.approx(values, rel=1e-6, abs=1e-8)
@@ -114,7 +136,7 @@ def test_the_summary_is_generalised_least_squares(seed: int) -> None:
 def test_measured_on_everything_is_the_plain_mean() -> None:
     """Difficulty cancels: what is estimated is the mean of the scores, whatever their weights."""
     scores = np.array([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
-    summary = summarise(scores, Difficulty(0.5, 10.0, np.array([0.2, 0.1, 0.05, 0.2])))
+    summary = summarise(scores, Difficulty(0.5, np.full(4, 10.0), np.array([0.2, 0.1, 0.05, 0.2])))
     assert summary.values[0] - summary.values[1] == pytest.approx(0.5, abs=0.02)
 
 

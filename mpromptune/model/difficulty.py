@@ -6,9 +6,11 @@ Notation
     f_c     mean score of c over all N
     b_e     difficulty of e: deviations from the mean, \sum_e b_e = 0
     v_e     variance of the scores of different configurations on e; \bar v its mean over all N
+    \sigma_e^2  variance of b_e before e has a score
 
 Model
-    .. math:: y_{ce} = b_e + (v_e / \bar v) f_c + \epsilon_{ce}, \quad \epsilon_{ce} \sim N(0, v_e)
+    .. math:: y_{ce} = b_e + (v_e / \bar v) f_c + \epsilon_{ce}, \quad \epsilon_{ce} \sim N(0, v_e), \quad
+        b_e \sim N(0, \sigma_e^2)
 
     An example that everybody gets right says nothing about anybody: where scores hardly vary, a better
     configuration is hardly better, either. It is the Rasch model [Rasch1960]_ to first order: with
@@ -47,16 +49,16 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What is known of the examples.
+    r"""What is known of the examples.
 
     Attributes:
         mean: Mean score over examples.
-        variance: Variance of the difficulty.
+        variance: :math:`\sigma_e^2` of every example.
         spread: :math:`v_e` of every example.
     """
 
     mean: float
-    variance: float
+    variance: FloatArray
     spread: FloatArray
 
     @property
@@ -97,6 +99,9 @@ def difficulty_of(scores: FloatArray) -> Difficulty:
     .. math:: v_e \propto E[p_e (1 - p_e) | k, w] = a b / ((a + b) (a + b + 1)), \quad a = s m + w,
         \quad b = s (1 - m) + k - w
 
+    And :math:`\sigma_e^2 = E[p_e (1 - p_e) | k, w] / s`. With k right or wrong answers of variance v_e the
+    difficulty is then known up to :math:`v_e / (s + k)`, which is the variance of this beta distribution.
+
     Examples that were chosen for their scores do no harm: the choice depends on nothing else.
 
     Args:
@@ -105,16 +110,16 @@ def difficulty_of(scores: FloatArray) -> Difficulty:
     measured = ~np.isnan(scores)
     low, high = (float(np.nanmin(scores)), float(np.nanmax(scores))) if measured.any() else (0.0, 0.0)
     if high <= low:
-        return Difficulty(low, _ALL_EQUAL, np.full(scores.shape[1], _ALL_EQUAL))
+        equal = np.full(scores.shape[1], _ALL_EQUAL)
+        return Difficulty(low, equal, equal)
     unit = high - low
     scaled = np.where(measured, (scores - low) / unit, 0.0)
     k, w = measured.sum(axis=0).astype(float), scaled.sum(axis=0)
     mean, concentration = _beta(k, w)
     a, b = concentration * mean + w, concentration * (1.0 - mean) + k - w
-    spread = np.maximum(a * b / ((a + b) * (a + b + 1.0)), _LEAST_VARIANCE)
-    spread *= _dispersion(scaled, measured, spread)
-    variance = mean * (1.0 - mean) / (concentration + 1.0)
-    return Difficulty(low + unit * mean, unit**2 * variance, unit**2 * spread)
+    binary = np.maximum(a * b / ((a + b) * (a + b + 1.0)), _LEAST_VARIANCE)
+    spread = _dispersion(scaled, measured, binary) * binary
+    return Difficulty(low + unit * mean, unit**2 * binary / concentration, unit**2 * spread)
 
 
 def _beta(k: FloatArray, w: FloatArray) -> tuple[float, float]:
@@ -148,7 +153,7 @@ def summarise(scores: FloatArray, difficulty: Difficulty) -> Summary:
     r"""The likelihood of all scores as a function of f, the difficulties integrated out.
 
     With :math:`a_c = \sum_e s_e^2 / v_e`, :math:`C_{ce} = s_e / v_e` and :math:`D = \operatorname{diag}(1 /
-    \sigma_b^2 + \sum_c 1 / v_e)` over what was measured, the precision of f is
+    \sigma_e^2 + \sum_c 1 / v_e)` over what was measured, the precision of f is
 
     .. math:: P = \operatorname{diag}(a) - C \tilde D^{-1} C^T = \operatorname{diag}(a) - B B^T, \quad
         B = C D^{-1/2} (I - u u^T), \quad u \propto D^{-1/2} 1,
