@@ -61,3 +61,16 @@ def test_what_was_told_counts() -> None:
     assert told.is_outage(run, many=10)
     assert not told.is_empty
     assert Reliability().after(run, run).is_empty
+
+
+def test_an_example_that_fails_for_several_good_configurations_is_unanswerable() -> None:
+    """Where it is answered for fewer of them; who is answered nowhere says nothing of it."""
+    told = Reliability()
+    good, bad, never = [(row, Outcome(1, score=1.0)) for row in (A, B, C)], 0, 2
+    told.note([*good, (A, Outcome(bad, error=KeyError())), (D, Outcome(bad, error=KeyError()))])
+    assert not told.is_unanswerable(bad)  # of A alone: D may be broken
+    told.note([(B, Outcome(bad, error=KeyError())), (B, Outcome(bad, error=KeyError()))])
+    assert told.is_unanswerable(bad)
+    told.note([(C, Outcome(bad, score=1.0)), (C, Outcome(bad, score=1.0))])
+    assert not told.is_unanswerable(bad)
+    assert not told.is_unanswerable(never)

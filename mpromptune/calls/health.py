@@ -53,6 +53,7 @@ class Health:
         """
         answers, run = self._last_failures(mine, in_hand)
         known = self.reliability.after(answers, run)
+        run = [(row, outcome) for row, outcome in run if not known.is_unanswerable(outcome.example)]
         if self._is_barren(mine, run, known):
             return Alarm(f"all {len(mine)} calls of a round failing", run[0][1].error)
         if run and known.is_outage(run, self.outage):

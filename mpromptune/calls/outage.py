@@ -11,12 +11,16 @@ question is how likely they are if every configuration failed by itself:
     1                           for one of these b.
 
 These are Laplace's rule of succession; a candidate that fails always is one event, not many.
+
+Nor is an example that nobody can be asked, say for a filter of the provider's, a sign of anything: what
+configurations lack in the end is such examples, and then nothing but these may be asked.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from mpromptune.calls.execution import Outcome
@@ -27,6 +31,8 @@ from mpromptune.model.space import Row
 # it (5e-5), and so are three new ones that fail (6e-4); two new ones (7e-3), or one of the ten that
 # fails once next to a new one (7e-3), are not.
 _OWN_FAULT = 1e-3
+# Configurations, answered elsewhere, that an example has to fail for before it is held to be its own fault.
+_WITNESSES = 2
 
 Answer = tuple[Row, Outcome]
 
@@ -49,21 +55,28 @@ class Reliability:
     Attributes:
         successes: By configuration.
         failures: By configuration.
+        answered: How often each example was answered.
+        refused: The configurations for which each example failed.
     """
 
     successes: Counter[Row] = field(default_factory=Counter)
     failures: Counter[Row] = field(default_factory=Counter)
+    answered: Counter[int] = field(default_factory=Counter)
+    refused: defaultdict[int, set[Row]] = field(default_factory=lambda: defaultdict(set))
 
     def note(self, answers: Iterable[Answer]) -> None:
         """Learns from calls that came back."""
         for row, outcome in answers:
             self.successes[row] += outcome.score is not None
             self.failures[row] += outcome.error is not None
+            self.answered[outcome.example] += outcome.score is not None
+            if outcome.error is not None:
+                self.refused[outcome.example].add(row)
 
     def after(self, answers: Sequence[Answer], run: Sequence[Answer]) -> Reliability:
         """The same with these answers, but for a run of them that is to be judged."""
         judged = {id(outcome) for _, outcome in run}
-        known = Reliability(self.successes.copy(), self.failures.copy())
+        known = deepcopy(self)
         known.note(answer for answer in answers if id(answer[1]) not in judged)
         return known
 
@@ -71,6 +84,11 @@ class Reliability:
     def is_empty(self) -> bool:
         """Whether nothing was ever answered."""
         return not any(self.successes.values())
+
+    def is_unanswerable(self, example: int) -> bool:
+        """Whether an example fails for configurations that are fine, and for more than it is answered."""
+        witnesses = sum(self.successes[row] > 0 for row in self.refused.get(example, ()))
+        return witnesses >= max(_WITNESSES, self.answered[example] + 1)
 
     def is_outage(self, run: Sequence[Answer], many: int) -> bool:
         """Whether these failures in a row are too unlikely to be the configurations' own.
