@@ -86,7 +86,7 @@ def test_after_some_answers_difficulty_is_known_as_well_as_a_beta_distribution_i
 
 
 def test_difficulties_of_a_graded_metric_vary_as_far_as_its_scores_do() -> None:
-    """Means of examples around one half with a deviation of a tenth, answers with a hundredth around these."""
+    """Examples' means around one half with a deviation of a tenth, answers with a hundredth around these."""
     rng = np.random.default_rng(0)
     means = np.clip(0.5 + 0.1 * rng.standard_normal(300), 0.01, 0.99)
     scores = means + 0.01 * rng.standard_normal((4, 300))

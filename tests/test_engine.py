@@ -229,15 +229,16 @@ def test_a_baseline_that_keeps_failing_stops_the_search() -> None:
         run(score, retry=RetryPolicy(attempts=1))
 
 
-def test_one_bad_example_does_not_stop_the_others() -> None:
-    """Every first trial fails on its one unanswerable example; the search goes on with the rest."""
+@pytest.mark.parametrize("num_threads", [1, 64])
+def test_one_bad_example_does_not_stop_the_others(num_threads: int) -> None:
+    """Every first trial fails on it, and in the end several configurations lack nothing else."""
 
     def score(params: dict[str, int], example: int) -> float:
         if example == 5 and SPACE.row(params) != (0, 0):
             raise ConnectionError("filtered")
         return float(TABLE[SPACE.row(params)][example])
 
-    result = run(score, retry=RetryPolicy(attempts=1), block_size=N, max_calls=200)
+    result = run(score, retry=RetryPolicy(attempts=1), block_size=N, max_calls=200, num_threads=num_threads)
     assert result.best_params == SPACE.params((0, 0))
 
 

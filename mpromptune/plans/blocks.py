@@ -181,30 +181,21 @@ class BlockPlan:
         return self.schedule.missing(row)
 
     def _available(self, known: Knowledge) -> int:
-        """Calls for exploration now; the rest is kept for winner and baseline."""
-        cautious = self.schedule.available()
-        if not known.ledger.scores:
-            return max(cautious, 0)
-        if self._is_wide and self.schedule.confirm and (finalists := self._finalists(known)):
-            # A large pool would idle through small rounds: a third of its time for a tenth of the calls.
-            free = self.schedule.available_beside(finalists) if self._can_pay(finalists) else cautious
-            return free if 2 * free >= self._round_calls else 0
-        if cautious >= self._round_calls:
-            return cautious
-        return max(self.schedule.available(self._finalist(known)), 0)
-
-    def _can_pay(self, finalists: Sequence[Row]) -> bool:
-        """Whether there are calls for all of them, and enough to have explored with."""
-        share = _SHARE_OF_FINALISTS * self.schedule.max_calls
-        return self.schedule.cost(finalists) <= share and self.schedule.available_beside(finalists) >= 0
+        """Calls for exploration now; the rest is kept for finalists and baseline."""
+        free = self.schedule.available()
+        if free - (_FINALISTS - 1) * self.n_examples >= self._round_calls:  # whoever they are
+            return free
+        if known.ledger.scores:
+            free = self.schedule.available_beside(self._finalists(known))
+        # A large pool would idle through small rounds: a third of its time for a tenth of the calls.
+        least = self._round_calls / 2 if self._is_wide and self.schedule.confirm else 1
+        return free if free >= least else 0
 
     def _advance(self, known: Knowledge) -> Iterator[Request]:
         """Up to half a round's calls for who leads: should it win, they need not be made later."""
-        finalists, calls = self._finalists(known), self._round_calls // 2
-        if not self._can_pay(finalists):
-            calls = min(calls, self.schedule.available())
-        leader = next(filter(self.schedule.missing, finalists), None)
-        if leader is not None and calls > 0:
+        calls = self._round_calls // 2
+        leader = next(filter(self.schedule.missing, self._finalists(known)), None)
+        if leader is not None:
             yield Request(leader, lambda row, number: self.schedule.missing(row)[:calls])
 
     def _confirm(self, known: Knowledge, alone: bool) -> Iterator[Request]:
@@ -219,18 +210,17 @@ class BlockPlan:
                 yield Request(row, self._missing)
 
     def _to_confirm(self, known: Knowledge, alone: bool) -> list[Row]:
-        """The finalist, once the last round has been told; or those that a large pool need not wait for."""
+        """Finalists that are found while the last rounds come in; or the one, once all has been told."""
         if not known.ledger.scores or self._has_target(known):
             return []
-        if self._is_wide and not self._over and self._are_found(finalists := self._finalists(known)):
+        if not self._over and self._are_found(finalists := self._finalists(known)):
             return finalists
         return [self._finalist(known)] if alone else []
 
     def _are_found(self, finalists: Sequence[Row]) -> bool:
-        """Whether they can be paid, and are several, or one that leads with half of the examples measured."""
-        if not finalists or not self._can_pay(finalists):
-            return False
-        return len(finalists) > 1 or 2 * len(self.schedule.missing(finalists[0])) <= self.n_examples
+        """Whether they are several, or one that leads with half of the examples measured."""
+        lacking = [len(self.schedule.missing(row)) for row in finalists]
+        return len(lacking) > 1 or any(2 * n <= self.n_examples for n in lacking)
 
     def _finalist(self, known: Knowledge) -> Row:
         """Whom the calls kept back are for: the leader, or the best rival of a baseline that leads.
@@ -240,9 +230,13 @@ class BlockPlan:
         return self._leader(known, apart_from=None if self._over else self.baseline)[0]
 
     def _finalists(self, known: Knowledge) -> list[Row]:
-        """The leader, and as many of the next rivals of the baseline as a large pool pays for with it."""
+        """The leader, and as many of the next rivals of the baseline as can be paid with it.
+
+        Several take no more than a share of the budget, so that enough is explored with.
+        """
         rows = [row for row, _ in self._rivals(known, self.baseline)[:_FINALISTS]]
-        while len(rows) > 1 and not self._can_pay(rows):
+        most = min(_SHARE_OF_FINALISTS * self.schedule.max_calls, self.schedule.available_beside(()))
+        while len(rows) > 1 and self.schedule.cost(rows) > most:
             rows.pop()
         return rows
 
