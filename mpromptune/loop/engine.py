@@ -98,7 +98,7 @@ def search(
         n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
         max_calls: Calls of ``score`` to spend. Fewer are spent when no configuration that
             could still win, and be fully measured, is left. With more than 40 threads, less than half a
-            round may stay unspent too, or what was kept back for a winner that is measured already.
+            round may stay unspent too.
         sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
         num_threads: Calls in flight at once.
         batch_size: Configurations per round (q); by default as before in a study that is gone on with,
@@ -110,8 +110,9 @@ def search(
         study_name: Name of the study in the storage, by default ``"mpromptune"``.
         callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which
             they are told.
-        confirm: Keep calls back so that winner and baseline end measured on every example. With
-            False the winner is the highest posterior mean, whatever it was measured on.
+        confirm: Keep calls back so that winner and baseline end measured on every example, as do two
+            rivals of the winner where a third of the calls pays for all three. With False the winner is
+            the highest posterior mean, whatever it was measured on.
         patience: Stop after so many rounds in a row after which, by the posterior, no open
             configuration is expected to gain over the leader a tenth of a full evaluation's
             standard error. None: never. It cannot judge where all scores are the same.
