@@ -21,11 +21,11 @@ from mpromptune.studies.ledger import Examples, Ledger
 # 0.6, 1.5 and 1.2 in 2 % more time; with two for the last 45 % 0.5, 1.1 and 1.1 in 15 % more (GSM8K s43 and
 # s42, AG News; 30 seeds each).
 _NARROWING = {0.75: (0.5, 12), 0.5: (0.25, 6)}
-# NOTE: a large pool pays for so many finalists at once, while its last rounds come in, instead of waiting to
-# know the one: it drains once, not two or three times, and spends all of its calls. In a simulation of 64
-# workers and 1630 calls 0.87 of their time is used instead of 0.82, and regrets are as before: GSM8K s43 1.0
-# and 0.9, AG News 0.9 and 1.2, s42 1.5 and 1.4 (70 seeds, +-0.2). With as many rounds in flight to the end as
-# before it 0.91 would be used, and regrets on GSM8K were 1.9 and 2.1 (40 seeds).
+# NOTE: so many are paid for at once, while the last rounds come in, instead of waiting to know the one: a
+# pool drains once, not two or three times. In a simulation of 64 workers and 1630 calls 0.89 of their time
+# is used instead of 0.82, and regrets are the same within noise (GSM8K s43 and s42, AG News; +-0.2); with
+# one thread they change by -0.05 +- 0.05. With as many rounds in flight to the end as before it 0.91 would
+# be used, and regrets on GSM8K were 1.9 and 2.1 (40 seeds).
 # No more than a third of the budget pays for them: where calls are few, those to explore with are worth more.
 _FINALISTS = 3
 _SHARE_OF_FINALISTS = 1 / 3
