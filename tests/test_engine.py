@@ -238,8 +238,17 @@ def test_one_bad_example_does_not_stop_the_others(num_threads: int) -> None:
             raise ConnectionError("filtered")
         return float(TABLE[SPACE.row(params)][example])
 
-    result = run(score, retry=RetryPolicy(attempts=1), block_size=N, max_calls=200, num_threads=num_threads)
-    assert result.best_params == SPACE.params((0, 0))
+    given = {"retry": RetryPolicy(attempts=1), "block_size": N, "max_calls": 200, "num_threads": num_threads}
+    assert run(score, **given).best_params == SPACE.params((0, 0))
+
+    def halt(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if trial.number == 5:
+            raise RuntimeError("halt")
+
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(SearchStoppedError, match="halt"):
+        run(score, **given, storage=storage, callbacks=[halt])
+    assert run(score, **given, storage=storage).best_params == SPACE.params((0, 0))
 
 
 def test_an_outage_in_the_last_small_rounds_is_noticed() -> None:
@@ -586,6 +595,12 @@ def test_large_pools_confirm_a_winner_from_the_smallest_budget_on(max_calls: int
     result = run(lambda params, e: float(params != baseline), num_threads=64, max_calls=max_calls)
     assert result.best_score == 1.0
     assert max_calls - 4 * 5 // 2 <= result.calls <= max_calls
+
+
+def test_the_smallest_budget_is_enough_where_half_a_round_is_more_than_a_configuration() -> None:
+    """Rounds of 25 blocks, in a pool of 128 threads: the baseline and one rival are measured all the same."""
+    result = run(num_threads=128, max_calls=2 * N)
+    assert result.calls == 2 * N
 
 
 @pytest.mark.parametrize("max_calls", [1, 3, 15, 31, 35])

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import Outcome
+from mpromptune.calls.health import Alarm, Health
 from mpromptune.calls.outage import Answer, Reliability, last_failures
 
 A, B, C, D = ((i,) for i in range(4))
 
 
 def calls(script: str, start: int = 0) -> list[Answer]:
-    """``"A+ B-"``: A was answered, then B failed; one example each."""
+    """``"A+ B-"``: A was answered, then B failed; one example each, unless as in ``"A-0"``."""
     rows = {"A": A, "B": B, "C": C, "D": D}
-    return [
-        (rows[row], Outcome(i, score=1.0, order=i) if sign == "+" else Outcome(i, error=KeyError(), order=i))
-        for i, (row, sign) in enumerate(script.split(), start)
-    ]
+    answers = []
+    for i, (row, sign, *example) in enumerate(script.split(), start):
+        answer = {"score": 1.0} if sign == "+" else {"error": KeyError()}
+        answers.append((rows[row], Outcome(int("".join(example) or i), order=i, **answer)))
+    return answers
 
 
 def judged(script: str, many: int = 10) -> bool:
@@ -45,6 +48,8 @@ def test_only_failures_after_the_last_success_count() -> None:
         ("A+ " * 50 + "A- " * 9, False),  # one configuration may have met a bad stretch of examples
         ("A+ " * 50 + "A- " * 10, True),  # but no longer one than a block
         ("A+ A- " * 20 + "A+ A- A- A- B-", False),  # A fails every other time
+        ("A+ " * 10 + "B+ " * 10 + "C+ " * 10 + "A-0 B-0 C-0", False),  # of one example, which may be bad
+        ("A+ " * 10 + "B+ " * 10 + "C+ " * 10 + "A-0 B-0 C-1", True),
     ],
 )
 def test_who_fails_decides(script: str, outage: bool) -> None:
@@ -74,3 +79,31 @@ def test_an_example_that_fails_for_several_good_configurations_is_unanswerable()
     told.note([(C, Outcome(bad, score=1.0)), (C, Outcome(bad, score=1.0))])
     assert not told.is_unanswerable(bad)
     assert not told.is_unanswerable(never)
+
+
+def health_after(script: str) -> tuple[Health, Alarm | None]:
+    """After a round of one call each, in a run whose outages are ten failures; and the last alarm."""
+    health = Health(lambda outcome: None if outcome.error is None else Verdict.RETRY, outage=10)
+    alarm = None
+    for number, call in enumerate(script.split()):
+        answers = calls(call, start=number)
+        alarm = health.check(answers, lambda answers=answers: (answers, []))
+    return health, alarm
+
+
+def test_unanswerable_examples_neither_end_a_search_nor_are_signs_of_life() -> None:
+    """Ten rounds without an answer are an outage; in between, those of such an example do not count."""
+    fine = "A+1 B+2 A-0 B-0 A+3 "  # who asks for example 0 next is not answered either
+    assert health_after(fine + "C-0 D-0 " * 20)[1] is None
+    assert health_after(fine + "C-5 D-0 " * 9)[1] is None
+    assert health_after(fine + "C-5 D-0 " * 9 + "C-5")[1] is not None
+
+
+def test_failures_of_an_earlier_run_are_recalled() -> None:
+    """They count where the configuration was answered on something, then or now."""
+    health, _ = health_after("A+1 B+2")
+    health.recall(A, 0)
+    health.recall(C, 0)
+    assert not health.reliability.is_unanswerable(0)
+    health.recall(B, 0)
+    assert health.reliability.is_unanswerable(0)

@@ -62,7 +62,7 @@ def test_winner_and_baseline_are_kept_back() -> None:
     plan = schedule(max_calls=20)
     plan.assign(A, (0, 1))
     plan.assign(B, (0, 1))
-    assert plan.available(winner=B) == 8
+    assert plan.available_beside([B]) == 8
     assert plan.available() == 6
     assert schedule(max_calls=20, confirm=False).available() == 20
 
@@ -115,7 +115,7 @@ def test_a_round_occupies_every_worker() -> None:
 @pytest.mark.parametrize(
     ("num_threads", "batch_size", "rounds"), [(1, 4, 2), (40, 4, 2), (64, 7, 4), (128, 13, 4), (128, 4, 13)]
 )
-def test_rounds_in_flight_hold_four_items_for_every_worker_of_a_large_pool(
+def test_rounds_in_flight_hold_four_items_for_every_worker_of_a_late(
     num_threads: int, batch_size: int, rounds: int
 ) -> None:
     """ceil(4 x threads / (q x 10)) above 40 threads, two up to there."""
@@ -149,7 +149,7 @@ def test_a_large_pool_has_fewer_rounds_in_flight_towards_the_end(
     assert large.rounds_now() == 8
 
 
-def large_pool(max_calls: int, measured: dict[tuple[int], int]) -> tuple[BlockPlan, Any]:
+def late(max_calls: int, measured: dict[tuple[int], int], in_flight: int = 8) -> tuple[BlockPlan, Any]:
     """A plan whose baseline is full, and whose rivals, the best first, have so many of 40 examples."""
     parts = Schedule(40, partition(40, 10, seed=0), max_calls, baseline=A)
     ledger = Ledger()
@@ -157,7 +157,7 @@ def large_pool(max_calls: int, measured: dict[tuple[int], int]) -> tuple[BlockPl
         parts.assign(row, range(n))
         ledger.add(row, dict.fromkeys(range(n), 0.5))
     ranked = SimpleNamespace(ledger=ledger, best_first=lambda rows: [(row, 0.5) for row in rows])
-    return BlockPlan(parts, 12, batch_size=4, rounds_in_flight=8), ranked
+    return BlockPlan(parts, 12, batch_size=4, rounds_in_flight=in_flight), ranked
 
 
 def asked_for(plan: BlockPlan, known: Any) -> Iterator[tuple[tuple[int] | None, int]]:
@@ -169,51 +169,43 @@ def asked_for(plan: BlockPlan, known: Any) -> Iterator[tuple[tuple[int] | None, 
         yield request.row, len(examples)
 
 
+BLOCK, FINALISTS = (None, 10), [((1,), 10), ((2,), 10), ((3,), 10)]
+
+
 @pytest.mark.parametrize(
-    ("max_calls", "asked"),
+    ("max_calls", "large", "small"),
     [
-        (210, [None, None, (1,), (2,), (3,)]),  # 50 left, 30 for three finalists: two blocks to explore with
-        (205, [(1,), (2,), (3,)]),  # less than half a round of 40 is free
-        (190, [(1,), (2,), (3,)]),
-        (189, [(1,), (2,)]),  # three cannot be paid any more
+        (210, [BLOCK, BLOCK, *FINALISTS], [BLOCK, BLOCK]),  # 50 left, 30 of them for three finalists
+        (205, FINALISTS, [BLOCK, (None, 5)]),  # less than half a round of 40 is free
+        (190, FINALISTS, FINALISTS),
+        (189, FINALISTS[:2], [(None, 9)]),  # three cannot be paid any more
     ],
 )
-def test_a_large_pool_asks_for_three_finalists_at_once(
-    max_calls: int, asked: list[tuple[int] | None]
-) -> None:
-    """With the last blocks to explore with, while other rounds come in; less than half a round is none."""
-    plan, known = large_pool(max_calls, {(row,): 30 for row in (1, 2, 3, 4)})
-    assert list(asked_for(plan, known)) == [(row, 10) for row in asked]
+def test_three_finalists_are_asked_for_at_once(max_calls: int, large: list[Any], small: list[Any]) -> None:
+    """While other rounds come in; in a large pool, where few calls are not explored with, sooner."""
+    measured = {(row,): 30 for row in (1, 2, 3, 4)}
+    assert list(asked_for(*late(max_calls, measured))) == large
+    assert list(asked_for(*late(max_calls, measured, in_flight=2))) == small
 
 
 def test_the_late_rounds_of_a_large_pool_have_calls_for_the_leader() -> None:
     """Of 270 calls 110 are left, 50 for three finalists: a round of 40, and half as many for who leads."""
-    plan, known = large_pool(270, {B: 10, **{(row,): 30 for row in (2, 3, 4)}, (5,): 20})
+    plan, known = late(270, {B: 10, **{(row,): 30 for row in (2, 3, 4)}, (5,): 20})
     assert list(asked_for(plan, known)) == [*[(None, 10)] * 4, (B, 20)]
 
 
 def test_finalists_take_no_more_than_a_third_of_the_budget() -> None:
     """Of 240 calls, three that lack 35 would take 105 and two take 70, beside which ten are left."""
-    plan, known = large_pool(
-        240, {**{(row,): 5 for row in (1, 2, 3, 4)}, **{(row,): 25 for row in range(5, 9)}}
-    )
+    plan, known = late(240, {**{(row,): 5 for row in (1, 2, 3, 4)}, **{(row,): 25 for row in range(5, 9)}})
     assert [request.row for request in plan.next_round(known, alone=False)] == [(1,), (2,)]
 
 
-@pytest.mark.parametrize(
-    ("measured", "max_calls", "at_once"),
-    [
-        (30, 90, True),  # 20 left, 10 of them for the leader
-        (20, 95, True),
-        (19, 95, False),  # what is awaited may still make another one the leader
-        (5, 82, False),
-    ],
-)
+@pytest.mark.parametrize("in_flight", [2, 8])
+@pytest.mark.parametrize(("measured", "at_once"), [(30, True), (20, True), (19, False), (5, False)])
 def test_one_finalist_is_waited_for_unless_it_is_well_known(
-    measured: int, max_calls: int, at_once: bool
+    measured: int, at_once: bool, in_flight: int
 ) -> None:
-    """A large pool asks for it before all is told if it leads with half of the examples measured."""
-    plan, known = large_pool(max_calls, {B: measured})
-    assert [request.row for request in plan.next_round(known, alone=False)] == [B] * at_once
-    plan, known = large_pool(max_calls, {B: measured})
-    assert [request.row for request in plan.next_round(known, alone=True)] == [B]
+    """If it has half of the examples: otherwise what is awaited may still make another one the leader."""
+    for alone, asked in ((False, [B] * at_once), (True, [B])):
+        plan, known = late(80, {B: measured}, in_flight)  # there are calls for nothing else
+        assert [request.row for request in plan.next_round(known, alone)] == asked

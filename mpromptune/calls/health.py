@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.calls.execution import Outcome
-from mpromptune.calls.outage import Answer, Reliability, last_failures
+from mpromptune.calls.outage import Answer, Reliability, are_several, last_failures
+from mpromptune.model.space import Row
 
 # Small rounds in a row without a single answer that are read as an outage.
 _BARREN_ROUNDS = 10
@@ -36,7 +37,7 @@ class Health:
 
     Attributes:
         verdict: On a failed outcome; None for a scored or a skipped one.
-        outage: Failures in a round that are read as an outage, though all of one configuration.
+        outage: Failures in a round that are read as an outage, though all of one configuration or example.
     """
 
     verdict: Callable[[Outcome], Verdict | None]
@@ -51,9 +52,12 @@ class Health:
             mine: The round's answers.
             in_hand: Those of all rounds in flight.
         """
-        answers, run = self._last_failures(mine, in_hand)
-        known = self.reliability.after(answers, run)
-        run = [(row, outcome) for row, outcome in run if not known.is_unanswerable(outcome.example)]
+        answers, failures = self._last_failures(mine, in_hand)
+        known = self.reliability.after(answers, failures)
+        run = [(row, outcome) for row, outcome in failures if not known.is_unanswerable(outcome.example)]
+        if failures and not run:
+            self.reliability.note(mine)
+            return None
         if self._is_barren(mine, run, known):
             return Alarm(f"all {len(mine)} calls of a round failing", run[0][1].error)
         if run and known.is_outage(run, self.outage):
@@ -61,13 +65,17 @@ class Health:
         self.reliability.note(mine)
         return None
 
+    def recall(self, row: Row, example: int) -> None:
+        """Learns of a failure in an earlier run."""
+        self.reliability.refused[example].add(row)
+
     def _is_barren(self, mine: Sequence[Answer], run: Sequence[Answer], known: Reliability) -> bool:
         """Whether a round without any answer is the infrastructure's doing."""
         barren = bool(run) and all(outcome.error is not None for _, outcome in mine)
         infrastructure = {self.verdict(outcome) for _, outcome in mine} <= INFRASTRUCTURE
         self.barren = self.barren + 1 if barren and infrastructure else 0
         many = self.barren >= _BARREN_ROUNDS or (self.barren and len(mine) >= self.outage)
-        several = len({row for row, _ in mine}) > 1 and (self.barren or known.is_empty)
+        several = are_several(mine) and (self.barren or known.is_empty)
         return bool(barren and (several or many))
 
     def _last_failures(self, mine: Sequence[Answer], in_hand: InHand) -> tuple[list[Answer], list[Answer]]:

@@ -48,6 +48,11 @@ def last_failures(answers: Iterable[Answer]) -> list[Answer]:
     return run
 
 
+def are_several(failures: Sequence[Answer]) -> bool:
+    """Whether they are of more than one configuration, and of more than one example."""
+    return len({row for row, _ in failures}) > 1 and len({outcome.example for _, outcome in failures}) > 1
+
+
 @dataclass
 class Reliability:
     """How often each configuration was answered, and how often it failed.
@@ -95,9 +100,9 @@ class Reliability:
 
         Args:
             run: The failures.
-            many: So many it takes where they are all of one configuration.
+            many: So many it takes where they are all of one configuration, or of one example.
         """
-        if len({row for row, _ in run}) < 2 and len(run) < many:
+        if not are_several(run) and len(run) < many:
             return False
         likelihood = 1.0
         for row, times in Counter(row for row, _ in run).items():

@@ -162,6 +162,8 @@ class Coordinator:
         if asked.trial is not None and example not in asked.scores:
             params, keep = self.space.params(asked.row), partial(self._keep, asked)
             return self.workers.submit(params, example, keep, idle, asked.trial._trial_id)
+        if example not in asked.scores:
+            self.health.recall(asked.row, example)
         measured: Future[Outcome] = Future()
         measured.set_result(Outcome(example, asked.scores.get(example)))
         return measured

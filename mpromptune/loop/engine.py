@@ -110,9 +110,9 @@ def search(
         study_name: Name of the study in the storage, by default ``"mpromptune"``.
         callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which
             they are told.
-        confirm: Keep calls back so that winner and baseline end measured on every example, as do two
-            rivals of the winner where a third of the calls pays for all three. With False the winner is
-            the highest posterior mean, whatever it was measured on.
+        confirm: Keep calls back so that winner and baseline end measured on every example. The winner
+            is one of up to three finalists, as far as a third of the calls pays for more than one. With
+            False it is the highest posterior mean, whatever it was measured on.
         patience: Stop after so many rounds in a row after which, by the posterior, no open
             configuration is expected to gain over the leader a tenth of a full evaluation's
             standard error. None: never. It cannot judge where all scores are the same.

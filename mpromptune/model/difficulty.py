@@ -6,7 +6,7 @@ Notation
     f_c     mean score of c over all N
     b_e     difficulty of e: deviations from the mean, \sum_e b_e = 0
     v_e     variance of the scores of different configurations on e; \bar v its mean over all N
-    \sigma_e^2  variance of b_e before e has a score
+    \sigma_e^2  prior variance of b_e, by what is known of e
 
 Model
     .. math:: y_{ce} = b_e + (v_e / \bar v) f_c + \epsilon_{ce}, \quad \epsilon_{ce} \sim N(0, v_e), \quad

@@ -111,7 +111,10 @@ class BlockPlan:
         return self._part_in_flight < 1.0
 
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
-        """A round of the search proper; once nothing else can be explored, what winner and baseline lack."""
+        """A round of the search proper; once nothing else can be explored, what finalists and baseline lack.
+
+        Towards the end of a large pool's search, part of what the leader lacks comes with every round.
+        """
         before, is_late = self.schedule.spent, self._is_late
         yield from self._explore(known)
         has_explored = self.schedule.spent > before
@@ -183,17 +186,19 @@ class BlockPlan:
     def _available(self, known: Knowledge) -> int:
         """Calls for exploration now; the rest is kept for finalists and baseline."""
         free = self.schedule.available()
-        if free - (_FINALISTS - 1) * self.n_examples >= self._round_calls:  # whoever they are
-            return free
-        if known.ledger.scores:
-            free = self.schedule.available_beside(self._finalists(known))
+        if not known.ledger.scores:
+            return max(free, 0)
+        if free - (_FINALISTS - 1) * self.n_examples >= self._round_calls:
+            return free  # enough for a round, whoever they are
+        finalists = self._finalists(known)
+        free = self.schedule.available_beside(finalists)
         # A large pool would idle through small rounds: a third of its time for a tenth of the calls.
-        least = self._round_calls / 2 if self._is_wide and self.schedule.confirm else 1
+        least = self._round_calls / 2 if finalists and self._is_wide and self.schedule.confirm else 1
         return free if free >= least else 0
 
     def _advance(self, known: Knowledge) -> Iterator[Request]:
         """Up to half a round's calls for who leads: should it win, they need not be made later."""
-        calls = self._round_calls // 2
+        calls = math.ceil(self._round_calls / 2)
         leader = next(filter(self.schedule.missing, self._finalists(known)), None)
         if leader is not None:
             yield Request(leader, lambda row, number: self.schedule.missing(row)[:calls])

@@ -123,16 +123,14 @@ class Schedule:
 
     def is_affordable(self, row: Row) -> bool:
         """Whether ``row`` can still be fully measured, together with the baseline."""
-        return not self.is_dropped(row) and self.available(row) >= 0
+        return not self.is_dropped(row) and self.available_beside([row]) >= 0
 
-    def available(self, winner: Row | None = None) -> int:
-        """Calls free for exploration.
+    def available(self) -> int:
+        """Calls free for exploration while no finalist is known.
 
-        With `confirm`, the baseline's missing examples and the winner's are kept back; of a winner
-        that is not known yet, all examples, at the highest price.
+        With `confirm`, the baseline's missing examples are kept back, and all those of one other
+        configuration, at the highest price.
         """
-        if winner is not None:
-            return self.available_beside([winner])
         unknown = self.n_examples * max([1.0, *map(self.price, self.assigned)])
         return self.remaining - math.ceil(self.confirm * (self.cost([self.baseline]) + unknown))
 
