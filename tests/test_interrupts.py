@@ -130,6 +130,20 @@ def test_ctrl_c_in_an_ask() -> None:
     assert caught.value.result.calls == len(score.begun) == begun
 
 
+def test_ctrl_c_between_a_trial_that_waits_and_its_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a finalist's, which the plan asks for: it is closed as any other."""
+    enqueue = optuna.Study.enqueue_trial
+
+    def interrupted(study: optuna.Study, *args: Any, **given: Any) -> None:
+        enqueue(study, *args, **given)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", interrupted)
+    with pytest.raises(SearchInterrupted) as caught:
+        run()
+    assert all(trial.state.is_finished() for trial in caught.value.study.trials)
+
+
 def test_ctrl_c_in_a_callback() -> None:
     """The trial whose callback it is stays as it was told."""
 

@@ -11,6 +11,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from mpromptune.calls.interrupts import deferred
 from mpromptune.calls.usage import Meter, Usage
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.sampling.samplers import distributions_of
@@ -72,15 +73,19 @@ class Trials:
             asked = self._again(self.record.popleft())
             if asked is not None:
                 return asked
-        if row is not None:
-            self.study.enqueue_trial(self._space.params(row))
-        trial = self.study.ask(fixed_distributions=self._distributions)
+        if row is None:
+            trial = self.study.ask(fixed_distributions=self._distributions)
+        else:
+            with deferred():  # an interrupt in between would leave a trial that waits, and that nobody closes
+                self.study.enqueue_trial(self._space.params(row))
+                trial = self.study.ask(fixed_distributions=self._distributions)
         return Asked(trial, trial.number, self._space.row(trial.params), None, {})
 
     def _again(self, recorded: Recorded) -> Asked | None:
         if recorded.told:
             return self._told(recorded)
-        return self._open(recorded if recorded.is_open else self._taken_up(recorded))
+        with deferred():
+            return self._open(recorded if recorded.is_open else self._taken_up(recorded))
 
     def _told(self, recorded: Recorded) -> Asked:
         row = self._space.row(recorded.params) if recorded.examples else ()
