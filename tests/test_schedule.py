@@ -115,7 +115,7 @@ def test_a_round_occupies_every_worker() -> None:
 @pytest.mark.parametrize(
     ("num_threads", "batch_size", "rounds"), [(1, 4, 2), (40, 4, 2), (64, 7, 4), (128, 13, 4), (128, 4, 13)]
 )
-def test_rounds_in_flight_hold_four_items_for_every_worker_of_a_late(
+def test_rounds_in_flight_hold_four_items_for_every_worker_of_a_large_pool(
     num_threads: int, batch_size: int, rounds: int
 ) -> None:
     """ceil(4 x threads / (q x 10)) above 40 threads, two up to there."""
