@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,30 @@ def test_a_flaky_network_costs_waiting_not_trials() -> None:
     assert failed
     assert {t.state for t in result.study.trials} == {TrialState.COMPLETE}
     assert trials_of(result) == trials_of(run())
+
+
+@pytest.mark.parametrize("bad", [{7}, {1, 2, 3, 4, 5}])
+@pytest.mark.parametrize("sampler", ["qei", "random"])
+def test_a_search_goes_on_without_examples_that_nobody_can_be_measured_on(
+    sampler: str, bad: set[int], tmp_path: Path
+) -> None:
+    """They count for nobody: winner and baseline are whole without them, and nothing is left to resume."""
+    scores = Scores()
+
+    def score(params: dict[str, int], example: int) -> float:
+        if example in bad:
+            raise TimeoutError("slow")
+        return scores(params, example)
+
+    given = {"retry": RetryPolicy(attempts=1), "storage": tmp_path / "study.log", "study_name": "bad"}
+    result = run(score, sampler=sampler, **given)
+    whole = [m for m in result.configurations if m.fully]
+    assert {SPACE.row(m.params) for m in whole} >= {(0, 0), SPACE.row(result.best_params)}
+    assert all(set(m.scores) == set(range(N)) - bad for m in whole)
+    assert result.calls == sum(scores.asked.values())
+    again = run(score, sampler=sampler, **given)
+    assert (again.best_params, again.calls) == (result.best_params, result.calls)
+    assert sum(scores.asked.values()) == result.calls
 
 
 def test_a_configuration_that_keeps_failing_is_dropped() -> None:

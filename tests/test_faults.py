@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import random
+import re
 import sys
 import threading
 from collections import Counter
@@ -39,7 +40,7 @@ from faults import (
     trials_of,
     usage_of_trials,
 )
-from tasks import Counted
+from tasks import VAL, Counted
 
 from mpromptune.calls.attempts import RetryPolicy
 from mpromptune.calls.usage import StepUsage, Usage
@@ -133,6 +134,23 @@ def test_refusals_and_timeouts_everywhere(share: float, error: type[Exception], 
     audit_trials(best)
     assert metric.calls == best.search_result.calls
     assert sum(lm.books.started.values()) - sum(lm.books.answered.values()) == fault.failed
+
+
+def test_an_example_that_always_times_out() -> None:
+    """The compile ends as ever, and the scores are those of the other examples."""
+    bad = VAL[3].question
+
+    def fault(number: int, step: str, messages: Messages) -> None:
+        if step == "search" and re.search(rf"\b{re.escape(bad)}\b", str(messages[-1]["content"])):
+            raise TimedOut("slow")
+
+    lm, program = AuditedLM(fault), CountedPlanner()
+    best = compiled(lm, program)
+    whole = [set(m.scores) for m in best.search_result.configurations if m.fully]
+    assert len(whole) > 1
+    assert all(examples == set(range(len(VAL))) - {3} for examples in whole)
+    assert best.score == pytest.approx(100 * best.search_result.best_score, abs=0.01)
+    audit(lm, best.search_result.usage)
 
 
 def test_hangs(sound: Any) -> None:

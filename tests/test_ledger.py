@@ -38,3 +38,15 @@ def test_rows_without_a_score_do_not_count() -> None:
     assert ledger.rows() == [B, A]
     assert ledger.covers(B, 2)
     assert not ledger.covers(A, 2)
+
+
+def test_what_nobody_can_be_measured_on_is_not_lacking() -> None:
+    """Example 2 fails for A and B, which are answered elsewhere; once A is answered after all, B lacks it."""
+    ledger = Ledger()
+    ledger.add(A, {0: 1.0, 1: 0.0}, lost=[2])
+    assert not ledger.covers(A, 3)
+    ledger.add(B, {0: 1.0, 1: 1.0}, lost=[2])
+    assert ledger.covers(A, 3)
+    assert ledger.covers(B, 3)
+    ledger.add(A, {2: 1.0})
+    assert not ledger.covers(B, 3)

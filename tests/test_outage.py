@@ -73,12 +73,12 @@ def test_an_example_that_fails_for_several_good_configurations_is_unanswerable()
     told = Reliability()
     good, bad, never = [(row, Outcome(1, score=1.0)) for row in (A, B, C)], 0, 2
     told.note([*good, (A, Outcome(bad, error=KeyError())), (D, Outcome(bad, error=KeyError()))])
-    assert not told.is_unanswerable(bad)  # of A alone: D may be broken
+    assert not told.refusals.is_unanswerable(bad)  # of A alone: D may be broken
     told.note([(B, Outcome(bad, error=KeyError())), (B, Outcome(bad, error=KeyError()))])
-    assert told.is_unanswerable(bad)
+    assert told.refusals.is_unanswerable(bad)
     told.note([(C, Outcome(bad, score=1.0)), (C, Outcome(bad, score=1.0))])
-    assert not told.is_unanswerable(bad)
-    assert not told.is_unanswerable(never)
+    assert not told.refusals.is_unanswerable(bad)
+    assert not told.refusals.is_unanswerable(never)
 
 
 def health_after(script: str) -> tuple[Health, Alarm | None]:
@@ -104,6 +104,6 @@ def test_failures_of_an_earlier_run_are_recalled() -> None:
     health, _ = health_after("A+1 B+2")
     health.recall(A, 0)
     health.recall(C, 0)
-    assert not health.reliability.is_unanswerable(0)
+    assert not health.reliability.refusals.is_unanswerable(0)
     health.recall(B, 0)
-    assert health.reliability.is_unanswerable(0)
+    assert health.reliability.refusals.is_unanswerable(0)

@@ -100,6 +100,31 @@ def test_a_failed_trial_gives_its_budget_back() -> None:
     assert plan.missing(B) == (2, 3, 4, 5, 1)
 
 
+def test_examples_set_aside_are_lacked_by_nobody() -> None:
+    """Neither missing nor kept back for, nor are trials that failed on nothing else held against anyone."""
+    plan = schedule()
+    for failing in ((0, 1), (0, 2), (0, 3)):
+        plan.assign(B, failing)
+        plan.release(B, [0])
+    assert plan.is_dropped(B)
+    plan.aside = frozenset({0})
+    assert not plan.is_dropped(B)
+    assert plan.missing(B) == (4, 5)
+    assert plan.next_examples(B, 0, limit=10) == (4, 5)
+    assert plan.available() == 97 - 5 - 5  # five of six are kept back for the baseline, and for another
+    plan.assign(B, (4, 5))
+    assert not plan.is_open(B)
+
+
+def test_what_failed_for_the_baseline_waits_for_a_finalist() -> None:
+    """Asked again by itself, example 0 would have it dropped before anyone else could fail on it."""
+    plan = schedule()
+    assert not plan.has_tried_all(A)
+    plan.assign(A, range(6))
+    plan.release(A, [0])
+    assert plan.has_tried_all(A)
+
+
 def test_stock_calls_by_hand() -> None:
     """18 minibatches of 35 and 5 full evaluations of 200: the medium run of DESIGN's benchmark."""
     assert stock_calls(18, 200) == 18 * 35 + 5 * 200 == 1630

@@ -42,6 +42,15 @@ def test_warnings_say_what_a_score_is_worth() -> None:
     assert has(warning_signs(findings(best_params=OTHER.params)), "on 2 of 4 validation examples")
 
 
+def test_examples_that_cannot_be_answered_are_told_from_those_not_measured() -> None:
+    """The winner is whole without the one of four that nobody could be measured on."""
+    lacking = replace(WINNER, scores={e: WINNER.scores[e] for e in (0, 1, 2)})
+    whole = warning_signs(findings(configurations=(lacking, OTHER, BASELINE)))
+    assert has(whole, "means over 3 of 4 validation examples: no configuration could")
+    partly = warning_signs(findings(configurations=(replace(lacking, fully=False), OTHER, BASELINE)))
+    assert has(partly, "on 3 of 4 validation examples: its score is an estimate")
+
+
 def test_warnings_where_nothing_was_learnt() -> None:
     """A single configuration, the baseline as the winner, equal scores everywhere."""
     alone = findings(best_params=BASELINE.params, configurations=(BASELINE,))

@@ -54,7 +54,7 @@ class Health:
         """
         answers, failures = self._last_failures(mine, in_hand)
         known = self.reliability.after(answers, failures)
-        run = [(row, outcome) for row, outcome in failures if not known.is_unanswerable(outcome.example)]
+        run = [failure for failure in failures if not known.refusals.is_unanswerable(failure[1].example)]
         if failures and not run:
             self.reliability.note(mine)
             return None
@@ -67,7 +67,7 @@ class Health:
 
     def recall(self, row: Row, example: int) -> None:
         """Learns of a failure in an earlier run."""
-        self.reliability.refused[example].add(row)
+        self.reliability.refusals.note_failure(row, example)
 
     def _is_barren(self, mine: Sequence[Answer], run: Sequence[Answer], known: Reliability) -> bool:
         """Whether a round without any answer is the infrastructure's doing."""

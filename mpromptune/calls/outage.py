@@ -18,12 +18,13 @@ configurations lack in the end is such examples, and then nothing but these may 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 from mpromptune.calls.execution import Outcome
+from mpromptune.calls.refusals import Refusals
 from mpromptune.model.space import Row
 
 # NOTE: below this, failures are not the candidates' own. It was reasoned, not tuned: where ten of ten
@@ -31,8 +32,6 @@ from mpromptune.model.space import Row
 # it (5e-5), and so are three new ones that fail (6e-4); two new ones (7e-3), or one of the ten that
 # fails once next to a new one (7e-3), are not.
 _OWN_FAULT = 1e-3
-# Configurations, answered elsewhere, that an example has to fail for before it is held to be its own fault.
-_WITNESSES = 2
 
 Answer = tuple[Row, Outcome]
 
@@ -60,23 +59,22 @@ class Reliability:
     Attributes:
         successes: By configuration.
         failures: By configuration.
-        answered: How often each example was answered.
-        refused: The configurations for which each example failed.
+        refusals: Which examples are answered, and for whom they fail.
     """
 
     successes: Counter[Row] = field(default_factory=Counter)
     failures: Counter[Row] = field(default_factory=Counter)
-    answered: Counter[int] = field(default_factory=Counter)
-    refused: defaultdict[int, set[Row]] = field(default_factory=lambda: defaultdict(set))
+    refusals: Refusals = field(default_factory=Refusals)
 
     def note(self, answers: Iterable[Answer]) -> None:
         """Learns from calls that came back."""
         for row, outcome in answers:
             self.successes[row] += outcome.score is not None
             self.failures[row] += outcome.error is not None
-            self.answered[outcome.example] += outcome.score is not None
+            if outcome.score is not None:
+                self.refusals.note_answer(row, outcome.example)
             if outcome.error is not None:
-                self.refused[outcome.example].add(row)
+                self.refusals.note_failure(row, outcome.example)
 
     def after(self, answers: Sequence[Answer], run: Sequence[Answer]) -> Reliability:
         """The same with these answers, but for a run of them that is to be judged."""
@@ -89,11 +87,6 @@ class Reliability:
     def is_empty(self) -> bool:
         """Whether nothing was ever answered."""
         return not any(self.successes.values())
-
-    def is_unanswerable(self, example: int) -> bool:
-        """Whether an example fails for configurations that are fine, and for more than it is answered."""
-        witnesses = sum(self.successes[row] > 0 for row in self.refused.get(example, ()))
-        return witnesses >= max(_WITNESSES, self.answered[example] + 1)
 
     def is_outage(self, run: Sequence[Answer], many: int) -> bool:
         """Whether these failures in a row are too unlikely to be the configurations' own.

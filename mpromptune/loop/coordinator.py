@@ -317,12 +317,12 @@ class Coordinator:
     def _close(
         self, running: _Running, measured: Mapping[int, float], abandoned: bool = False
     ) -> FrozenTrial | None:
-        self._book(running, measured)
+        self._book(running, measured, is_over=not abandoned or running.asked.trial is None)
         return self.trials.tell(running.asked, running.examples, measured, abandoned)
 
-    def _book(self, running: _Running, measured: Mapping[int, float]) -> None:
-        self.ledger.add(running.row, measured, self.trials.usage(running.asked))
+    def _book(self, running: _Running, measured: Mapping[int, float], is_over: bool = False) -> None:
         lost = [example for example in running.examples if example not in measured]
+        self.ledger.add(running.row, measured, self.trials.usage(running.asked), lost if is_over else ())
         self.plan.settle(running.row, running.examples, lost)
 
     def _take_rest(self) -> None:

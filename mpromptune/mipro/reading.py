@@ -150,7 +150,7 @@ def _ledger(record: Record, space: PromptSpace) -> Ledger:
     ledger = Ledger()
     for recorded in record:
         if len(recorded.params) == len(space.names):
-            ledger.add(space.row(recorded.params), recorded.scores)
+            ledger.add(space.row(recorded.params), recorded.scores, lost=recorded.lost)
     return ledger
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.plan import Request
 from mpromptune.plans.schedule import Schedule
 from mpromptune.studies.ledger import Examples, Ledger
+
+logger = logging.getLogger(__name__)
 
 # NOTE: the parts of a large pool's rounds in flight that remain when so large a share of the calls, and no
 # more than so many rounds, are left. What is asked late decides who wins, and should know of the rounds
@@ -115,6 +118,7 @@ class BlockPlan:
 
         Towards the end of a large pool's search, part of what the leader lacks comes with every round.
         """
+        self._set_aside(known.ledger)
         before, is_late = self.schedule.spent, self._is_late
         yield from self._explore(known)
         has_explored = self.schedule.spent > before
@@ -122,6 +126,13 @@ class BlockPlan:
             yield from self._advance(known)
         elif is_late or not has_explored:
             yield from self._confirm(known, alone and not has_explored)
+
+    def _set_aside(self, ledger: Ledger) -> None:
+        """Leaves out the examples that nobody can be measured on; an answer after all brings one back."""
+        unanswerable = ledger.refusals.never_answered()
+        if new := sorted(unanswerable - self.schedule.aside):
+            logger.warning("No configuration can be measured on validation examples %s: left out.", new)
+        self.schedule.aside = unanswerable
 
     def _explore(self, known: Knowledge) -> Iterator[Request]:
         self._over = self._is_over(known)
@@ -188,7 +199,7 @@ class BlockPlan:
         free = self.schedule.available()
         if not known.ledger.scores:
             return max(free, 0)
-        if free - (_FINALISTS - 1) * self.n_examples >= self._round_calls:
+        if free - (_FINALISTS - 1) * self.schedule.n_answerable >= self._round_calls:
             return free  # enough for a round, whoever they are
         finalists = self._finalists(known)
         free = self.schedule.available_beside(finalists)
@@ -206,11 +217,14 @@ class BlockPlan:
     def _confirm(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """Measures what finalists and baseline still lack, as soon as it is known who they are.
 
-        The baseline's examples do not depend on any result, so they fill the wait.
+        The baseline's examples do not depend on any result, so they fill the wait; but those that have
+        failed wait for a finalist that may fail on them, too, and show whose fault it is.
         """
         if not self.schedule.confirm:
             return
-        for row in dict.fromkeys([self.baseline, *self._to_confirm(known, alone)]):
+        finalists = self._to_confirm(known, alone)
+        due = () if self.schedule.has_tried_all(self.baseline) and not finalists else (self.baseline,)
+        for row in dict.fromkeys([*due, *finalists]):
             if 0 < len(self.schedule.missing(row)) <= self.schedule.remaining:
                 yield Request(row, self._missing)
 
@@ -225,7 +239,7 @@ class BlockPlan:
     def _are_found(self, finalists: Sequence[Row]) -> bool:
         """Whether they are several, or one that leads with half of the examples measured."""
         lacking = [len(self.schedule.missing(row)) for row in finalists]
-        return len(lacking) > 1 or any(2 * n <= self.n_examples for n in lacking)
+        return len(lacking) > 1 or any(2 * n <= self.schedule.n_answerable for n in lacking)
 
     def _finalist(self, known: Knowledge) -> Row:
         """Whom the calls kept back are for: the leader, or the best rival of a baseline that leads.
@@ -294,6 +308,6 @@ class BlockPlan:
     def _best_full(self, ranked: Sequence[Row], ledger: Ledger) -> Row | None:
         """The first that is fully measured, or the baseline where that measured better."""
         full = [row for row in ranked if self.is_full(row, ledger)]
-        if self.baseline in full and ledger.mean(full[0]) < ledger.mean(self.baseline):
+        if self.baseline in full and not ledger.is_not_worse(full[0], self.baseline):
             return self.baseline
         return full[0] if full else None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,8 +53,9 @@ class Schedule:
         assigned: Configuration to the examples measured or being measured.
         baseline: The configuration that the winner is compared with.
         confirm: Whether winner and baseline are to end fully measured.
-        failures: Configuration to how many of its trials failed.
+        failed: Configuration to the examples that each of its failed trials lacks.
         lost: Configuration to the examples that could not be measured.
+        aside: Examples that nobody can be measured on.
         spent: Calls made or committed to.
         price: How many times the average call one of a configuration costs.
     """
@@ -65,8 +66,9 @@ class Schedule:
     baseline: Row
     confirm: bool = True
     assigned: dict[Row, set[int]] = field(default_factory=dict)
-    failures: Counter[Row] = field(default_factory=Counter)
+    failed: dict[Row, list[set[int]]] = field(default_factory=dict)
     lost: dict[Row, set[int]] = field(default_factory=dict)
+    aside: AbstractSet[int] = frozenset()
     spent: int = 0
     price: Callable[[Row], float] = lambda row: 1.0
 
@@ -75,17 +77,26 @@ class Schedule:
         """Calls not yet committed to."""
         return self.max_calls - self.spent
 
+    @property
+    def n_answerable(self) -> int:
+        """Examples that configurations can be measured on."""
+        return self.n_examples - len(self.aside)
+
     def missing(self, row: Row) -> Examples:
         """The examples that ``row`` is not yet measured on, block by block; failed ones last."""
         return self._lacking(row, [e for block in self.blocks for e in block])
 
     def _lacking(self, row: Row, order: Sequence[int]) -> Examples:
-        have, lost = self.assigned.get(row, set()), self.lost.get(row, set())
+        have, lost = self.assigned.get(row, set()) | self.aside, self.lost.get(row, set())
         return tuple(sorted((e for e in order if e not in have), key=lost.__contains__))
+
+    def has_tried_all(self, row: Row) -> bool:
+        """Whether ``row`` lacks only examples that could not be measured before."""
+        return self.lost.get(row, set()).issuperset(self.missing(row))
 
     def next_examples(self, row: Row, round_number: int, limit: int) -> Examples:
         """The round's block, or the next later block that ``row`` lacks, cut to ``limit``."""
-        have = self.assigned.get(row, set())
+        have = self.assigned.get(row, set()) | self.aside
         for offset in range(len(self.blocks)):
             block = self.blocks[(round_number + offset) % len(self.blocks)]
             lacking = tuple(e for e in block if e not in have)
@@ -111,15 +122,16 @@ class Schedule:
         self.assigned[row] -= lost
         self.lost.setdefault(row, set()).update(lost)
         self.spent -= len(lost)
-        self.failures[row] += bool(lost)
+        if lost:
+            self.failed.setdefault(row, []).append(lost)
 
     def is_dropped(self, row: Row) -> bool:
         """Whether so many trials of ``row`` failed that no further call is risked on it."""
-        return self.failures[row] >= MAX_FAILURES
+        return sum(not lost <= self.aside for lost in self.failed.get(row, ())) >= MAX_FAILURES
 
     def forgive(self, row: Row) -> None:
         """Forgets the failures of ``row``."""
-        del self.failures[row]
+        self.failed.pop(row, None)
 
     def is_affordable(self, row: Row) -> bool:
         """Whether ``row`` can still be fully measured, together with the baseline."""
@@ -131,7 +143,7 @@ class Schedule:
         With `confirm`, the baseline's missing examples are kept back, and all those of one other
         configuration, at the highest price.
         """
-        unknown = self.n_examples * max([1.0, *map(self.price, self.assigned)])
+        unknown = self.n_answerable * max([1.0, *map(self.price, self.assigned)])
         return self.remaining - math.ceil(self.confirm * (self.cost([self.baseline]) + unknown))
 
     def available_beside(self, finalists: Iterable[Row]) -> int:
@@ -148,8 +160,7 @@ class Schedule:
         It has examples left, and they are affordable: a configuration that cannot be fully measured
         any more cannot win, so no call is spent on it.
         """
-        measured = len(self.assigned.get(row, ()))
-        return measured < self.n_examples and self.is_affordable(row)
+        return bool(self.missing(row)) and self.is_affordable(row)
 
     def anything_open(self, space_size: int) -> bool:
         """Whether any of the ``space_size`` configurations is open."""

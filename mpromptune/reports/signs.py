@@ -45,7 +45,12 @@ def _about_the_winner(findings: Findings) -> Iterator[str]:
     best = winner(findings)
     if best is None:
         return
-    if len(best.scores) < findings.n_examples:
+    if best.fully and len(best.scores) < findings.n_examples:
+        yield (
+            f"Scores are means over {len(best.scores)} of {findings.n_examples} validation examples: no "
+            "configuration could be measured on the others."
+        )
+    elif len(best.scores) < findings.n_examples:
         yield (
             f"The winner was measured on {len(best.scores)} of {findings.n_examples} validation examples: "
             "its score is an estimate."

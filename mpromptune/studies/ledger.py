@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mpromptune.calls.refusals import Refusals
 from mpromptune.calls.usage import Usage
 from mpromptune.model.space import Row
 
@@ -21,19 +22,30 @@ class Ledger:
         calls: Program calls that gave a score.
         rounds: Rounds told.
         usage: What all trials have used, those that failed included.
+        refusals: Which examples are answered, and for whom they fail.
     """
 
     scores: dict[Row, dict[int, list[float]]] = field(default_factory=dict)
     calls: int = 0
     rounds: int = 0
     usage: Usage = field(default_factory=Usage)
+    refusals: Refusals = field(default_factory=Refusals)
     _used_by: dict[Row, tuple[int, Usage]] = field(default_factory=dict)  # with the calls that it was for
 
-    def add(self, row: Row, measured: Mapping[int, float], usage: Usage | None = None) -> None:
-        """Records one trial's scores by example, and what it used."""
+    def add(
+        self,
+        row: Row,
+        measured: Mapping[int, float],
+        usage: Usage | None = None,
+        lost: Iterable[int] = (),
+    ) -> None:
+        """Records one trial's scores by example, what it used, and the examples that it has no score of."""
         by_example = self.scores.setdefault(row, {})
         for example, score in measured.items():
             by_example.setdefault(example, []).append(score)
+            self.refusals.note_answer(row, example)
+        for example in lost:
+            self.refusals.note_failure(row, example)
         self.calls += len(measured)
         if usage is not None:
             calls, before = self._used_by.get(row, (0, Usage()))
@@ -58,8 +70,8 @@ class Ledger:
         return mean(means) if means else math.nan
 
     def covers(self, row: Row, n_examples: int) -> bool:
-        """Whether ``row`` has a score on each of ``n_examples`` examples."""
-        return len(self.scores.get(row, ())) == n_examples
+        """Whether ``row`` has a score on each of ``n_examples`` examples that can be answered."""
+        return len(self.scores.get(row, {}).keys() | self.refusals.never_answered()) == n_examples
 
     def relative_use(self, of: Callable[[Usage], float], row: Row) -> float:
         """How many times the mean use of a call one of ``row`` takes; 1 where that is not known."""

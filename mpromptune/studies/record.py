@@ -11,6 +11,7 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from mpromptune.calls.refusals import Refusals
 from mpromptune.calls.usage import Usage
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.studies.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
@@ -43,6 +44,11 @@ class Recorded:
     told: bool
     is_open: bool
     usage: Usage = field(default_factory=Usage)
+
+    @property
+    def lost(self) -> Examples:
+        """What it could not be measured on."""
+        return tuple(e for e in self.examples or () if e not in self.scores) if self.told else ()
 
 
 Record = deque[Recorded]
@@ -109,10 +115,21 @@ def check_left(record: Record, max_calls: int, missing: int) -> None:
 
 
 def missing_of(record: Record, params: Mapping[str, int], n_examples: int) -> int:
-    """Examples on which the record neither has nor will have a score of a configuration."""
+    """Answerable examples of which the record neither has nor will have a score for ``params``."""
     of_it = [recorded for recorded in record if recorded.params == params]
     have = {e for r in of_it for e in (r.scores if r.told else r.examples or ())}
-    return n_examples - len(have)
+    return n_examples - len(have | _refusals(record).never_answered())
+
+
+def _refusals(record: Record) -> Refusals:
+    refusals = Refusals()
+    for recorded in record:
+        row = tuple(recorded.params[name] for name in sorted(recorded.params))
+        for example in recorded.scores:
+            refusals.note_answer(row, example)
+        for example in recorded.lost:
+            refusals.note_failure(row, example)
+    return refusals
 
 
 def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
