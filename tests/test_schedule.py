@@ -138,12 +138,12 @@ def test_a_round_occupies_every_worker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_threads", "batch_size", "rounds"), [(1, 4, 2), (40, 4, 2), (64, 7, 4), (128, 13, 4), (128, 4, 13)]
+    ("num_threads", "batch_size", "rounds"), [(1, 4, 2), (40, 4, 2), (64, 7, 5), (128, 13, 5), (128, 4, 16)]
 )
-def test_rounds_in_flight_hold_four_items_for_every_worker_of_a_large_pool(
+def test_rounds_in_flight_hold_five_items_for_every_worker_of_a_large_pool(
     num_threads: int, batch_size: int, rounds: int
 ) -> None:
-    """ceil(4 x threads / (q x 10)) above 40 threads, two up to there."""
+    """ceil(5 x threads / (q x 10)) above 40 threads, two up to there."""
     assert default_rounds_in_flight(num_threads, batch_size, block_size=10) == rounds
 
 
@@ -155,6 +155,15 @@ def test_examples_that_could_not_be_measured_come_last() -> None:
     assert plan.first_of((4, 3, 2, 1, 0), (1,), 10) == (2, 1)
     plan.assign((1,), (2, 1, 0))
     assert plan.first_of((4, 3, 2, 1, 0), (1,), 10) == (4,)
+
+
+def test_the_first_trial_of_a_configuration_has_half_a_block() -> None:
+    """Two of three examples, and all three from then on; cut to the budget."""
+    plan = Schedule(6, ((0, 1, 2), (3, 4, 5)), 100, A)
+    assert plan.first_of((5, 4, 3, 2, 1, 0), B, 10) == (5, 4)
+    assert plan.first_of((5, 4, 3, 2, 1, 0), B, 1) == (5,)
+    plan.assign(B, (5, 4))
+    assert plan.first_of((5, 4, 3, 2, 1, 0), B, 10) == (3, 2, 1)
 
 
 @pytest.mark.parametrize(("max_calls", "late", "last"), [(200, 100, 50), (2000, 12 * 40, 6 * 40)])

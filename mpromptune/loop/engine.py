@@ -77,7 +77,8 @@ def search(
     time, or more at first where there are many threads; promising configurations are measured on
     further blocks; no example of a configuration is paid for twice. With ``"qei"``, in spaces of up to
     ``max_space_size``, a block is mostly of examples that tell configurations apart, as far as is
-    known, and the baseline, which says most about that, comes first; otherwise a round shares one.
+    known, and the baseline, which says most about that, comes first; a configuration's first trial has
+    half a block. Otherwise a round shares one.
     With ``schedule="mipro"`` trials are measured on random minibatches instead and, now and then, the
     best one so far on all examples, as in DSPy's MIPROv2. Proposals depend on ``seed``, on
     ``batch_size`` (by default a round has a call for every thread), on the number of rounds in flight
