@@ -99,16 +99,6 @@ def test_unanswerable_examples_neither_end_a_search_nor_are_signs_of_life() -> N
     assert health_after(fine + "C-5 D-0 " * 9 + "C-5")[1] is not None
 
 
-@pytest.mark.parametrize(("between", "stops"), [("", True), ("B+", False)])
-def test_failures_of_rounds_without_an_answer_add_up(between: str, stops: bool) -> None:
-    """Three and three of one that was answered ten times are more than five; an answer begins anew."""
-    health = Health(lambda outcome: None if outcome.error is None else Verdict.RETRY, outage=5)
-    rounds = [calls(script) for script in ("A+ " * 10, "A- " * 3, between, "A- " * 3) if script]
-    alarms = [health.check(answers, lambda answers=answers: (answers, [])) for answers in rounds]
-    assert alarms[:-1] == [None] * (len(rounds) - 1)
-    assert (alarms[-1] is not None) is stops
-
-
 def test_failures_of_an_earlier_run_are_recalled() -> None:
     """They count where the configuration was answered on something, then or now."""
     health, _ = health_after("A+1 B+2")

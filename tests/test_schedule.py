@@ -101,7 +101,7 @@ def test_a_failed_trial_gives_its_budget_back() -> None:
 
 
 def test_examples_set_aside_are_lacked_by_nobody() -> None:
-    """Neither missing nor kept back for, nor are trials that failed on nothing else held against anyone."""
+    """Who has failed on them is not asked again, nor blamed; who has not, only when it is to be whole."""
     plan = schedule()
     for failing in ((0, 1), (0, 2), (0, 3)):
         plan.assign(B, failing)
@@ -111,9 +111,11 @@ def test_examples_set_aside_are_lacked_by_nobody() -> None:
     assert not plan.is_dropped(B)
     assert plan.missing(B) == (4, 5)
     assert plan.next_examples(B, 0, limit=10) == (4, 5)
-    assert plan.available() == 97 - 5 - 5  # five of six are kept back for the baseline, and for another
     plan.assign(B, (4, 5))
     assert not plan.is_open(B)
+    assert plan.missing(A) == (1, 2, 3, 4, 5, 0)
+    assert plan.first_of((0, 1, 2), A, limit=10) == (1,)
+    assert plan.available() == 95 - 6 - 6  # for the baseline, and for another
 
 
 def test_what_failed_for_the_baseline_waits_for_a_finalist() -> None:

@@ -37,14 +37,12 @@ class Health:
 
     Attributes:
         verdict: On a failed outcome; None for a scored or a skipped one.
-        outage: Failures in a row that are read as an outage, though all of one configuration or example.
-        silent: Failures of the rounds since the last answer.
+        outage: Failures in a round that are read as an outage, though all of one configuration or example.
     """
 
     verdict: Callable[[Outcome], Verdict | None]
     outage: int
     barren: int = 0
-    silent: list[Answer] = field(default_factory=list)
     reliability: Reliability = field(default_factory=Reliability)
 
     def check(self, mine: Sequence[Answer], in_hand: InHand) -> Alarm | None:
@@ -57,24 +55,20 @@ class Health:
         answers, failures = self._last_failures(mine, in_hand)
         known = self.reliability.after(answers, failures)
         unanswerable = known.refusals.is_unanswerable
-        new = [(row, outcome) for row, outcome in failures if not unanswerable(outcome.example)]
-        alarm = self._alarm(mine, new, known) if new or not failures else None
+        run = [(row, outcome) for row, outcome in failures if not unanswerable(outcome.example)]
+        if failures and not run:
+            self.reliability.note(mine)
+            return None
+        if self._is_barren(mine, run, known):
+            return Alarm(f"all {len(mine)} calls of a round failing", run[0][1].error)
+        if run and known.is_outage(run, self.outage):
+            return Alarm(f"the last {len(run)} calls failing, whatever was asked", run[0][1].error)
         self.reliability.note(mine)
-        return alarm
+        return None
 
     def recall(self, row: Row, example: int) -> None:
         """Learns of a failure in an earlier run."""
         self.reliability.refusals.note_failure(row, example)
-
-    def _alarm(self, mine: Sequence[Answer], new: list[Answer], known: Reliability) -> Alarm | None:
-        """What a round says whose own failures, and those behind it, are ``new``; none after an answer."""
-        if self._is_barren(mine, new, known):
-            return Alarm(f"all {len(mine)} calls of a round failing", new[0][1].error)
-        run = self.silent + new if new else []
-        if run and known.is_outage(run, self.outage):
-            return Alarm(f"the last {len(run)} calls failing, whatever was asked", run[0][1].error)
-        self.silent = self.silent + [one for one in mine if one in new] if self.barren else []
-        return None
 
     def _is_barren(self, mine: Sequence[Answer], run: Sequence[Answer], known: Reliability) -> bool:
         """Whether a round without any answer is the infrastructure's doing."""

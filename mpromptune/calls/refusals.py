@@ -17,7 +17,7 @@ class Refusals:
 
     Attributes:
         answered: How often each example was answered.
-        refused: The configurations for which each example failed, and was never answered.
+        refused: The configurations for which each example failed, and was not answered since.
         sound: The configurations that were answered on any example.
     """
 

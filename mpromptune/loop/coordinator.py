@@ -278,7 +278,7 @@ class Coordinator:
         measured = {o.example: o.score for o in outcomes if o.score is not None}
         measured.update(dict.fromkeys(failed, self.failure_score))
         in_order = {example: measured[example] for example in running.examples if example in measured}
-        return self._close(running, in_order, abandoned=is_cut_short(outcomes))
+        return self._close(running, in_order, running.asked.trial is not None and is_cut_short(outcomes))
 
     def _call_back(self, trial: FrozenTrial) -> None:
         for callback in self.callbacks:
@@ -317,7 +317,7 @@ class Coordinator:
     def _close(
         self, running: _Running, measured: Mapping[int, float], abandoned: bool = False
     ) -> FrozenTrial | None:
-        self._book(running, measured, is_over=not abandoned or running.asked.trial is None)
+        self._book(running, measured, is_over=not abandoned)
         return self.trials.tell(running.asked, running.examples, measured, abandoned)
 
     def _book(self, running: _Running, measured: Mapping[int, float], is_over: bool = False) -> None:

@@ -50,7 +50,7 @@ class SearchOptions:
         min_cold_start: (qei) Finished trials before the first model.
         embedder: (qei) Model name or path, SentenceTransformer, dspy.Embedder or callable.
         device: (qei) Where the surrogate is fitted and asked; by default the CPU.
-        block_size: Validation examples per trial (default 10).
+        block_size: Validation examples per trial (default 10; the first of a configuration may have half).
         max_calls: Program calls to spend; by default exactly what DSPy's MIPROv2 would.
         confirm: Keep calls back so that winner and baseline end fully measured.
         patience: Stop after so many rounds in a row without a gain in sight (default: never).

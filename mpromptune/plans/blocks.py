@@ -128,10 +128,10 @@ class BlockPlan:
             yield from self._confirm(known, alone and not has_explored)
 
     def _set_aside(self, ledger: Ledger) -> None:
-        """Leaves out the examples that nobody can be measured on; an answer after all brings one back."""
+        """Leaves out the examples that nobody could be measured on; an answer brings one back."""
         unanswerable = ledger.refusals.never_answered()
         if new := sorted(unanswerable - self.schedule.aside):
-            logger.warning("No configuration can be measured on validation examples %s: left out.", new)
+            logger.warning("No configuration could be measured on validation examples %s: left out.", new)
         self.schedule.aside = unanswerable
 
     def _explore(self, known: Knowledge) -> Iterator[Request]:
@@ -199,7 +199,7 @@ class BlockPlan:
         free = self.schedule.available()
         if not known.ledger.scores:
             return max(free, 0)
-        if free - (_FINALISTS - 1) * self.schedule.n_answerable >= self._round_calls:
+        if free - (_FINALISTS - 1) * self.n_examples >= self._round_calls:
             return free  # enough for a round, whoever they are
         finalists = self._finalists(known)
         free = self.schedule.available_beside(finalists)
@@ -223,8 +223,9 @@ class BlockPlan:
         if not self.schedule.confirm:
             return
         finalists = self._to_confirm(known, alone)
-        due = () if self.schedule.has_tried_all(self.baseline) and not finalists else (self.baseline,)
-        for row in dict.fromkeys([*due, *finalists]):
+        is_awaited = not finalists and not alone and not self._has_target(known)
+        waits = is_awaited and self.schedule.has_tried_all(self.baseline)
+        for row in dict.fromkeys(finalists if waits else [self.baseline, *finalists]):
             if 0 < len(self.schedule.missing(row)) <= self.schedule.remaining:
                 yield Request(row, self._missing)
 
@@ -239,7 +240,7 @@ class BlockPlan:
     def _are_found(self, finalists: Sequence[Row]) -> bool:
         """Whether they are several, or one that leads with half of the examples measured."""
         lacking = [len(self.schedule.missing(row)) for row in finalists]
-        return len(lacking) > 1 or any(2 * n <= self.schedule.n_answerable for n in lacking)
+        return len(lacking) > 1 or any(2 * n <= self.n_examples for n in lacking)
 
     def _finalist(self, known: Knowledge) -> Row:
         """Whom the calls kept back are for: the leader, or the best rival of a baseline that leads.

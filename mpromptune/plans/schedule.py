@@ -60,7 +60,7 @@ class Schedule:
         confirm: Whether winner and baseline are to end fully measured.
         failed: Configuration to the examples that each of its failed trials lacks.
         lost: Configuration to the examples that could not be measured.
-        aside: Examples that nobody can be measured on.
+        aside: Examples that nobody could be measured on: only finalists are asked on them once more.
         spent: Calls made or committed to.
         price: How many times the average call one of a configuration costs.
     """
@@ -82,18 +82,17 @@ class Schedule:
         """Calls not yet committed to."""
         return self.max_calls - self.spent
 
-    @property
-    def n_answerable(self) -> int:
-        """Examples that configurations can be measured on."""
-        return self.n_examples - len(self.aside)
-
     def missing(self, row: Row) -> Examples:
-        """The examples that ``row`` is not yet measured on, block by block; failed ones last."""
-        return self._lacking(row, [e for block in self.blocks for e in block])
+        """The examples that ``row`` is not yet measured on, block by block; failed ones last.
 
-    def _lacking(self, row: Row, order: Sequence[int]) -> Examples:
-        have, lost = self.assigned.get(row, set()) | self.aside, self.lost.get(row, set())
-        return tuple(sorted((e for e in order if e not in have), key=lost.__contains__))
+        Of those set aside, what it has not been asked on: a passing failure may be over.
+        """
+        order = [e for block in self.blocks for e in block]
+        return self._lacking(row, order, self.aside & self.lost.get(row, set()))
+
+    def _lacking(self, row: Row, order: Sequence[int], without: AbstractSet[int]) -> Examples:
+        have, lost = self.assigned.get(row, set()) | without, self.lost.get(row, set())
+        return tuple(sorted((e for e in order if e not in have), key=(lost | self.aside).__contains__))
 
     def has_tried_all(self, row: Row) -> bool:
         """Whether ``row`` lacks only examples that could not be measured before."""
@@ -117,7 +116,7 @@ class Schedule:
         size = len(self.blocks[0])
         if not self.assigned.get(row):
             size = math.ceil(size * _FIRST_SIGHT)
-        return self._lacking(row, order)[: min(limit, size)]
+        return self._lacking(row, order, self.aside)[: min(limit, size)]
 
     def assign(self, row: Row, examples: Sequence[int]) -> None:
         """Commits to measuring ``row`` on ``examples``."""
@@ -151,7 +150,7 @@ class Schedule:
         With `confirm`, the baseline's missing examples are kept back, and all those of one other
         configuration, at the highest price.
         """
-        unknown = self.n_answerable * max([1.0, *map(self.price, self.assigned)])
+        unknown = self.n_examples * max([1.0, *map(self.price, self.assigned)])
         return self.remaining - math.ceil(self.confirm * (self.cost([self.baseline]) + unknown))
 
     def available_beside(self, finalists: Iterable[Row]) -> int:
@@ -168,7 +167,8 @@ class Schedule:
         It has examples left, and they are affordable: a configuration that cannot be fully measured
         any more cannot win, so no call is spent on it.
         """
-        return bool(self.missing(row)) and self.is_affordable(row)
+        closed = self.assigned.get(row, set()) | self.aside
+        return len(closed) < self.n_examples and self.is_affordable(row)
 
     def anything_open(self, space_size: int) -> bool:
         """Whether any of the ``space_size`` configurations is open."""
@@ -282,7 +282,7 @@ def default_block_size(n_examples: int) -> int:
 
 
 def default_batch_size(num_threads: int, block_size: int) -> int:
-    """Smallest q of at least 4 for which one round holds a work item for every worker."""
+    """Smallest q of at least 4 for which one round of whole blocks holds a work item for every worker."""
     return max(4, math.ceil(num_threads / block_size))
 
 

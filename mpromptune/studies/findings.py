@@ -26,7 +26,7 @@ class Measured:
         scores: Validation example to score; of several answers to one example, their mean.
         posterior_mean: The surrogate's estimate of its mean score over all examples.
         posterior_std: Standard deviation of that estimate.
-        fully: Whether it was measured on every validation example; with ``schedule="mipro"``, in a
+        fully: Whether it was measured on every validation example that can be answered; with ``schedule="mipro"``, in a
             full evaluation, by which the winner is chosen.
     """
 
