@@ -26,8 +26,8 @@ class Measured:
         scores: Validation example to score; of several answers to one example, their mean.
         posterior_mean: The surrogate's estimate of its mean score over all examples.
         posterior_std: Standard deviation of that estimate.
-        fully: Whether it was measured on every validation example that can be answered; with ``schedule="mipro"``, in a
-            full evaluation, by which the winner is chosen.
+        fully: Whether it was measured on every validation example that can be answered; with
+            ``schedule="mipro"``, in a full evaluation, by which the winner is chosen.
     """
 
     params: dict[str, int]
