@@ -71,7 +71,7 @@ def closed(error: SearchInterrupted) -> list[Any]:
     return trials  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("at", [1, 3, 60, 100, 155])
+@pytest.mark.parametrize("at", [1, 3, 60, 100, 145])
 def test_ctrl_c_while_the_search_waits(at: int) -> None:
     """In the first block, in later rounds, in the confirmation: what is in flight is kept, nothing begins."""
     score = Interrupting(at)

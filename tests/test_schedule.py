@@ -166,6 +166,7 @@ def test_the_first_trial_of_a_configuration_has_half_a_block() -> None:
     assert plan.first_of((5, 4, 3, 2, 1, 0), B, 1) == (5,)
     plan.assign(B, (5, 4))
     assert plan.first_of((5, 4, 3, 2, 1, 0), B, 10) == (3, 2, 1)
+    assert Schedule(3, ((0, 1, 2),), 100, A).first_of((2, 1, 0), B, 10) == (2, 1, 0)
 
 
 @pytest.mark.parametrize(("max_calls", "late", "last"), [(200, 100, 50), (2000, 12 * 40, 6 * 40)])

@@ -111,10 +111,10 @@ class Schedule:
     def first_of(self, order: Sequence[int], row: Row, limit: int) -> Examples:
         """A block's worth of the first in ``order`` that ``row`` lacks, half at first; cut to ``limit``.
 
-        Those that could not be measured before come last.
+        Those that could not be measured before come last. A block of all examples stays whole.
         """
         size = len(self.blocks[0])
-        if not self.assigned.get(row):
+        if len(self.blocks) > 1 and not self.assigned.get(row):
             size = math.ceil(size * _FIRST_SIGHT)
         return self._lacking(row, order, self.aside)[: min(limit, size)]
 
