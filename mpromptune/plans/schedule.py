@@ -23,10 +23,11 @@ _SMALL_POOL = 40
 # time of 64 workers is used, with five 0.91, with six 0.92. Regret is 1.25 +- 0.15 with four and 1.29 with
 # five (GSM8K s43 and s42, AG News; 40 seeds each): what is proposed knows less, see `blocks._NARROWING`.
 _ITEMS_PER_WORKER = 5
-# NOTE: a share of a block: most configurations are seen to be poor on a few telling examples. Paired runs
-# against a whole block (30 to 70 seeds each), difference of regret: five tables at 1630 calls -0.06 +- 0.06,
-# two with 162 prompts -0.5 +- 0.2, two of few-shot prompts -0.1 +- 0.1, two at half of the calls -0.2 +- 0.2.
-# With a third or a fifth of a block, gains on GSM8K s43 are losses on AG News.
+# NOTE: a share of a block: most configurations are seen to be poor on a few telling examples. Differences
+# of regret, paired with whole blocks: with fewer calls than stock MIPROv2's, where not every configuration
+# can be looked at otherwise, -0.32 +- 0.10 (20 rows of `benchmarks.quality`, GSM8K s43 and AG News); with as
+# many or more -0.01 +- 0.03 (31 rows; -0.06 +- 0.06 on five tables with other seeds). With a third or a
+# fifth of a block, gains on GSM8K s43 are losses on AG News.
 _FIRST_SIGHT = 0.5
 
 # Trials of one configuration that may fail before it is given up.
