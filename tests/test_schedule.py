@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpromptune.errors import InvalidArgumentError
+from mpromptune.model.stopping import Stopping
 from mpromptune.plans.blocks import BlockPlan
 from mpromptune.plans.schedule import (
     Schedule,
@@ -223,6 +224,20 @@ def test_three_finalists_are_asked_for_at_once(max_calls: int, large: list[Any],
     measured = {(row,): 30 for row in (1, 2, 3, 4)}
     assert list(asked_for(*late(max_calls, measured))) == large
     assert list(asked_for(*late(max_calls, measured, in_flight=2))) == small
+
+
+@pytest.mark.parametrize(("target", "measured", "asked"), [(0.9, 40, [(A, 1)]), (None, 10, [])])
+def test_what_failed_for_the_baseline_is_asked_again_once_nobody_else_will_be(
+    target: float | None, measured: int, asked: list[Any]
+) -> None:
+    """At once where a target ends the search; while rounds are awaited, a finalist may fail on it, too."""
+    plan, known = late(80, {B: measured})
+    plan.stopping = Stopping(target)
+    plan.schedule.release(A, [39])  # nothing is left to explore with
+    known.ledger = Ledger()
+    known.ledger.add(A, dict.fromkeys(range(39), 0.5), lost=[39])
+    known.ledger.add(B, dict.fromkeys(range(measured), 0.95))
+    assert list(asked_for(plan, known)) == asked
 
 
 def test_the_late_rounds_of_a_large_pool_have_calls_for_the_leader() -> None:
