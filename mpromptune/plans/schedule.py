@@ -101,10 +101,10 @@ class Schedule:
 
     def next_examples(self, row: Row, round_number: int, limit: int) -> Examples:
         """The round's block, or the next later block that ``row`` lacks, cut to ``limit``."""
-        have = self.assigned.get(row, set()) | self.aside
+        closed = self._closed(row)
         for offset in range(len(self.blocks)):
             block = self.blocks[(round_number + offset) % len(self.blocks)]
-            lacking = tuple(e for e in block if e not in have)
+            lacking = tuple(e for e in block if e not in closed)
             if lacking:
                 return lacking[:limit]
         return ()
@@ -168,8 +168,11 @@ class Schedule:
         It has examples left, and they are affordable: a configuration that cannot be fully measured
         any more cannot win, so no call is spent on it.
         """
-        closed = self.assigned.get(row, set()) | self.aside
-        return len(closed) < self.n_examples and self.is_affordable(row)
+        return len(self._closed(row)) < self.n_examples and self.is_affordable(row)
+
+    def _closed(self, row: Row) -> AbstractSet[int]:
+        """Examples that ``row`` is not to be explored on."""
+        return self.assigned.get(row, set()) | self.aside
 
     def anything_open(self, space_size: int) -> bool:
         """Whether any of the ``space_size`` configurations is open."""

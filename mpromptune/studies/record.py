@@ -11,12 +11,11 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from mpromptune.calls.refusals import Refusals
 from mpromptune.calls.usage import Usage
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.studies.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
 from mpromptune.studies.findings import in_memory
-from mpromptune.studies.ledger import Examples
+from mpromptune.studies.ledger import Examples, Ledger
 
 _OPEN = (TrialState.RUNNING, TrialState.WAITING)
 
@@ -118,18 +117,15 @@ def missing_of(record: Record, params: Mapping[str, int], n_examples: int) -> in
     """Answerable examples of which the record neither has nor will have a score for ``params``."""
     of_it = [recorded for recorded in record if recorded.params == params]
     have = {e for r in of_it for e in (r.scores if r.told else r.examples or ())}
-    return n_examples - len(have | _refusals(record).never_answered())
+    return n_examples - len(have | _never_answered(record))
 
 
-def _refusals(record: Record) -> Refusals:
-    refusals = Refusals()
+def _never_answered(record: Record) -> frozenset[int]:
+    ledger = Ledger()
     for recorded in record:
         row = tuple(recorded.params[name] for name in sorted(recorded.params))
-        for example in recorded.scores:
-            refusals.note_answer(row, example)
-        for example in recorded.lost:
-            refusals.note_failure(row, example)
-    return refusals
+        ledger.add(row, recorded.scores, lost=recorded.lost)
+    return ledger.refusals.never_answered()
 
 
 def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
