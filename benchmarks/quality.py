@@ -79,8 +79,8 @@ def batch_sizes() -> Iterator[Cell]:
 
 
 def threads() -> Iterator[Cell]:
-    """The trials of a pool of 64 threads, whose rounds have 7 configurations by default."""
-    yield from (cell("search-qei-64-threads", table, q=7) for table in FOCUS)
+    """The trials of a pool of 64 threads, whose rounds have 6 configurations by default."""
+    yield from (cell("search-qei-64-threads", table, q=6) for table in FOCUS)
 
 
 def pools() -> Iterator[Cell]:

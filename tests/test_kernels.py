@@ -27,6 +27,14 @@ def test_component_kernel_is_text_share_plus_identity_share() -> None:
     assert table[0, 1].item() == pytest.approx(0.5 * math.exp(-d2[0, 1] / 2))
 
 
+def test_identity_has_half_of_a_component_however_many_views_it_has() -> None:
+    """At the prior mode two views have a quarter each: (exp(-1 / 2) + exp(-0)) / 4 where they are 1 and 0."""
+    views = torch.stack([1.0 - torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)])
+    table = ComponentKernel(views).table().detach()
+    assert table[0, 1].item() == pytest.approx((math.exp(-0.5) + 1.0) / 4.0)
+    assert table[0, 0].item() == pytest.approx(1.0)
+
+
 def test_component_without_views_compares_by_identity() -> None:
     """No text: the covariance is the identity matrix."""
     assert torch.equal(ComponentKernel(identity_views(3)).table().detach(), torch.eye(3, dtype=torch.float64))

@@ -136,8 +136,14 @@ def test_stock_calls_by_hand() -> None:
 
 def test_a_round_occupies_every_worker() -> None:
     """At least 4 configurations, more when the pool is larger than four blocks."""
-    assert default_batch_size(8, 10) == 4
-    assert default_batch_size(64, 10) == 7
+    assert default_batch_size(8, 10, max_calls=10_000) == 4
+    assert default_batch_size(64, 10, max_calls=10_000) == 7
+
+
+@pytest.mark.parametrize(("max_calls", "q"), [(2130, 7), (1630, 6), (600, 4)])
+def test_four_rounds_are_no_more_than_a_share_of_the_budget(max_calls: int, q: int) -> None:
+    """floor(0.15 x calls / (4 x 10)) configurations where that is less than 64 workers need; at least 4."""
+    assert default_batch_size(64, 10, max_calls) == q
 
 
 @pytest.mark.parametrize(
@@ -147,7 +153,13 @@ def test_rounds_in_flight_hold_five_items_for_every_worker_of_a_large_pool(
     num_threads: int, batch_size: int, rounds: int
 ) -> None:
     """ceil(5 x threads / (q x 10)) above 40 threads, two up to there."""
-    assert default_rounds_in_flight(num_threads, batch_size, block_size=10) == rounds
+    assert default_rounds_in_flight(num_threads, batch_size, block_size=10, max_calls=10_000) == rounds
+
+
+@pytest.mark.parametrize(("max_calls", "rounds"), [(2130, 5), (1630, 4), (600, 2), (100, 2)])
+def test_rounds_in_flight_are_no_more_than_a_share_of_the_budget(max_calls: int, rounds: int) -> None:
+    """64 workers, rounds of 70 calls: ceil(0.15 x calls / 70) of them, but two."""
+    assert default_rounds_in_flight(64, 7, block_size=10, max_calls=max_calls) == rounds
 
 
 def test_examples_that_could_not_be_measured_come_last() -> None:
@@ -174,7 +186,7 @@ def test_the_first_trial_of_a_configuration_has_half_a_block() -> None:
 def test_a_large_pool_has_fewer_rounds_in_flight_towards_the_end(
     max_calls: int, late: int, last: int
 ) -> None:
-    """Three quarters of them from half of the calls or twelve rounds before the end on, then half."""
+    """Three quarters of them from half of the calls or twelve rounds before the end on, then half; or two."""
     parts = Schedule(40, partition(40, 10, seed=0), max_calls, baseline=(0, 0))
     large = BlockPlan(parts, 12, batch_size=4, rounds_in_flight=8)
     small = BlockPlan(parts, 12, batch_size=4)
@@ -183,6 +195,8 @@ def test_a_large_pool_has_fewer_rounds_in_flight_towards_the_end(
         parts.spent = max_calls - left
         rounds.append((large.rounds_now(), small.rounds_now()))
     assert rounds == [(8, 2), (8, 2), (6, 2), (6, 2), (4, 2), (4, 2)]
+    few = BlockPlan(parts, 12, batch_size=4, rounds_in_flight=3)
+    assert few.rounds_now() == 2
     parts.confirm = False
     assert large.rounds_now() == 8
 

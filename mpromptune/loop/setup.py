@@ -88,7 +88,7 @@ class Setup:
     def _batch_size(self, before: Mapping[str, Any]) -> int:
         """As given, as the sampler has it, as before, or enough for all threads."""
         own = self.sampler.batch_size if isinstance(self.sampler, qEISampler) else None
-        least = default_batch_size(self.num_threads, self.trial_size)
+        least = default_batch_size(self.num_threads, self.trial_size, self.plan.max_calls)
         return self.batch_size or own or int(before.get("batch_size") or least)
 
     def _rounds_in_flight(self, before: Mapping[str, Any]) -> int:
@@ -98,7 +98,7 @@ class Setup:
         if isinstance(self.plan, MiproPlan):
             return self.plan.rounds_in_flight
         return default_rounds_in_flight(
-            self.num_threads, self.plan.batch_size, self.trial_size, self.is_shared
+            self.num_threads, self.plan.batch_size, self.trial_size, self.plan.max_calls, self.is_shared
         )
 
     def _set_sampler(self, study: Study) -> Encoding:

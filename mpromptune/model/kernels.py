@@ -34,13 +34,17 @@ _LOG_LENGTHSCALE = (0.0, 0.5)
 _LOG_VARIANCE = (math.log(0.3), 1.0)
 # NOTE: predictors act mostly on their own; their interaction starts at a tenth of that.
 _LOG_INTERACTION = (math.log(0.05), 1.0)
-# NOTE: softmax logits of (views..., identity); equal shares a priori.
-_LOGIT = (0.0, 1.0)
+# NOTE: softmax logits of (views..., identity). A priori half of a component is what no view explains, however
+# many there are: with equal shares for all, embeddings that say nothing cost 0.3 points on GSM8K s43 (0.81 +-
+# 0.16; 0.58 +- 0.13 with half, 0.51 +- 0.12 without texts; 60 seeds). Where they say much nothing is lost:
+# -0.09 +- 0.06 on four tables, 70 seeds each.
+_LOGIT = 1.0
 
 
-def _add(module: Kernel, name: str, shape: Sequence[int], prior: tuple[float, float]) -> None:
-    """Registers a parameter that starts at the mode of its normal prior."""
-    value = torch.full(tuple(shape), prior[0], dtype=torch.float64)
+def _add(module: Kernel, name: str, shape: Sequence[int], prior: tuple[float | Tensor, float]) -> None:
+    """Registers a parameter that starts at the mode of its normal prior; one for all, or one for each."""
+    mode = torch.as_tensor(prior[0], dtype=torch.float64)
+    value = mode.expand(tuple(shape)).clone()
     module.register_parameter(name, torch.nn.Parameter(value))
     if value.numel():
         module.register_prior(f"{name}_prior", NormalPrior(*prior), name)
@@ -77,7 +81,9 @@ class ComponentKernel(Kernel):
         self.register_buffer("identity", torch.eye(views.shape[-1], dtype=torch.float64))
         self._fitted: Tensor | None = None
         _add(self, "log_lengthscale", (len(views),), _LOG_LENGTHSCALE)
-        _add(self, "logits", (len(views) + 1,), _LOGIT)
+        modes = torch.zeros(len(views) + 1, dtype=torch.float64)
+        modes[-1] = math.log(max(1, len(views)))
+        _add(self, "logits", modes.shape, (modes, _LOGIT))
 
     def train(self, mode: bool = True) -> ComponentKernel:
         """Hyper-parameters may change from here on, or may have."""

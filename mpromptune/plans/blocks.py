@@ -94,8 +94,8 @@ class BlockPlan:
         return ledger.covers(row, self.n_examples)
 
     def rounds_now(self) -> int:
-        """Fewer towards the end for a large pool, where each has calls for the leader as well."""
-        return math.ceil(self._part_in_flight * self.rounds_in_flight)
+        """Fewer towards the end for a large pool, where each has calls for the leader as well; but two."""
+        return max(min(2, self.rounds_in_flight), math.ceil(self._part_in_flight * self.rounds_in_flight))
 
     @property
     def _part_in_flight(self) -> float:
