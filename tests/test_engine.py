@@ -590,7 +590,7 @@ def test_a_space_too_large_to_list_is_searched_to_the_end(sampler: str) -> None:
 
 
 def test_large_pools_have_the_same_trials_under_any_timing() -> None:
-    """With 64 threads and four rounds in flight the order of arrival decides nothing."""
+    """With 64 threads and more rounds in flight the order of arrival decides nothing."""
     runs = [run(Scores(delay), num_threads=64) for delay in (0.0, 0.002)]
     assert trials_of(runs[0]) == trials_of(runs[1])
     rest = run(sampler="random", num_threads=64).study.trials[1]
@@ -610,11 +610,11 @@ def test_the_last_rounds_of_a_large_pool_measure_the_leader_as_well() -> None:
 
 
 def test_a_large_pool_drains_once_for_its_finalists() -> None:
-    """All is begun while three rounds and more are awaited, and three rivals of the baseline end full."""
+    """All is begun while two rounds and more are awaited, and three rivals of the baseline end full."""
     begun: list[int] = []
     callbacks = [lambda study, trial: begun.append(len(study.trials))]
     result = run(num_threads=64, max_calls=400, callbacks=callbacks)
-    assert begun.count(len(result.study.trials)) > 3 * 4
+    assert begun.count(len(result.study.trials)) >= 2 * 4
     measured: Counter[tuple[int, ...]] = Counter()
     for trial in result.study.trials:
         measured[SPACE.row(trial.params)] += len(trial.user_attrs[EXAMPLES])

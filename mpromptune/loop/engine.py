@@ -103,7 +103,7 @@ def search(
         sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
         num_threads: Calls in flight at once.
         batch_size: Configurations per round (q); by default as before in a study that is gone on with,
-            otherwise enough to occupy all threads.
+            otherwise 4, or enough to occupy all threads if the budget has many such rounds.
         block_size: Examples per block (default 10, or all where there are fewer).
         baseline: Configuration to compare with; by default the first of the space.
         seed: Fixes blocks, proposals and so the whole search.

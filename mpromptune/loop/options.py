@@ -44,7 +44,8 @@ class SearchOptions:
     Attributes:
         sampler: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"`` (any case) or an Optuna sampler.
         n_jobs: Multiplies ``num_threads``: so many times as many program calls in flight.
-        batch_size: Configurations per round; by default enough to occupy all threads.
+        batch_size: Configurations per round; by default 4, or enough to occupy all threads if the budget has
+            many such rounds.
         max_space_size: (qei) Spaces of up to this size are enumerated at every proposal.
         n_batches: (qei) Random joint batches that compete with the greedy one.
         min_cold_start: (qei) Finished trials before the first model.

@@ -86,7 +86,7 @@ class Setup:
         return settings_of(self.space, self.arguments, self.plan)
 
     def _batch_size(self, before: Mapping[str, Any]) -> int:
-        """As given, as the sampler has it, as before, or enough for all threads."""
+        """As given, as the sampler has it, as before, or by the number of threads and the budget."""
         own = self.sampler.batch_size if isinstance(self.sampler, qEISampler) else None
         least = default_batch_size(self.num_threads, self.trial_size, self.plan.max_calls)
         return self.batch_size or own or int(before.get("batch_size") or least)

@@ -29,7 +29,7 @@ _ITEMS_PER_WORKER = 5
 _SHARE_IN_FLIGHT = 0.15
 # NOTE: rounds that should fit into that share: with 128 workers and 1630 calls, two rounds of 13 use 0.39 of
 # their time, and five of 6 0.62 at a regret of 1.2 instead of 1.3 (GSM8K s43 and s42; 30 seeds, +-0.2). With
-# five rounds of 13, a budget half of which was spent blindly, it was 3.4, and 0.82.
+# five items for each worker it was 3.3, and 0.82.
 _ROUNDS_IN_SHARE = 4
 # NOTE: a share of a block: most configurations are seen to be poor on a few telling examples. Differences
 # of regret, paired with whole blocks: with fewer calls than stock MIPROv2's, where not every configuration
