@@ -296,10 +296,13 @@ def default_block_size(n_examples: int) -> int:
 def default_batch_size(num_threads: int, block_size: int, max_calls: int) -> int:
     """Smallest q of at least 4 for which one round of whole blocks holds a work item for every worker.
 
-    Smaller where several such rounds would be too large a part of the budget.
+    Smaller in a large pool where several such rounds would be too large a part of the budget.
     """
+    enough = max(4, math.ceil(num_threads / block_size))
+    if num_threads <= _SMALL_POOL:
+        return enough
     affordable = math.floor(_SHARE_IN_FLIGHT * max_calls / (_ROUNDS_IN_SHARE * block_size))
-    return max(4, min(math.ceil(num_threads / block_size), affordable))
+    return max(4, min(enough, affordable))
 
 
 def default_rounds_in_flight(
