@@ -9,7 +9,7 @@ from itertools import product
 from benchmarks.methods import METHODS
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import MEANS_ONLY, PER_EXAMPLE, draw, load
-from mpromptune.plans.schedule import stock_calls
+from mpromptune.plans.schedule import default_batch_size, default_block_size, stock_calls
 
 # Trials of DSPy's light, medium and heavy runs, by the number of configurations that they make.
 STOCK_TRIALS = {18: 10, 72: 18, 162: 27}
@@ -79,8 +79,9 @@ def batch_sizes() -> Iterator[Cell]:
 
 
 def threads() -> Iterator[Cell]:
-    """The trials of a pool of 64 threads, whose rounds have 6 configurations by default."""
-    yield from (cell("search-qei-64-threads", table, q=6) for table in FOCUS)
+    """The trials of a pool of 64 threads, with as many configurations in a round as it has by default."""
+    q = default_batch_size(64, default_block_size(N_VAL), stock_calls(STOCK_TRIALS[72], N_VAL))
+    yield from (cell("search-qei-64-threads", table, q=q) for table in FOCUS)
 
 
 def pools() -> Iterator[Cell]:

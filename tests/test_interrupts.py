@@ -110,6 +110,7 @@ def test_ctrl_c_while_a_provider_wants_a_pause() -> None:
 
 def test_ctrl_c_in_an_ask() -> None:
     """The trial that was being asked is closed too."""
+    score, has_scored = Interrupting(10**9), threading.Event()
 
     class Interrupted(optuna.samplers.RandomSampler):
         asked = 0
@@ -117,12 +118,16 @@ def test_ctrl_c_in_an_ask() -> None:
         def sample_independent(self, *args: Any) -> Any:
             type(self).asked += 1
             if type(self).asked == 12:
+                assert has_scored.wait(60.0)  # or there is nothing to return
                 signal.raise_signal(signal.SIGINT)
             return super().sample_independent(*args)
 
-    score = Interrupting(10**9)
+    def scored(params: dict[str, int], example: int) -> float:
+        has_scored.set()
+        return score(params, example)
+
     with pytest.raises(SearchInterrupted) as caught:
-        run(score, sampler=Interrupted(seed=0), batch_size=4, num_threads=THREADS)
+        run(scored, sampler=Interrupted(seed=0), batch_size=4, num_threads=THREADS)
     begun = len(score.begun)
     trials = closed(caught.value)
     assert trials[-1].state == TrialState.FAIL
