@@ -261,16 +261,63 @@ def test_a_configuration_that_keeps_failing_is_dropped() -> None:
     assert is_spent(result, 300, apart_from=SPACE.params(broken))
 
 
-def test_a_baseline_that_keeps_failing_stops_the_search() -> None:
+def test_a_baseline_that_is_never_answered_stops_the_search() -> None:
     """Without the baseline there is nothing to compare with."""
 
     def score(params: dict[str, int], example: int) -> float:
-        if SPACE.row(params) == (0, 0) and example == 3:
+        if SPACE.row(params) == (0, 0):
             raise ConnectionError("down")
         return float(TABLE[SPACE.row(params)][example])
 
     with pytest.raises(SearchStoppedError, match="baseline"):
         run(score, retry=RetryPolicy(attempts=1))
+
+
+@pytest.mark.parametrize("lost", [{3}, set(range(0, N, 4))])
+def test_a_baseline_that_lacks_examples_is_compared_on_the_others(
+    lost: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing paid for is thrown away: the winner is fully measured, and not worse on what both have."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        if SPACE.row(params) == (0, 0) and example in lost:
+            raise ConnectionError("filtered")
+        return float(TABLE[SPACE.row(params)][example])
+
+    result = run(score, retry=RetryPolicy(attempts=1))
+    scores = {SPACE.row(m.params): m.scores for m in result.configurations}
+    assert scores[0, 0].keys() == set(range(N)) - lost
+    assert len(scores[SPACE.row(result.best_params)]) == N
+    shared = sorted(scores[0, 0])
+    assert TABLE[SPACE.row(result.best_params)][shared].mean() > TABLE[0, 0][shared].mean()
+    assert "(0, 0) failed again on validation examples" in caplog.text
+
+
+@pytest.mark.parametrize("schedule", ["blocks", "mipro"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_few_pairs_that_are_never_answered_cost_nobody_the_victory(seed: int, schedule: str) -> None:
+    """Everybody lacks one or two of 40, others than the rest do: the best is returned all the same."""
+    rng = np.random.default_rng(seed)
+    lost = {row: set(rng.choice(N, 1 + i % 2, replace=False).tolist()) for i, row in enumerate(SKILL)}
+    asked: Counter[tuple[tuple[int, ...], int]] = Counter()
+
+    def score(params: dict[str, int], example: int) -> float:
+        row = SPACE.row(params)
+        asked[row, example] += 1
+        if example in lost[row]:
+            raise TimeoutError("slow")
+        return float(TABLE[row][example])
+
+    given = {"schedule": schedule, "seed": seed, "retry": RetryPolicy(attempts=1)}
+    sizes = {"block_size": None, "minibatch_size": 10}
+    result = run(score, max_calls=400, **sizes, **given)
+    assert result.best_score > result.baseline_score + 0.2
+    best = next(m for m in result.configurations if m.params == result.best_params)
+    assert best.fully
+    assert set(range(N)) - lost[SPACE.row(best.params)] == best.scores.keys()
+    if schedule == "blocks":
+        assert max(asked[pair] for pair in asked if pair[1] in lost[pair[0]]) == 2
+        assert max(asked[pair] for pair in asked if pair[1] not in lost[pair[0]]) == 1
 
 
 @pytest.mark.parametrize("num_threads", [1, 64])
@@ -283,7 +330,11 @@ def test_one_bad_example_does_not_stop_the_others(num_threads: int) -> None:
         return float(TABLE[SPACE.row(params)][example])
 
     given = {"retry": RetryPolicy(attempts=1), "block_size": N, "max_calls": 200, "num_threads": num_threads}
-    assert run(score, **given).best_params == SPACE.params((0, 0))
+    result = run(score, **given)
+    whole = [SPACE.row(m.params) for m in result.configurations if m.fully]
+    best = max(whole, key=lambda row: np.delete(TABLE[row], 5).mean())
+    assert len(whole) > 1
+    assert result.best_params == SPACE.params(best)
 
     def halt(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         if trial.number == 5:
@@ -292,7 +343,7 @@ def test_one_bad_example_does_not_stop_the_others(num_threads: int) -> None:
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(SearchStoppedError, match="halt"):
         run(score, **given, storage=storage, callbacks=[halt])
-    assert run(score, **given, storage=storage).best_params == SPACE.params((0, 0))
+    assert run(score, **given, storage=storage).best_params == result.best_params
 
 
 def test_an_outage_in_the_last_small_rounds_is_noticed() -> None:

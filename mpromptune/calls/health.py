@@ -54,15 +54,16 @@ class Health:
         """
         answers, failures = self._last_failures(mine, in_hand)
         known = self.reliability.after(answers, failures)
-        unanswerable = known.refusals.is_unanswerable
-        run = [(row, outcome) for row, outcome in failures if not unanswerable(outcome.example)]
+        refusals = known.refusals
+        run = [(row, outcome) for row, outcome in failures if not refusals.is_unanswerable(outcome.example)]
         if failures and not run:
             self.reliability.note(mine)
             return None
-        if self._is_barren(mine, run, known):
+        fresh = [(row, outcome) for row, outcome in run if not refusals.has_failed(row, outcome.example)]
+        if self._is_barren(mine, run, known, bool(fresh)):
             return Alarm(f"all {len(mine)} calls of a round failing", run[0][1].error)
-        if run and known.is_outage(run, self.outage):
-            return Alarm(f"the last {len(run)} calls failing, whatever was asked", run[0][1].error)
+        if fresh and known.is_outage(fresh, self.outage):
+            return Alarm(f"the last {len(fresh)} calls failing, whatever was asked", fresh[0][1].error)
         self.reliability.note(mine)
         return None
 
@@ -70,14 +71,19 @@ class Health:
         """Learns of a failure in an earlier run."""
         self.reliability.refusals.note_failure(row, example)
 
-    def _is_barren(self, mine: Sequence[Answer], run: Sequence[Answer], known: Reliability) -> bool:
-        """Whether a round without any answer is the infrastructure's doing."""
+    def _is_barren(
+        self, mine: Sequence[Answer], run: Sequence[Answer], known: Reliability, is_news: bool
+    ) -> bool:
+        """Whether a round without any answer is the infrastructure's doing.
+
+        Of what has failed before, and is only tried once more, it takes many rounds.
+        """
         barren = bool(run) and all(outcome.error is not None for _, outcome in mine)
         infrastructure = {self.verdict(outcome) for _, outcome in mine} <= INFRASTRUCTURE
         self.barren = self.barren + 1 if barren and infrastructure else 0
-        many = self.barren >= _BARREN_ROUNDS or (self.barren and len(mine) >= self.outage)
+        many = self.barren and len(mine) >= self.outage
         several = are_several(mine) and (self.barren or known.is_empty)
-        return bool(barren and (several or many))
+        return bool(barren and ((is_news and (several or many)) or self.barren >= _BARREN_ROUNDS))
 
     def _last_failures(self, mine: Sequence[Answer], in_hand: InHand) -> tuple[list[Answer], list[Answer]]:
         """All answers in hand, and the failures since the last success if any is of this round.

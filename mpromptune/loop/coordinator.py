@@ -195,7 +195,7 @@ class Coordinator:
             if frozen is not None:  # told by this run: an earlier one has called back itself
                 self._call_back(frozen)
         self.ledger.rounds += 1
-        if self.plan.is_dropped(self.plan.baseline):
+        if self.plan.is_stuck(self.ledger):
             error = next((o.error for results in outcomes for o in results if o.error is not None), None)
             if error is not None:
                 raise self._stopped("the baseline's trials failing", error)

@@ -116,10 +116,14 @@ class Trials:
             trial.suggest_categorical(name, distribution.choices)  # what is stored, where it is
         row = tuple(int(trial.params[name]) for name in self._space.names)
         if not self._space.exists(row):  # half of it from a sampler that has forgotten what it drew
-            trial.set_user_attr(ABANDONED, True)
-            self.study.tell(trial, state=TrialState.FAIL)
+            self._forget(trial)
             return None
         return Asked(trial, trial.number, row, recorded.examples, recorded.scores, _metered(recorded))
+
+    def _forget(self, trial: Trial) -> None:
+        """Closes one of which nothing was measured, as if it had not been asked for."""
+        trial.set_user_attr(ABANDONED, True)
+        self.study.tell(trial, state=TrialState.FAIL)
 
     def usage(self, asked: Asked) -> Usage:
         """What measuring a trial has used so far."""
@@ -188,7 +192,11 @@ class Trials:
         while self.record:
             recorded = self.record.popleft()
             asked = self._open(recorded) if recorded.is_open else self._told(recorded)
-            if asked is not None:
+            if asked is None:
+                continue
+            if asked.trial is not None and asked.examples is None:  # killed in the middle of a proposal
+                self._forget(asked.trial)
+            else:
                 yield asked
 
     def abandon_open(self) -> None:

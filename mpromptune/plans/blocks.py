@@ -74,7 +74,10 @@ class BlockPlan:
 
     def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
         """Takes back what could not be measured."""
-        self.schedule.release(row, lost)
+        again = self.schedule.release(row, lost)
+        if again:
+            message = "Configuration %s failed again on validation examples %s, and is judged by the others."
+            logger.warning(message, row, sorted(again))
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
         """Lowers the budget; what is kept back for winner and baseline counts at their price."""
@@ -88,6 +91,10 @@ class BlockPlan:
     def forgive(self, row: Row) -> None:
         """Forgets the failures of ``row``."""
         self.schedule.forgive(row)
+
+    def is_stuck(self, ledger: Ledger) -> bool:
+        """Whether the baseline has failed too often, and was never answered."""
+        return self.is_dropped(self.baseline) and not ledger.means(self.baseline)
 
     def is_full(self, row: Row, ledger: Ledger) -> bool:
         """Whether ``row`` has a score on every example, from however many trials."""
@@ -128,10 +135,13 @@ class BlockPlan:
             yield from self._confirm(known, alone and not has_explored)
 
     def _set_aside(self, ledger: Ledger) -> None:
-        """Leaves out the examples that nobody could be measured on; an answer brings one back."""
-        unanswerable = ledger.refusals.never_answered()
+        """Leaves out the examples that cannot be answered; one that is after all comes back."""
+        unanswerable = ledger.refusals.unanswerable()
         if new := sorted(unanswerable - self.schedule.aside):
-            logger.warning("No configuration could be measured on validation examples %s: left out.", new)
+            logger.warning(
+                "Validation examples %s fail for more configurations than they are answered for: left out.",
+                new,
+            )
         self.schedule.aside = unanswerable
 
     def _explore(self, known: Knowledge) -> Iterator[Request]:
@@ -226,7 +236,8 @@ class BlockPlan:
         is_awaited = not finalists and not alone and not self._has_target(known)
         waits = is_awaited and self.schedule.has_tried_all(self.baseline)
         for row in dict.fromkeys(finalists if waits else [self.baseline, *finalists]):
-            if 0 < len(self.schedule.missing(row)) <= self.schedule.remaining:
+            is_lacking = 0 < len(self.schedule.missing(row)) <= self.schedule.remaining
+            if is_lacking and not self.is_dropped(row):
                 yield Request(row, self._missing)
 
     def _to_confirm(self, known: Knowledge, alone: bool) -> list[Row]:
@@ -307,8 +318,12 @@ class BlockPlan:
         return ledger.best_so_far(ranked, self.baseline, self.n_examples)
 
     def _best_full(self, ranked: Sequence[Row], ledger: Ledger) -> Row | None:
-        """The first that is fully measured, or the baseline where that measured better."""
+        """The first that is fully measured, or the baseline where that measured better.
+
+        A baseline that cannot be fully measured is compared on the examples that it was answered on.
+        """
         full = [row for row in ranked if self.is_full(row, ledger)]
-        if self.baseline in full and not ledger.is_not_worse(full[0], self.baseline):
+        is_rival = self.baseline in full or self.is_dropped(self.baseline)
+        if full and is_rival and not ledger.is_not_worse(full[0], self.baseline):
             return self.baseline
         return full[0] if full else None

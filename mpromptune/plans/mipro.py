@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mpromptune.calls.refusals import TOLERATED
 from mpromptune.model.space import Row
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.plan import Request
@@ -78,6 +79,10 @@ class MiproPlan:
         """Forgets the failures of ``row``."""
         del self.failures[row]
 
+    def is_stuck(self, ledger: Ledger) -> bool:
+        """Whether the baseline has failed too often: nothing comes before its full evaluation."""
+        return self.is_dropped(self.baseline) and self.baseline not in self._full
+
     def is_full(self, row: Row, ledger: Ledger) -> bool:
         """Whether ``row`` has had a full evaluation; minibatches that add up to one do not count."""
         return row in self._full
@@ -140,7 +145,7 @@ class MiproPlan:
             self._running.add(row)
 
     def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
-        """A full evaluation is done once every example of it has been answered, or given up."""
+        """A full evaluation is done once every example of it has been answered, or a few given up."""
         missing = tuple(lost)
         self._spent -= len(missing)
         self.failures[row] += bool(missing)
@@ -148,7 +153,8 @@ class MiproPlan:
             return
         self._running.discard(row)
         del self._owed[row]
-        if not missing:
+        is_done = len(missing) <= self.is_dropped(row) * TOLERATED * self.n_examples
+        if is_done:
             self._full[row] = None
         elif row == self.baseline or not self.is_dropped(row):
             self._owed[row] = missing

@@ -71,6 +71,9 @@ class Plan(Protocol):
     def is_dropped(self, row: Row) -> bool:
         """Whether so many trials of ``row`` failed that no further call is risked on it."""
 
+    def is_stuck(self, ledger: Ledger) -> bool:
+        """Whether the baseline's failures leave nothing to compare with, so that the search has to stop."""
+
     def forgive(self, row: Row) -> None:
         """Forgets the failures of ``row``: they ended an earlier run, and may have been mended since."""
 

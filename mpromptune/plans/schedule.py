@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mpromptune.calls.refusals import TOLERATED
 from mpromptune.errors import InvalidArgumentError, require_count
 from mpromptune.model.space import Row
 from mpromptune.studies.ledger import Examples
@@ -38,7 +39,7 @@ _ROUNDS_IN_SHARE = 4
 # fifth of a block, gains on GSM8K s43 are losses on AG News.
 _FIRST_SIGHT = 0.5
 
-# Trials of one configuration that may fail before it is given up.
+# Trials of one configuration that may fail before it is given up, unless on few of its examples.
 MAX_FAILURES = 3
 
 
@@ -69,7 +70,8 @@ class Schedule:
         confirm: Whether winner and baseline are to end fully measured.
         failed: Configuration to the examples that each of its failed trials lacks.
         lost: Configuration to the examples that could not be measured.
-        aside: Examples that nobody could be measured on: only finalists are asked on them once more.
+        given_up: Configuration to those of them that could not be a second time; given up where few.
+        aside: Examples that cannot be answered: only finalists are asked on them once more.
         spent: Calls made or committed to.
         price: How many times the average call one of a configuration costs.
     """
@@ -82,6 +84,7 @@ class Schedule:
     assigned: dict[Row, set[int]] = field(default_factory=dict)
     failed: dict[Row, list[set[int]]] = field(default_factory=dict)
     lost: dict[Row, set[int]] = field(default_factory=dict)
+    given_up: dict[Row, set[int]] = field(default_factory=dict)
     aside: AbstractSet[int] = frozenset()
     spent: int = 0
     price: Callable[[Row], float] = lambda row: 1.0
@@ -100,7 +103,7 @@ class Schedule:
         return self._lacking(row, order, self.aside & self.lost.get(row, set()))
 
     def _lacking(self, row: Row, order: Sequence[int], without: AbstractSet[int]) -> Examples:
-        have, lost = self.assigned.get(row, set()) | without, self.lost.get(row, set())
+        have, lost = self._asked(row) | without, self.lost.get(row, set())
         return tuple(sorted((e for e in order if e not in have), key=(lost | self.aside).__contains__))
 
     def has_tried_all(self, row: Row) -> bool:
@@ -132,22 +135,37 @@ class Schedule:
         self.assigned.setdefault(row, set()).update(examples)
         self.spent += len(examples)
 
-    def release(self, row: Row, examples: Iterable[int]) -> None:
-        """Takes back what could not be measured: its budget returns."""
-        lost = set(examples)
+    def release(self, row: Row, examples: Iterable[int]) -> AbstractSet[int]:
+        """Takes back what could not be measured: its budget returns.
+
+        Returns:
+            What could not be a second time.
+        """
+        lost, before = set(examples), self.lost.setdefault(row, set())
         self.assigned[row] -= lost
-        self.lost.setdefault(row, set()).update(lost)
+        again = lost & before
+        self.given_up.setdefault(row, set()).update(again)
+        before |= lost
         self.spent -= len(lost)
         if lost:
             self.failed.setdefault(row, []).append(lost)
+        return again
 
     def is_dropped(self, row: Row) -> bool:
-        """Whether so many trials of ``row`` failed that no further call is risked on it."""
-        return sum(not lost <= self.aside for lost in self.failed.get(row, ())) >= MAX_FAILURES
+        """Whether so many trials of ``row``, and examples, failed that no further call is risked on it."""
+        failures = sum(not lost <= self.aside for lost in self.failed.get(row, ()))
+        return failures >= MAX_FAILURES and not self._lacks_few(row)
+
+    def _lacks_few(self, row: Row) -> bool:
+        """Whether ``row`` fails on so few examples that it can be judged on the others."""
+        answered = self.assigned.get(row, set())
+        lost = self.lost.get(row, set()) - answered - self.aside
+        return len(lost) <= TOLERATED * (len(lost) + len(answered))
 
     def forgive(self, row: Row) -> None:
         """Forgets the failures of ``row``."""
         self.failed.pop(row, None)
+        self.given_up.pop(row, None)
 
     def is_affordable(self, row: Row) -> bool:
         """Whether ``row`` can still be fully measured, together with the baseline."""
@@ -167,8 +185,8 @@ class Schedule:
         return self.remaining - math.ceil(self.confirm * self.cost({self.baseline, *finalists}))
 
     def cost(self, rows: Iterable[Row]) -> float:
-        """What measuring ``rows`` on all that they lack takes, in average calls."""
-        return sum(len(self.missing(row)) * self.price(row) for row in rows)
+        """What measuring ``rows`` on all that they lack takes, in average calls; nothing for dropped ones."""
+        return sum(len(self.missing(row)) * self.price(row) for row in rows if not self.is_dropped(row))
 
     def is_open(self, row: Row) -> bool:
         """Whether measuring ``row`` further could matter.
@@ -180,7 +198,12 @@ class Schedule:
 
     def _closed(self, row: Row) -> AbstractSet[int]:
         """Examples that ``row`` is not to be explored on."""
-        return self.assigned.get(row, set()) | self.aside
+        return self._asked(row) | self.aside
+
+    def _asked(self, row: Row) -> AbstractSet[int]:
+        """Examples that ``row`` is measured on, being measured on, or failed on often enough."""
+        given_up = self.given_up.get(row, set()) if self._lacks_few(row) else set()
+        return self.assigned.get(row, set()) | given_up
 
     def anything_open(self, space_size: int) -> bool:
         """Whether any of the ``space_size`` configurations is open."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mpromptune.calls.refusals import Refusals
+from mpromptune.calls.refusals import TOLERATED, Refusals
 from mpromptune.calls.usage import Usage
 from mpromptune.model.space import Row
 
@@ -70,8 +70,14 @@ class Ledger:
         return mean(means) if means else math.nan
 
     def covers(self, row: Row, n_examples: int) -> bool:
-        """Whether ``row`` has a score on each of ``n_examples`` examples that can be answered."""
-        return len(self.scores.get(row, {}).keys() | self.refusals.never_answered()) == n_examples
+        """Whether ``row`` has a score on each of ``n_examples`` examples that can be answered.
+
+        It need not have those on which it failed again and again, as long as they are few.
+        """
+        answered, own = self.scores.get(row, {}).keys(), self.refusals.given_up(row)
+        unanswerable = self.refusals.unanswerable()
+        few = len(own - unanswerable) <= TOLERATED * n_examples
+        return few and len(answered | unanswerable | own) == n_examples
 
     def relative_use(self, of: Callable[[Usage], float], row: Row) -> float:
         """How many times the mean use of a call one of ``row`` takes; 1 where that is not known."""

@@ -117,15 +117,15 @@ def missing_of(record: Record, params: Mapping[str, int], n_examples: int) -> in
     """Answerable examples of which the record neither has nor will have a score for ``params``."""
     of_it = [recorded for recorded in record if recorded.params == params]
     have = {e for r in of_it for e in (r.scores if r.told else r.examples or ())}
-    return n_examples - len(have | _never_answered(record))
+    return n_examples - len(have | _unanswerable(record))
 
 
-def _never_answered(record: Record) -> frozenset[int]:
+def _unanswerable(record: Record) -> frozenset[int]:
     ledger = Ledger()
     for recorded in record:
         row = tuple(recorded.params[name] for name in sorted(recorded.params))
         ledger.add(row, recorded.scores, lost=recorded.lost)
-    return ledger.refusals.never_answered()
+    return ledger.refusals.unanswerable()
 
 
 def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
