@@ -18,7 +18,7 @@ from tasks import is_spent
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.calls.execution import RetryPolicy, Verdict
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, ScoreError, SearchStoppedError
-from mpromptune.plans import schedule
+from mpromptune.plans import pool
 from mpromptune.studies.attributes import EXAMPLES, SCORES
 
 N = 40
@@ -663,7 +663,7 @@ def test_the_last_rounds_of_a_large_pool_measure_the_leader_as_well() -> None:
 
 def test_a_large_pool_drains_once_for_its_finalists(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is begun while three rounds and more are awaited, and three rivals of the baseline end full."""
-    monkeypatch.setattr(schedule, "_SHARE_IN_FLIGHT", 1.0)  # as of a budget that is large for its pool
+    monkeypatch.setattr(pool, "_SHARE_IN_FLIGHT", 1.0)  # as of a budget that is large for its pool
     begun: list[int] = []
     callbacks = [lambda study, trial: begun.append(len(study.trials))]
     result = run(num_threads=64, max_calls=400, callbacks=callbacks)

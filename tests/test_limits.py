@@ -320,6 +320,11 @@ def test_nothing_worse_than_the_baseline_is_returned() -> None:
     assert ledger.best_so_far([A, B], A, n_examples=4) == A
 
 
+def test_whoever_leads_is_returned_where_the_baseline_has_no_score_yet() -> None:
+    """There is nothing to compare with, and the baseline's own score would be no number."""
+    assert _ledger(B={0: 1.0}, C={0: 0.0}).best_so_far([B, C], A, n_examples=4) == B
+
+
 def test_a_price_is_relative_to_the_mean_call() -> None:
     """Ten tokens a call in one configuration and thirty in another: half and one and a half times 20."""
     ledger = Ledger()

@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.model.stopping import Stopping
 from mpromptune.plans.blocks import BlockPlan
-from mpromptune.plans.schedule import (
-    Schedule,
-    default_batch_size,
-    default_rounds_in_flight,
-    partition,
-    stock_calls,
-)
+from mpromptune.plans.pool import default_batch_size, default_rounds_in_flight
+from mpromptune.plans.schedule import Schedule, partition, stock_calls, warn_of_little
 from mpromptune.studies.ledger import Ledger
 
 A, B = (0,), (1,)
@@ -117,6 +112,38 @@ def test_examples_set_aside_are_lacked_by_nobody() -> None:
     assert plan.missing(A) == (1, 2, 3, 4, 5, 0)
     assert plan.first_of((0, 1, 2), A, limit=10) == (1,)
     assert plan.available() == 95 - 6 - 6  # for the baseline, and for another
+
+
+@pytest.mark.parametrize(
+    ("max_calls", "confirm", "warns"), [(39, True, True), (40, True, False), (11, False, False)]
+)
+def test_a_budget_that_confirming_takes_most_of_is_warned_of(
+    max_calls: int, confirm: bool, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten examples of winner and baseline are 20 calls: half of 40."""
+    warn_of_little(max_calls, 10, confirm)
+    assert (f"takes up to 20 of max_calls={max_calls}" in caplog.text) == warns
+
+
+def test_a_pair_that_fails_again_is_given_up_where_few_do() -> None:
+    """One of ten; of two in three, each is asked for once more until the configuration is dropped."""
+    plan = Schedule(10, (tuple(range(10)),), 100, baseline=A)
+    plan.assign(A, range(10))
+    assert not plan.release(A, [3])
+    assert plan.missing(A) == (3,)
+    plan.assign(A, (3,))
+    assert plan.release(A, [3]) == {3}
+    assert plan.missing(A) == ()
+    assert not plan.is_open(A)
+    for _ in range(2):
+        plan.assign(B, (0, 1, 2))
+        plan.release(B, [1, 2])
+    assert {1, 2} <= set(plan.missing(B))
+    assert not plan.is_dropped(B)
+    plan.assign(B, (1, 2))
+    plan.release(B, [1, 2])
+    assert plan.is_dropped(B)
+    assert plan.cost([B]) == 0
 
 
 def test_what_failed_for_the_baseline_waits_for_a_finalist() -> None:

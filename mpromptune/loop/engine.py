@@ -32,7 +32,14 @@ from mpromptune.plans.blocks import BlockPlan
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.mipro import MiproPlan
 from mpromptune.plans.plan import Plan
-from mpromptune.plans.schedule import Minibatches, Schedule, check_budget, default_block_size, partition
+from mpromptune.plans.schedule import (
+    Minibatches,
+    Schedule,
+    check_budget,
+    default_block_size,
+    partition,
+    warn_of_little,
+)
 from mpromptune.sampling.samplers import lists
 from mpromptune.studies.storage import StorageSpec, open_study
 
@@ -176,6 +183,7 @@ def search(
         trial_size = default_block_size(n_examples) if block_size is None else block_size
         sizes = {"block_size": trial_size}
         check_budget(max_calls, n_examples, confirm)
+        warn_of_little(max_calls, n_examples, confirm)
         parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
         plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
         plan.by_difficulty = lists(sampler, space)

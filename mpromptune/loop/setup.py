@@ -20,7 +20,7 @@ from mpromptune.loop.settings import (
 from mpromptune.model.space import PromptSpace
 from mpromptune.plans.mipro import MiproPlan
 from mpromptune.plans.plan import Plan
-from mpromptune.plans.schedule import default_batch_size, default_rounds_in_flight
+from mpromptune.plans.pool import default_batch_size, default_rounds_in_flight
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.sampling.sampler import qEISampler
 from mpromptune.sampling.samplers import bind, resolve_sampler

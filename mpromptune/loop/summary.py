@@ -47,10 +47,11 @@ class Summary:
         return self._of(self._winner(ranked, study), ranked, study)
 
     def so_far(self, study: Study) -> SearchResult | None:
-        """Of a search that stopped, whoever leads; nothing that goes wrong here hides why it did."""
+        """Of a search that stopped, as by a limit; nothing that goes wrong here hides why it did."""
         try:
             ranked = self._ranked()
-            return self._of(ranked[0], ranked, study) if ranked else None
+            best = self.plan.best_so_far(ranked, self.known.ledger) if ranked else None
+            return None if best is None else self._of(best, ranked, study)
         except Exception:
             logger.exception("No result could be made of what was measured.")
             return None

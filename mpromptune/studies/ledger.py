@@ -96,9 +96,12 @@ class Ledger:
 
         The first of ``ranked`` that is fully measured, or, where nothing is but the baseline, the
         first of all; passing over what scores worse than the baseline on the examples that both
-        were measured on, or shares none with it. If nothing is left, the baseline.
+        were measured on, or shares none with it. If nothing is left, the baseline; but where that has no
+        score yet, there is nothing to pass over.
         """
         full = [row for row in ranked if row != baseline and self.covers(row, n_examples)]
+        if not self.means(baseline):
+            return (full or ranked)[0]
         return next((row for row in full or ranked if self.is_not_worse(row, baseline)), baseline)
 
 
