@@ -88,14 +88,15 @@ def search(
     half a block. Otherwise a round shares one.
     With ``schedule="mipro"`` trials are measured on random minibatches instead and, now and then, the
     best one so far on all examples, as in DSPy's MIPROv2. Proposals depend on ``seed``, on
-    ``batch_size`` (by default a round has a call for every thread), on the number of rounds in flight
-    (more than two from 41 threads on) and on what earlier rounds measured, never on timing.
+    ``batch_size`` (by default, whole blocks for as many configurations have a call for every thread,
+    if the budget has many such rounds), on the number of rounds in flight (more than two from 41
+    threads on) and on what earlier rounds measured, never on timing.
 
     With ``storage`` every score is saved as it comes in, and the same call goes on where the last one
-    ended, however it ended. After ``kill -9`` the trials are those of a search in one go; trials that
-    an error or an interrupt cut off are taken up under new numbers. No saved score is paid again, and
-    a finished search is returned without a call. ``max_calls`` is for all runs together; it may
-    change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
+    ended, however it ended. After ``kill -9`` the trials of ``"qei"`` are those of a search in one go;
+    trials that an error or an interrupt cut off are taken up under new numbers. No saved score is paid
+    again, and a finished search is returned without a call. ``max_calls`` is for all runs together; it
+    may change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
     sampler and the callbacks, which are not called again. One process at a time; several with
     ``coordinators``, of which the first leads and the others measure what it hands out. Any of them
     may be killed or join later; they end with the same result.
