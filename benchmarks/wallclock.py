@@ -144,7 +144,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=0.1, help="mean latency in seconds")
-    parser.add_argument("--workers", type=int, nargs="*", default=[8, 16, 64, 128])
+    parser.add_argument("--workers", type=int, nargs="*", default=[8, 16, 32, 64, 128])
     parser.add_argument("--modes", nargs="*", default=list(VALIDATION), choices=list(VALIDATION))
     parser.add_argument("--methods", nargs="*", default=["stock", "ours"], choices=["stock", "ours"])
     parser.add_argument("--output", default="wallclock.json", help="file under benchmarks/results")

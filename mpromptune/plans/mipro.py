@@ -153,8 +153,8 @@ class MiproPlan:
             return
         self._running.discard(row)
         del self._owed[row]
-        is_done = len(missing) <= self.is_dropped(row) * TOLERATED * self.n_examples
-        if is_done:
+        tolerated = TOLERATED * self.n_examples if self.is_dropped(row) else 0
+        if len(missing) <= tolerated:
             self._full[row] = None
         elif row == self.baseline or not self.is_dropped(row):
             self._owed[row] = missing
