@@ -170,6 +170,23 @@ def test_a_full_evaluation_that_fails_is_completed() -> None:
     assert [3] in [examples for _, examples in rows_of(result)]
 
 
+def test_full_evaluations_that_lack_examples_are_compared_on_what_both_have() -> None:
+    """The other one fails on four hard examples: a mean of 19 in 36 against 20 in 40, but one less of 36."""
+    space = PromptSpace({"0_predictor_instruction": ["a", "b"]})
+
+    def score(params: dict[str, int], example: int) -> float:
+        is_other = params["0_predictor_instruction"] == 1
+        if is_other and example < 4:
+            raise TimeoutError("slow")
+        return float(4 < example < 24) or float(example == 4 and not is_other)
+
+    result = run(score, space, max_calls=200, retry=RetryPolicy(attempts=1))
+    assert [len(m.scores) for m in result.configurations if m.fully and m.params != result.best_params] == [
+        36
+    ]
+    assert result.best_params == result.baseline_params
+
+
 def test_a_configuration_that_keeps_failing_never_wins() -> None:
     """The best one cannot answer one example: it is given up, and another wins."""
     best = max(TABLE, key=lambda row: TABLE[row].mean())

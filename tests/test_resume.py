@@ -276,6 +276,32 @@ def test_a_baseline_that_failed_too_often_has_another_chance(tmp_path: Path) -> 
     assert result.baseline_score == TABLE[0, 0].mean()
 
 
+@pytest.mark.parametrize("changed", [{}, {"target": 0.05}], ids=["same", "target"])
+@pytest.mark.parametrize(
+    "lost", [{3}, set(range(0, N, 5)), set(range(N - 5))], ids=["one", "a fifth", "most"]
+)
+def test_what_failed_for_good_is_neither_asked_again_nor_forgotten(
+    lost: set[int], changed: dict[str, Any], tmp_path: Path
+) -> None:
+    """The baseline lacks examples, each of the others one of its own: a finished search has the same end."""
+    asked: Counter[Pair] = Counter()
+
+    def score(params: dict[str, int], example: int) -> float:
+        row = SPACE.row(params)
+        asked[row, example] += 1
+        if example in lost if row == (0, 0) else example == 3 * row[0] + row[1]:
+            raise TimeoutError("slow")
+        return float(TABLE[row][example])
+
+    given = {"num_threads": 1, "retry": RetryPolicy(attempts=1)}
+    first = run(tmp_path / "j", score, **given)
+    assert first.best_params != SPACE.params((0, 0))
+    asked.clear()
+    again = run(tmp_path / "j", score, **given, **changed)
+    assert (again.best_params, again.calls) == (first.best_params, first.calls)
+    assert not asked
+
+
 def test_what_a_candidate_could_not_answer_is_not_asked_again(tmp_path: Path) -> None:
     """It was paid for too: once its trial is told, it counts failure_score for whoever goes on."""
     asked: Counter[Pair] = Counter()

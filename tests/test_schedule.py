@@ -146,6 +146,17 @@ def test_a_pair_that_fails_again_is_given_up_where_few_do() -> None:
     assert plan.cost([B]) == 0
 
 
+def test_a_baseline_that_lacks_examples_is_compared_on_the_others_too() -> None:
+    """B has all six and leads; A is better on the five that both have."""
+    plan = BlockPlan(schedule(), space_size=3, batch_size=1)
+    ledger = Ledger()
+    ledger.add(A, dict.fromkeys(range(5), 0.5))
+    ledger.add(B, {**dict.fromkeys(range(5), 0.4), 5: 1.0})
+    assert plan.winner([B, A], ledger) == A
+    ledger.add(B, {0: 2.0})
+    assert plan.winner([B, A], ledger) == B
+
+
 def test_what_failed_for_the_baseline_waits_for_a_finalist() -> None:
     """Asked again by itself, example 0 would have it dropped before anyone else could fail on it."""
     plan = schedule()

@@ -330,7 +330,7 @@ class Coordinator:
         for asked in self.trials.rest():
             examples = asked.examples or ()
             self.plan.assign(asked.row, examples)
-            self._close(_Running(asked, examples, ()), asked.scores, abandoned=True)
+            self._close(_Running(asked, examples, ()), asked.scores, abandoned=asked.trial is not None)
 
     def _afford(self) -> None:
         """Tells the plan how far tokens, money and time go, so that it can keep back what it needs."""

@@ -97,7 +97,7 @@ class BlockPlan:
         return self.is_dropped(self.baseline) and not ledger.means(self.baseline)
 
     def is_full(self, row: Row, ledger: Ledger) -> bool:
-        """Whether ``row`` has a score on every example, from however many trials."""
+        """Whether ``row`` has a score on every example that can be answered, from however many trials."""
         return ledger.covers(row, self.n_examples)
 
     def rounds_now(self) -> int:
@@ -306,10 +306,15 @@ class BlockPlan:
         return best is not None and self.stopping.is_enough(known.ledger.mean(best))
 
     def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
-        """The highest posterior mean; with `confirm`, of what is fully measured."""
+        """The highest posterior mean; with `confirm`, of what is fully measured.
+
+        A baseline that lacks examples is compared on those that it was answered on.
+        """
         if not self.schedule.confirm:
             return ranked[0]
-        return self._best_full(ranked, ledger) or self.baseline
+        best = self._best_full(ranked, ledger) or self.baseline
+        is_worse = bool(ledger.means(self.baseline)) and not ledger.is_not_worse(best, self.baseline)
+        return self.baseline if is_worse else best
 
     def best_so_far(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
         """The highest posterior mean; with `confirm`, not worse than the baseline as far as was measured."""
@@ -318,12 +323,8 @@ class BlockPlan:
         return ledger.best_so_far(ranked, self.baseline, self.n_examples)
 
     def _best_full(self, ranked: Sequence[Row], ledger: Ledger) -> Row | None:
-        """The first that is fully measured, or the baseline where that measured better.
-
-        A baseline that cannot be fully measured is compared on the examples that it was answered on.
-        """
+        """The first that is fully measured, or the baseline where that measured better."""
         full = [row for row in ranked if self.is_full(row, ledger)]
-        is_rival = self.baseline in full or self.is_dropped(self.baseline)
-        if full and is_rival and not ledger.is_not_worse(full[0], self.baseline):
+        if self.baseline in full and not ledger.is_not_worse(full[0], self.baseline):
             return self.baseline
         return full[0] if full else None

@@ -160,8 +160,12 @@ class MiproPlan:
             self._owed[row] = missing
 
     def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
-        """The best full evaluation; of equal ones the earliest, which favours the baseline."""
-        return max(self._full, key=ledger.mean, default=self.baseline)
+        """The best full evaluation; of equal ones the earliest, which favours the baseline.
+
+        Where some lack examples, whatever is worse than the baseline on what both have is passed over.
+        """
+        rivals = [row for row in self._full if ledger.is_not_worse(row, self.baseline)]
+        return max(rivals, key=ledger.mean, default=self.baseline)
 
     def best_so_far(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
         """The best full evaluation, if any but the baseline's has been made."""

@@ -74,9 +74,9 @@ class Ledger:
 
         It need not have those on which it failed again and again, as long as they are few.
         """
-        answered, own = self.scores.get(row, {}).keys(), self.refusals.given_up(row)
-        unanswerable = self.refusals.unanswerable()
-        few = len(own - unanswerable) <= TOLERATED * n_examples
+        answered, unanswerable = self.scores.get(row, {}).keys(), self.refusals.unanswerable()
+        own = self.refusals.given_up(row) - unanswerable
+        few = len(own) <= TOLERATED * (len(own) + len(answered))
         return few and len(answered | unanswerable | own) == n_examples
 
     def relative_use(self, of: Callable[[Usage], float], row: Row) -> float:

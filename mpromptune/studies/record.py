@@ -11,8 +11,10 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from mpromptune.calls.refusals import Refusals
 from mpromptune.calls.usage import Usage
 from mpromptune.errors import InvalidArgumentError
+from mpromptune.model.space import Row
 from mpromptune.studies.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
 from mpromptune.studies.findings import in_memory
 from mpromptune.studies.ledger import Examples, Ledger
@@ -114,18 +116,22 @@ def check_left(record: Record, max_calls: int, missing: int) -> None:
 
 
 def missing_of(record: Record, params: Mapping[str, int], n_examples: int) -> int:
-    """Answerable examples of which the record neither has nor will have a score for ``params``."""
+    """Examples of which the record neither has nor will have a score for ``params``, and not for failures."""
     of_it = [recorded for recorded in record if recorded.params == params]
     have = {e for r in of_it for e in (r.scores if r.told else r.examples or ())}
-    return n_examples - len(have | _unanswerable(record))
+    refusals = _refusals(record)
+    return n_examples - len(have | refusals.unanswerable() | refusals.given_up(_row(params)))
 
 
-def _unanswerable(record: Record) -> frozenset[int]:
+def _refusals(record: Record) -> Refusals:
     ledger = Ledger()
     for recorded in record:
-        row = tuple(recorded.params[name] for name in sorted(recorded.params))
-        ledger.add(row, recorded.scores, lost=recorded.lost)
-    return ledger.refusals.unanswerable()
+        ledger.add(_row(recorded.params), recorded.scores, lost=recorded.lost)
+    return ledger.refusals
+
+
+def _row(params: Mapping[str, int]) -> Row:
+    return tuple(params[name] for name in sorted(params))
 
 
 def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
