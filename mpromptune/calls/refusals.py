@@ -10,11 +10,16 @@ from mpromptune.model.space import Row
 # Configurations, answered elsewhere, that an example has to fail for before it is held to be its own fault.
 _WITNESSES = 2
 # Trials that have to fail on an example before it is held to be unanswerable for their configuration.
-_TRIES = 2
+TRIES = 2
 # NOTE: part of the examples that a configuration may fail on, and yet be compared on the others. It was
 # reasoned, not tuned: a filter or a time limit hits a few pairs in a hundred, and who fails on one of ten has
 # a fault of its own.
 TOLERATED = 0.1
+
+
+def are_few(lost: int, answered: int) -> bool:
+    """Whether what fails on ``lost`` examples can be judged by the ``answered`` ones."""
+    return lost <= TOLERATED * (lost + answered)
 
 
 @dataclass
@@ -57,4 +62,4 @@ class Refusals:
 
     def given_up(self, row: Row) -> frozenset[int]:
         """Examples on which ``row`` was tried often enough."""
-        return frozenset(e for e, failures in self.refused.items() if failures[row] >= _TRIES)
+        return frozenset(e for e, failures in self.refused.items() if failures[row] >= TRIES)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpromptune.calls.refusals import TOLERATED
+from mpromptune.calls.refusals import are_few
 from mpromptune.model.space import Row
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.plan import Request
@@ -153,8 +153,8 @@ class MiproPlan:
             return
         self._running.discard(row)
         del self._owed[row]
-        tolerated = TOLERATED * self.n_examples if self.is_dropped(row) else 0
-        if len(missing) <= tolerated:
+        lacks_few = self.is_dropped(row) and are_few(len(missing), self.n_examples - len(missing))
+        if not missing or lacks_few:
             self._full[row] = None
         elif row == self.baseline or not self.is_dropped(row):
             self._owed[row] = missing

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpromptune.calls.refusals import TOLERATED
+from mpromptune.calls.refusals import TRIES, are_few
 from mpromptune.errors import InvalidArgumentError, require_count
 from mpromptune.model.space import Row
 from mpromptune.studies.ledger import Examples
@@ -58,7 +59,6 @@ class Schedule:
         confirm: Whether winner and baseline are to end fully measured.
         failed: Configuration to the examples that each of its failed trials lacks.
         lost: Configuration to the examples that could not be measured.
-        given_up: Configuration to those of them that could not be a second time; given up where few.
         aside: Examples that cannot be answered: only finalists are asked on them once more.
         spent: Calls made or committed to.
         price: How many times the average call one of a configuration costs.
@@ -72,7 +72,6 @@ class Schedule:
     assigned: dict[Row, set[int]] = field(default_factory=dict)
     failed: dict[Row, list[set[int]]] = field(default_factory=dict)
     lost: dict[Row, set[int]] = field(default_factory=dict)
-    given_up: dict[Row, set[int]] = field(default_factory=dict)
     aside: AbstractSet[int] = frozenset()
     spent: int = 0
     price: Callable[[Row], float] = lambda row: 1.0
@@ -127,17 +126,20 @@ class Schedule:
         """Takes back what could not be measured: its budget returns.
 
         Returns:
-            What could not be a second time.
+            What could not be in an earlier trial either.
         """
-        lost, before = set(examples), self.lost.setdefault(row, set())
+        lost = set(examples)
         self.assigned[row] -= lost
-        again = lost & before
-        self.given_up.setdefault(row, set()).update(again)
-        before |= lost
+        self.lost.setdefault(row, set()).update(lost)
         self.spent -= len(lost)
         if lost:
             self.failed.setdefault(row, []).append(lost)
-        return again
+        return lost & self._given_up(row)
+
+    def _given_up(self, row: Row) -> AbstractSet[int]:
+        """Examples that enough trials of ``row`` lack."""
+        times = Counter(example for lost in self.failed.get(row, ()) for example in lost)
+        return {example for example, failures in times.items() if failures >= TRIES}
 
     def is_dropped(self, row: Row) -> bool:
         """Whether so many trials of ``row``, and examples, failed that no further call is risked on it."""
@@ -148,12 +150,11 @@ class Schedule:
         """Whether ``row`` fails on so few examples that it can be judged on the others."""
         answered = self.assigned.get(row, set())
         lost = self.lost.get(row, set()) - answered - self.aside
-        return len(lost) <= TOLERATED * (len(lost) + len(answered))
+        return are_few(len(lost), len(answered))
 
     def forgive(self, row: Row) -> None:
         """Forgets the failures of ``row``."""
         self.failed.pop(row, None)
-        self.given_up.pop(row, None)
 
     def is_affordable(self, row: Row) -> bool:
         """Whether ``row`` can still be fully measured, together with the baseline."""
@@ -190,7 +191,7 @@ class Schedule:
 
     def _asked(self, row: Row) -> AbstractSet[int]:
         """Examples that ``row`` is measured on, being measured on, or failed on often enough."""
-        given_up = self.given_up.get(row, set()) if self._lacks_few(row) else set()
+        given_up = self._given_up(row) if self._lacks_few(row) else set()
         return self.assigned.get(row, set()) | given_up
 
     def anything_open(self, space_size: int) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mpromptune.calls.refusals import TOLERATED, Refusals
+from mpromptune.calls.refusals import Refusals, are_few
 from mpromptune.calls.usage import Usage
 from mpromptune.model.space import Row
 
@@ -76,8 +76,8 @@ class Ledger:
         """
         answered, unanswerable = self.scores.get(row, {}).keys(), self.refusals.unanswerable()
         own = self.refusals.given_up(row) - unanswerable
-        few = len(own) <= TOLERATED * (len(own) + len(answered))
-        return few and len(answered | unanswerable | own) == n_examples
+        is_whole = len(answered | unanswerable | own) == n_examples
+        return is_whole and are_few(len(own), len(answered))
 
     def relative_use(self, of: Callable[[Usage], float], row: Row) -> float:
         """How many times the mean use of a call one of ``row`` takes; 1 where that is not known."""
