@@ -19,7 +19,6 @@ from benchmarks.tables import Task
 from mpromptune.model.acquisition import expected_improvement, ranked
 from mpromptune.model.embedding import as_embedder
 from mpromptune.model.geometry import geometry_of
-from mpromptune.model.kernels import at_average_example
 from mpromptune.model.space import Row
 from mpromptune.model.surrogate import fit, quiet_single_thread
 
@@ -92,8 +91,8 @@ def _proposal(ledger: _Ledger, geometries: Any, rng: np.random.Generator) -> Row
     rows = [row for row, scores in ledger.scores.items() if len(scores) >= n]
     values = torch.tensor([[ledger.mean(row, n)] for row in rows], dtype=torch.float64)
     measured = torch.tensor(rows, dtype=torch.float64)
-    model = fit(at_average_example(measured), values, None, geometries)
+    model = fit(measured, values, None, geometries)
     acqf = expected_improvement(model, float(ranked(model, measured)[1][0]), seed=len(rows))
     with torch.no_grad(), quiet_single_thread():
-        gains = acqf(at_average_example(torch.tensor(new)).unsqueeze(-2))
+        gains = acqf(torch.tensor(new, dtype=torch.float64).unsqueeze(-2))
     return new[int(gains.argmax())]

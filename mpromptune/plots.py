@@ -1,7 +1,6 @@
 """Figures of a search, in the manner of ``optuna.visualization``; needs ``m-promptune[plots]``."""
 
 from mpromptune.reports.plots import (
-    plot_blocks,
     plot_effects,
     plot_examples,
     plot_growth,
@@ -11,7 +10,6 @@ from mpromptune.reports.plots import (
 )
 
 __all__ = [
-    "plot_blocks",
     "plot_effects",
     "plot_examples",
     "plot_growth",

@@ -28,19 +28,20 @@ from mpromptune.loop.sharing import search_together
 from mpromptune.loop.trials import Trials
 from mpromptune.model.space import PromptSpace
 from mpromptune.model.stopping import Stopping
-from mpromptune.plans.blocks import BlockPlan
+from mpromptune.plans.batches import BatchPlan
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.mipro import MiproPlan
-from mpromptune.plans.plan import Plan
+from mpromptune.plans.pairs import Pairs
+from mpromptune.plans.plan import Confirm, Plan
 from mpromptune.plans.schedule import (
     Minibatches,
-    Schedule,
+    check_block_size,
     check_budget,
     default_block_size,
-    partition,
     warn_of_little,
 )
-from mpromptune.sampling.samplers import lists
+from mpromptune.sampling.sampler import qEISampler
+from mpromptune.sampling.samplers import is_qei
 from mpromptune.studies.storage import StorageSpec, open_study
 
 
@@ -59,7 +60,7 @@ def search(
     storage: StorageSpec = None,
     study_name: str | None = None,
     callbacks: Sequence[Callback] = (),
-    confirm: bool = True,
+    confirm: Confirm = "auto",
     patience: int | None = None,
     target: float | None = None,
     schedule: str = "blocks",
@@ -179,18 +180,19 @@ def search(
     if schedule == "mipro":
         batches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch).within(n_examples)
         trial_size, sizes = batches.size, batches.as_arguments()
-        plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed)
+        plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed, is_qei(sampler))
     else:
         trial_size = default_block_size(n_examples) if block_size is None else block_size
         sizes = {"block_size": trial_size}
         check_budget(max_calls, n_examples, confirm)
         warn_of_little(max_calls, n_examples, confirm)
-        parts = Schedule(n_examples, partition(n_examples, trial_size, seed), max_calls, start, confirm)
-        plan = BlockPlan(parts, space.size, 1, stopping=Stopping(target, patience))
-        plan.by_difficulty = lists(sampler, space)
+        check_block_size(trial_size, n_examples)
+        plan = BatchPlan(Pairs(n_examples, max_calls), start, space.size, trial_size)
+        plan.seed, plan.confirm, plan.stopping = seed, confirm, Stopping(target, patience)
+        plan.allocates = is_qei(sampler)
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
     arguments.update(schedule=schedule, **sizes)
-    confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all
+    confirmed = confirm is True and schedule == "blocks"  # mipro measures the baseline first of all
     threads = num_threads * coordinators
     setup = Setup(
         space, plan, arguments, sampler, batch_size, threads, coordinators > 1, trial_size, confirmed
@@ -220,7 +222,8 @@ def _alone(
     record, encoding = setup.take_up(study)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
     trials = Trials(study, setup.space, record)
-    known = Knowledge(study, encoding, hidden=trials.untold)
+    cold = setup.sampler.min_cold_start if isinstance(setup.sampler, qEISampler) else 1
+    known = Knowledge(study, encoding, setup.plan.n_examples, cold)
     with metered(budget.begin_search()):
         return run(workers=workers, trials=trials, known=known).run()
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import torch
 
 from mpromptune.calls.execution import Workers
 from mpromptune.calls.limits import Budget
@@ -15,10 +13,8 @@ from mpromptune.live.progress import OnProgress, Progress, Standing
 from mpromptune.live.speed import Speed
 from mpromptune.loop.trials import Trials
 from mpromptune.model.space import Row
-from mpromptune.model.surrogate import Surrogate, on_cpu, posterior_mean_and_variance
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.plan import Plan
-from mpromptune.sampling.sampler import qEISampler
 from mpromptune.studies.findings import Findings
 
 logger = logging.getLogger(__name__)
@@ -61,8 +57,6 @@ class Monitor:
         self._estimates: dict[Row, tuple[float, float]] = {}  # its mean and standard deviation, by row
         if self.on_progress is not None:
             self.known.on_ranked = self._note
-            if isinstance(sampler := self.known.study.sampler, qEISampler):
-                sampler.on_ranked = self._note
 
     def report(self) -> None:
         """Tells how the search stands."""
@@ -123,15 +117,13 @@ class Monitor:
             rest = min(rest, affordable[1] - self.answered())
         return self._speed.seconds_for(rest)
 
-    def _note(self, model: Surrogate, leader: Sequence[int]) -> None:
-        self._safely(lambda: self._rank(model, tuple(leader)))
+    def _note(self, leader: Row) -> None:
+        self._safely(lambda: self._rank(leader))
 
-    def _rank(self, model: Surrogate, leader: Row) -> None:
-        """A surrogate ranks ``leader`` first; the baseline may not have been among the others."""
+    def _rank(self, leader: Row) -> None:
+        """The posterior ranks ``leader`` first; the baseline may not have been among the others."""
         rows = [leader, self.plan.baseline]
-        with on_cpu():
-            means, variances = posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
-        normal = zip(means.tolist(), variances.sqrt().tolist(), strict=True)
+        normal = zip(*(values.tolist() for values in self.known.posterior(rows)), strict=True)
         self._estimates = dict(zip(rows, normal, strict=True))
         measured = [row for row in rows if self.known.ledger.scores.get(row)]
         self._leader = max(measured, key=lambda row: self._estimates[row][0], default=None)

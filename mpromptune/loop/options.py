@@ -18,6 +18,7 @@ from mpromptune.calls.remote import check_executor
 from mpromptune.crew.members import check_coordinators
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
 from mpromptune.live.progress import OnProgress
+from mpromptune.plans.plan import Confirm
 from mpromptune.plans.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
 from mpromptune.sampling.names import SAMPLER_NAMES, unknown_sampler
 from mpromptune.studies.storage import check_storage
@@ -51,9 +52,10 @@ class SearchOptions:
         min_cold_start: (qei) Finished trials before the first model.
         embedder: (qei) Model name or path, SentenceTransformer, dspy.Embedder or callable.
         device: (qei) Where the surrogate is fitted and asked; by default the CPU.
-        block_size: Validation examples per trial (default 10; the first of a configuration may have half).
+        block_size: Validation examples of a place in a batch (default 5).
         max_calls: Program calls to spend; by default exactly what DSPy's MIPROv2 would.
-        confirm: Keep calls back so that winner and baseline end fully measured.
+        confirm: ``True`` keeps calls back so that winner and baseline end fully measured; ``"auto"`` as far
+            as that costs little; ``False`` compares by the posterior alone.
         patience: Stop after so many rounds in a row without a gain in sight (default: never).
         target: Stop once a mean score of the metric is reached and confirmed (default: none).
         schedule: ``"blocks"``, or ``"mipro"`` for minibatches and full evaluations as DSPy's.
@@ -92,7 +94,7 @@ class SearchOptions:
     device: Any = None
     block_size: int | None = None
     max_calls: int | None = None
-    confirm: bool = True
+    confirm: Confirm = "auto"
     patience: int | None = None
     target: float | None = None
     schedule: str = "blocks"
@@ -233,7 +235,7 @@ class SearchOptions:
 
 
 def check_schedule(
-    schedule: str, block_size: int | None, confirm: bool, patience: int | None, target: float | None
+    schedule: str, block_size: int | None, confirm: Confirm, patience: int | None, target: float | None
 ) -> None:
     """Refuses an unknown schedule, and options that mean nothing to the one named.
 
@@ -244,8 +246,8 @@ def check_schedule(
         raise InvalidArgumentError(f"schedule must be one of {list(SCHEDULE_NAMES)}; got {schedule!r}.")
     given = {"block_size": block_size, "patience": patience, "target": target}
     foreign = {name: value for name, value in given.items() if value is not None}
-    if not confirm:
-        foreign["confirm"] = False
+    if confirm is not True and confirm != "auto":
+        foreign["confirm"] = confirm
     if schedule != "blocks" and foreign:
         raise InvalidArgumentError(f"{foreign} only apply to schedule='blocks'; got schedule={schedule!r}.")
 

@@ -18,7 +18,7 @@ from mpromptune.loop.settings import (
     write_settings,
 )
 from mpromptune.model.space import PromptSpace
-from mpromptune.plans.mipro import MiproPlan
+from mpromptune.plans.batches import BatchPlan
 from mpromptune.plans.plan import Plan
 from mpromptune.plans.pool import default_batch_size, default_rounds_in_flight
 from mpromptune.sampling.encoding import Encoding
@@ -88,24 +88,24 @@ class Setup:
     def _batch_size(self, before: Mapping[str, Any]) -> int:
         """As given, as the sampler has it, as before, or by the number of threads and the budget."""
         own = self.sampler.batch_size if isinstance(self.sampler, qEISampler) else None
-        least = default_batch_size(self.num_threads, self.trial_size, self.plan.max_calls)
-        return self.batch_size or own or int(before.get("batch_size") or least)
+        usual = default_batch_size(self.trial_size, self.plan.max_calls)
+        return self.batch_size or own or int(before.get("batch_size") or usual)
 
     def _rounds_in_flight(self, before: Mapping[str, Any]) -> int:
         """As before, so that other threads make no other trials; unless rounds are of another size now."""
         if before.get("batch_size") == self.plan.batch_size:
             return int(before["rounds_in_flight"])
-        if isinstance(self.plan, MiproPlan):
+        if not isinstance(self.plan, BatchPlan):
             return self.plan.rounds_in_flight
         return default_rounds_in_flight(
-            self.num_threads, self.plan.batch_size, self.trial_size, self.plan.max_calls, self.is_shared
+            self.num_threads, self.plan.batch_size, self.trial_size, self.plan.max_calls
         )
 
     def _set_sampler(self, study: Study) -> Encoding:
         plan, seed = self.plan, int(self.arguments["seed"])
         n_trials = len(study.get_trials(deepcopy=False))
         own = resolve_sampler(self.sampler, self.space, seed, n_trials)
-        study.sampler, encoding = bind(own, self.space, plan.batch_size, plan.is_open, seed)
+        study.sampler, encoding = bind(own, self.space, plan.is_open, seed)
         if n_trials and own is self.sampler:  # its stream is at its beginning, and would come again
             study.sampler.reseed_rng()
         return encoding

@@ -63,7 +63,7 @@ def _lead(
         budget.reached = ended["name"]
     handout = Handout(crew, workers, study, budget, record)
     trials = SharedTrials(study, setup.space, record, crew, handout)
-    known = Knowledge(study, encoding, hidden=trials.untold)
+    known = Knowledge(study, encoding, setup.plan.n_examples)
     with handout.running():
         result = run(workers=workers, trials=trials, known=known).run()
     crew.leave({"why": LIMIT, "name": result.stopped_by} if result.stopped_by else None)

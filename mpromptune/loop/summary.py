@@ -57,7 +57,7 @@ class Summary:
             return None
 
     def _ranked(self) -> list[Row]:
-        return [row for row, _ in self.known.best_first(self.known.ledger.rows())]
+        return self.known.best_first(self.known.ledger.rows())
 
     @property
     def _stopped_by(self) -> str | None:
@@ -94,14 +94,14 @@ class Summary:
         )
 
     def _measured(self, rows: Sequence[Row]) -> list[Measured]:
-        means, variances = self.known.posterior(rows)
+        means, deviations = self.known.posterior(rows)
         return [
             Measured(
                 params=self.space.params(row),
                 scores=self.known.ledger.means(row),
                 posterior_mean=mean,
-                posterior_std=variance**0.5,
+                posterior_std=deviation,
                 fully=self.plan.is_full(row, self.known.ledger),
             )
-            for row, mean, variance in zip(rows, means.tolist(), variances.tolist(), strict=True)
+            for row, mean, deviation in zip(rows, means.tolist(), deviations.tolist(), strict=True)
         ]

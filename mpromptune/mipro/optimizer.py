@@ -208,7 +208,7 @@ class MIPROv2(dspy.MIPROv2):
             _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run, together))
         _check_embedder(options, program)
         _STEPS.get().elsewhere.check(program, valset)
-        if options.confirm:
+        if options.confirm is True:
             _STEPS.get().score_ahead(valset)
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:

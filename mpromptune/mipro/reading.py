@@ -120,14 +120,14 @@ def _result(
 ) -> SearchResult:
     arguments = settings["arguments"]
     n_examples, baseline = int(arguments["n_examples"]), space.row(arguments["baseline"])
-    known = Knowledge(study, encode_prompts(space, None), _ledger(record, space))
-    ranked = [row for row, _ in known.best_first(known.ledger.rows())]
+    known = Knowledge(study, encode_prompts(space, None), n_examples, ledger=_ledger(record, space))
+    ranked = known.best_first(known.ledger.rows())
     if not ranked:
         raise InvalidArgumentError(f"Nothing has been measured in the study {study.study_name!r} yet.")
     whole = _whole(known.ledger, record, space, n_examples, arguments["schedule"])
     best = _winner(known.ledger, ranked, whole, baseline, n_examples, arguments["schedule"])
-    means, variances = known.posterior(ranked)
-    posterior = zip(ranked, means.tolist(), variances.tolist(), strict=True)
+    means, deviations = known.posterior(ranked)
+    posterior = zip(ranked, means.tolist(), deviations.tolist(), strict=True)
     return SearchResult(
         best_params=space.params(best),
         best_score=known.ledger.mean(best),
@@ -135,8 +135,8 @@ def _result(
         calls=known.ledger.calls,
         n_examples=n_examples,
         configurations=tuple(
-            Measured(space.params(row), known.ledger.means(row), mean, variance**0.5, row in whole)
-            for row, mean, variance in posterior
+            Measured(space.params(row), known.ledger.means(row), mean, deviation, row in whole)
+            for row, mean, deviation in posterior
         ),
         study=study,
         usage=usage,

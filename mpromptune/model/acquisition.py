@@ -40,7 +40,6 @@ def propose(
     X_pending: Tensor | None = None,
     n_batches: int = 0,
     seed: int = 0,
-    noise: float | None = None,
 ) -> Tensor:
     r"""The q choices that together have the highest expected improvement (qLogEI).
 
@@ -57,18 +56,16 @@ def propose(
         X_pending: ``p x C`` configurations that are being measured.
         n_batches: Number of random joint batches.
         seed: Fixes the Monte-Carlo base samples and the random batches.
-        noise: Variance of a measurement. With it the improvement is that of the next posterior mean
-            (see `NextPosteriorMean`), and a choice may be taken, or be pending, several times.
 
     Returns:
-        ``q x C`` rows of ``choices``; without ``noise`` at most N, all distinct.
+        ``q x C`` rows of ``choices``, all distinct.
 
     .. [Ament2023] S. Ament et al. Unexpected Improvements to Expected Improvement for Bayesian
         Optimization. NeurIPS 2023.
     .. [Wilson2018] J. Wilson, F. Hutter, M. Deisenroth. Maximizing acquisition functions for
         Bayesian optimization. NeurIPS 2018.
     """
-    q = q if noise else min(q, len(choices))
+    q = min(q, len(choices))
     generator = torch.Generator().manual_seed(seed)
     # Ties go to the first choice, so the order must favour none.
     shuffled = choices[torch.randperm(len(choices), generator=generator)]
@@ -77,8 +74,8 @@ def propose(
     with quiet_single_thread():
         table = PosteriorTable.joint(model, torch.cat([shuffled, pending]))
         free, running = table.positions[: len(shuffled)], table.positions[len(shuffled) :]
-        acqf = expected_improvement(table, best_f, running, seed, noise)
-        greedy = _greedy(acqf, free, q, unique=noise is None)
+        acqf = expected_improvement(table, best_f, running, seed)
+        greedy = _greedy(acqf, free, q)
         rivals = _random_batches(acqf, free, q, n_batches, generator)
         best = _best(acqf, torch.cat([greedy.unsqueeze(0), rivals]))
     return shuffled[best.squeeze(-1).long()]
@@ -89,7 +86,6 @@ def expected_improvement(
     best_f: float,
     X_pending: Tensor | None = None,
     seed: int = 0,
-    noise: float | None = None,
 ) -> qLogExpectedImprovement:
     """qLogEI of the points of ``model``, with base samples fixed by ``seed``."""
     sampler = SobolQMCNormalSampler(torch.Size([_MC_SAMPLES]), seed=seed)
@@ -98,7 +94,6 @@ def expected_improvement(
         best_f=best_f,
         sampler=sampler,
         X_pending=None if X_pending is None or not len(X_pending) else X_pending,
-        posterior_transform=None if noise is None else NextPosteriorMean(noise),
     )
 
 
@@ -149,40 +144,6 @@ class PosteriorTable(Model):
         return posterior if posterior_transform is None else posterior_transform(posterior)
 
 
-class NextPosteriorMean(PosteriorTransform):
-    r"""From the posterior of f to that of the posterior mean once all of X has been measured.
-
-    .. math:: \mu' \sim N(\mu, \Sigma (\Sigma + \tau^2 I)^{-1} \Sigma)
-
-    A point may occur several times in X: each is one more measurement of it.
-
-    Args:
-        noise: :math:`\tau^2`, variance of one measurement.
-    """
-
-    scalarize = True
-
-    def __init__(self, noise: float) -> None:
-        super().__init__()
-        self.noise = noise
-
-    def forward(self, posterior: Posterior, X: Tensor | None = None) -> GPyTorchPosterior:
-        """The transformed posterior."""
-        assert isinstance(posterior, GPyTorchPosterior)
-        mean = posterior.mean.squeeze(-1)
-        covariance = posterior.distribution.covariance_matrix
-        eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
-        # A point that occurs twice makes both matrices singular but for this.
-        jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
-        half = torch.linalg.cholesky(covariance + self.noise * eye + jitter)
-        root = torch.linalg.solve_triangular(half, covariance, upper=False)
-        return GPyTorchPosterior(MultivariateNormal(mean, to_linear_operator(root.mT @ root + jitter)))
-
-    def evaluate(self, Y: Tensor, X: Tensor | None = None) -> Tensor:  # noqa: N803 - BoTorch's name
-        """Outcomes as they are."""
-        return Y
-
-
 def log_expected_improvement(model: Surrogate, best_f: float, rows: Tensor) -> Tensor:
     """Log EI of single configurations, ``n x C`` to ``n``, in closed form [Ament2023]_."""
     table = PosteriorTable(*posterior_mean_and_variance(model, rows))
@@ -211,8 +172,8 @@ def _shortlist(model: Surrogate, choices: Tensor, best_f: float) -> Tensor:
     return choices[best.sort().values]
 
 
-def _greedy(acqf: AcquisitionFunction, choices: Tensor, q: int, unique: bool) -> Tensor:
-    candidates, _ = optimize_acqf_discrete(acqf, q=q, choices=choices, unique=unique)
+def _greedy(acqf: AcquisitionFunction, choices: Tensor, q: int) -> Tensor:
+    candidates, _ = optimize_acqf_discrete(acqf, q=q, choices=choices)
     return candidates.reshape(q, -1)
 
 

@@ -1,10 +1,9 @@
 r"""Whether texts that are alike score alike: a permutation test of the embeddings.
 
 Notation
-    y, m    observations, and the surrogate's constant mean
-    V       covariance of the observations under a surrogate that ignores the texts
+    u, K    latents of the measured configurations, and their prior covariance without texts (see `rasch`)
     S_c     similarities of the candidates of component c by their texts, exp(-d^2 / 2); 0 on the diagonal
-    Z_c     observations x candidates: 1 where an observation has a candidate
+    Z_c     latents x candidates: 1 where a latent has a candidate
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from botorch.models import SingleTaskGP
 
+from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.embedding import FloatArray
-from mpromptune.model.geometry import Geometry, identity_views
+from mpromptune.model.geometry import Geometry
 from mpromptune.model.space import IndexArray
-from mpromptune.model.surrogate import quiet_single_thread, solved
 
 # NOTE: the smallest share that can be told is one in five hundred.
 _PERMUTATIONS = 499
@@ -26,26 +23,21 @@ _PERMUTATIONS = 499
 _LEAST_CANDIDATES = 4
 
 
-def without_texts(geometries: Sequence[Geometry]) -> tuple[Geometry, ...]:
-    """Geometries in which candidates are only the same or different."""
-    return tuple(Geometry(identity_views(g.views.shape[-1]), g.group) for g in geometries)
-
-
-def chance_of_likeness(blind: SingleTaskGP, geometries: Sequence[Geometry], seed: int = 0) -> float | None:
+def chance_of_likeness(beliefs: Beliefs, geometries: Sequence[Geometry], seed: int = 0) -> float | None:
     r"""Share of random assignments of embeddings to candidates that explain as much as the real one.
 
     A score test of the variance component that texts would add [Lin1997]_, by permutation: the
     statistic of a component is
 
-    .. math:: Q_c = u_c^T S_c u_c, \quad u_c = Z_c^T V^{-1} (y - m),
+    .. math:: Q_c = v_c^T S_c v_c, \quad v_c = Z_c^T K^{-1} \hat u,
 
     which is large where candidates with like texts deviate alike. Those of the components are added
     up in units of their standard deviations under permutation. Only candidates that were measured
     take part, and only a view that comes from the embedder does.
 
     Args:
-        blind: The surrogate fitted with `without_texts`.
-        geometries: Of its components, with their texts.
+        beliefs: Fitted to the scores.
+        geometries: Of the components, with their texts.
         seed: Of the permutations.
 
     Returns:
@@ -55,14 +47,14 @@ def chance_of_likeness(blind: SingleTaskGP, geometries: Sequence[Geometry], seed
     .. [Lin1997] X. Lin. Variance component testing in generalised linear models with random effects.
         Biometrika 84(2), 1997.
     """
-    with torch.no_grad(), quiet_single_thread():
-        weights = solved(blind)[0].cpu().numpy()
-        X = blind.train_inputs[0].long().cpu().numpy()
+    blind = beliefs.without_likeness()
+    weights = blind.split(blind.posterior.weights)
     rng = np.random.default_rng(seed)
     parts = [
-        _standardised(*_of_measured(X[:, c], weights, geometry), rng)
-        for c, geometry in enumerate(geometries)
-        if geometry.has_text and len(set(X[:, c].tolist())) >= _LEAST_CANDIDATES
+        _standardised(*_of_measured(rows[:, c], own, geometries[c]), rng)
+        for group, rows, own in zip(beliefs.groups, blind.rows, weights, strict=True)
+        for c in group.components
+        if geometries[c].has_text and len(set(rows[:, c].tolist())) >= _LEAST_CANDIDATES
     ]
     if not parts:
         return None

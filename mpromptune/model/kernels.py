@@ -1,8 +1,7 @@
-r"""Covariances over index-valued inputs: PromptKernel (texts) and SharedKernel (shared examples).
+r"""Covariances over index-valued inputs, by the texts behind the indices.
 
 Notation
-    C       number of components; the first C columns of an input are candidate indices
-    index   the last column of an input: which observation it is, or -1 for a configuration itself
+    C       number of components; the columns of an input are candidate indices
     d_cv^2  squared distance between two candidates of component c in view v (see `geometry`)
     k_c     component kernel, in [0, 1]
     k_g     group (predictor) kernel
@@ -141,7 +140,7 @@ class PromptKernel(Kernel):
             _add(self, "log_interaction", (), _LOG_INTERACTION)
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
-        """``... x n x (C + 1)`` and ``... x m x (C + 1)`` indices to ``... x n x m`` covariances."""
+        """``... x n x C`` and ``... x m x C`` indices to ``... x n x m`` covariances."""
         i1, i2 = (x[..., : len(self.components)].long() for x in (x1, x2))
         if diag or i1.dim() > 2 or i2.dim() > 2 or not torch.equal(i1, i2):
             return self._covariance(i1, i2, diag)
@@ -179,36 +178,6 @@ class PromptKernel(Kernel):
         return covariance + product * reduce(mul, tables), variance.sum() + product
 
 
-def at_average_example(rows: Tensor) -> Tensor:
-    """Appends the index -1: ``... x C`` to ``... x (C + 1)``."""
-    return torch.nn.functional.pad(rows.to(torch.float64), (0, 1), value=-1.0)
-
-
 def _once(rows: Tensor) -> Tensor:
     """The first of rows that are all the same: a local search changes one component of many."""
     return rows[:1] if rows.dim() == 2 and bool((rows == rows[:1]).all()) else rows
-
-
-class SharedKernel(Kernel):
-    r"""Covariance of observations beside that of what they observe: ``table[i, j]`` by their indices.
-
-    Here it is what configurations that were measured on the same examples have in common, see
-    `mpromptune.model.difficulty`. Index -1 is a configuration itself, which shares nothing with any
-    observation.
-
-    Args:
-        table: ``n x n``, in the units of the model.
-    """
-
-    is_stationary = False
-    table: Tensor
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        # A row of zeros at the end is where -1 points.
-        self.register_buffer("table", torch.nn.functional.pad(table.to(torch.float64), (0, 1, 0, 1)))
-
-    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
-        """``... x n x (C + 1)`` and ``... x m x (C + 1)`` indices to ``... x n x m`` covariances."""
-        first, second = (x[..., -1].long() % len(self.table) for x in (x1, x2))
-        return _lookup(self.table, first, second, diag)

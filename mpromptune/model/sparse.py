@@ -26,8 +26,6 @@ from linear_operator import to_linear_operator
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
-from mpromptune.model.kernels import at_average_example
-
 # NOTE: configurations that the spread half of the inducing points is chosen among, for each of these.
 _POOL = 3
 # NOTE: observations whose covariances with the inducing points are computed at once: 8 MB an array.
@@ -36,7 +34,7 @@ _COLUMNS = 2048
 
 @dataclass(frozen=True)
 class Observations:
-    """Inputs, values and noise: ``n x (C + 1)``, ``n x 1``, and ``n x 1`` or None (to be inferred)."""
+    """Inputs, values and noise: ``n x C``, ``n x 1``, and ``n x 1`` or None (to be inferred)."""
 
     X: Tensor
     Y: Tensor
@@ -68,7 +66,7 @@ class SparseGP(Model):
     Args:
         fitted: For kernel, mean, units and, where no variances are known, noise.
         observed: All of them, in the units of the scores.
-        inducing: ``M x (C + 1)`` indices.
+        inducing: ``M x C`` indices.
 
     .. [Snelson2006] E. Snelson, Z. Ghahramani. Sparse Gaussian Processes using Pseudo-inputs. NeurIPS 2006.
     .. [Titsias2009] M. Titsias. Variational Learning of Inducing Variables in Sparse Gaussian Processes.
@@ -118,7 +116,7 @@ class SparseGP(Model):
         observation_noise: bool | Tensor = False,
         posterior_transform: PosteriorTransform | None = None,
     ) -> Posterior:
-        """Joint, of ``n x (C + 1)`` inputs, in the units of the scores."""
+        """Joint, of ``n x C`` inputs, in the units of the scores."""
         cross = self.kernel(self.inducing, X).to_dense()
         explained = self.root @ cross
         covariance = self.kernel(X, X).to_dense() - explained.T @ explained
@@ -143,23 +141,23 @@ def standardised(fitted: SingleTaskGP, observed: Observations) -> tuple[Tensor, 
 
 
 def inducing_points(fitted: SingleTaskGP, observed: Observations, count: int) -> Tensor:
-    """At most ``count`` of the configurations that were observed, ``M x (C + 1)``.
+    """At most ``count`` of the configurations that were observed, ``M x C``.
 
     Where there are more, half of the points are those of the highest means of their own, shrunk by their
     noise (what is asked of a search is which of them is best), and half are spread over others by
     `GreedyVarianceReduction`. A function of what was observed alone.
     """
-    rows, owner = torch.unique(observed.X[:, :-1], dim=0, return_inverse=True)
+    rows, owner = torch.unique(observed.X, dim=0, return_inverse=True)
     if len(rows) <= count:
-        return at_average_example(rows)
+        return rows
     own = _own_means(*standardised(fitted, observed), owner, len(rows))
     best = own.argsort(descending=True, stable=True)
     others = best[count // 2 :]
     spread = torch.linspace(0, len(others) - 1, min(len(others), _POOL * count), device=rows.device)
-    pool = at_average_example(rows[others[spread.round().long()].sort().values])
+    pool = rows[others[spread.round().long()].sort().values]
     allocator, room = GreedyVarianceReduction(), count - count // 2
     chosen = allocator.allocate_inducing_points(pool, fitted.covar_module, room, torch.Size())
-    return torch.cat([at_average_example(rows[best[: count // 2]]), chosen])
+    return torch.cat([rows[best[: count // 2]], chosen])
 
 
 def _own_means(values: Tensor, noise: Tensor, owner: Tensor, n: int) -> Tensor:

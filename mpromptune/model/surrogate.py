@@ -7,7 +7,7 @@ numbers for each configuration, of which a proposal is made in the same way what
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
@@ -26,7 +26,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from mpromptune.model.geometry import Geometry
-from mpromptune.model.kernels import PromptKernel, SharedKernel, at_average_example
+from mpromptune.model.kernels import PromptKernel
 from mpromptune.model.sparse import Observations, SparseGP, inducing_points, units_of
 
 Surrogate = SingleTaskGP | SparseGP
@@ -44,14 +44,6 @@ _INDUCING = 512
 _ENTRIES = 2**20
 # Rounding may leave a variance of what is known exactly below zero.
 _LEAST_VARIANCE = 1e-12
-
-
-# Told of a fitted surrogate, and of the measured configuration with its highest posterior mean.
-OnRanked = Callable[[Surrogate, Sequence[int]], None]
-
-
-def unheard(model: Surrogate, leader: Sequence[int]) -> None:
-    """The default `OnRanked`: nobody wants to know."""
 
 
 def on_cpu() -> AbstractContextManager[object]:
@@ -88,20 +80,17 @@ def fit(
     train_Y: Tensor,
     train_Yvar: Tensor | None,
     geometries: Sequence[Geometry],
-    shared: Tensor | None = None,
 ) -> Surrogate:
     r"""Fits the surrogate by maximum a posteriori (`fit_gpytorch_mll`).
 
     Up to 512 observations the model is exact. With more, its hyper-parameters are those of 512 of them,
-    evenly spread, its posterior is that of all through inducing points (`SparseGP`), and what they share
-    counts as noise of each.
+    evenly spread, and its posterior is that of all through inducing points (`SparseGP`).
 
     Args:
-        train_X: ``n x (C + 1)`` candidate indices and, last, the observation's index (-1: none).
+        train_X: ``n x C`` candidate indices.
         train_Y: ``n x 1`` observed values, to be maximised.
         train_Yvar: ``n x 1`` variances of the observations, or None to infer one for all.
         geometries: Distances of the C components. The model is on their device.
-        shared: ``n x r``, a root of further covariance of the observations, in units of ``train_Y``.
 
     Returns:
         A BoTorch model whose posterior is in the units of ``train_Y``.
@@ -109,12 +98,6 @@ def fit(
     device = geometries[0].views.device
     is_exact = len(train_Y) <= _EXACT
     kernel: Kernel = PromptKernel(geometries)
-    if shared is not None and len(shared):
-        assert train_Yvar is not None  # of what is known by example
-        if is_exact:
-            kernel = kernel + SharedKernel(shared @ shared.T / _scale(train_Y) ** 2)
-        else:  # hundreds of configurations say how hard the examples are: little is left to share
-            train_Yvar = train_Yvar + shared.square().sum(dim=-1, keepdim=True)
     observed, kernel = Observations(train_X, train_Y, train_Yvar).to(device), kernel.to(device)
     units = Standardize(m=1).to(device)
     with quiet_single_thread():
@@ -137,12 +120,6 @@ def _fit_exact(observed: Observations, kernel: Kernel, units: Standardize) -> Si
     return model
 
 
-def _scale(train_Y: Tensor) -> float:
-    """The standard deviation by which BoTorch's `Standardize` divides."""
-    deviation = float(train_Y.std()) if len(train_Y) > 1 else 0.0
-    return deviation if deviation > 1e-8 else 1.0
-
-
 def posterior_mean_and_variance(model: Surrogate, rows: Tensor) -> tuple[Tensor, Tensor]:
     r"""Posterior of the mean score on an average example, of each row by itself.
 
@@ -162,7 +139,7 @@ def posterior_mean_and_variance(model: Surrogate, rows: Tensor) -> tuple[Tensor,
         Press 2006, algorithm 2.1.
     """
     inputs = _inputs(model)
-    X = at_average_example(rows.to(inputs.device))
+    X = rows.to(inputs)
     with torch.no_grad(), quiet_single_thread():
         chunks = [_single(model, part) for part in torch.split(X, max(1, _ENTRIES // len(inputs)))]
         mean, variance = (torch.cat(parts).unsqueeze(-1) for parts in zip(*chunks, strict=True))
@@ -172,7 +149,7 @@ def posterior_mean_and_variance(model: Surrogate, rows: Tensor) -> tuple[Tensor,
 
 def joint_posterior(model: Surrogate, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of ``n x C`` rows at an average example, ``n`` and ``n x n``."""
-    X = at_average_example(rows.to(_inputs(model).device))
+    X = rows.to(_inputs(model))
     with torch.no_grad():
         posterior = cast(GPyTorchPosterior, model.posterior(X))
         return posterior.mean.squeeze(-1).cpu(), posterior.distribution.covariance_matrix.cpu()

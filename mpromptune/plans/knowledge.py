@@ -1,25 +1,21 @@
-"""What a search knows: the scores that came in, and what the surrogate makes of them."""
+"""What a search knows: the scores that came in, and what they say about every configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from botorch.models import SingleTaskGP
 from optuna.study import Study
-from optuna.trial import FrozenTrial
 
-from mpromptune.model.candidates import LISTED, choice_set
+from mpromptune.model.allocation import gains, propose
+from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.embedding import FloatArray
-from mpromptune.model.explained import chance_of_likeness, without_texts
+from mpromptune.model.explained import chance_of_likeness
+from mpromptune.model.noise import pooled_variance
 from mpromptune.model.space import Row
-from mpromptune.model.stopping import expected_gains, standard_error
-from mpromptune.model.surrogate import OnRanked, Surrogate, on_cpu, posterior_mean_and_variance, unheard
 from mpromptune.sampling.encoding import Encoding
-from mpromptune.sampling.history import History, fit_history, read
 from mpromptune.studies.ledger import Ledger
 
 # NOTE: the expected best of a few of so many differs from that of all by less than can be drawn.
@@ -31,96 +27,104 @@ class Knowledge:
     """The ledger, and the posterior of everything told.
 
     Attributes:
-        study: Its finished trials are what the surrogate is fitted to.
-        encoding: Configurations as the surrogate sees them.
+        study: Its trials are told to the ledger.
+        encoding: Configurations as the model sees them.
+        min_cold_start: Configurations measured before the model chooses any.
         ledger: The scores.
-        hidden: Numbers of trials that an earlier run finished, and this one has yet to come to.
-        on_ranked: Called when the surrogate has ranked configurations.
+        on_ranked: Called with the posterior's ranking of measured configurations, whenever it is made.
     """
 
     study: Study
     encoding: Encoding
+    n_examples: int
+    min_cold_start: int = 1
     ledger: Ledger = field(default_factory=Ledger)
-    hidden: AbstractSet[int] = frozenset()
-    on_ranked: OnRanked = unheard
-    _fitted: tuple[int, Surrogate | None] = (-1, None)
+    on_ranked: Callable[[Row], None] = lambda leader: None
 
-    def posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and variance of configurations."""
+    def __post_init__(self) -> None:
+        self._beliefs = Beliefs(self.encoding.space, self.encoding.geometries)
+        self._told = 0
+
+    def _model(self) -> Beliefs | None:
+        """Fitted again only when another score has been told; None before the first."""
+        if self.ledger.calls and self._told != self.ledger.calls:
+            rows = self.ledger.rows()
+            scores = np.full((len(rows), self.n_examples), np.nan)
+            for by_example, row in zip(scores, rows, strict=True):
+                means = self.ledger.means(row)
+                by_example[list(means)] = list(means.values())
+            self._beliefs.tell(rows, scores)
+            self._told = self.ledger.calls
+        return self._beliefs if self._told else None
+
+    def posterior(self, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
+        """Posterior means and standard deviations of mean scores."""
         model = self._model()
-        with on_cpu():
-            if model is None:  # every trial so far has failed
-                return torch.zeros(len(rows)), torch.ones(len(rows))
-            return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
+        if model is None or not rows:  # every trial so far has failed
+            return np.zeros(len(rows)), np.ones(len(rows))
+        return model.estimates(rows)
 
-    def best_first(self, rows: Sequence[Row]) -> list[tuple[Row, float]]:
-        """Configurations and their posterior means, the highest first."""
+    def best_first(self, rows: Sequence[Row]) -> list[Row]:
+        """Configurations by their posterior means, the highest first."""
         if not rows:
             return []
-        means = self.posterior(rows)[0].tolist()
-        ranked = sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1])
-        if self._fitted[1] is not None:
-            self.on_ranked(self._fitted[1], ranked[0][0])
+        means = self.posterior(rows)[0]
+        ranked = [rows[i] for i in np.argsort(-means, kind="stable")]
+        self.on_ranked(ranked[0])
         return ranked
 
-    def largest_gain(self, leader: Row, is_open: Callable[[Row], bool]) -> float:
-        """The most that is expected from any open configuration over ``leader``; infinite unfitted.
+    def propose(
+        self,
+        n: int,
+        calls_left: int,
+        is_open: Callable[[Row], bool],
+        asked: Mapping[Row, AbstractSet[int]],
+        rng: np.random.Generator,
+    ) -> list[Row]:
+        """Configurations for the ``n`` places of a batch; those never asked for, before there is a model."""
+        model = self._model()
+        rows: list[Row] = []
+        if model is not None and len(self.ledger.rows()) >= self.min_cold_start:
+            rows = propose(model, n, calls_left, is_open, rng)
+        if not rows:
+            sample = map(tuple, rng.permutation(self.encoding.space.sample(_DRAWN, rng)).tolist())
+            open_ = [row for row in sample if is_open(row)]
+            rows = sorted(open_, key=asked.__contains__)[:n]
+        return rows
 
-        In spaces too large to list, the rivals are a sample and what a local search meets.
-        """
+    def information(self) -> FloatArray | None:
+        """What a score on each example says about the leader; None before there is any score."""
+        model = self._model()
+        if model is None:
+            return None
+        return model.posterior.information(float(model.skills(self.ledger.rows())[0].max()))
+
+    def chance_of_gain(self, row: Row, other: Row) -> float:
+        """Posterior probability that ``row`` is better than ``other``."""
+        model = self._model()
+        return 0.5 if model is None else model.chance_of_gain(row, other)
+
+    def largest_gain(self, leader: Row, is_open: Callable[[Row], bool]) -> float:
+        """The most that is expected from any open configuration over ``leader``; infinite unfitted."""
         model = self._model()
         if model is None:
             return float("inf")
-
-        def gains(rows: torch.Tensor) -> torch.Tensor:
-            return expected_gains(model, rows, torch.tensor(leader))
-
-        rng = np.random.default_rng(self.ledger.rounds)
-        starts = [row for row, _ in self.best_first(self.ledger.rows())]
-        with on_cpu():
-            rivals = choice_set(self.encoding.space, LISTED, is_open, rng, gains, starts)
-            return float(gains(rivals).max()) if len(rivals) else 0.0
+        return gains(model, leader, is_open, np.random.default_rng(self.ledger.rounds))
 
     def standard_error(self, n_examples: int) -> float:
         """Of a configuration's mean over a whole validation set."""
         scores = [np.array(list(self.ledger.means(row).values())) for row in self.ledger.rows()]
-        return standard_error(scores, n_examples)
+        return float(np.sqrt(pooled_variance(scores) / n_examples))
 
     def drawn(self) -> FloatArray:
         """Posterior means and standard deviations of configurations drawn at random, ``m x 2``."""
         rows = self.encoding.space.sample(_DRAWN, np.random.default_rng(0))
-        means, variances = self.posterior([tuple(row) for row in rows.tolist()])
-        pairs: FloatArray = torch.stack([means, variances.sqrt()], dim=1).numpy()
+        pairs: FloatArray = np.stack(self.posterior([tuple(row) for row in rows.tolist()]), axis=1)
         return pairs
 
     def text_chance(self) -> float | None:
-        """How easily chance explains as much as the embeddings do.
-
-        None where there are none, and with more observations than an exact surrogate takes.
-        """
-        geometries = self.encoding.geometries
-        if not any(geometry.has_text for geometry in geometries):
+        """How easily chance explains as much as the embeddings do; None where there are none."""
+        model = self._model()
+        if model is None or not any(geometry.has_text for geometry in self.encoding.geometries):
             return None
-        with on_cpu():
-            history = self._history(self._trials())
-            if not len(history):
-                return None
-            blind = fit_history(history, without_texts(geometries))
-            return chance_of_likeness(blind, geometries) if isinstance(blind, SingleTaskGP) else None
-
-    def _trials(self) -> list[FrozenTrial]:
-        return [t for t in self.study.get_trials(deepcopy=False) if t.number not in self.hidden]
-
-    def _history(self, trials: Sequence[FrozenTrial]) -> History:
-        return read(self.study, trials, self.encoding.row, len(self.encoding.names))
-
-    def _model(self) -> Surrogate | None:
-        """The surrogate, fitted again only when another trial has finished."""
-        trials = self._trials()
-        finished = sum(trial.state.is_finished() for trial in trials)
-        if self._fitted[0] != finished:
-            with on_cpu():
-                history = self._history(trials)
-                model = self.encoding.surrogates.of(history) if len(history) else None
-            self._fitted = (finished, model)
-        return self._fitted[1]
+        return chance_of_likeness(model, self.encoding.geometries)

@@ -11,8 +11,9 @@ import numpy as np
 from mpromptune.calls.refusals import are_few
 from mpromptune.model.space import Row
 from mpromptune.plans.knowledge import Knowledge
+from mpromptune.plans.pairs import MAX_FAILURES
 from mpromptune.plans.plan import Request
-from mpromptune.plans.schedule import MAX_FAILURES, Minibatches
+from mpromptune.plans.schedule import Minibatches
 from mpromptune.studies.ledger import Examples, Ledger
 
 
@@ -33,6 +34,7 @@ class MiproPlan:
         batch_size: Trials at a time.
         minibatches: DSPy's own arguments.
         seed: Fixes the minibatches, together with the trial's number.
+        allocates: Whether the plan chooses the configurations by what is known; otherwise a sampler does.
     """
 
     n_examples: int
@@ -42,6 +44,7 @@ class MiproPlan:
     batch_size: int
     minibatches: Minibatches
     seed: int
+    allocates: bool = False
     failures: Counter[Row] = field(default_factory=Counter)
     rounds_in_flight: int = 2
     _asked: int = 0  # trials on minibatches
@@ -99,9 +102,9 @@ class MiproPlan:
         for row in due:
             yield Request(row, lambda row, number: self._owed.get(row, ()))
         if not due:
-            yield from self._explore()
+            yield from self._explore(known)
 
-    def _explore(self) -> Iterator[Request]:
+    def _explore(self, known: Knowledge) -> Iterator[Request]:
         for _ in range(min(self.batch_size, self._boundary() - self._asked)):
             closed = {*self._full, *self._owed, *filter(self.is_dropped, self.failures)}
             if len(closed) >= self.space_size:
@@ -109,7 +112,12 @@ class MiproPlan:
             if not self._is_affordable(self.minibatches.size):
                 return
             self._asked += 1
-            yield Request(None, self._minibatch)
+            yield Request(self._chosen(known) if self.allocates else None, self._minibatch)
+
+    def _chosen(self, known: Knowledge) -> Row | None:
+        rng = np.random.default_rng([abs(self.seed), self._asked])
+        rows = known.propose(1, self.max_calls - self._spent, self.is_open, {}, rng)
+        return rows[0] if rows else None
 
     def _minibatch(self, row: Row, number: int) -> Examples:
         # The last entry tells this stream from the others that start from (seed, trial number).

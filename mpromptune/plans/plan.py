@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mpromptune.model.space import Row
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.studies.ledger import Examples, Ledger
+
+Confirm = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a reader wants to know of a search, in numbers: growth, effects, hard examples and blocks."""
+"""What a reader wants to know of a search, in numbers: growth, effects and hard examples."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpromptune.model.chance import expected_best
-from mpromptune.model.noise import pooled_variance
-from mpromptune.plans.schedule import partition
-from mpromptune.studies.attributes import SETTINGS
 from mpromptune.studies.findings import Findings, Measured
-from mpromptune.studies.ledger import Examples
 from mpromptune.studies.record import read_record
 
 _MIPRO_NAME = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
@@ -67,25 +63,6 @@ class ExampleScores:
     example: int
     mean: float
     best: float
-    count: int
-
-
-@dataclass(frozen=True)
-class BlockScores:
-    """A block of the validation set, over the configurations that were measured on all of it.
-
-    Attributes:
-        block: Its number in the rotation, from 0.
-        mean: What the configurations of the search would score on it, on average: the mean of all
-            posterior means, plus how far those measured on it scored above their own. So a block on
-            which only good configurations were measured does not look easy.
-        error: Standard error, from how much these deviations differ; pooled over blocks.
-        count: How many configurations they are.
-    """
-
-    block: int
-    mean: float
-    error: float
     count: int
 
 
@@ -186,33 +163,6 @@ def never_solved(findings: Findings) -> list[ExampleScores]:
     if all(one.best <= lowest for one in examples):
         return []
     return [one for one in examples if one.best <= lowest]
-
-
-def block_scores(findings: Findings) -> list[BlockScores]:
-    """The blocks on which a configuration was measured, the hardest first; none without blocks."""
-    found: dict[int, list[float]] = {}
-    for number, block in enumerate(blocks_of(findings)):
-        for measured in findings.configurations:
-            if measured.scores.keys() >= set(block):
-                above = _mean([measured.scores[e] for e in block]) - measured.posterior_mean
-                found.setdefault(number, []).append(above)
-    if not found:
-        return []
-    level = _mean([m.posterior_mean for m in findings.configurations])
-    variance = pooled_variance([np.array(above) for above in found.values()])
-    blocks = [
-        BlockScores(number, level + _mean(above), math.sqrt(variance / len(above)), len(above))
-        for number, above in found.items()
-    ]
-    return sorted(blocks, key=lambda one: (one.mean, one.block))
-
-
-def blocks_of(findings: Findings) -> tuple[Examples, ...]:
-    """The partition that the search made of the validation set; empty where it made none."""
-    arguments = findings.study.user_attrs.get(SETTINGS, {}).get("arguments", {})
-    if "block_size" not in arguments:
-        return ()
-    return partition(findings.n_examples, arguments["block_size"], arguments["seed"])
 
 
 def gain(findings: Findings) -> tuple[float, float] | None:

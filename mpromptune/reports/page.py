@@ -50,12 +50,6 @@ _FIGURES: tuple[tuple[str, str, Callable[[Findings], Figure]], ...] = (
         plots.plot_effects,
     ),
     ("How hard the validation examples are", "", plots.plot_examples),
-    (
-        "How hard the blocks are",
-        "What the configurations of the search would score on each block: corrected for which of them were "
-        "measured on it.",
-        plots.plot_blocks,
-    ),
     ("What each step used", "", plots.plot_usage),
 )
 

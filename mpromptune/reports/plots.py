@@ -10,7 +10,6 @@ import numpy as np
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.model.embedding import FloatArray
 from mpromptune.reports.analysis import (
-    block_scores,
     example_scores,
     growth,
     label,
@@ -175,31 +174,6 @@ def plot_examples(findings: Findings) -> Figure:
         axes.plot(places[is_hard], means[is_hard], "x", color=_ORANGE, label="none does")
         axes.legend(frameon=False)
     axes.set(xlabel="validation examples, the hardest first", ylabel="mean score")
-    return figure
-
-
-def plot_blocks(findings: Findings) -> Figure:
-    """How hard each block of the validation set is, ± one standard error, the hardest first.
-
-    The mean score that the configurations of the search would have on it: corrected for which of
-    them were measured there.
-
-    Raises:
-        InvalidArgumentError: The search had fewer than two blocks.
-    """
-    blocks = block_scores(findings)
-    if len(blocks) < 2:
-        raise InvalidArgumentError(
-            f"Comparing blocks needs two on which a configuration was measured; got {len(blocks)}."
-        )
-    figure, axes = _panel(3.0)
-    places = range(len(blocks))
-    means, errors = [b.mean for b in blocks], [b.error for b in blocks]
-    axes.errorbar(places, means, yerr=errors, fmt="o", color=_BLUE, ecolor=_GREY)
-    axes.axhline(float(np.mean(means)), color=_GREY, linewidth=0.8)
-    shown = range(0, len(blocks), -(-len(blocks) // _NUMBERED))
-    axes.set_xticks(shown, [str(blocks[i].block) for i in shown])
-    axes.set(xlabel="number of the block, the hardest first", ylabel="mean score ± standard error")
     return figure
 
 

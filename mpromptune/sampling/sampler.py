@@ -23,18 +23,10 @@ from mpromptune.model.candidates import LISTED, choice_set
 from mpromptune.model.devices import resolve_device
 from mpromptune.model.embedding import CachedEmbedder, as_embedder
 from mpromptune.model.space import PromptSpace, Row
-from mpromptune.model.surrogate import OnRanked, on_cpu, unheard
+from mpromptune.model.surrogate import on_cpu
 from mpromptune.sampling.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.sampling.history import History, proposed_params, read
 from mpromptune.studies.attributes import PLAN, PROPOSED
-
-# NOTE: a proposal is valued as if it were to be measured on several blocks rather than one: one block
-# of a noisy metric says so little that all values are alike (the KG(*) of Frazier and Powell 2010).
-# Three where all configurations can be listed: on four recorded tables the mean excess regret was 0.48
-# points in the runs of that choice, 0.67 with ten (40 seeds each). Ten in larger spaces, where most of
-# what could be best is unmeasured: programs of two predictors had regrets of 4.1 and 2.0 then, 5.3 and
-# 3.4 with three (10 seeds).
-_LOOKAHEAD, _LOOKAHEAD_SAMPLED = 3.0, 10.0
 
 _BATCH_SIZE = 4
 
@@ -99,24 +91,20 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._independent_sampler = independent_sampler
         self._search_space = IntersectionSearchSpace()
         self._prompts: Encoding | None = None
-        self._is_open: Callable[[Row], bool] = _always
-        self.on_ranked: OnRanked = unheard  # of a bound copy, set by who watches its search
         self._lock = threading.RLock()
 
-    def bound_to(self, space: PromptSpace, batch_size: int, is_open: Callable[[Row], bool]) -> qEISampler:
-        """A copy for the configurations of ``space``, proposing only those that are open."""
+    def bound_to(self, space: PromptSpace) -> qEISampler:
+        """A copy for the configurations of ``space``."""
         bound = copy(self)
         bound.space, bound._prompts, bound._lock = space, None, threading.RLock()
-        bound.batch_size = batch_size
         bound._search_space = IntersectionSearchSpace()  # it remembers its study
-        bound._is_open = is_open
         return bound
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "on_ranked": None}
+        return {**self.__dict__, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock(), on_ranked=unheard)
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def prompts(self) -> Encoding | None:
         """The encoding of ``space``; texts are embedded at the first call."""
@@ -127,8 +115,6 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters that all trials share, and those of ``space``."""
         own = _index_distributions(self.space)
-        if self._is_open is not _always:  # bound: the space is all there is
-            return own
         trials = study.get_trials(deepcopy=False)
         if own and all(t.params.keys() <= own.keys() for t in trials):  # Optuna compares choice by choice
             return own
@@ -185,7 +171,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
     ) -> dict[str, Any]:
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         known = sum(t.state.is_finished() for t in others)
-        params = _next_of_plan(others, known, list(search_space), self._may_be_measured)
+        params = _next_of_plan(others, known, list(search_space))
         if params is None:
             batch = self._propose(study, trial, search_space, others)
             params = batch[0]
@@ -193,9 +179,6 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
             plan: dict[str, Any] = {"known": known, "batch": batch, "late": late}
             study._storage.set_trial_system_attr(trial._trial_id, PLAN, plan)
         return params
-
-    def _may_be_measured(self, params: dict[str, Any]) -> bool:
-        return self.space is None or self._is_open is _always or self._is_open(self.space.row(params))
 
     def _propose(
         self,
@@ -218,21 +201,17 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
     def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
         rng = np.random.default_rng(seed)
-        if history.n_trials < self.min_cold_start:
+        if len(history) < self.min_cold_start:
             choices = self._choices(encoding, history, rng)
             return [choices[int(rng.integers(len(choices)))].tolist()]
         model = encoding.surrogates.of(history)
         measured, means = ranked(model, torch.tensor(sorted(history.measured), dtype=torch.float64))
         best_f = float(means[0])
-        self.on_ranked(model, [int(i) for i in measured[0].tolist()])
         value = partial(log_expected_improvement, model, best_f)
         choices = self._choices(encoding, history, rng, value, measured.long().tolist())
         pending = torch.tensor(history.pending, dtype=torch.float64)
-        listed = encoding.space.size <= self.max_space_size
-        blocks = _LOOKAHEAD if listed else _LOOKAHEAD_SAMPLED
-        noise = history.trial_noise and history.trial_noise / blocks
         q = self.batch_size or _BATCH_SIZE
-        rows = propose(model, choices, q, best_f, pending, self.n_batches, seed, noise)
+        rows = propose(model, choices, q, best_f, pending, self.n_batches, seed)
         return [[int(i) for i in row] for row in rows.tolist()]
 
     def _choices(
@@ -243,18 +222,16 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         value: Callable[[Tensor], Tensor] | None = None,
         starts: Sequence[Row] = (),
     ) -> Tensor:
-        """Open configurations; those that only wait for a running trial; or, at last, all."""
-        # One more block of what is being measured can matter; where trials have no noise it cannot.
-        pending = set(history.pending) if history.trial_noise is None else set()
-        bound = self._is_open is not _always  # then it is the plan that says what is over
+        """Configurations that are new; those that only wait for a running trial; or, at last, all."""
+        pending = set(history.pending)
 
-        def is_open(row: Row) -> bool:
-            return self._is_open(row) if bound else row not in history.closed
+        def is_new(row: Row) -> bool:
+            return row not in history.measured
 
         def is_free(row: Row) -> bool:
-            return row not in pending and is_open(row)
+            return row not in pending and is_new(row)
 
-        for allowed in (is_free, is_open, _always):
+        for allowed in (is_free, is_new, _always):
             choices = choice_set(encoding.space, self.max_space_size, allowed, rng, value, starts)
             if len(choices):
                 return choices
@@ -299,9 +276,7 @@ def _restricted(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str
     return {name: params[name] for name in names}
 
 
-def _next_of_plan(
-    others: list[FrozenTrial], known: int, names: list[str], allowed: Callable[[dict[str, Any]], bool]
-) -> dict[str, Any] | None:
+def _next_of_plan(others: list[FrozenTrial], known: int, names: list[str]) -> dict[str, Any] | None:
     """The next configuration of the newest batch, while nothing has been learnt since."""
     leader = next((t for t in reversed(others) if PLAN in t.system_attrs), None)
     if leader is None or leader.system_attrs[PLAN]["known"] != known:
@@ -313,6 +288,6 @@ def _next_of_plan(
         taken = next((i for i, other in enumerate(handed_out) if _agrees(params, other)), None)
         if taken is not None:
             del handed_out[taken]
-        elif set(params) == set(names) and allowed(params):
+        elif set(params) == set(names):
             return dict(params)
     return None

@@ -13,7 +13,6 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from mpromptune.model.candidates import LISTED
 from mpromptune.model.space import IndexArray, PromptSpace, Row
 from mpromptune.sampling.encoding import Encoding, encode_prompts
 from mpromptune.sampling.names import unknown_sampler
@@ -56,24 +55,18 @@ def resolve_sampler(
     raise unknown_sampler(spec)
 
 
-# NOTE: the trials of such a search are measured on the examples that tell more than others (`difficulty`):
-# mean excess regret on the five recorded tables was a quarter less than with shared blocks. In larger spaces
-# what tells the many poor configurations apart is not what tells the few good ones: programs of two
-# predictors had regrets of 4.0 and 3.4 then, 2.5 and 2.7 with blocks (20 and 15 seeds).
-def lists(spec: BaseSampler | str | None, space: PromptSpace) -> bool:
-    """Whether the sampler is a qEISampler that compares all configurations of ``space`` at once."""
-    if isinstance(spec, qEISampler):
-        return space.size <= spec.max_space_size
-    return str(spec or "qei").lower() == "qei" and space.size <= LISTED
+def is_qei(spec: BaseSampler | str | None) -> bool:
+    """Whether a search chooses configurations by what it knows of them, and not by asking a sampler."""
+    return isinstance(spec, qEISampler) or str(spec or "qei").lower() == "qei"
 
 
 def bind(
-    sampler: BaseSampler, space: PromptSpace, batch_size: int, is_open: IsOpen, seed: int
+    sampler: BaseSampler, space: PromptSpace, is_open: IsOpen, seed: int
 ) -> tuple[BaseSampler, Encoding]:
     """The sampler made to propose open configurations only, and the encoding that judges them."""
     if not isinstance(sampler, qEISampler):
         return OpenSampler(sampler, space, is_open, seed), encode_prompts(space, None)
-    bound = sampler.bound_to(space, batch_size, is_open)
+    bound = sampler.bound_to(space)
     encoding = bound.prompts()
     assert encoding is not None  # it has a space
     return bound, encoding

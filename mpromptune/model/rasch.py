@@ -1,0 +1,326 @@
+r"""Skills of configurations and difficulties of examples, from scores by example.
+
+Notation
+    y_xe     score of configuration x on example e, scaled
+    theta_x  skill of x; the sum of a latent of each group: ``theta = Z u``
+    d_e      difficulty of e, ``d ~ N(0, s^2)``
+    u        latents, ``u ~ N(0, K)`` (see `skills`)
+    m, L, N  configurations measured, latents looked at, examples
+
+Model
+    .. math:: P(y_{xe} = 1) = \operatorname{logit}^{-1}(\theta_x - d_e)
+
+    [Rasch1960]_ for scores that are right or wrong, or in [0, 1]; a normal distribution around
+    :math:`\theta_x - d_e` for others. The posterior of (u, d) is approximated by Laplace's method
+    [Rasmussen2006]_: d is eliminated by its Schur complement, so that a step costs :math:`O(mN + L^3)`.
+
+.. [Rasch1960] G. Rasch. Probabilistic Models for Some Intelligence and Attainment Tests. 1960.
+.. [Rasmussen2006] C. E. Rasmussen, C. Williams. Gaussian Processes for Machine Learning. MIT Press 2006,
+    chapter 3.4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.special import expit
+
+from mpromptune.model.embedding import FloatArray
+from mpromptune.model.space import IndexArray
+
+# NOTE: s, in logits: examples of the recorded tables reach from those that nobody solves to those that
+# everybody does.
+_DIFFICULTY = 2.0
+# NOTE: a score that is not right or wrong is scaled so that its noise has this deviation: a right-or-wrong
+# answer says no more of a logit, so that one prior serves both.
+_NOISE = 2.0
+# NOTE: deviations of the noise beyond which such a score is cut off: a configuration that is far worse than
+# all others is known to be so, and the rest keep their scale.
+_FARTHEST = 5.0
+# Newton's method: the largest step in logits, and the step after which it has converged.
+_STEP, _CONVERGED, _STEPS = 3.0, 1e-6, 50
+# NOTE: of a right-or-wrong answer's variance; scores in between vary less, but not by more than this.
+_LEAST_DISPERSION = 0.05
+
+
+class Likelihood(Protocol):
+    """How scores vary around skill minus difficulty."""
+
+    def scaled(self, scores: FloatArray) -> FloatArray:
+        """Scores in the units of the model."""
+
+    def log_density(self, eta: FloatArray, y: FloatArray) -> FloatArray:
+        """Logarithm of the density of ``y``, but for what does not depend on ``eta``."""
+
+    def slope(self, eta: FloatArray, y: FloatArray) -> FloatArray:
+        """First derivative of `log_density` in ``eta``."""
+
+    def information(self, eta: FloatArray) -> FloatArray:
+        """Minus its second derivative; what one score says."""
+
+    def mean(self, eta: FloatArray) -> FloatArray:
+        """Expected score, as the metric has it."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Right or wrong, or between: ``low`` and ``high`` are 0 and 1 to the model.
+
+    Attributes:
+        low: The score of a wrong answer.
+        high: That of a right one.
+        dispersion: Variance of scores, as a part of what right-or-wrong answers have.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    dispersion: float = 1.0
+
+    def scaled(self, scores: FloatArray) -> FloatArray:
+        """To [0, 1]."""
+        return (scores - self.low) / (self.high - self.low)
+
+    def log_density(self, eta: FloatArray, y: FloatArray) -> FloatArray:
+        """Bernoulli's, and a quasi-likelihood for scores in between."""
+        density: FloatArray = (y * eta - np.logaddexp(0.0, eta)) / self.dispersion
+        return density
+
+    def slope(self, eta: FloatArray, y: FloatArray) -> FloatArray:
+        """Observed minus expected."""
+        slope: FloatArray = (y - expit(eta)) / self.dispersion
+        return slope
+
+    def information(self, eta: FloatArray) -> FloatArray:
+        """``p (1 - p)``."""
+        p = expit(eta)
+        information: FloatArray = p * (1.0 - p) / self.dispersion
+        return information
+
+    def mean(self, eta: FloatArray) -> FloatArray:
+        """``logit^-1``, between low and high."""
+        mean: FloatArray = self.low + (self.high - self.low) * expit(eta)
+        return mean
+
+
+@dataclass(frozen=True)
+class Grades:
+    """Any numbers, normal around skill minus difficulty.
+
+    Attributes:
+        centre: The score of skill minus difficulty 0.
+        unit: The score's difference for one unit of skill.
+    """
+
+    centre: float
+    unit: float
+
+    def scaled(self, scores: FloatArray) -> FloatArray:
+        """Cut off where they are far from all others."""
+        limit = _FARTHEST * _NOISE
+        scaled: FloatArray = np.clip((scores - self.centre) / self.unit, -limit, limit)
+        return scaled
+
+    def log_density(self, eta: FloatArray, y: FloatArray) -> FloatArray:
+        """Normal."""
+        density: FloatArray = -0.5 * ((y - eta) / _NOISE) ** 2
+        return density
+
+    def slope(self, eta: FloatArray, y: FloatArray) -> FloatArray:
+        """The residual, in units of the noise."""
+        return (y - eta) / _NOISE**2
+
+    def information(self, eta: FloatArray) -> FloatArray:
+        """The same for all."""
+        return np.full_like(eta, 1.0 / _NOISE**2)
+
+    def mean(self, eta: FloatArray) -> FloatArray:
+        """Linear."""
+        return self.centre + self.unit * eta
+
+
+def likelihood_of(scores: FloatArray) -> Likelihood:
+    """What the scores themselves call for: `Answers` where they are two values or in [0, 1].
+
+    Args:
+        scores: ``m x N``, not a number where a configuration was not measured.
+    """
+    known = scores[np.isfinite(scores)]
+    if not known.size:
+        return Answers()
+    low, high = float(known.min()), float(known.max())
+    if low >= 0.0 and high <= 1.0:
+        return Answers(dispersion=_dispersion(scores) if np.any((known > 0.0) & (known < 1.0)) else 1.0)
+    if low < high and np.all((known == low) | (known == high)):
+        return Answers(low, high)
+    return Grades(float(np.median(known)), _deviation(scores) / _NOISE)
+
+
+def _residuals(scores: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """What configurations and examples do not explain, and the fit, by alternating means; ``m x N`` each."""
+    fit = np.zeros_like(scores)
+    for _ in range(10):
+        fit = fit + _means(scores - fit, axis=1)
+        fit = fit + _means(scores - fit, axis=0)
+    return scores - fit, fit
+
+
+def _means(values: FloatArray, axis: int) -> FloatArray:
+    seen = np.isfinite(values)
+    sums = np.where(seen, values, 0.0).sum(axis=axis, keepdims=True)
+    means: FloatArray = sums / np.maximum(seen.sum(axis=axis, keepdims=True), 1)
+    return means
+
+
+def _dispersion(scores: FloatArray) -> float:
+    """How much less scores vary than right and wrong answers with their means would."""
+    residuals, fit = _residuals(scores)
+    seen = np.isfinite(scores)
+    p = np.clip(fit, 0.02, 0.98)
+    expected = float((p * (1.0 - p))[seen].sum())
+    left = max(1, int(seen.sum() - seen.any(axis=1).sum() - seen.any(axis=0).sum() + 1)) / seen.sum()
+    return float(np.clip((residuals[seen] ** 2).sum() / (expected * left), _LEAST_DISPERSION, 1.0))
+
+
+def _deviation(scores: FloatArray) -> float:
+    """The noise of scores, by the median: outliers do not count; 1 where there is none."""
+    seen = np.isfinite(scores)
+    residuals = _residuals(scores)[0][seen]
+    free = max(1, len(residuals) - int(seen.any(axis=1).sum() + seen.any(axis=0).sum()) + 1)
+    found = 1.4826 * float(np.median(np.abs(residuals))) * math.sqrt(len(residuals) / free)
+    known = scores[seen]
+    return found or float(known.std()) or 1.0
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A normal approximation of skills and difficulties.
+
+    Attributes:
+        mean: Of the latents, L.
+        root: Lower Cholesky factor of their precision, ``L x L``.
+        difficulty: Of the examples, N.
+        precision: Of the difficulties, the latents being known: N.
+        likelihood: Of the scores.
+        weights: ``K^-1`` times the mean, L: what other latents' means are made of.
+        data: What the scores add to the prior's precision, ``L x L``.
+        log_evidence: Logarithm of the marginal likelihood.
+    """
+
+    mean: FloatArray
+    root: FloatArray
+    difficulty: FloatArray
+    precision: FloatArray
+    likelihood: Likelihood
+    weights: FloatArray
+    data: FloatArray
+    log_evidence: float
+
+    def extended(self, covariance: FloatArray, known: IndexArray) -> Posterior:
+        """The posterior of more latents, some of which are those of this one.
+
+        Args:
+            covariance: Prior covariance of all of them, ``L' x L'``.
+            known: Where the latents of this posterior are among them, L.
+        """
+        data = np.zeros_like(covariance)
+        data[np.ix_(known, known)] = self.data
+        weights = np.zeros(len(covariance))
+        weights[known] = self.weights
+        root = cholesky(_inverse(covariance)[0] + data, lower=True, check_finite=False)
+        return replace(self, mean=covariance @ weights, root=root, weights=weights, data=data)
+
+    def deviations(self, rng: np.random.Generator, n: int) -> FloatArray:
+        """Draws of the latents minus their mean, ``L x n``."""
+        normal = rng.standard_normal((len(self.mean), n))
+        drawn: FloatArray = solve_triangular(self.root, normal, lower=True, trans="T", check_finite=False)
+        return drawn
+
+    def variance(self, design: FloatArray) -> FloatArray:
+        """Of the skills ``design @ latents``, ``k x L`` to k."""
+        half = solve_triangular(self.root, design.T, lower=True, check_finite=False)
+        variance: FloatArray = (half**2).sum(axis=0)
+        return variance
+
+    def information(self, skill: FloatArray | float) -> FloatArray:
+        """What a score on each example says about a skill, ``... x N``; difficulties are known so far."""
+        spread = np.sqrt(1.0 + math.pi / 8.0 / self.precision)
+        eta = (np.asarray(skill)[..., None] - self.difficulty) / spread
+        return self.likelihood.information(eta)
+
+    def score(self, skill: FloatArray) -> FloatArray:
+        """Expected mean score over all examples, of skills of any shape."""
+        means: FloatArray = self.likelihood.mean(skill[..., None] - self.difficulty).mean(axis=-1)
+        return means
+
+
+def fit(
+    design: FloatArray,
+    scores: FloatArray,
+    covariance: FloatArray,
+    likelihood: Likelihood,
+    start: Posterior | None = None,
+) -> Posterior:
+    r"""Laplace's approximation at the mode, by Newton's method.
+
+    With W the information of the scores, :math:`D = \operatorname{diag}(\sum_x W_{xe} + 1 / s^2)` and
+    :math:`A = \operatorname{diag}(\sum_e W_{xe}) - W D^{-1} W^T`, the precision of u is
+    :math:`B = K^{-1} + Z^T A Z`.
+
+    Args:
+        design: Z, ``m x L``.
+        scores: ``m x N``, not a number where a configuration was not measured.
+        covariance: K, ``L x L``.
+        likelihood: Of the scores.
+        start: Where to begin, with as many latents.
+    """
+    seen = np.isfinite(scores)
+    y = np.where(seen, likelihood.scaled(np.where(seen, scores, 0.0)), 0.0)
+    inverse, prior_root = _inverse(covariance)
+    u = np.zeros(len(covariance)) if start is None else start.mean
+    d = np.zeros(scores.shape[1]) if start is None else start.difficulty
+    for _ in range(_STEPS):
+        eta = (design @ u)[:, None] - d
+        weights, slopes = seen * likelihood.information(eta), seen * likelihood.slope(eta, y)
+        precision = weights.sum(axis=0) + 1.0 / _DIFFICULTY**2
+        down = -slopes.sum(axis=0) - d / _DIFFICULTY**2
+        through = weights / precision
+        inner = np.diag(weights.sum(axis=1)) - through @ weights.T
+        data = design.T @ inner @ design
+        root = cholesky(inverse + data, lower=True, check_finite=False)
+        up = design.T @ (slopes.sum(axis=1) + through @ down) - inverse @ u
+        du = cho_solve((root, True), up, check_finite=False)
+        dd = (down + weights.T @ (design @ du)) / precision
+        largest = max(float(np.abs(du).max()), float(np.abs(dd).max()))
+        scale = min(1.0, _STEP / largest) if largest else 1.0
+        u, d = u + scale * du, d + scale * dd
+        if largest < _CONVERGED:
+            break
+    eta = (design @ u)[:, None] - d
+    log_evidence = (
+        float(likelihood.log_density(eta, y)[seen].sum())
+        - 0.5 * float(u @ inverse @ u)
+        - 0.5 * float(d @ d) / _DIFFICULTY**2
+        - 0.5 * float(np.log(precision).sum())
+        - len(d) * math.log(_DIFFICULTY)
+        - float(np.log(np.diag(root)).sum())
+        - float(np.log(np.diag(prior_root)).sum())
+    )
+    return Posterior(u, root, d, precision, likelihood, inverse @ u, data, log_evidence)
+
+
+def _inverse(covariance: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The inverse of a covariance, and its lower Cholesky factor."""
+    root = cholesky(covariance, lower=True, check_finite=False)
+    return cho_solve((root, True), np.eye(len(covariance)), check_finite=False), root
+
+
+def design_of(latents: IndexArray, n_latents: int) -> FloatArray:
+    """Z from the latents of each configuration, ``m x G`` to ``m x L``."""
+    design = np.zeros((len(latents), n_latents))
+    for column in latents.T:
+        design[np.arange(len(latents)), column] += 1.0
+    return design
