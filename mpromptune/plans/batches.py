@@ -34,15 +34,15 @@ _OUTAGE = 10
 class BatchPlan:
     """Batches of a few examples for each of several configurations until the budget is spent.
 
-    A configuration has as many places in a batch as it wins; a place is ``block_size`` examples, the same
+    A configuration has as many blocks in a batch as it wins; a block is ``block_size`` examples, the same
     for all that lack them, those early that tell the leaders apart.
 
     Attributes:
         pairs: What was asked, and the budget.
         baseline: The configuration that the winner is compared with.
         space_size: Number of configurations.
-        block_size: Examples of a place.
-        batch_size: Places in a batch.
+        block_size: Examples of a block.
+        batch_size: Blocks in a batch.
         rounds_in_flight: Batches being measured at any time, at most.
         seed: Of all draws, together with the number of trials before.
         allocates: Whether the plan chooses the configurations by what is known; otherwise a sampler does.
@@ -119,7 +119,7 @@ class BatchPlan:
         self._set_aside(known.ledger)
         before = self.pairs.spent
         if not self.pairs.assigned.get(self.baseline):
-            yield Request(self.baseline, self._first_of_baseline)
+            yield Request(self.baseline, partial(self._first_of_baseline, known))
         self._over = self._is_over(known)
         if not self._over:
             yield from self._explore(known, self._available(known))
@@ -136,52 +136,55 @@ class BatchPlan:
             )
         self.pairs.aside = unanswerable
 
-    def _first_of_baseline(self, row: Row, number: int) -> Examples:
+    def _first_of_baseline(self, known: Knowledge, row: Row, number: int) -> Examples:
         """All where it is to be measured in full anyway: that tells how hard the examples are."""
-        examples = self.pairs.open_of(row, self._order(None))
+        examples = self.pairs.open_of(row, self._order(known, number))
         return examples if self.confirm is True else examples[: self.block_size]
 
     def _explore(self, known: Knowledge, available: int) -> Iterator[Request]:
         until = self.pairs.spent + available
-        order = self._order(known)
-        places = min(self.batch_size, math.ceil(available / self.block_size))
-        for row, wanted in self._rows(known, places, available):
+        blocks = min(self.batch_size, math.ceil(available / self.block_size))
+        for row, wanted in self._rows(known, blocks, available):
             limit = min(wanted * self.block_size, until - self.pairs.spent)
             if limit <= 0:  # trials of an earlier run may be longer than was planned for them now
                 break
-            yield Request(row, partial(self._next, order, limit))
+            yield Request(row, partial(self._next, known, limit))
 
-    def _next(self, order: Sequence[int], limit: int, row: Row, number: int) -> Examples:
-        return self.pairs.open_of(row, order)[:limit]
+    def _next(self, known: Knowledge, limit: int, row: Row, number: int) -> Examples:
+        return self.pairs.open_of(row, self._order(known, number))[:limit]
 
-    def _rows(self, known: Knowledge, places: int, available: int) -> Iterator[tuple[Row | None, int]]:
-        """Configurations and the places that each has in the next batch."""
-        if places <= 0:
+    def _rows(self, known: Knowledge, blocks: int, available: int) -> Iterator[tuple[Row | None, int]]:
+        """Configurations and the blocks that each has in the next batch."""
+        if blocks <= 0:
             return
         if not self.allocates:
-            for _ in range(places):
+            for _ in range(blocks):
                 if self._is_anything_open():
                     yield None, 1
             return
         rng = np.random.default_rng([abs(self.seed), self._trials])
         in_flight = self.pairs.spent - known.ledger.calls
-        chosen = known.propose(places, available + in_flight, self.is_open, self.pairs.assigned, rng)
+        chosen = known.propose(blocks, available + in_flight, self.is_open, self.pairs.assigned, rng)
         yield from Counter(chosen).items()
 
     def _is_anything_open(self) -> bool:
         return len(self.pairs.assigned) < self.space_size or any(map(self.is_open, self.pairs.assigned))
 
-    def _order(self, known: Knowledge | None) -> list[int]:
+    def _order(self, known: Knowledge, number: int) -> list[int]:
         r"""All examples, those early that tell more: a weighted sample without replacement [Efraimidis2006]_.
 
-        An example is placed by ``-log(u) / w``, with u uniform and the same for the whole search, and w the
-        information of one more score of the leader.
+        An example is placed by ``-log(u) / w``, with u uniform, and w the information of one more score of
+        the leader. All configurations have the same u, so that they are compared on the same examples; but
+        where many configurations are met once each, every trial has its own, so that all examples are met.
 
         .. [Efraimidis2006] P. S. Efraimidis, P. G. Spirakis. Weighted random sampling with a reservoir.
             Information Processing Letters 97, 2006.
         """
-        information = None if known is None else known.information()
-        keys = self._uniform if information is None else self._uniform / information
+        keys = self._uniform
+        if known.is_additive:
+            keys = -np.log(1.0 - np.random.default_rng([abs(self.seed), number, 1]).random(self.n_examples))
+        information = known.information()
+        keys = keys if information is None else keys / information
         return [int(example) for example in np.argsort(keys, kind="stable")]
 
     def _available(self, known: Knowledge) -> int:
@@ -223,7 +226,7 @@ class BatchPlan:
             shared = sorted(self.pairs.assigned[leader])
             limit = min(self.pairs.remaining, self.batch_size * self.block_size)
             if limit and self.pairs.open_of(self.baseline, shared):
-                yield Request(self.baseline, partial(self._next, shared, limit))
+                yield Request(self.baseline, lambda row, _: self.pairs.open_of(row, shared)[:limit])
 
     def _complete(self, row: Row) -> Iterator[Request]:
         """What ``row`` lacks; those that have failed wait for another that may fail on them, too."""

@@ -44,6 +44,12 @@ class Knowledge:
     def __post_init__(self) -> None:
         self._beliefs = Beliefs(self.encoding.space, self.encoding.geometries)
         self._told = 0
+        self._information: FloatArray | None = None
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether a configuration's skill is a sum, of which every trial tells a part."""
+        return self._beliefs.is_additive
 
     def _model(self) -> Beliefs | None:
         """Fitted again only when another score has been told; None before the first."""
@@ -54,7 +60,7 @@ class Knowledge:
                 means = self.ledger.means(row)
                 by_example[list(means)] = list(means.values())
             self._beliefs.tell(rows, scores)
-            self._told = self.ledger.calls
+            self._told, self._information = self.ledger.calls, None
         return self._beliefs if self._told else None
 
     def posterior(self, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
@@ -97,7 +103,9 @@ class Knowledge:
         model = self._model()
         if model is None:
             return None
-        return model.posterior.information(float(model.skills(self.ledger.rows())[0].max()))
+        if self._information is None:
+            self._information = model.posterior.information(float(model.skills(self.ledger.rows())[0].max()))
+        return self._information
 
     def chance_of_gain(self, row: Row, other: Row) -> float:
         """Posterior probability that ``row`` is better than ``other``."""
