@@ -41,7 +41,11 @@ class EmbeddingError(MPromptuneError, ValueError):
 
 
 class ScoreError(MPromptuneError, TypeError):
-    """A metric returned something that is not one finite number."""
+    """A metric cannot score: it returned no finite number, or raised before it had returned anything."""
+
+
+class EmptyInstructionError(MPromptuneError, ValueError):
+    """The prompt model gave no instruction; raised when it gave none in all requests."""
 
 
 class StorageError(MPromptuneError, OSError):

@@ -74,14 +74,18 @@ class Threads:
         if self._stopped.is_set():
             raise Stopped
 
+    def end(self) -> None:
+        """Starts nothing more; what is under way goes on."""
+        with self._lock:  # no call is being submitted
+            self._ending.set()
+
     def finish(self, within: float | None = None) -> None:
         """Starts nothing more, and lets the calls under way come to their end: they are paid for.
 
         Args:
             within: Seconds to wait at most; what still runs then asks no LM any more.
         """
-        with self._lock:  # no call is being submitted
-            self._ending.set()
+        self.end()
         self._executor.shutdown(wait=False)
         self._executor.join(within)
         self._stopped.set()

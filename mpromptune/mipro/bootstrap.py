@@ -98,7 +98,17 @@ class DemoSetPlan:
         Returns:
             Per predictor, its demo sets.
         """
-        makers = self._draw(rng, threads)
+        return self.prepared(rng, threads, on_set)()
+
+    def prepared(
+        self, rng: random.Random, threads: Threads, on_set: Callable[[], None] = lambda: None
+    ) -> Callable[[], DemoSets]:
+        """`build`, of which everything is done but what asks an LM; arguments as there."""
+        return partial(self._made, self._draw(rng, threads), threads, on_set)
+
+    def _made(
+        self, makers: list[Callable[[], Any]], threads: Threads, on_set: Callable[[], None]
+    ) -> DemoSets:
         demos: DemoSets = {i: [] for i, _ in enumerate(self.student.predictors())}
         # A thread for each set, which only waits; closing `threads` ends them after an error.
         with Threads(max(1, len(makers)), grace=0) as sets:

@@ -25,15 +25,16 @@ from mpromptune.lms.prices import Pricing
 from mpromptune.loop.arguments import extending, split
 from mpromptune.loop.options import SearchOptions, gather, resolve
 from mpromptune.mipro.checkpoint import Checkpoint
+from mpromptune.mipro.checks import check_arguments
 from mpromptune.mipro.compatibility import incompatible, require_compatible
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.mipro.evaluations import Evaluations
 from mpromptune.mipro.fingerprint import fingerprint
 from mpromptune.mipro.interception import interceptor
 from mpromptune.mipro.records import attach_statistics, forget_statistics, percent, trial_logs
-from mpromptune.mipro.steps import Steps, wants_traceback
+from mpromptune.mipro.steps import Steps
 from mpromptune.plans.schedule import Minibatches
-from mpromptune.programs.configurations import ProgramScorer, ProgramSpace
+from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, wants_traceback
 from mpromptune.programs.remote import Elsewhere
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class MIPROv2(dspy.MIPROv2):
 
         Raises:
             UnknownOptionError: An option is not known (a TypeError).
-            InvalidArgumentError: An option is out of range, or given twice (a ValueError).
+            InvalidArgumentError: An option or an argument cannot work (a ValueError).
             IncompatibleDSPyError: There are options, and DSPy has changed what they are built on.
             TravelError: Something cannot be sent to the workers of the executor (a TypeError).
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
@@ -121,6 +122,7 @@ class MIPROv2(dspy.MIPROv2):
         options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
         if options is not None:
             require_compatible(self)
+            check_arguments(self, student, stock)
             stock.update({"seed": _Zero()} if stock.get("seed") == 0 else {})
         interceptor().on_options(options)
         token = _OPTIONS.set(options)
@@ -256,7 +258,7 @@ class MIPROv2(dspy.MIPROv2):
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
         keep, show = _STEPS.get().predictions.keep, wants_traceback(evaluate.provide_traceback)
         run = _STEPS.get().elsewhere.runner(programs, valset)
-        scorer = ProgramScorer(programs, valset, self.metric, show, keep, run)
+        scorer = ProgramScorer(programs, valset, _STEPS.get().metric, show, keep, run)
         score = _STEPS.get().scored_ahead(programs, valset, scorer)
         try:
             result = self._search(programs, score, valset, options, max_calls, minibatches, int(seed))

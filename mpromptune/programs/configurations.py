@@ -178,6 +178,11 @@ class _Built:
                 history.clear()
 
 
+def wants_traceback(own: bool | None) -> bool:
+    """DSPy's ``provide_traceback``, which its settings decide unless it is given."""
+    return bool(dspy.settings.provide_traceback if own is None else own)
+
+
 def metric_value(value: Any) -> float:
     """What a metric returned, as a number.
 
