@@ -36,7 +36,8 @@ def check_arguments(optimizer: Any, student: Any, given: Mapping[str, Any]) -> N
 
 
 def _refused(name: str, must: str, value: Any) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{name} must be {must}; got {reprlib.repr(value)}.")
+    shown = reprlib.repr(value) or f"an instance of {type(value).__name__}"  # a bare program shows nothing
+    return InvalidArgumentError(f"{name} must be {must}; got {shown}.")
 
 
 def _check_program(name: str, program: Any) -> None:
@@ -57,9 +58,10 @@ def _check_teacher(teacher: Any, student: Any) -> None:
     if names != own:
         raise _refused("teacher", f"a program with the student's predictors, {own}", names)
     for name, mine, other in zip(own, student.predictors(), teacher.predictors(), strict=True):
-        if not get_signature(mine).equals(get_signature(other)):
-            must = f"a program with the student's signatures, for {name!r} {get_signature(mine)}"
-            raise _refused("teacher", must, get_signature(other))
+        wanted, given = get_signature(mine), get_signature(other)
+        if not wanted.equals(given):
+            must = f"a program with the student's signatures, for {name!r} {wanted.signature!r}"
+            raise _refused("teacher", must, given.signature)
 
 
 def _check_lms(optimizer: Any, student: Any) -> None:
@@ -89,7 +91,7 @@ def _bootstraps(optimizer: Any, given: Mapping[str, Any]) -> bool:
 
 def _check_metric(metric: Any, bootstraps: bool) -> None:
     """DSPy calls it with ``(example, prediction)`` in evaluations, with a trace as well in the bootstrap."""
-    if not callable(metric):
+    if not callable(metric) or isinstance(metric, type):
         raise _refused("metric", "a function metric(example, prediction, trace=None)", metric)
     try:
         signature = inspect.signature(metric)
