@@ -135,14 +135,11 @@ def _help() -> str:
 def _reaches_hub(name: str) -> bool:
     """Whether the hub answers, whatever it answers; loading a model would find out in a minute or more."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import HfHubHTTPError
 
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-    except HfHubHTTPError:
-        return True
-    except Exception:  # noqa: BLE001 - offline mode, no network, a name that it does not take
-        return False
+    except Exception as error:  # noqa: BLE001 - offline mode, no network, a name that it does not take
+        return getattr(error, "response", None) is not None
     return True
 
 
