@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -348,15 +349,20 @@ def instructions(best: Any) -> int:
     return len(trial.distributions["0_predictor_instruction"].choices)
 
 
+@functools.lru_cache
+def all_instructions() -> int:
+    """Candidates where no request fails."""
+    return instructions(compiled(Proposing("proposed_instruction", lambda i: False, ""), threads=1))
+
+
 @pytest.mark.parametrize("how", NOTHING.values(), ids=NOTHING)
 def test_one_instruction_that_fails_costs_that_one(how: Any, caplog: pytest.LogCaptureFixture) -> None:
     """All others are candidates, and one line says so."""
-    full = compiled(Proposing("proposed_instruction", lambda i: False, how), threads=1)
     with caplog.at_level(logging.WARNING, "mpromptune"):
         best = compiled(Proposing("proposed_instruction", lambda i: i == 1, how), threads=1)
     (said,) = (r.getMessage() for r in caplog.records if "requests for an instruction" in r.getMessage())
     assert f"1 of {WANTED}" in said
-    assert instructions(best) == instructions(full) - 1
+    assert instructions(best) == all_instructions() - 1
 
 
 @pytest.mark.parametrize("how", NOTHING.values(), ids=NOTHING)
@@ -405,3 +411,14 @@ def test_a_model_that_cannot_be_had_costs_nothing() -> None:
     with pytest.raises(EmbedderUnavailableError, match=r"embedder=None.*is installed"):
         compiled(lm, sampler="qei", embedder="no-such/model")
     assert not lm.calls
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``HF_HUB_OFFLINE``, and with nobody at the hub's address, the error comes in seconds."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(EmbedderUnavailableError, match="no-such/other"):
+        as_embedder("no-such/other")(["text"])
+    assert time.monotonic() - began < 20
