@@ -415,7 +415,7 @@ def test_a_model_that_cannot_be_had_costs_nothing() -> None:
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without ``HF_HUB_OFFLINE``, and with nobody at the hub's address, the error comes in seconds."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
