@@ -418,6 +418,7 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch: pytest.Monk
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    as_embedder()(["text"])  # loads the libraries
     began = time.monotonic()
     with pytest.raises(EmbedderUnavailableError, match="no-such/other"):
         as_embedder("no-such/other")(["text"])
