@@ -195,7 +195,7 @@ def search(
     setup = Setup(
         space, plan, arguments, sampler, batch_size, threads, coordinators > 1, trial_size, confirmed
     )
-    budget = limits if isinstance(limits, Budget) else Budget(limits)
+    budget = limits if isinstance(limits, Budget) else Budget(limits, grace=grace)
     told: dict[str, Any] = {
         "failure_score": failure_score,
         "callbacks": callbacks,
@@ -205,7 +205,7 @@ def search(
     run = partial(Coordinator, space=space, plan=plan, budget=budget, **told)
     stopped, place = stopped or threading.Event(), Workplace(executor)
     study = open_study(storage, study_name)
-    with handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
+    with budget.ending(), handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
         given = score, pool, classify, retry, retry_after, num_threads
         if coordinators == 1:
             return _alone(setup, study, budget, run, Workers(*given, budget.admits, stopped))
