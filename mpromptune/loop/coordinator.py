@@ -193,7 +193,8 @@ class Coordinator:
                 round_.remove(running)
                 frozen = self._tell(running, results)
             if frozen is not None:  # told by this run: an earlier one has called back itself
-                self._call_back(frozen)
+                for callback in self.callbacks:
+                    callback(self.study, frozen)
         self.ledger.rounds += 1
         if self.plan.is_stuck(self.ledger):
             error = next((o.error for results in outcomes for o in results if o.error is not None), None)
@@ -254,8 +255,7 @@ class Coordinator:
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
         why = "" if cause is None else f": {type(cause).__name__}: {cause}"
-        message = f"The search stopped on {what}{why}."
-        error = SearchStoppedError(message, self.study)
+        error = SearchStoppedError(f"The search stopped on {what}{why}.", self.study)
         error.__cause__ = cause
         return error
 
@@ -284,10 +284,6 @@ class Coordinator:
         measured.update(dict.fromkeys(failed, self.failure_score))
         in_order = {example: measured[example] for example in running.examples if example in measured}
         return self._close(running, in_order, running.asked.trial is not None and is_cut_short(outcomes))
-
-    def _call_back(self, trial: FrozenTrial) -> None:
-        for callback in self.callbacks:
-            callback(self.study, trial)
 
     def _abandon(self, grace: float) -> None:
         """Stops the workers and closes every open trial, keeping the scores that come in until then."""
