@@ -138,9 +138,9 @@ def search(
         classify: The verdict on an exception of ``score``.
         retry: How infrastructure errors are retried, and after how long an attempt is given up.
         retry_after: Seconds that an exception of ``score`` asks to wait, or None.
-        grace: Seconds that Ctrl-C and SIGTERM leave to calls in flight. No other call begins; a
-            second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it has a
-            handler already.
+        grace: Seconds that Ctrl-C, SIGTERM and a limit in seconds leave to calls in flight. No other
+            call begins; a second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it
+            has a handler already.
         failure_score: What an example scores when the candidate itself failed on it.
         on_progress: Called as ``on_progress(progress)`` with a `Progress`: at the beginning, after every
             round, about twice a second while calls are awaited, and at the end. In the thread that
