@@ -157,8 +157,9 @@ class Workers:
         self._retry = retry or RetryPolicy()
         self.stopped = stopped or threading.Event()
         self.fatal: Exception | None = None  # what has stopped them, if it was an error
-        self._attempts = Attempts(self._judge, self._retry, retry_after, num_threads, self.stopped)
         self._admits = admits
+        judged = self._judge, self._retry, retry_after
+        self._attempts = Attempts(*judged, num_threads, self.stopped, lambda: self._admits())
         self._ended = itertools.count()
 
     @property

@@ -94,7 +94,7 @@ class Guard(BaseCallback):
         stopped: Set when no further request may be sent.
         pace: Caps per minute, if any.
         patience: Age in seconds of a request that equal ones stop waiting for.
-        spares: Leaves programs under way alone that began within the limits.
+        spares: Leaves programs under way alone that began within the limits, but for that of time.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -133,7 +133,8 @@ class Guard(BaseCallback):
             Stopped: The run is over, or a limit is used up.
         """
         check_stopped()
-        if self.stopped.is_set() or not (self.spares or self.budget.admits()):
+        may_ask = not self.budget.is_late if self.spares else self.budget.admits()
+        if self.stopped.is_set() or not may_ask:
             raise Stopped
         if self._outer is not None:
             self._outer.check()

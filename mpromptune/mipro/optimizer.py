@@ -143,7 +143,7 @@ class MIPROv2(dspy.MIPROv2):
         """Concurrent steps before the search, for as long as a compile takes."""
         defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
         pricing = Pricing(options.prices, must_know=options.max_cost is not None)
-        guard = Guard(Budget(options.limits), pricing, pace=options.pace)
+        guard = Guard(Budget(options.limits, grace=options.grace), pricing, pace=options.pace)
         steps = Steps(
             self,
             self._threads(options),
@@ -157,7 +157,7 @@ class MIPROv2(dspy.MIPROv2):
         try:
             executor = None if options.dry_run else options.executor
             elsewhere = Elsewhere(executor, options.timeout, guard, self)
-            with guard.watching(), steps.together, elsewhere as steps.elsewhere:
+            with guard.budget.ending(), guard.watching(), steps.together, elsewhere as steps.elsewhere:
                 try:
                     yield
                 finally:

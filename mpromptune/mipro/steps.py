@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,9 +21,10 @@ from dspy.teleprompt.utils import get_signature
 from optuna.storages import BaseStorage
 
 from mpromptune.calls.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
+from mpromptune.calls.daemons import in_time
 from mpromptune.calls.execution import Score
-from mpromptune.calls.interrupts import GRACE, Stopped, result_of
-from mpromptune.calls.limits import SEARCH
+from mpromptune.calls.interrupts import GRACE, Stopped, is_over, result_of
+from mpromptune.calls.limits import SEARCH, patience
 from mpromptune.calls.usage import Usage, record
 from mpromptune.crew.helping import await_candidates
 from mpromptune.crew.members import Crew, taking_part
@@ -101,7 +103,8 @@ class Steps:
         self.guard = guard or Guard()
         self.predictions = Predictions()
         self._optimizer = optimizer
-        self._number, self._threads = threads, (pool := Threads(threads, grace, retry))
+        self._number = threads
+        self._threads = pool = Threads(threads, grace, retry, self.guard.budget.admits)
         self.metric = CheckedMetric(optimizer.metric, pool.end)
         self.view = View(choose if verbose else lambda: None, self.guard.budget, lambda: pool.load)
         self._timeout = None if retry is None else retry.timeout
@@ -196,10 +199,7 @@ class Steps:
                 raise self._stopped(name, self.metric.failure) from self.metric.failure
             if budget.reached is None:
                 raise
-            raise SearchStoppedError(
-                f"{budget.reached}={getattr(budget.limits, budget.reached)} was used up in the {name} step, "
-                f"before the search began, by {budget.usage.total}."
-            ) from stop
+            raise budget.used_up(f"in the {name} step, before the search began") from stop
         finally:
             if self._checkpoint is not None and meter.total.lm_calls > before:
                 self._checkpoint.keep_usage(name, meter.total)
@@ -320,8 +320,16 @@ class Steps:
         return proposed
 
     def close_threads(self) -> None:
-        """Starts no further call; those under way are waited for, but not longer than for any other."""
-        self._threads.finish(self._timeout)
+        """Starts no further call; those under way are waited for, unless they seem to hang.
+
+        Raises:
+            Stopped: A limit leaves the search no time to begin.
+        """
+        usage = self.guard.budget.usage.get(SEARCH, Usage())  # of scores made ahead
+        most = math.inf if self._timeout is None else self._timeout
+        self._threads.finish(patience(usage, usage.program_calls, self._threads.grace, most))
+        if is_over():
+            raise Stopped
 
     def close(self) -> None:
         """Ends what is still running, and the view; after an error, nothing waits for long."""
@@ -344,4 +352,4 @@ def _serially(step: str, stock: Callable[..., Any], given: Mapping[str, Any]) ->
     logger.warning("The %s step of DSPy %s is not known; running it serially.", step, dspy.__version__)
     bound = inspect.signature(stock).bind_partial()
     bound.arguments.update(given)
-    return stock(*bound.args, **bound.kwargs)
+    return in_time(partial(stock, *bound.args, **bound.kwargs))

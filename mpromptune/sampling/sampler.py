@@ -17,11 +17,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from mpromptune.calls.daemons import in_time
 from mpromptune.errors import require_count
 from mpromptune.model.acquisition import log_expected_improvement, propose, ranked
 from mpromptune.model.candidates import LISTED, choice_set
 from mpromptune.model.devices import resolve_device
-from mpromptune.model.embedding import CachedEmbedder, as_embedder
+from mpromptune.model.embedding import CachedEmbedder, FloatArray, as_embedder
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.model.surrogate import OnRanked, on_cpu, unheard
 from mpromptune.sampling.encoding import Encoding, encode_distributions, encode_prompts
@@ -263,7 +264,19 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
 def resolve_embedder(spec: Any) -> CachedEmbedder | None:
     """As `as_embedder`, with ``"index"`` for no embedding at all."""
-    return None if spec == "index" else as_embedder(spec)
+    return None if spec == "index" else _Awaited(as_embedder(spec))
+
+
+class _Awaited(CachedEmbedder):
+    """An embedder that may hang: it is waited for no longer than what asks for it may wait."""
+
+    def __init__(self, embedder: CachedEmbedder) -> None:
+        super().__init__(embedder)
+        self._embedder = embedder
+
+    def __call__(self, texts: Sequence[str]) -> FloatArray:
+        """As the embedder."""
+        return in_time(partial(self._embedder, texts))
 
 
 def _always(row: Row) -> bool:
