@@ -52,7 +52,7 @@ def _answer(field: str, messages: Messages) -> str:
         return f"some {field}"
     a, b = _SUM.findall(str(messages[-1]["content"]))[-1]
     manner = re.findall(r"manner \d+", str(messages[0]["content"]))
-    is_wrong = digest(a, b, manner) % 4 == 0  # one in four, other ones for other instructions
+    is_wrong = digest(a, b, manner, 4) % 4 == 0  # one in four, other ones for other instructions
     return str(int(a) + int(b) + is_wrong)
 
 

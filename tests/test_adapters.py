@@ -11,7 +11,7 @@ from lms import ScriptedLM, completion
 
 from mpromptune.errors import EmptyAnswerError
 from mpromptune.lms import adapters
-from mpromptune.lms.adapters import PatientChatAdapter, given_adapter, patient, strict
+from mpromptune.lms.adapters import PatientChatAdapter, given_adapter, is_patient, patient, strict
 
 
 class Answers(ScriptedLM):
@@ -83,6 +83,8 @@ def test_the_default_adapter_is_patient_in_every_version() -> None:
 @pytest.mark.parametrize("adapter", [None, dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()])
 def test_an_answer_with_nothing_in_it_is_no_answer(adapter: Any, empty: Any) -> None:
     """Whichever adapter is to read it: it is not asked for in another form, nor is it a prediction."""
+    if isinstance(adapter, dspy.XMLAdapter) and not is_patient(dspy.ChatAdapter):
+        pytest.skip("this DSPy asks again after any error, whichever adapter its user has chosen")
     lm = Answers(empty, JSON)
     with pytest.raises(EmptyAnswerError):
         asked(lm, strict(patient(adapter)))
