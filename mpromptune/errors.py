@@ -60,6 +60,10 @@ class CallTimeoutError(MPromptuneError, TimeoutError):
     """A program call took longer than the ``timeout``."""
 
 
+class EmptyAnswerError(MPromptuneError, RuntimeError):
+    """A language model answered a program without a word; another attempt may succeed."""
+
+
 class TrialFailedError(MPromptuneError, RuntimeError):
     """A trial lacks scores, for errors of the infrastructure; nobody but DSPy's callbacks sees it."""
 
@@ -156,10 +160,10 @@ def require_positive(name: str, value: Any) -> float:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """The error, what it was raised from or while handling, and so on."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         yield link
         seen.add(id(link))
-        link = link.__cause__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +18,15 @@ from mpromptune.calls.interrupts import Stopped
 from mpromptune.calls.limits import Budget
 from mpromptune.calls.pace import Pace, Ticket
 from mpromptune.calls.usage import Meter, Usage, current_meter, metered
-from mpromptune.lms.adapters import patient
+from mpromptune.lms.adapters import patient, strict
+from mpromptune.lms.errors import note_raised_by_lm
 from mpromptune.lms.prices import Pricing, tokens_of
 
 # The meter as a setting of DSPy's: its own thread pools inherit these, but not context variables.
 METER = "mpromptune_meter"
+# NOTE: failures before its first answer after which an LM that is not found is taken not to exist: a gateway
+# that spoils one answer in ten does so at the beginning of one run in a thousand.
+_FIRST_FAILURES = 3
 # NOTE: age in seconds of a request that equal ones stop waiting for; most clients give up by then.
 _PATIENCE = 600.0
 
@@ -110,6 +115,8 @@ class Guard(BaseCallback):
         self._requests: dict[str, _Request] = {}
         self._uncached: set[tuple[type, str]] = set()  # LMs found not to answer from a cache
         self._charging: set[tuple[type, str]] = set()  # LMs that have reported tokens
+        self._answered: set[tuple[type, str]] = set()
+        self._failures: Counter[tuple[type, str]] = Counter()  # of LMs that have not answered
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -122,7 +129,7 @@ class Guard(BaseCallback):
         self._outer = guards[-1] if guards else None
         self.pace = self.pace or (self._outer and self._outer.pace)
         callbacks = [*(c for c in callbacks if c not in guards), self]
-        adapter = patient(dspy.settings.adapter)
+        adapter = strict(patient(dspy.settings.adapter))
         with measured(self.budget.meter), dspy.context(callbacks=callbacks, adapter=adapter):
             yield
 
@@ -161,6 +168,7 @@ class Guard(BaseCallback):
         request = self._requests.pop(call_id, None)
         if request is None:
             return
+        self._judge(_kind(request.lm), exception)
         self._land(request, succeeded=exception is None)
         request.context.__exit__(None, None, None)
         usage = self._usage(request, exception)
@@ -170,6 +178,17 @@ class Guard(BaseCallback):
             self._uncached.add(_kind(request.lm))
         self._settle(request, usage)
         request.meter.add(usage)
+
+    def _judge(self, kind: tuple[type, str], exception: BaseException | None) -> None:
+        """Marks what was raised below the LM."""
+        if exception is None:
+            self._answered.add(kind)
+        elif isinstance(exception, Exception):
+            self._failures[kind] += kind not in self._answered
+            note_raised_by_lm(exception, self._is_new(kind))
+
+    def _is_new(self, kind: tuple[type, str]) -> bool:
+        return kind not in self._answered and self._failures[kind] >= _FIRST_FAILURES
 
     def _request(self, lm: Any, inputs: Mapping[str, Any]) -> _Request:
         relay = _Relay(dspy.settings.usage_tracker)
