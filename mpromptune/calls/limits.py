@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -10,6 +11,8 @@ from dataclasses import dataclass, fields
 
 from mpromptune.calls.usage import Meter, StepUsage, Usage, current_meter
 from mpromptune.errors import require_count, require_positive
+
+logger = logging.getLogger(__name__)
 
 SEARCH = "search"  # the step in which trials are measured
 
@@ -60,6 +63,7 @@ class Budget:
         self.meter = Meter(current_meter())  # a part of what is counted around it
         self._steps: dict[str, Meter] = {}
         self._lock = threading.Lock()
+        self._noted = False
         self._clock = clock
         self._began = self._search_began = clock()
 
@@ -79,6 +83,21 @@ class Budget:
             used = self._rows(self.meter.total)
             self.reached = next((name for name, limit, amount in used if amount >= limit), None)
         return self.reached is None
+
+    def is_unseen(self, used: Usage) -> bool:
+        """Whether the first program call of all has used nothing that was counted; False for all others."""
+        with self._lock:
+            first, self._noted = not self._noted, True
+        return first and not (used.lm_calls or used.cache_hits or used.tokens or used.cost)
+
+    def note_trial(self, used: Usage) -> None:
+        """Warns, once, where limits cannot hold because scores do not say what they use."""
+        limited = self.limits.max_tokens is not None or self.limits.max_cost is not None
+        if limited and used.program_calls and self.is_unseen(used):
+            logger.warning(
+                "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do not hold. "
+                "Call mpromptune.calls.usage.record in it, in its own thread or in a copy of its context."
+            )
 
     @property
     def overspent(self) -> float:

@@ -79,6 +79,8 @@ _SDK_VERDICTS = (
 )
 # What OpenAI and its imitators call an account without money; it travels as a rate limit.
 _UNPAID = "insufficient_quota"
+# What Python's codecs, and DSPy from 3.4 on, say of a request with half a character: it never leaves us.
+_UNSENDABLE = ("surrogates not allowed", "lone surrogate")
 
 
 def classify(error: BaseException) -> Verdict:
@@ -87,6 +89,8 @@ def classify(error: BaseException) -> Verdict:
     The rest is the candidate's.
     An error that says nothing by itself is judged by what it was raised from.
     """
+    if any(phrase in str(error) for phrase in _UNSENDABLE):
+        return Verdict.CANDIDATE
     verdicts = (_verdict(link) for link in causes(error))
     return next((verdict for verdict in verdicts if verdict is not None), Verdict.CANDIDATE)
 

@@ -17,7 +17,7 @@ from dspy.teleprompt.mipro_optimizer_v2 import BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_
 from dspy.utils.callback import BaseCallback
 
 from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.interrupts import result_of
+from mpromptune.calls.interrupts import contained, result_of
 from mpromptune.lms.errors import classify
 from mpromptune.lms.threads import Threads
 
@@ -140,12 +140,18 @@ class _Patient(BaseCallback):
             instance.forward = partial(self._forward, partial(type(instance).forward, instance))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        readable = {name: _encodable(value) for name, value in kwargs.items()}
         try:
-            return self._attempts(partial(forward, *args, **kwargs))
+            return self._attempts(partial(contained, forward, *args, **readable))
         except Exception as error:
             if classify(error) is Verdict.CANDIDATE:
                 raise
             raise _Hopeless(error) from error
+
+
+def _encodable(value: Any) -> Any:
+    """A text with ``?`` for each half of a character, of which no request can be made."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 class _Drawn:

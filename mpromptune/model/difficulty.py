@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.embedding import FloatArray
 
 # The grid on which the distribution of the examples' mean scores is fitted: its mean, and the logarithm of
@@ -122,6 +123,7 @@ def difficulty_of(scores: FloatArray) -> Difficulty:
     return Difficulty(low + unit * mean, unit**2 * binary / concentration, unit**2 * spread)
 
 
+@plain_torch()
 def _beta(k: FloatArray, w: FloatArray) -> tuple[float, float]:
     """Mean and concentration of the most plausible beta distribution."""
     (counts, sums), times = np.unique(np.stack([k, w]), axis=1, return_counts=True)

@@ -14,9 +14,10 @@ from dspy.teleprompt.utils import get_signature, set_signature
 
 from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import Score, as_score
-from mpromptune.calls.usage import current_meter
+from mpromptune.calls.interrupts import contained
+from mpromptune.calls.usage import Meter, current_meter
 from mpromptune.lms.errors import classify
-from mpromptune.lms.guard import measured
+from mpromptune.lms.guard import measured, note_call
 from mpromptune.model.space import PromptSpace
 
 logger = logging.getLogger(__name__)
@@ -151,11 +152,15 @@ class ProgramScorer:
 
     def __call__(self, params: dict[str, int], example: int) -> float:
         """The metric's value; an exception of the program or of the metric is passed on."""
+        meter = current_meter() or Meter()
+        before = meter.total
         try:
-            return self._run(params, example)
+            score = contained(self._run, params, example)
         except Exception as error:
             self._log(error, params, example)
             raise
+        note_call(meter.total - before)
+        return score
 
     def _log(self, error: Exception, params: Mapping[str, int], example: int) -> None:
         """What scores ``failure_score`` would otherwise leave no trace; the other errors do."""

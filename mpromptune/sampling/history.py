@@ -12,6 +12,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.difficulty import as_matrix, difficulty_of, summarise
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.geometry import Geometry
@@ -23,6 +24,9 @@ from mpromptune.studies.ledger import Ledger
 RowOf = Callable[[dict[str, object]], Row | None]
 
 _MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)
+# NOTE: larger values leave no digit for the others once they are scaled to one deviation, and the squares of
+# some overflow. float32's maximum, 3.4e38, is beyond it; no unit of physics makes a measurement so large.
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def proposed_params(trial: FrozenTrial) -> dict[str, object]:
     return {**trial.system_attrs.get(PROPOSED, {}), **trial.params}
 
 
+@plain_torch()
 def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_components: int) -> History:
     """Turns trials into a History.
 
@@ -122,10 +127,15 @@ def _trials_as_they_are(complete: Sequence[tuple[FrozenTrial, Row]], maximise: b
 
 
 def _finite(values: FloatArray) -> FloatArray:
-    """Clips infinite values to the finite ones' range, as Optuna's own GP sampler does."""
+    """Clips infinite values to the finite ones' range, as Optuna's own GP sampler does.
+
+    Where any is beyond what something is measured in, it stands for a failure: ranks take their place.
+    """
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     clipped: FloatArray = np.clip(values, low, high)
+    if max(high, -low) > _LARGEST:
+        return np.unique(clipped, return_inverse=True)[1].astype(np.float64)
     return clipped
 
 
@@ -171,6 +181,7 @@ class LastFit:
         self._geometries = geometries
         self._last: tuple[History, Surrogate] | None = None
 
+    @plain_torch()
     def of(self, history: History) -> Surrogate:
         """The surrogate of everything observed; fitted unless the last one was fitted to the same."""
         last = self._last
