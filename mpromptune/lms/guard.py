@@ -32,8 +32,8 @@ _FORWARDING = threading.Lock()
 
 _UNSEEN = (
     "A program call has ended, and no LM call of it was seen. If the program asks an LM in threads of its "
-    "own, nothing of that is counted, paced or stopped: max_tokens, max_cost and requests per minute do not hold. "
-    "Start such threads with dspy.Parallel, or in a copy of the context: "
+    "own, nothing of that is counted, paced or stopped: max_tokens, max_cost and requests per minute do not "
+    "hold. Start such threads with dspy.Parallel, or in a copy of the context: "
     "executor.submit(contextvars.copy_context().run, function, ...)."
 )
 

@@ -20,6 +20,7 @@ from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.interrupts import contained, result_of
 from mpromptune.lms.errors import classify
 from mpromptune.lms.threads import Threads
+from mpromptune.programs.demos import encodable
 
 # Everything that one proposal draws, in all versions of DSPy so far.
 _DRAW = "self.rng.randint(0, 10**9)"
@@ -140,18 +141,13 @@ class _Patient(BaseCallback):
             instance.forward = partial(self._forward, partial(type(instance).forward, instance))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        readable = {name: _encodable(value) for name, value in kwargs.items()}
+        readable = {name: encodable(value) for name, value in kwargs.items()}
         try:
             return self._attempts(partial(contained, forward, *args, **readable))
         except Exception as error:
             if classify(error) is Verdict.CANDIDATE:
                 raise
             raise _Hopeless(error) from error
-
-
-def _encodable(value: Any) -> Any:
-    """A text with ``?`` for each half of a character, of which no request can be made."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 class _Drawn:

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from mpromptune.model.candidates import LISTED, choice_set
 from mpromptune.model.devices import plain_torch
+from mpromptune.model.difficulty import LARGEST
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.explained import chance_of_likeness, without_texts
 from mpromptune.model.space import Row
@@ -85,7 +86,7 @@ class Knowledge:
     def standard_error(self, n_examples: int) -> float:
         """Of a configuration's mean over a whole validation set."""
         scores = [np.array(list(self.ledger.means(row).values())) for row in self.ledger.rows()]
-        return standard_error(scores, n_examples)
+        return standard_error([np.clip(some, -LARGEST, LARGEST) for some in scores], n_examples)
 
     @plain_torch()
     def drawn(self) -> FloatArray:

@@ -19,6 +19,7 @@ from mpromptune.calls.usage import Meter, current_meter
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import measured, note_call
 from mpromptune.model.space import PromptSpace
+from mpromptune.programs.demos import encodable, encodable_demo
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +57,13 @@ class ProgramSpace:
         self.baseline: dict[str, int] = {}
         for i, predictor in enumerate(program.predictors()):
             own = get_signature(predictor).instructions
-            self.instructions[i] = _distinct([*instructions[i], own])
+            self.instructions[i] = _distinct([*map(encodable, instructions[i]), own])
             self.baseline[f"{i}_predictor_instruction"] = _position(own, self.instructions[i])
             if demos:
                 own_demos = list(predictor.demos)
-                self.demos[i] = _distinct([*map(list, demos[i]), own_demos])
+                self.demos[i] = _distinct(
+                    [*(list(map(encodable_demo, some)) for some in demos[i]), own_demos]
+                )
                 self.baseline[f"{i}_predictor_demos"] = _position(own_demos, self.demos[i])
 
     def prompt_space(self) -> PromptSpace:

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from mpromptune.model.devices import plain_torch
-from mpromptune.model.difficulty import as_matrix, difficulty_of, summarise
+from mpromptune.model.difficulty import LARGEST, as_matrix, difficulty_of, summarise
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.geometry import Geometry
 from mpromptune.model.space import Row
@@ -24,9 +24,6 @@ from mpromptune.studies.ledger import Ledger
 RowOf = Callable[[dict[str, object]], Row | None]
 
 _MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)
-# NOTE: larger values leave no digit for the others once they are scaled to one deviation, and the squares of
-# some overflow. float32's maximum, 3.4e38, is beyond it; no unit of physics makes a measurement so large.
-_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def _finite(values: FloatArray) -> FloatArray:
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     clipped: FloatArray = np.clip(values, low, high)
-    if max(high, -low) > _LARGEST:
+    if max(high, -low) > LARGEST:
         return np.unique(clipped, return_inverse=True)[1].astype(np.float64)
     return clipped
 
