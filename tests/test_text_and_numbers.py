@@ -129,10 +129,22 @@ def test_texts_of_a_search() -> None:
     assert result.best_params == {"0_predictor_instruction": 2}
 
 
-def test_the_default_model_takes_a_few_pieces_of_a_huge_text() -> None:
-    """A million characters take no longer than fifty thousand, halves and NUL are embedded, and all differ."""
-    vectors = as_embedder(None)([f"{HALF} Add.", "Think\0, then add.", "Go on. " * 150_000])
+def test_a_model_embeds_a_few_pieces_of_a_huge_text() -> None:
+    """A million characters take no longer than fifty thousand; each text has a vector of its own."""
+
+    class Model:
+        """Has the face of a SentenceTransformer, and counts."""
+
+        pieces = 0
+
+        def encode(self, texts: list[str], **kwargs: Any) -> Any:
+            self.pieces += len(texts)
+            return strict(texts)
+
+    model = Model()
+    vectors = as_embedder(model)([f"{HALF} Add.", "Think\0, then add.", "Go on. " * 150_000])
     assert len(np.unique(vectors.round(4), axis=0)) == 3
+    assert model.pieces < 100
 
 
 def test_texts_of_a_plain_study() -> None:
