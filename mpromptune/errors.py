@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from numbers import Integral, Real
+from numbers import Integral, Number
 from typing import Any
 
 
@@ -54,6 +54,10 @@ class StorageError(MPromptuneError, OSError):
 
 class StudyMismatchError(MPromptuneError, ValueError):
     """A study belongs to another run; the message says what differs."""
+
+
+class CallCancelledError(MPromptuneError, RuntimeError):
+    """A program call let out ``asyncio.CancelledError``, or another error that is no ``Exception``."""
 
 
 class CallTimeoutError(MPromptuneError, TimeoutError):
@@ -143,9 +147,10 @@ def require_finite(name: str, value: Any) -> float:
     Raises:
         InvalidArgumentError: It is not a finite number.
     """
-    if not isinstance(value, Real) or not math.isfinite(value):
+    number = as_real(value)
+    if not math.isfinite(number):
         raise InvalidArgumentError(f"{name} must be a finite number; got {value!r}.")
-    return float(value)
+    return number
 
 
 def require_positive(name: str, value: Any) -> float:
@@ -154,9 +159,25 @@ def require_positive(name: str, value: Any) -> float:
     Raises:
         InvalidArgumentError: It is not a finite number above zero.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
+    number = as_real(value)
+    if isinstance(value, bool) or not 0.0 < number < math.inf:
         raise InvalidArgumentError(f"{name} must be a positive number; got {value!r}.")
-    return float(value)
+    return number
+
+
+def as_real(value: Any) -> float:
+    """Any real number as a float: of Python (``Decimal``, ``Fraction``, bool), NumPy, torch and so on.
+
+    Not a number where it is none, or too large for a float.
+    """
+    if getattr(value, "ndim", None) == 0:  # scalars of arrays and tensors
+        value = value.item()
+    elif hasattr(value, "ndim") or not (isinstance(value, Number) or hasattr(value, "__float__")):
+        return math.nan
+    try:
+        return float(value)
+    except (ArithmeticError, TypeError, ValueError):  # too large; complex; a signalling NaN
+        return math.nan
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

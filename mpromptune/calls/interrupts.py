@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar
 
-from mpromptune.errors import SearchInterrupted, SearchTerminated
+from mpromptune.errors import CallCancelledError, SearchInterrupted, SearchTerminated
 
 # NOTE: seconds that calls in flight are given to come back after an interrupt: long enough for most
 # LM calls, and half of the ten seconds that container runtimes leave between SIGTERM and SIGKILL.
@@ -31,6 +31,22 @@ class Stopped(BaseException):
 
     No Exception: programs, and DSPy, take any of those for a failure of the LM, and go on.
     """
+
+
+def contained(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What the user's code returns; of the errors that are no ``Exception``, only interrupts end a run.
+
+    Tools let ``asyncio.CancelledError`` out when a session is dropped: that one call has failed.
+
+    Raises:
+        CallCancelledError: It let out any other, which is the cause.
+    """
+    try:
+        return call(*args, **kwargs)
+    except (Exception, KeyboardInterrupt, SystemExit, Stopped):
+        raise
+    except BaseException as error:
+        raise CallCancelledError(f"the call ended with {type(error).__name__}: {error}") from error
 
 
 class Terminated(KeyboardInterrupt, SystemExit):

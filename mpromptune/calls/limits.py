@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -12,6 +13,8 @@ from dataclasses import dataclass, fields
 from mpromptune.calls.interrupts import GRACE, Stopped, ending
 from mpromptune.calls.usage import Meter, StepUsage, Usage, current_meter
 from mpromptune.errors import SearchStoppedError, require_count, require_positive
+
+logger = logging.getLogger(__name__)
 
 SEARCH = "search"  # the step in which trials are measured
 
@@ -89,6 +92,7 @@ class Budget:
         self.meter = Meter(current_meter())  # a part of what is counted around it
         self._steps: dict[str, Meter] = {}
         self._lock = threading.Lock()
+        self._noted = False
         self._clock = clock
         self._began = self._search_began = clock()
         self._waited_since: float | None = None  # for what was under way when a limit was used up
@@ -108,6 +112,21 @@ class Budget:
         if self.reached is None:
             self.reached = self._used_up()
         return self.reached is None
+
+    def is_unseen(self, used: Usage) -> bool:
+        """Whether the first program call of all has used nothing that was counted; False for all others."""
+        with self._lock:
+            first, self._noted = not self._noted, True
+        return first and not (used.lm_calls or used.cache_hits or used.tokens or used.cost)
+
+    def note_trial(self, used: Usage) -> None:
+        """Warns, once, where limits cannot hold because scores do not say what they use."""
+        limited = self.limits.max_tokens is not None or self.limits.max_cost is not None
+        if limited and used.program_calls and self.is_unseen(used):
+            logger.warning(
+                "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do not "
+                "hold. Call mpromptune.calls.usage.record in it, in its thread or in a copy of its context."
+            )
 
     @property
     def is_late(self) -> bool:

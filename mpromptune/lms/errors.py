@@ -104,6 +104,8 @@ _STATUSES = {
 _UNPAID = "insufficient_quota"
 # How all versions of DSPy begin what they say of an answer without text, for which they have no class.
 _EMPTY = "The LM returned an empty or null response."
+# What Python's codecs, and DSPy from 3.4 on, say of a request with half a character: it never leaves us.
+_UNSENDABLE = ("surrogates not allowed", "lone surrogate")
 # The mark of an error that a request to an LM has ended with, and whether a model that is not found is so for
 # good. An attribute, so that it goes to other processes with the error.
 _RAISED_BY_LM = "mpromptune_raised_by_lm"
@@ -125,6 +127,8 @@ def classify(error: BaseException) -> Verdict:
     An error that says nothing by itself is judged by what it was raised from. Where nothing is known of that
     either, it is the infrastructure's if it was raised below a language model, and else the candidate's.
     """
+    if any(phrase in str(error) for phrase in _UNSENDABLE):
+        return Verdict.CANDIDATE
     mark, below = None, False
     for link in causes(error):
         mark = vars(link).get(_RAISED_BY_LM, mark)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
@@ -22,6 +23,8 @@ from mpromptune.lms.adapters import patient, strict
 from mpromptune.lms.errors import note_raised_by_lm
 from mpromptune.lms.prices import Pricing, tokens_of
 
+logger = logging.getLogger(__name__)
+
 # The meter as a setting of DSPy's: its own thread pools inherit these, but not context variables.
 METER = "mpromptune_meter"
 # NOTE: failures before its first answer after which an LM that is not found is taken not to exist: a gateway
@@ -32,12 +35,26 @@ _PATIENCE = 600.0
 
 _FORWARDING = threading.Lock()
 
+_UNSEEN = (
+    "A program call has ended, and no LM call of it was seen. If the program asks an LM in threads of its "
+    "own, nothing of that is counted, paced or stopped: max_tokens, max_cost and requests per minute do not "
+    "hold. Start such threads with dspy.Parallel, or in a copy of the context: "
+    "executor.submit(contextvars.copy_context().run, function, ...)."
+)
+
 
 @contextmanager
 def measured(meter: Meter | None = None) -> Iterator[Meter]:
     """As `metered`, for LM requests made in DSPy's own threads too."""
     with metered(meter) as inner, dspy.context(**{METER: inner}):
         yield inner
+
+
+def note_call(used: Usage) -> None:
+    """Warns, once in a compile, where what a program asks its LM is not seen."""
+    for guard in dspy.settings.callbacks or ():
+        if isinstance(guard, Guard) and guard.budget.is_unseen(used):
+            logger.warning(_UNSEEN)
 
 
 class _Relay:
@@ -169,9 +186,10 @@ class Guard(BaseCallback):
         if request is None:
             return
         self._judge(_kind(request.lm), exception)
-        self._land(request, succeeded=exception is None)
+        failed = exception is not None or outputs is None  # the latter is what DSPy says of a cancelled one
+        self._land(request, succeeded=not failed)
         request.context.__exit__(None, None, None)
-        usage = self._usage(request, exception)
+        usage = self._usage(request, failed)
         if usage.tokens:
             self._charging.add(_kind(request.lm))
         if request.follows and usage.tokens:
@@ -211,16 +229,16 @@ class Guard(BaseCallback):
         self.stopped.wait(seconds)
         self.check()
 
-    def _usage(self, request: _Request, exception: BaseException | None) -> Usage:
+    def _usage(self, request: _Request, failed: bool) -> Usage:
         """What a request used; an answer that nobody charged for is a cache's."""
         entries = request.relay.entries
         if not entries and not _reports(request.lm):
             entries = _remembered(request)
-        if exception is None and request.relay.wraps_another and not entries:
+        if not failed and request.relay.wraps_another and not entries:
             return Usage()  # the LM that it asked has been counted
         tokens = [tokens_of(usage) for _, usage in entries]
         prompt, completion = sum(sent for sent, _ in tokens), sum(received for _, received in tokens)
-        free = exception is None and not prompt + completion
+        free = not failed and not prompt + completion
         if free and request.uses_cache and (not entries or _kind(request.lm) in self._charging):
             return Usage(cache_hits=1)
         cost = sum(self.pricing.cost(request.lm, model, usage) for model, usage in entries)

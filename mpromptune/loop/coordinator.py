@@ -324,6 +324,7 @@ class Coordinator:
     def _book(self, running: _Running, measured: Mapping[int, float], is_over: bool = False) -> None:
         lost = [example for example in running.examples if example not in measured]
         self.ledger.add(running.row, measured, self.trials.usage(running.asked), lost if is_over else ())
+        self.budget.note_trial(self.ledger.usage)
         self.plan.settle(running.row, running.examples, lost)
 
     def _take_rest(self) -> None:

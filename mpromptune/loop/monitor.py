@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from mpromptune.calls.execution import Workers
+from mpromptune.calls.interrupts import contained
 from mpromptune.calls.limits import Budget
 from mpromptune.live.progress import OnProgress, Progress, Standing
 from mpromptune.live.speed import Speed
 from mpromptune.loop.trials import Trials
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.space import Row
-from mpromptune.model.surrogate import Surrogate, on_cpu, posterior_mean_and_variance
+from mpromptune.model.surrogate import Surrogate, posterior_mean_and_variance
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.plan import Plan
 from mpromptune.sampling.sampler import qEISampler
@@ -83,7 +85,7 @@ class Monitor:
         if self.on_progress is None:
             return
         try:
-            step()
+            contained(step)
         except Exception:
             self.on_progress = None
             logger.exception("Progress is not reported any more; the search goes on.")
@@ -129,7 +131,7 @@ class Monitor:
     def _rank(self, model: Surrogate, leader: Row) -> None:
         """A surrogate ranks ``leader`` first; the baseline may not have been among the others."""
         rows = [leader, self.plan.baseline]
-        with on_cpu():
+        with plain_torch():
             means, variances = posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
         normal = zip(means.tolist(), variances.sqrt().tolist(), strict=True)
         self._estimates = dict(zip(rows, normal, strict=True))

@@ -12,6 +12,9 @@ from functools import partial
 from typing import Any
 
 import dspy
+
+# Where it is defined: others may put another class, ours among them, in place of `dspy.MIPROv2`.
+from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from optuna.samplers import BaseSampler
 
 from mpromptune.calls.execution import Score
@@ -39,8 +42,8 @@ from mpromptune.programs.remote import Elsewhere
 
 logger = logging.getLogger(__name__)
 
-_STOCK_INIT = inspect.signature(dspy.MIPROv2.__init__)
-_STOCK_COMPILE = inspect.signature(dspy.MIPROv2.compile)
+_STOCK_INIT = inspect.signature(StockMIPROv2.__init__)
+_STOCK_COMPILE = inspect.signature(StockMIPROv2.compile)
 # The options of the compile that is running in this context; None means DSPy's own search.
 _OPTIONS: ContextVar[SearchOptions | None] = ContextVar("mpromptune_options", default=None)
 # The steps of that compile before the search, when there are options.
@@ -62,7 +65,7 @@ class _Planned(BaseException):
         self.estimate = estimate
 
 
-class MIPROv2(dspy.MIPROv2):
+class MIPROv2(StockMIPROv2):
     """A drop-in ``dspy.MIPROv2`` that can evaluate many prompt configurations at once.
 
     Without a sampler it is DSPy's optimizer, call for call. With one, the search step proposes
@@ -131,7 +134,7 @@ class MIPROv2(dspy.MIPROv2):
                 return super().compile(student, **stock)
             with handled(), self._steps(student, options, stock):
                 if options.dry_run:  # past what others hook into it: nothing is compiled
-                    return inspect.unwrap(dspy.MIPROv2.compile)(self, student, **stock)
+                    return inspect.unwrap(StockMIPROv2.compile)(self, student, **stock)
                 return super().compile(student, **stock)
         except _Planned as planned:
             return planned.estimate

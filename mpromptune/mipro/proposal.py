@@ -19,10 +19,11 @@ from dspy.teleprompt.utils import get_signature
 from dspy.utils.callback import BaseCallback
 
 from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
-from mpromptune.calls.interrupts import result_of
+from mpromptune.calls.interrupts import contained, result_of
 from mpromptune.errors import EmptyInstructionError
 from mpromptune.lms.errors import classify
 from mpromptune.lms.threads import Threads
+from mpromptune.programs.demos import encodable
 
 logger = logging.getLogger(__name__)
 
@@ -201,8 +202,9 @@ class _Patient(BaseCallback):
         if self._has_asked:
             self._leave()
         self._has_asked = True
+        readable = {name: encodable(value) for name, value in kwargs.items()}
         try:
-            answer = self._attempts(partial(forward, *args, **kwargs))
+            answer = self._attempts(partial(contained, forward, *args, **readable))
         except Exception as error:
             verdict, again = classify(error), self._was_given_up
             if verdict is Verdict.STOP or (again and verdict in INFRASTRUCTURE):

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.embedding import FloatArray
 
 # The grid on which the distribution of the examples' mean scores is fitted: its mean, and the logarithm of
@@ -43,6 +44,9 @@ _PRIOR_SCORES = 20.0
 _LEAST_VARIANCE = 0.01
 # NOTE: and where every score of a run is the same, which leaves no unit to measure in.
 _ALL_EQUAL = 1e-4
+# NOTE: larger values stand for failures: whatever they are, they leave no digit for the others once these are
+# scaled to one deviation. float32, of which some of BoTorch's constants are, ends at 3.4e38.
+LARGEST = 1e30
 # What cannot be told from certainty: singular values stay below 1 by this.
 _ROUNDING = 1e-12
 
@@ -122,6 +126,7 @@ def difficulty_of(scores: FloatArray) -> Difficulty:
     return Difficulty(low + unit * mean, unit**2 * binary / concentration, unit**2 * spread)
 
 
+@plain_torch()
 def _beta(k: FloatArray, w: FloatArray) -> tuple[float, float]:
     """Mean and concentration of the most plausible beta distribution."""
     (counts, sums), times = np.unique(np.stack([k, w]), axis=1, return_counts=True)
@@ -191,11 +196,12 @@ def summarise(scores: FloatArray, difficulty: Difficulty) -> Summary:
 
 
 def as_matrix(scores: Sequence[Mapping[int, float]], n_examples: int) -> FloatArray:
-    """Each configuration's scores by example, ``m x N``; not a number where there is none."""
+    """Each configuration's scores by example, ``m x N``; NaN where there is none; huge ones are cut."""
     matrix = np.full((len(scores), n_examples), np.nan)
     for row, by_example in zip(matrix, scores, strict=True):
         row[list(by_example)] = list(by_example.values())
-    return matrix
+    cut: FloatArray = np.clip(matrix, -LARGEST, LARGEST)
+    return cut
 
 
 # NOTE: a sample, and not the most telling examples themselves: those are of a kind, and who does well on them

@@ -55,7 +55,7 @@ def chance_of_likeness(blind: SingleTaskGP, geometries: Sequence[Geometry], seed
     .. [Lin1997] X. Lin. Variance component testing in generalised linear models with random effects.
         Biometrika 84(2), 1997.
     """
-    with torch.no_grad(), quiet_single_thread():
+    with quiet_single_thread(), torch.no_grad():
         weights = solved(blind)[0].cpu().numpy()
         X = blind.train_inputs[0].long().cpu().numpy()
     rng = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.noise import pooled_variance
 from mpromptune.model.surrogate import Surrogate, joint_posterior, quiet_single_thread
@@ -55,6 +56,7 @@ class Stopping:
         self.quiet = self.quiet + 1 if gain < _NEGLIGIBLE * standard_error else 0
 
 
+@plain_torch()
 def expected_gains(model: Surrogate, rows: Tensor, leader: Tensor) -> Tensor:
     r"""What knowing two configurations exactly would gain over keeping the leader.
 

@@ -13,11 +13,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from mpromptune.model.candidates import LISTED, choice_set
+from mpromptune.model.devices import plain_torch
+from mpromptune.model.difficulty import LARGEST
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.explained import chance_of_likeness, without_texts
 from mpromptune.model.space import Row
 from mpromptune.model.stopping import expected_gains, standard_error
-from mpromptune.model.surrogate import OnRanked, Surrogate, on_cpu, posterior_mean_and_variance, unheard
+from mpromptune.model.surrogate import OnRanked, Surrogate, posterior_mean_and_variance, unheard
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.sampling.history import History, fit_history, read
 from mpromptune.studies.ledger import Ledger
@@ -48,7 +50,7 @@ class Knowledge:
     def posterior(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and variance of configurations."""
         model = self._model()
-        with on_cpu():
+        with plain_torch():
             if model is None:  # every trial so far has failed
                 return torch.zeros(len(rows)), torch.ones(len(rows))
             return posterior_mean_and_variance(model, torch.tensor(rows, dtype=torch.float64))
@@ -77,15 +79,16 @@ class Knowledge:
 
         rng = np.random.default_rng(self.ledger.rounds)
         starts = [row for row, _ in self.best_first(self.ledger.rows())]
-        with on_cpu():
+        with plain_torch():
             rivals = choice_set(self.encoding.space, LISTED, is_open, rng, gains, starts)
             return float(gains(rivals).max()) if len(rivals) else 0.0
 
     def standard_error(self, n_examples: int) -> float:
         """Of a configuration's mean over a whole validation set."""
         scores = [np.array(list(self.ledger.means(row).values())) for row in self.ledger.rows()]
-        return standard_error(scores, n_examples)
+        return standard_error([np.clip(some, -LARGEST, LARGEST) for some in scores], n_examples)
 
+    @plain_torch()
     def drawn(self) -> FloatArray:
         """Posterior means and standard deviations of configurations drawn at random, ``m x 2``."""
         rows = self.encoding.space.sample(_DRAWN, np.random.default_rng(0))
@@ -101,7 +104,7 @@ class Knowledge:
         geometries = self.encoding.geometries
         if not any(geometry.has_text for geometry in geometries):
             return None
-        with on_cpu():
+        with plain_torch():
             history = self._history(self._trials())
             if not len(history):
                 return None
@@ -119,7 +122,7 @@ class Knowledge:
         trials = self._trials()
         finished = sum(trial.state.is_finished() for trial in trials)
         if self._fitted[0] != finished:
-            with on_cpu():
+            with plain_torch():
                 history = self._history(trials)
                 model = self.encoding.surrogates.of(history) if len(history) else None
             self._fitted = (finished, model)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.search_space import IntersectionSearchSpace
+from optuna.search_space import intersection_search_space
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
@@ -21,10 +21,10 @@ from mpromptune.calls.daemons import in_time
 from mpromptune.errors import require_count
 from mpromptune.model.acquisition import log_expected_improvement, propose, ranked
 from mpromptune.model.candidates import LISTED, choice_set
-from mpromptune.model.devices import resolve_device
+from mpromptune.model.devices import plain_torch, resolve_device
 from mpromptune.model.embedding import CachedEmbedder, FloatArray, as_embedder
 from mpromptune.model.space import PromptSpace, Row
-from mpromptune.model.surrogate import OnRanked, on_cpu, unheard
+from mpromptune.model.surrogate import OnRanked, unheard
 from mpromptune.sampling.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.sampling.history import History, proposed_params, read
 from mpromptune.studies.attributes import PLAN, PROPOSED
@@ -98,7 +98,6 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self.space = space
         self._embedder = resolve_embedder(embedder)
         self._independent_sampler = independent_sampler
-        self._search_space = IntersectionSearchSpace()
         self._prompts: Encoding | None = None
         self._is_open: Callable[[Row], bool] = _always
         self.on_ranked: OnRanked = unheard  # of a bound copy, set by who watches its search
@@ -109,7 +108,6 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         bound = copy(self)
         bound.space, bound._prompts, bound._lock = space, None, threading.RLock()
         bound.batch_size = batch_size
-        bound._search_space = IntersectionSearchSpace()  # it remembers its study
         bound._is_open = is_open
         return bound
 
@@ -133,7 +131,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         trials = study.get_trials(deepcopy=False)
         if own and all(t.params.keys() <= own.keys() for t in trials):  # Optuna compares choice by choice
             return own
-        found = self._search_space.calculate(study) or _suggested_by_running(study)
+        found = intersection_search_space(trials) or _suggested_by_running(study)
         shared = {k: d for k, d in found.items() if not d.single()}
         return {**shared, **own}
 
@@ -148,7 +146,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._raise_error_if_multi_objective(study)
         if not search_space:
             return {}
-        with self._lock, on_cpu():
+        with self._lock:
             params = self._sample(study, trial, search_space)
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSED, params)
         return params
@@ -164,7 +162,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._raise_error_if_multi_objective(study)
         sampler = self._independent_sampler
         if sampler is None:
-            sampler = RandomSampler(seed=self._seed_for(trial, *param_name.encode()))
+            sampler = RandomSampler(seed=self._seed_for(trial, *param_name.encode("utf-8", "surrogatepass")))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def reseed_rng(self) -> None:
@@ -217,6 +215,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         observed = [proposed_params(t) for t in others]
         return encode_distributions(search_space, observed, self._embedder, prompts).on(self.device)
 
+    @plain_torch()
     def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
         rng = np.random.default_rng(seed)
         if history.n_trials < self.min_cold_start:
