@@ -185,8 +185,8 @@ class Guard(BaseCallback):
         request = self._requests.pop(call_id, None)
         if request is None:
             return
-        self._judge(_kind(request.lm), exception)
         failed = exception is not None or outputs is None  # the latter is what DSPy says of a cancelled one
+        self._judge(_kind(request.lm), failed, exception)
         self._land(request, succeeded=not failed)
         request.context.__exit__(None, None, None)
         usage = self._usage(request, failed)
@@ -197,9 +197,9 @@ class Guard(BaseCallback):
         self._settle(request, usage)
         request.meter.add(usage)
 
-    def _judge(self, kind: tuple[type, str], exception: BaseException | None) -> None:
+    def _judge(self, kind: tuple[type, str], failed: bool, exception: BaseException | None) -> None:
         """Marks what was raised below the LM."""
-        if exception is None:
+        if not failed:
             self._answered.add(kind)
         elif isinstance(exception, Exception):
             self._failures[kind] += kind not in self._answered
