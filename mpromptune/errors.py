@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from numbers import Integral, Real
+from numbers import Integral, Number
 from typing import Any
 
 
@@ -41,7 +41,11 @@ class EmbeddingError(MPromptuneError, ValueError):
 
 
 class ScoreError(MPromptuneError, TypeError):
-    """A metric returned something that is not one finite number."""
+    """A metric cannot score: it returned no finite number, or raised before it had returned anything."""
+
+
+class EmptyInstructionError(MPromptuneError, ValueError):
+    """The prompt model gave no instruction; raised when it gave none in all requests."""
 
 
 class StorageError(MPromptuneError, OSError):
@@ -52,8 +56,16 @@ class StudyMismatchError(MPromptuneError, ValueError):
     """A study belongs to another run; the message says what differs."""
 
 
+class CallCancelledError(MPromptuneError, RuntimeError):
+    """A program call let out ``asyncio.CancelledError``, or another error that is no ``Exception``."""
+
+
 class CallTimeoutError(MPromptuneError, TimeoutError):
     """A program call took longer than the ``timeout``."""
+
+
+class EmptyAnswerError(MPromptuneError, RuntimeError):
+    """A language model answered a program without a word; another attempt may succeed."""
 
 
 class TrialFailedError(MPromptuneError, RuntimeError):
@@ -135,9 +147,10 @@ def require_finite(name: str, value: Any) -> float:
     Raises:
         InvalidArgumentError: It is not a finite number.
     """
-    if not isinstance(value, Real) or not math.isfinite(value):
+    number = as_real(value)
+    if not math.isfinite(number):
         raise InvalidArgumentError(f"{name} must be a finite number; got {value!r}.")
-    return float(value)
+    return number
 
 
 def require_positive(name: str, value: Any) -> float:
@@ -146,16 +159,32 @@ def require_positive(name: str, value: Any) -> float:
     Raises:
         InvalidArgumentError: It is not a finite number above zero.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
+    number = as_real(value)
+    if isinstance(value, bool) or not 0.0 < number < math.inf:
         raise InvalidArgumentError(f"{name} must be a positive number; got {value!r}.")
-    return float(value)
+    return number
+
+
+def as_real(value: Any) -> float:
+    """Any real number as a float: of Python (``Decimal``, ``Fraction``, bool), NumPy, torch and so on.
+
+    Not a number where it is none, or too large for a float.
+    """
+    if getattr(value, "ndim", None) == 0:  # scalars of arrays and tensors
+        value = value.item()
+    elif hasattr(value, "ndim") or not (isinstance(value, Number) or hasattr(value, "__float__")):
+        return math.nan
+    try:
+        return float(value)
+    except (ArithmeticError, TypeError, ValueError):  # too large; complex; a signalling NaN
+        return math.nan
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """The error, what it was raised from or while handling, and so on."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         yield link
         seen.add(id(link))
-        link = link.__cause__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)

@@ -92,3 +92,15 @@ def arithmetic_lm(**kwargs: Any) -> ScriptedLM:
         return str(int(question[0]) + int(question[1]) + (luck > skill))
 
     return ScriptedLM(answer, **kwargs)
+
+
+def always_right() -> ScriptedLM:
+    """Adds two numbers, whatever the instruction."""
+
+    def answer(field: str, messages: list[dict[str, Any]]) -> str:
+        if field != "answer":
+            return f"some {field}"
+        a, b = re.findall(r"(\d+)\+(\d+)", str(messages[-1]["content"]))[-1]
+        return str(int(a) + int(b))
+
+    return ScriptedLM(answer)

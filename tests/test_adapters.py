@@ -9,8 +9,9 @@ import pytest
 from dspy.utils import exceptions as dspy_errors
 from lms import ScriptedLM, completion
 
+from mpromptune.errors import EmptyAnswerError
 from mpromptune.lms import adapters
-from mpromptune.lms.adapters import PatientChatAdapter, given_adapter, patient
+from mpromptune.lms.adapters import PatientChatAdapter, given_adapter, is_patient, patient, strict
 
 
 class Answers(ScriptedLM):
@@ -76,3 +77,23 @@ def test_the_default_adapter_is_patient_in_every_version() -> None:
     with pytest.raises(Exception, match="down"):
         asked(lm, patient(None))
     assert len(lm.calls) == 1
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None])
+@pytest.mark.parametrize("adapter", [None, dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()])
+def test_an_answer_with_nothing_in_it_is_no_answer(adapter: Any, empty: Any) -> None:
+    """Whichever adapter is to read it: it is not asked for in another form, nor is it a prediction."""
+    if isinstance(adapter, dspy.XMLAdapter) and not is_patient(dspy.ChatAdapter):
+        pytest.skip("this DSPy asks again after any error, whichever adapter its user has chosen")
+    lm = Answers(empty, JSON)
+    with pytest.raises(EmptyAnswerError):
+        asked(lm, strict(patient(adapter)))
+    assert len(lm.calls) == 1
+    assert given_adapter(strict(patient(adapter))) is adapter
+
+
+def test_a_strict_adapter_reads_as_the_users_own() -> None:
+    """Also once it has been made strict twice, as in a compile within a compile."""
+    assert asked(Answers(CHAT), strict(strict(None))) == "4"
+    assert asked(Answers(JSON), strict(dspy.JSONAdapter())) == "4"
+    assert asked(Answers("four", JSON), strict(patient(None))) == "4"

@@ -29,7 +29,7 @@ from mpromptune.studies.storage import open_study
 SHOTS = {"zero": ZERO_SHOT, "labelled": LABELLED_ONLY, "few": FEW_SHOT}
 
 
-class Killed(BaseException):
+class Killed(SystemExit):
     """What no code handles, as if the process had gone."""
 
 

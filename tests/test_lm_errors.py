@@ -44,7 +44,8 @@ def _sdk_error(module: str, *names: str, **attributes: Any) -> Exception:
         ("LMStreamAssemblyError", Verdict.RETRY),
         ("LMCollectionLimitError", Verdict.CANDIDATE),
         ("LMInvalidRequestError", Verdict.CANDIDATE),
-        ("LMUnexpectedError", Verdict.CANDIDATE),
+        ("LMProviderError", Verdict.RETRY),
+        ("LMUnexpectedError", Verdict.RETRY),
     ],
 )
 def test_dspy_errors(name: str, verdict: Verdict) -> None:

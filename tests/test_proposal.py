@@ -18,6 +18,7 @@ import pytest
 from dspy.propose import GroundedProposer
 from dspy.propose.grounded_proposer import GenerateModuleInstruction
 from dspy.utils.callback import BaseCallback
+from dspy.utils.exceptions import ContextWindowExceededError
 from embedders import hashed
 from lms import completion, digest, requested_fields
 from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, VAL, ZERO_SHOT, Adder, Planner, additions
@@ -48,7 +49,7 @@ class RolloutLM(dspy.BaseLM):
             self.calls.append((repr(messages), rollout, fields[-1]))
         time.sleep(self._delay(repr((messages, rollout))))
         if fields[-1] == self._fail_on:
-            raise ValueError(f"no {fields[-1]}")
+            raise ContextWindowExceededError(model="rollouts", message=f"no {fields[-1]}")
         text = "".join(f"[[ ## {f} ## ]]\n{f} {digest(messages, rollout)}\n\n" for f in fields)
         return completion(text + "[[ ## completed ## ]]", "rollouts")
 

@@ -12,7 +12,7 @@ from typing import Any
 import dspy
 import pytest
 from clocks import Clock
-from faults import RUN, BadKey, RateLimited
+from faults import RUN, BadKey, RateLimited, sdk_error
 from lms import arithmetic_lm
 from remote_lms import WrittenLM
 from remote_scores import Distant, write, written
@@ -189,9 +189,12 @@ def test_a_wrong_key_in_a_worker_stops_the_search(tmp_path: Path) -> None:
     assert caught.value.program is not None
 
 
+TooMuch = sdk_error("BadRequestError", "LMInvalidRequestError")
+
+
 def test_a_failing_candidate_is_logged_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What scores failure_score in a worker leaves its line in the log of this process."""
-    lm = Failing(tmp_path / "log", ValueError("gibberish"), times=1)
+    lm = Failing(tmp_path / "log", TooMuch("gibberish"), times=1)
     compiled(lm, executor=Distant())
     assert sum("failed with" in r.message and "gibberish" in r.message for r in caplog.records) == 1
 

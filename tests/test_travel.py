@@ -12,9 +12,10 @@ import openai
 import pytest
 from dspy.utils import exceptions as dspy_errors
 
+from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.travel import RemoteError, pack, pack_error, unpack, unpack_error
 from mpromptune.errors import ScoreError, TravelError, causes
-from mpromptune.lms.errors import classify, retry_after
+from mpromptune.lms.errors import classify, note_raised_by_lm, retry_after
 
 RESPONSE = httpx.Response(429, headers={"retry-after": "7"}, request=httpx.Request("POST", "http://lm"))
 
@@ -83,6 +84,21 @@ def test_an_error_comes_back_as_what_it_was(error: Exception) -> None:
     assert str(back) == str(error)
     assert classify(back) is classify(error)
     assert retry_after(back) == retry_after(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda: ValueError("x"),
+        lambda: PickyError(code=3),
+        lambda: UnicodeDecodeError("utf-8", b"a", 0, 1, "x"),
+    ],
+)
+def test_what_a_language_model_raised_is_known_for_that_elsewhere(error: Any) -> None:
+    """Whatever else of the error cannot travel."""
+    assert classify(unpack_error(pack_error(error()))) is Verdict.CANDIDATE
+    note_raised_by_lm(raised := error(), is_new=False)
+    assert classify(unpack_error(pack_error(raised))) is Verdict.RETRY
 
 
 def test_what_an_error_was_raised_from_comes_along() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -12,11 +13,11 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception,
-    sleep_using_event,
     stop_after_attempt,
     wait_random_exponential,
 )
 
+from mpromptune.calls.interrupts import SLICE, Stopped
 from mpromptune.calls.throttle import Load, Throttle
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ class Attempts:
         retry_after: Seconds that an exception asks to wait.
         num_threads: Attempts in flight at once, unless calls are refused.
         stopped: Ends all waiting.
+        admits: Whether another attempt may be made; where none may, none is waited for.
 
     Attributes:
         down: What the last call failed with that was given up, until another one succeeds.
@@ -83,12 +85,15 @@ class Attempts:
         retry_after: RetryAfter,
         num_threads: int,
         stopped: threading.Event,
+        admits: Callable[[], bool] = lambda: True,
     ) -> None:
         self._judge = judge
         self._retry = retry
         self._retry_after = retry_after
         self._stopped = stopped
-        self._throttle = Throttle(num_threads, retry.max_wait, retry.give_up_after, stopped)
+        self._admits = admits
+        waits = retry.max_wait, retry.give_up_after
+        self._throttle = Throttle(num_threads, *waits, stopped, sleep=self._sleep)
         self.down: Exception | None = None
 
     @property
@@ -137,9 +142,15 @@ class Attempts:
             retry=retry_if_exception(lambda e: isinstance(e, Exception) and self._judge(e) is Verdict.RETRY),
             stop=self._give_up,
             wait=self._pause,
-            sleep=sleep_using_event(self._stopped),
+            sleep=self._sleep,
             reraise=True,
         )
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._stopped.wait(min(SLICE, left)):
+            if not self._admits():
+                raise Stopped
 
     def _give_up(self, state: RetryCallState) -> bool:
         return self._stopped.is_set() or stop_after_attempt(self._retry.attempts)(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import math
 import threading
@@ -12,7 +13,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from mpromptune.calls.interrupts import SLICE, deferred
+from mpromptune.calls.interrupts import SLICE, deferred, is_over, may_end, result_of
 
 T = TypeVar("T")
 
@@ -63,10 +64,13 @@ class DaemonThreads(Executor):
             self.join()
 
     def join(self, timeout: float | None = None) -> None:
-        """Waits for the threads to end, at most ``timeout`` seconds, where an interrupt may come."""
+        """Waits for the threads to end, at most ``timeout`` seconds, where an interrupt may come.
+
+        No longer than what runs here may wait at all (`interrupts.ending`).
+        """
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         for thread in self._threads:
-            while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            while thread.is_alive() and not is_over() and (left := deadline - time.monotonic()) > 0:
                 thread.join(min(SLICE, left))
 
     def _work(self) -> None:
@@ -88,6 +92,15 @@ def in_daemon(call: Callable[[], T]) -> Future[T]:
     future: Future[T] = Future()
     started(partial(settle, future, call), f"mpromptune-call_{next(_NUMBERS)}")
     return future
+
+
+def in_time(call: Callable[[], T]) -> T:
+    """The result of a call that may hang: made in another thread where waiting may end, and here elsewhere.
+
+    Raises:
+        Stopped: It is not waited for any longer (`interrupts.ending`).
+    """
+    return result_of(in_daemon(partial(contextvars.copy_context().run, call))) if may_end() else call()
 
 
 def settle(future: Future[T], call: Callable[[], T]) -> None:

@@ -7,7 +7,6 @@ import contextvars
 import itertools
 import logging
 import math
-import numbers
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 
 from mpromptune.calls.attempts import Attempts, Classify, RetryAfter, RetryPolicy, Verdict, no_hint
 from mpromptune.calls.daemons import in_daemon
-from mpromptune.calls.interrupts import Stopped
+from mpromptune.calls.interrupts import Stopped, contained
 from mpromptune.calls.priority import Priority
 from mpromptune.calls.throttle import Load
 from mpromptune.calls.usage import Meter, Usage, current_meter, metered, record
@@ -30,6 +29,7 @@ from mpromptune.errors import (
     ScoreError,
     TravelError,
     WorkerLostError,
+    as_real,
 )
 
 logger = logging.getLogger(__name__)
@@ -151,14 +151,15 @@ class Workers:
         admits: Callable[[], bool] = lambda: True,
         stopped: threading.Event | None = None,
     ) -> None:
-        self._score = score
+        self._score = partial(contained, score)
         self._queue: Priority[Outcome] = Priority(executor, num_threads)
         self._classify = classify
         self._retry = retry or RetryPolicy()
         self.stopped = stopped or threading.Event()
         self.fatal: Exception | None = None  # what has stopped them, if it was an error
-        self._attempts = Attempts(self._judge, self._retry, retry_after, num_threads, self.stopped)
         self._admits = admits
+        judged = self._judge, self._retry, retry_after
+        self._attempts = Attempts(*judged, num_threads, self.stopped, lambda: self._admits())
         self._ended = itertools.count()
 
     @property
@@ -267,10 +268,9 @@ def as_score(value: Any) -> float:
     Raises:
         ScoreError: It is not one finite real number (or bool).
     """
-    if getattr(value, "ndim", None) == 0:  # scalars of numpy and torch; np.bool_ is no Real
-        value = value.item()
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
+    number = as_real(value)
+    if math.isfinite(number):
+        return number
     raise ScoreError(
         f"The metric returned {value!r} ({type(value).__name__}); it must return a finite number, a "
         "bool, or a prediction with such a `.score`."

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a search runs: when they interrupt, and when they have to wait."""
+"""Waiting: how long for, and when Ctrl-C and SIGTERM interrupt it and when they have to wait themselves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar
 
-from mpromptune.errors import SearchInterrupted, SearchTerminated
+from mpromptune.errors import CallCancelledError, SearchInterrupted, SearchTerminated
 
 # NOTE: seconds that calls in flight are given to come back after an interrupt: long enough for most
 # LM calls, and half of the ten seconds that container runtimes leave between SIGTERM and SIGKILL.
@@ -30,6 +31,22 @@ class Stopped(BaseException):
 
     No Exception: programs, and DSPy, take any of those for a failure of the LM, and go on.
     """
+
+
+def contained(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What the user's code returns; of the errors that are no ``Exception``, only interrupts end a run.
+
+    Tools let ``asyncio.CancelledError`` out when a session is dropped: that one call has failed.
+
+    Raises:
+        CallCancelledError: It let out any other, which is the cause.
+    """
+    try:
+        return call(*args, **kwargs)
+    except (Exception, KeyboardInterrupt, SystemExit, Stopped):
+        raise
+    except BaseException as error:
+        raise CallCancelledError(f"the call ended with {type(error).__name__}: {error}") from error
 
 
 class Terminated(KeyboardInterrupt, SystemExit):
@@ -112,6 +129,32 @@ def deferred() -> contextlib.AbstractContextManager[None]:
     return _SIGNALS.deferred() if _is_main() else contextlib.nullcontext()
 
 
+# Says when nothing is waited for any longer in this context; None where there is no such moment.
+_IS_OVER: ContextVar[Callable[[], bool] | None] = ContextVar("mpromptune_is_over", default=None)
+
+
+@contextlib.contextmanager
+def ending(is_over: Callable[[], bool]) -> Iterator[None]:
+    """In this context nothing is waited for any longer once ``is_over``, whatever hangs."""
+    outer = _IS_OVER.get()
+    token = _IS_OVER.set(is_over if outer is None else lambda: is_over() or outer())
+    try:
+        yield
+    finally:
+        _IS_OVER.reset(token)
+
+
+def may_end() -> bool:
+    """Whether there is a moment from which nothing is waited for in this context."""
+    return _IS_OVER.get() is not None
+
+
+def is_over() -> bool:
+    """Whether that moment has come."""
+    over = _IS_OVER.get()
+    return over is not None and over()
+
+
 def wait_for(
     futures: Iterable[Future[Any]],
     timeout: float = math.inf,
@@ -120,10 +163,10 @@ def wait_for(
 ) -> None:
     """Waits until all are done, where an interrupt may come, or until ``unless`` says to stop waiting.
 
-    Now and then it calls ``meanwhile``.
+    No longer than what runs here may wait at all (`ending`). Now and then it calls ``meanwhile``.
     """
     pending, deadline = set(futures), time.monotonic() + timeout
-    while pending and not unless() and (left := deadline - time.monotonic()) > 0:
+    while pending and not unless() and not is_over() and (left := deadline - time.monotonic()) > 0:
         if _is_main():
             _SIGNALS.check()
         pending = wait(pending, timeout=min(SLICE, left)).not_done
@@ -138,8 +181,14 @@ def pause(seconds: float) -> None:
 
 
 def result_of(future: Future[T]) -> T:
-    """Its result, awaited where an interrupt may come."""
+    """Its result, awaited where an interrupt may come.
+
+    Raises:
+        Stopped: It is not waited for any longer (`ending`).
+    """
     wait_for([future])
+    if not future.done():
+        raise Stopped
     return future.result()
 
 

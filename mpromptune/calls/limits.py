@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
+from mpromptune.calls.interrupts import GRACE, Stopped, ending
 from mpromptune.calls.usage import Meter, StepUsage, Usage, current_meter
-from mpromptune.errors import require_count, require_positive
+from mpromptune.errors import SearchStoppedError, require_count, require_positive
+
+logger = logging.getLogger(__name__)
 
 SEARCH = "search"  # the step in which trials are measured
 
@@ -38,6 +43,10 @@ class Limits:
 
 LIMIT_NAMES = tuple(field.name for field in fields(Limits))
 
+# NOTE: a call that takes this many times as long as the mean call is taken for one that hangs; answers
+# of the same LM to the same program seldom differ by more than their lengths do.
+_MEAN_CALLS = 10
+
 # What of a usage each limit is about; time is read from a clock.
 MEASURE: dict[str, Callable[[Usage], float]] = {
     "max_tokens": lambda usage: usage.tokens,
@@ -46,22 +55,47 @@ MEASURE: dict[str, Callable[[Usage], float]] = {
 }
 
 
+def patience(usage: Usage, calls: int, least: float, most: float) -> float:
+    """Seconds for which calls under way are worth waiting for, when no other may begin.
+
+    Args:
+        usage: What calls have used so far.
+        calls: Their number; where there are none, nothing is known.
+        least: Never less than this.
+        most: Nor more than this.
+    """
+    return min(most, max(least, _MEAN_CALLS * usage.seconds / calls)) if calls else most
+
+
 class Budget:
     """Limits that have begun to count, and the meters of the steps that they cover.
 
     Args:
         limits: What may be used.
         clock: Says the time, in seconds.
+        grace: Seconds that calls under way are left once a limit is reached.
+
+    Attributes:
+        reached: The limit that is used up, once nothing more may be begun for it.
+        patience: The same as ``grace``, of tokens and money alone: a call may be worth a longer wait.
     """
 
-    def __init__(self, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        grace: float = GRACE,
+    ) -> None:
         self.limits = limits or Limits()
+        self.patience = self._grace = grace
         self.reached: str | None = None
         self.meter = Meter(current_meter())  # a part of what is counted around it
         self._steps: dict[str, Meter] = {}
         self._lock = threading.Lock()
+        self._noted = False
         self._clock = clock
         self._began = self._search_began = clock()
+        self._waited_since: float | None = None  # for what was under way when a limit was used up
 
     def step(self, name: str) -> Meter:
         """The meter of a step, which counts for the whole too."""
@@ -76,9 +110,64 @@ class Budget:
     def admits(self) -> bool:
         """Whether anything more may be begun; once it may not, `reached` says why."""
         if self.reached is None:
-            used = self._rows(self.meter.total)
-            self.reached = next((name for name, limit, amount in used if amount >= limit), None)
+            self.reached = self._used_up()
         return self.reached is None
+
+    def is_unseen(self, used: Usage) -> bool:
+        """Whether the first program call of all has used nothing that was counted; False for all others."""
+        with self._lock:
+            first, self._noted = not self._noted, True
+        return first and not (used.lm_calls or used.cache_hits or used.tokens or used.cost)
+
+    def note_trial(self, used: Usage) -> None:
+        """Warns, once, where limits cannot hold because scores do not say what they use."""
+        limited = self.limits.max_tokens is not None or self.limits.max_cost is not None
+        if limited and used.program_calls and self.is_unseen(used):
+            logger.warning(
+                "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do not "
+                "hold. Call mpromptune.calls.usage.record in it, in its thread or in a copy of its context."
+            )
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is used up, if not all that calls under way are left."""
+        return self._clock() - self._began >= (self.limits.max_seconds or math.inf)
+
+    def is_over(self) -> bool:
+        """Whether calls under way are not waited for any longer: a limit was used up some time ago."""
+        name = self.reached or self._used_up()
+        if name is None:
+            return False
+        now = self._clock()
+        self._waited_since = now if self._waited_since is None else self._waited_since
+        last = self._began + (self.limits.max_seconds or math.inf) + self._grace
+        if now < min(last, self._waited_since + self.patience):
+            return False
+        self.reached = self.reached or name
+        return True
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Nothing in this context waits for what hangs once this `is_over`.
+
+        Raises:
+            SearchStoppedError: A limit was used up where there is nothing to return.
+        """
+        if self.limits == Limits():
+            yield
+            return
+        try:
+            with ending(self.is_over):
+                yield
+        except Stopped as stop:
+            if self.reached is None:
+                raise
+            raise self.used_up("before the search began") from stop
+
+    def used_up(self, when: str) -> SearchStoppedError:
+        """The error that says which limit was reached."""
+        limit = getattr(self.limits, self.reached or "", None)
+        return SearchStoppedError(f"{self.reached}={limit} was used up {when}, by {self.usage.total}.")
 
     @property
     def overspent(self) -> float:
@@ -109,6 +198,10 @@ class Budget:
             if calls and took > 0:
                 found[name] = max(0, math.floor((limit - used) * calls / took))
         return min(found.items(), key=lambda item: item[1]) if found else None
+
+    def _used_up(self) -> str | None:
+        used = self._rows(self.meter.total)
+        return next((name for name, limit, amount in used if amount >= limit), None)
 
     def _rows(self, usage: Usage) -> Iterator[tuple[str, float, float]]:
         """Of every limit given: its name, its size, and what is used of it."""

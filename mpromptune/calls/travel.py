@@ -79,10 +79,10 @@ def _pack_link(error: BaseException) -> bytes:
     cls, text = type(error), _text(error)
     args = tuple(arg if _travels(arg) else repr(arg) for arg in error.args)
     state = {name: value for name, value in vars(error).items() if _travels(value)}
-    whole: _Link = None, (error,), {}  # for Python's own errors that have other fields, which pickle knows
-    named: _Link = (cls.__module__, cls.__qualname__), (text,), {}
+    whole: _Link = None, (error,), state  # for Python's own errors that have other fields, which pickle knows
+    named: _Link = (cls.__module__, cls.__qualname__), (text,), state
     found = (packed for link in ((cls, args, state), whole) if (packed := _packed(link, text)) is not None)
-    return next(found, pickle.dumps(named))
+    return next(found, bytes(cloudpickle.dumps(named)))
 
 
 def _packed(link: _Link, text: str) -> bytes | None:
@@ -115,6 +115,7 @@ def _rebuilt(cls: Any, args: tuple[Any, ...], state: Mapping[str, Any]) -> Any:
     Only constructors of Python's own errors are called: they take what is in ``args``.
     """
     if cls is None:
+        vars(args[0]).update(state)
         return args[0]
     if isinstance(cls, tuple):
         module, name = cls

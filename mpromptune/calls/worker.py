@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpromptune.calls.execution import as_score, check_stopped, stoppable
-from mpromptune.calls.interrupts import Stopped
+from mpromptune.calls.interrupts import Stopped, contained
 from mpromptune.calls.travel import pack_error, unpack
 from mpromptune.calls.usage import Meter, Usage, metered
 
@@ -156,7 +156,7 @@ def perform(call: Call) -> Answer:
 def _answer(held: _Held, call: Call) -> Answer:
     try:
         check_stopped()
-        return Answer(as_score(held.score(call.params, call.example)))
+        return Answer(as_score(contained(held.score, call.params, call.example)))
     except Stopped:
         return Answer(stopped=True)
     except Exception as error:  # noqa: BLE001 - judged where the call came from

@@ -1,12 +1,16 @@
-"""DSPy's default adapter as it is from 3.4 on, for versions before."""
+"""Adapters that end a call whose request failed, or was answered with nothing, where DSPy's ask again."""
 
 from __future__ import annotations
 
+import copy
 import inspect
+from functools import partial
 from typing import Any
 
 import dspy
 from dspy.utils import exceptions as dspy_errors
+
+from mpromptune.errors import EmptyAnswerError
 
 
 class PatientChatAdapter(dspy.ChatAdapter):
@@ -64,6 +68,37 @@ def is_patient(adapter: type[dspy.Adapter]) -> bool:
         return False
 
 
+def strict(adapter: Any) -> Any:
+    """A copy of an adapter, to which an answer without text is a fault of the infrastructure.
+
+    DSPy takes such an answer for one that cannot be parsed, and asks again with another prompt; to some
+    versions, an answer without choices is a prediction without fields.
+    """
+    own = dspy.ChatAdapter() if adapter is None else copy.copy(adapter)
+    if not hasattr(type(own), "_call_postprocess"):
+        return adapter
+    own.stands_for = given_adapter(adapter)
+    own._call_postprocess = partial(_parsed, own)
+    return own
+
+
+def _parsed(adapter: Any, processed: Any, original: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the adapter's class does it, for all outputs of a request.
+
+    Raises:
+        EmptyAnswerError: One of them says nothing, nor is there any.
+    """
+    if not outputs or any(map(_is_empty, outputs)):
+        raise EmptyAnswerError(f"The language model answered with nothing to parse: {outputs!r}.")
+    return type(adapter)._call_postprocess(adapter, processed, original, outputs, *args, **kwargs)
+
+
+def _is_empty(output: Any) -> bool:
+    if not isinstance(output, dict):
+        output = {"text": output}
+    return not output.get("tool_calls") and not str(output.get("text") or "").strip()
+
+
 def given_adapter(adapter: Any) -> Any:
     """The user's own."""
-    return adapter.stands_for if isinstance(adapter, PatientChatAdapter) else adapter
+    return getattr(adapter, "stands_for", adapter)

@@ -1,4 +1,8 @@
-"""The exceptions of DSPy and of model SDKs: whose fault a failed program call is, and how long to wait."""
+"""Whose fault a failed program call is, and how long to wait.
+
+What was raised below a language model is the infrastructure's, whatever its class, unless it is known to be
+said of the prompt. `lms/guard.py` sees every request, and marks what was raised there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from dspy.utils import exceptions as dspy_errors
 
 from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import classify_builtin
-from mpromptune.errors import causes
+from mpromptune.errors import EmptyAnswerError, causes
 
 
 def _known(*names: str) -> tuple[type[BaseException], ...]:
@@ -31,6 +35,7 @@ _DSPY = (
         ),
         Verdict.RETRY,
     ),
+    ((EmptyAnswerError,), Verdict.RETRY),
     (
         _known("AdapterParseError", "ContextWindowExceededError", "LMCollectionLimitError"),
         Verdict.CANDIDATE,
@@ -46,6 +51,11 @@ _DSPY = (
         Verdict.STOP,
     ),
 )
+
+_LM_ERRORS = _known("LMError")
+_NO_MODEL = _known("LMUnsupportedModelError")
+# The prompt's fault, unless a status says otherwise: of any request that was refused, in some versions.
+_REFUSED = _known("LMInvalidRequestError")
 
 # Before DSPy had errors of its own (3.3), those of LiteLLM reached the caller; a custom LM may still
 # raise its SDK's. They are known by name, so that no SDK is imported for this. The order matters:
@@ -77,26 +87,104 @@ _SDK_VERDICTS = (
         Verdict.RETRY,
     ),
 )
+# What comes from these is raised below a language model; httpx and requests serve tools as well.
+_PROVIDERS = _SDKS - {"httpx", "requests"}
+# What the status of an answer says where the class of the error does not. Others are a gateway's, or pass.
+_STATUSES = {
+    400: Verdict.CANDIDATE,
+    401: Verdict.STOP,
+    402: Verdict.STOP,
+    403: Verdict.STOP,
+    404: Verdict.STOP,
+    413: Verdict.CANDIDATE,
+    422: Verdict.CANDIDATE,
+    429: Verdict.THROTTLE,
+}
 # What OpenAI and its imitators call an account without money; it travels as a rate limit.
 _UNPAID = "insufficient_quota"
+# How all versions of DSPy begin what they say of an answer without text, for which they have no class.
+_EMPTY = "The LM returned an empty or null response."
+# What Python's codecs, and DSPy from 3.4 on, say of a request with half a character: it never leaves us.
+_UNSENDABLE = ("surrogates not allowed", "lone surrogate")
+# The mark of an error that a request to an LM has ended with, and whether a model that is not found is so for
+# good. An attribute, so that it goes to other processes with the error.
+_RAISED_BY_LM = "mpromptune_raised_by_lm"
+
+
+def note_raised_by_lm(error: Exception, is_new: bool) -> None:
+    """Marks what a request to an LM has ended with.
+
+    Args:
+        error: As it leaves the LM.
+        is_new: Whether the LM has not answered anything yet, so that its name or address may be wrong.
+    """
+    vars(error)[_RAISED_BY_LM] = is_new
 
 
 def classify(error: BaseException) -> Verdict:
     """Infrastructure is retried, rate limits slow down as well, a misconfigured LM stops the run.
 
-    The rest is the candidate's.
-    An error that says nothing by itself is judged by what it was raised from.
+    An error that says nothing by itself is judged by what it was raised from. Where nothing is known of that
+    either, it is the infrastructure's if it was raised below a language model, and else the candidate's.
     """
-    verdicts = (_verdict(link) for link in causes(error))
-    return next((verdict for verdict in verdicts if verdict is not None), Verdict.CANDIDATE)
+    if any(phrase in str(error) for phrase in _UNSENDABLE):
+        return Verdict.CANDIDATE
+    mark, below = None, False
+    for link in causes(error):
+        mark = vars(link).get(_RAISED_BY_LM, mark)
+        below = below or mark is not None or _is_providers(link)
+        verdict = _verdict(link, below)
+        if verdict is Verdict.STOP and mark is False and _is_not_found(link):
+            return Verdict.RETRY  # of a gateway: the model was there before
+        if verdict is not None:
+            return verdict
+    return Verdict.RETRY if below else Verdict.CANDIDATE
 
 
-def _verdict(error: BaseException) -> Verdict | None:
+def _verdict(error: BaseException, below: bool) -> Verdict | None:
+    """What is known of an error by itself; of any class, if it was raised ``below`` a language model."""
+    if _is_empty(error):
+        return Verdict.RETRY
     for classes, verdict in _DSPY:
         if isinstance(error, classes):
             return Verdict.STOP if verdict is Verdict.THROTTLE and _is_unpaid(error) else verdict
     builtin = classify_builtin(error)
-    return _sdk_verdict(error) if builtin is Verdict.CANDIDATE else builtin
+    if builtin is not Verdict.CANDIDATE:
+        return builtin
+    status = _status(error) if below else None
+    known = _sdk_verdict(error) or _STATUSES.get(status or 0)
+    is_refused = status is None and isinstance(error, _REFUSED)
+    return known or (Verdict.CANDIDATE if is_refused else None)
+
+
+def _is_empty(error: BaseException) -> bool:
+    """Whether an adapter was given nothing to parse."""
+    if not isinstance(error, dspy_errors.AdapterParseError):
+        return False
+    return str(error).startswith(_EMPTY) or not str(_attribute(error, "lm_response")).strip()
+
+
+def _is_providers(error: BaseException) -> bool:
+    """Whether its class alone says that it was raised below a language model."""
+    return isinstance(error, _LM_ERRORS) or bool(_modules(error) & _PROVIDERS)
+
+
+def _is_not_found(error: BaseException) -> bool:
+    return isinstance(error, _NO_MODEL) or _status(error) == 404 or "NotFoundError" in _names(error)
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of the HTTP answer behind an error, wherever its class keeps that."""
+    places = (error, "status"), (error, "status_code"), (_attribute(error, "response"), "status_code")
+    found = (_attribute(place, name) for place, name in places)
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+def _attribute(place: Any, name: str) -> Any:
+    try:
+        return getattr(place, name, None)
+    except Exception:  # noqa: BLE001 - a property of an SDK's may raise anything
+        return None
 
 
 def _is_unpaid(error: BaseException) -> bool:
@@ -105,16 +193,20 @@ def _is_unpaid(error: BaseException) -> bool:
     return _UNPAID in codes or _UNPAID in str(error)
 
 
+def _modules(error: BaseException) -> set[str]:
+    return {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
+
+
+def _names(error: BaseException) -> set[str]:
+    """What an SDK calls it, and the kinds of error that this is one of."""
+    return {cls.__name__ for cls in type(error).__mro__ if cls.__module__.partition(".")[0] in _SDKS}
+
+
 def _sdk_verdict(error: BaseException) -> Verdict | None:
-    ancestors = type(error).__mro__
-    names = {cls.__name__ for cls in ancestors if cls.__module__.partition(".")[0] in _SDKS}
+    names = _names(error)
     if names and _is_unpaid(error):
         return Verdict.STOP
-    for known, verdict in _SDK_VERDICTS:
-        if names & known:
-            return verdict
-    status = getattr(error, "status_code", None)
-    return Verdict.RETRY if names and isinstance(status, int) and status >= 500 else None
+    return next((verdict for known, verdict in _SDK_VERDICTS if names & known), None)
 
 
 def retry_after(error: BaseException) -> float | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,15 +19,28 @@ from mpromptune.calls.interrupts import Stopped
 from mpromptune.calls.limits import Budget
 from mpromptune.calls.pace import Pace, Ticket
 from mpromptune.calls.usage import Meter, Usage, current_meter, metered
-from mpromptune.lms.adapters import patient
+from mpromptune.lms.adapters import patient, strict
+from mpromptune.lms.errors import note_raised_by_lm
 from mpromptune.lms.prices import Pricing, tokens_of
+
+logger = logging.getLogger(__name__)
 
 # The meter as a setting of DSPy's: its own thread pools inherit these, but not context variables.
 METER = "mpromptune_meter"
+# NOTE: failures before its first answer after which an LM that is not found is taken not to exist: a gateway
+# that spoils one answer in ten does so at the beginning of one run in a thousand.
+_FIRST_FAILURES = 3
 # NOTE: age in seconds of a request that equal ones stop waiting for; most clients give up by then.
 _PATIENCE = 600.0
 
 _FORWARDING = threading.Lock()
+
+_UNSEEN = (
+    "A program call has ended, and no LM call of it was seen. If the program asks an LM in threads of its "
+    "own, nothing of that is counted, paced or stopped: max_tokens, max_cost and requests per minute do not "
+    "hold. Start such threads with dspy.Parallel, or in a copy of the context: "
+    "executor.submit(contextvars.copy_context().run, function, ...)."
+)
 
 
 @contextmanager
@@ -33,6 +48,13 @@ def measured(meter: Meter | None = None) -> Iterator[Meter]:
     """As `metered`, for LM requests made in DSPy's own threads too."""
     with metered(meter) as inner, dspy.context(**{METER: inner}):
         yield inner
+
+
+def note_call(used: Usage) -> None:
+    """Warns, once in a compile, where what a program asks its LM is not seen."""
+    for guard in dspy.settings.callbacks or ():
+        if isinstance(guard, Guard) and guard.budget.is_unseen(used):
+            logger.warning(_UNSEEN)
 
 
 class _Relay:
@@ -94,7 +116,7 @@ class Guard(BaseCallback):
         stopped: Set when no further request may be sent.
         pace: Caps per minute, if any.
         patience: Age in seconds of a request that equal ones stop waiting for.
-        spares: Leaves programs under way alone that began within the limits.
+        spares: Leaves programs under way alone that began within the limits, but for that of time.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -110,6 +132,8 @@ class Guard(BaseCallback):
         self._requests: dict[str, _Request] = {}
         self._uncached: set[tuple[type, str]] = set()  # LMs found not to answer from a cache
         self._charging: set[tuple[type, str]] = set()  # LMs that have reported tokens
+        self._answered: set[tuple[type, str]] = set()
+        self._failures: Counter[tuple[type, str]] = Counter()  # of LMs that have not answered
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -122,7 +146,7 @@ class Guard(BaseCallback):
         self._outer = guards[-1] if guards else None
         self.pace = self.pace or (self._outer and self._outer.pace)
         callbacks = [*(c for c in callbacks if c not in guards), self]
-        adapter = patient(dspy.settings.adapter)
+        adapter = strict(patient(dspy.settings.adapter))
         with measured(self.budget.meter), dspy.context(callbacks=callbacks, adapter=adapter):
             yield
 
@@ -133,7 +157,8 @@ class Guard(BaseCallback):
             Stopped: The run is over, or a limit is used up.
         """
         check_stopped()
-        if self.stopped.is_set() or not (self.spares or self.budget.admits()):
+        may_ask = not self.budget.is_late if self.spares else self.budget.admits()
+        if self.stopped.is_set() or not may_ask:
             raise Stopped
         if self._outer is not None:
             self._outer.check()
@@ -160,15 +185,28 @@ class Guard(BaseCallback):
         request = self._requests.pop(call_id, None)
         if request is None:
             return
-        self._land(request, succeeded=exception is None)
+        failed = exception is not None or outputs is None  # the latter is what DSPy says of a cancelled one
+        self._judge(_kind(request.lm), failed, exception)
+        self._land(request, succeeded=not failed)
         request.context.__exit__(None, None, None)
-        usage = self._usage(request, exception)
+        usage = self._usage(request, failed)
         if usage.tokens:
             self._charging.add(_kind(request.lm))
         if request.follows and usage.tokens:
             self._uncached.add(_kind(request.lm))
         self._settle(request, usage)
         request.meter.add(usage)
+
+    def _judge(self, kind: tuple[type, str], failed: bool, exception: BaseException | None) -> None:
+        """Marks what was raised below the LM."""
+        if not failed:
+            self._answered.add(kind)
+        elif isinstance(exception, Exception):
+            self._failures[kind] += kind not in self._answered
+            note_raised_by_lm(exception, self._is_new(kind))
+
+    def _is_new(self, kind: tuple[type, str]) -> bool:
+        return kind not in self._answered and self._failures[kind] >= _FIRST_FAILURES
 
     def _request(self, lm: Any, inputs: Mapping[str, Any]) -> _Request:
         relay = _Relay(dspy.settings.usage_tracker)
@@ -191,16 +229,16 @@ class Guard(BaseCallback):
         self.stopped.wait(seconds)
         self.check()
 
-    def _usage(self, request: _Request, exception: BaseException | None) -> Usage:
+    def _usage(self, request: _Request, failed: bool) -> Usage:
         """What a request used; an answer that nobody charged for is a cache's."""
         entries = request.relay.entries
         if not entries and not _reports(request.lm):
             entries = _remembered(request)
-        if exception is None and request.relay.wraps_another and not entries:
+        if not failed and request.relay.wraps_another and not entries:
             return Usage()  # the LM that it asked has been counted
         tokens = [tokens_of(usage) for _, usage in entries]
         prompt, completion = sum(sent for sent, _ in tokens), sum(received for _, received in tokens)
-        free = exception is None and not prompt + completion
+        free = not failed and not prompt + completion
         if free and request.uses_cache and (not entries or _kind(request.lm) in self._charging):
             return Usage(cache_hits=1)
         cost = sum(self.pricing.cost(request.lm, model, usage) for model, usage in entries)

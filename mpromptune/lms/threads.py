@@ -30,18 +30,26 @@ class Threads:
         number: Calls at a time.
         grace: Seconds that calls under way are left after an error.
         retry: How often and how patiently errors of the infrastructure are retried.
+        admits: Whether another attempt may be made.
 
     Attributes:
         attempts: Makes a call with these retries, in the thread that asks for it.
     """
 
-    def __init__(self, number: int, grace: float = GRACE, retry: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        number: int,
+        grace: float = GRACE,
+        retry: RetryPolicy | None = None,
+        admits: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.number = number
         self.grace = grace
         self._executor = DaemonThreads(number, "mpromptune-step")
         self._ending = threading.Event()  # nothing more begins
         self._stopped = threading.Event()  # nor does anybody wait for what has begun
-        self.attempts = Attempts(classify, retry or RetryPolicy(), retry_after, number, self._stopped)
+        judged = classify, retry or RetryPolicy(), retry_after
+        self.attempts = Attempts(*judged, number, self._stopped, admits)
         self._lock = threading.Lock()
         self._unfinished = 0
         self._fillers: Iterator[Callable[[], object]] = iter(())
@@ -74,14 +82,18 @@ class Threads:
         if self._stopped.is_set():
             raise Stopped
 
+    def end(self) -> None:
+        """Starts nothing more; what is under way goes on."""
+        with self._lock:  # no call is being submitted
+            self._ending.set()
+
     def finish(self, within: float | None = None) -> None:
         """Starts nothing more, and lets the calls under way come to their end: they are paid for.
 
         Args:
             within: Seconds to wait at most; what still runs then asks no LM any more.
         """
-        with self._lock:  # no call is being submitted
-            self._ending.set()
+        self.end()
         self._executor.shutdown(wait=False)
         self._executor.join(within)
         self._stopped.set()

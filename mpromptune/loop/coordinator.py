@@ -16,7 +16,7 @@ from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import Outcome, Workers, is_cut_short, outcome_of, scores_of
 from mpromptune.calls.health import Health
 from mpromptune.calls.interrupts import GRACE, deferred, interrupted, wait_for
-from mpromptune.calls.limits import MEASURE, Budget
+from mpromptune.calls.limits import MEASURE, Budget, patience
 from mpromptune.calls.outage import Answer
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.live.progress import OnProgress
@@ -193,7 +193,8 @@ class Coordinator:
                 round_.remove(running)
                 frozen = self._tell(running, results)
             if frozen is not None:  # told by this run: an earlier one has called back itself
-                self._call_back(frozen)
+                for callback in self.callbacks:
+                    callback(self.study, frozen)
         self.ledger.rounds += 1
         if self.plan.is_stuck(self.ledger):
             error = next((o.error for results in outcomes for o in results if o.error is not None), None)
@@ -204,9 +205,15 @@ class Coordinator:
     def _await(self, round_: list[_Running]) -> None:
         """Waits for a round; once no call may begin, not for good for one that hangs."""
         calls = [future for running in round_ for future in running.futures]
-        wait_for(calls, unless=self._is_ending, meanwhile=self.monitor.beat)
+        wait_for(calls, unless=self._is_ending, meanwhile=self._look)
         if self.budget.reached:
-            wait_for(self._futures(), _LAST_CALLS, unless=self.workers.stopped.is_set)
+            wait_for(self._futures(), unless=self.workers.stopped.is_set, meanwhile=self._look)
+
+    def _look(self) -> None:
+        used = [future.result().usage for future in self._futures() if future.done()]
+        known = sum(used, self.ledger.usage), self.ledger.calls + len(used)
+        self.budget.patience = patience(*known, least=self.grace, most=_LAST_CALLS)
+        self.monitor.beat()
 
     def _futures(self) -> list[Future[Outcome]]:
         return [future for running in self._running() for future in running.futures]
@@ -242,15 +249,13 @@ class Coordinator:
     def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
         """Answers of all rounds in flight, and calls that are worth waiting for."""
         calls = [(running.row, future) for running in self._running() for future in running.futures]
-        done = [(row, future) for row, future in calls if future.done()]
-        pending = [] if self._is_ending() else [future for _, future in calls if not future.done()]
-        return [(row, future.result()) for row, future in done], pending
+        done = [(row, future.result()) for row, future in calls if future.done()]
+        return done, [] if self._is_ending() else [future for _, future in calls if not future.done()]
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
         why = "" if cause is None else f": {type(cause).__name__}: {cause}"
-        message = f"The search stopped on {what}{why}."
-        error = SearchStoppedError(message, self.study)
+        error = SearchStoppedError(f"The search stopped on {what}{why}.", self.study)
         error.__cause__ = cause
         return error
 
@@ -279,10 +284,6 @@ class Coordinator:
         measured.update(dict.fromkeys(failed, self.failure_score))
         in_order = {example: measured[example] for example in running.examples if example in measured}
         return self._close(running, in_order, running.asked.trial is not None and is_cut_short(outcomes))
-
-    def _call_back(self, trial: FrozenTrial) -> None:
-        for callback in self.callbacks:
-            callback(self.study, trial)
 
     def _abandon(self, grace: float) -> None:
         """Stops the workers and closes every open trial, keeping the scores that come in until then."""
@@ -323,6 +324,7 @@ class Coordinator:
     def _book(self, running: _Running, measured: Mapping[int, float], is_over: bool = False) -> None:
         lost = [example for example in running.examples if example not in measured]
         self.ledger.add(running.row, measured, self.trials.usage(running.asked), lost if is_over else ())
+        self.budget.note_trial(self.ledger.usage)
         self.plan.settle(running.row, running.examples, lost)
 
     def _take_rest(self) -> None:

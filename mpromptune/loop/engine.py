@@ -139,9 +139,9 @@ def search(
         classify: The verdict on an exception of ``score``.
         retry: How infrastructure errors are retried, and after how long an attempt is given up.
         retry_after: Seconds that an exception of ``score`` asks to wait, or None.
-        grace: Seconds that Ctrl-C and SIGTERM leave to calls in flight. No other call begins; a
-            second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it has a
-            handler already.
+        grace: Seconds that Ctrl-C, SIGTERM and a limit in seconds leave to calls in flight. No other
+            call begins; a second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it
+            has a handler already.
         failure_score: What an example scores when the candidate itself failed on it.
         on_progress: Called as ``on_progress(progress)`` with a `Progress`: at the beginning, after every
             round, about twice a second while calls are awaited, and at the end. In the thread that
@@ -197,7 +197,7 @@ def search(
     setup = Setup(
         space, plan, arguments, sampler, batch_size, threads, coordinators > 1, trial_size, confirmed
     )
-    budget = limits if isinstance(limits, Budget) else Budget(limits)
+    budget = limits if isinstance(limits, Budget) else Budget(limits, grace=grace)
     told: dict[str, Any] = {
         "failure_score": failure_score,
         "callbacks": callbacks,
@@ -207,7 +207,7 @@ def search(
     run = partial(Coordinator, space=space, plan=plan, budget=budget, **told)
     stopped, place = stopped or threading.Event(), Workplace(executor)
     study = open_study(storage, study_name)
-    with handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
+    with budget.ending(), handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
         given = score, pool, classify, retry, retry_after, num_threads
         if coordinators == 1:
             return _alone(setup, study, budget, run, Workers(*given, budget.admits, stopped))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mpromptune.calls.execution import Workers
+from mpromptune.calls.interrupts import contained
 from mpromptune.calls.limits import Budget
 from mpromptune.live.progress import OnProgress, Progress, Standing
 from mpromptune.live.speed import Speed
@@ -77,7 +78,7 @@ class Monitor:
         if self.on_progress is None:
             return
         try:
-            step()
+            contained(step)
         except Exception:
             self.on_progress = None
             logger.exception("Progress is not reported any more; the search goes on.")

@@ -61,7 +61,7 @@ class SearchOptions:
         schedule: ``"blocks"``, or ``"mipro"`` for minibatches and full evaluations as DSPy's.
         max_tokens: Tokens that the whole compile may use, in both directions.
         max_cost: US dollars that it may cost.
-        max_seconds: Wall-clock time that it may take.
+        max_seconds: Wall-clock time that it may take, but for ``grace``.
         prices: Model to US dollars per million prompt and completion tokens, or a callable
             ``(model, usage) -> dollars``; by default what the provider reports or LiteLLM lists.
         max_requests_per_minute: LM requests in any minute.
@@ -70,7 +70,7 @@ class SearchOptions:
         failure_score: What an example scores when the candidate itself fails on it.
         timeout: Seconds after which an attempt of a program call is given up (default: never).
         max_retries: Further attempts after errors of the infrastructure, rate limits apart.
-        grace: Seconds that Ctrl-C and SIGTERM leave to calls in flight.
+        grace: Seconds that Ctrl-C, SIGTERM and ``max_seconds`` leave to calls in flight.
         storage: Path of a journal file, URL of a database, or an Optuna storage, in which the same
             call goes on where it was interrupted; by default memory.
         study_name: Name of the study in the storage.

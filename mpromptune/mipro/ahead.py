@@ -9,6 +9,7 @@ from typing import Any
 
 from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import Score
+from mpromptune.calls.interrupts import contained
 from mpromptune.calls.usage import Usage, current_meter, record
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import measured
@@ -74,7 +75,7 @@ class Ahead:
 
     def _outcome(self, example: int) -> float | Exception:
         try:
-            return self._score(example)
+            return contained(self._score, example)
         except Exception as error:  # noqa: BLE001 - raised where the score is asked for
             return error
 

@@ -21,9 +21,11 @@ from dspy.teleprompt.mipro_optimizer_v2 import (
 )
 
 from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.interrupts import result_of
+from mpromptune.calls.interrupts import contained, result_of
 from mpromptune.calls.usage import Usage, record
+from mpromptune.errors import CallCancelledError
 from mpromptune.lms.errors import classify
+from mpromptune.lms.guard import measured, note_call
 from mpromptune.lms.threads import Threads
 
 logger = logging.getLogger(__name__)
@@ -98,7 +100,17 @@ class DemoSetPlan:
         Returns:
             Per predictor, its demo sets.
         """
-        makers = self._draw(rng, threads)
+        return self.prepared(rng, threads, on_set)()
+
+    def prepared(
+        self, rng: random.Random, threads: Threads, on_set: Callable[[], None] = lambda: None
+    ) -> Callable[[], DemoSets]:
+        """`build`, of which everything is done but what asks an LM; arguments as there."""
+        return partial(self._made, self._draw(rng, threads), threads, on_set)
+
+    def _made(
+        self, makers: list[Callable[[], Any]], threads: Threads, on_set: Callable[[], None]
+    ) -> DemoSets:
         demos: DemoSets = {i: [] for i, _ in enumerate(self.student.predictors())}
         # A thread for each set, which only waits; closing `threads` ends them after an error.
         with Threads(max(1, len(makers)), grace=0) as sets:
@@ -288,13 +300,17 @@ class _Bootstrap(BootstrapFewShot):
 
     def _once(self, example: Any) -> tuple[_Bootstrap, bool]:
         alone = self._alone()
-        record(Usage(program_calls=1))
         try:
-            return alone, bool(alone._bootstrap_one_example(example))
+            with measured() as meter:
+                record(Usage(program_calls=1))
+                success = bool(contained(alone._bootstrap_one_example, example))
         except Exception as error:
-            if not alone.error_count or classify(error) is Verdict.STOP:
+            counted = alone.error_count or isinstance(error, CallCancelledError)
+            if not counted or classify(error) is Verdict.STOP:
                 raise  # DSPy lets the former pass
             raise _Failed(alone, error) from error
+        note_call(meter.total)
+        return alone, success
 
     def _alone(self) -> _Bootstrap:
         alone = copy.copy(self)

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import dspy
+from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 
 from mpromptune.errors import IncompatibleDSPyError
 
@@ -60,7 +61,7 @@ _ATTRIBUTES = (
 )
 
 
-def require_compatible(optimizer: dspy.MIPROv2) -> None:
+def require_compatible(optimizer: StockMIPROv2) -> None:
     """Refuses a DSPy that has changed what the search relies on; called before any LM call.
 
     Args:
@@ -92,7 +93,7 @@ def incompatible(change: str) -> IncompatibleDSPyError:
 
 def _changed(name: str, expected: tuple[str, ...]) -> str | None:
     """What has become of a method, if it is not what it was."""
-    if not hasattr(dspy.MIPROv2, name):
+    if not hasattr(StockMIPROv2, name):
         return f"{name}({', '.join(expected)}) is gone"
     found = _parameters(name)
     known = (*found[: len(expected) - 1], "...") if expected[-1] == "..." else found
@@ -101,5 +102,5 @@ def _changed(name: str, expected: tuple[str, ...]) -> str | None:
 
 def _parameters(name: str) -> tuple[str, ...]:
     """Names of a method's parameters, without ``self``."""
-    parameters: Any = inspect.signature(getattr(dspy.MIPROv2, name)).parameters
+    parameters: Any = inspect.signature(getattr(StockMIPROv2, name)).parameters
     return tuple(parameters)[1:]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dspy.teleprompt.mipro_optimizer_v2 import LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
 
 from mpromptune.calls.usage import StepUsage, Usage
 from mpromptune.lms.prices import PerMillion
@@ -40,6 +43,26 @@ class Plan:
     describes_program: bool
     summary_batch: int
     search_calls: int
+
+    @classmethod
+    def of(
+        cls, given: Mapping[str, Any], flags: Mapping[str, Any], instructions: int, search_calls: int
+    ) -> Plan:
+        """From what DSPy passes to its bootstrap, and the flags of ``compile`` for its proposer."""
+        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
+        zero_shot = bootstrapped == labelled == 0  # bootstraps all the same, for the proposer
+        batch = flags["view_data_batch_size"] if flags["data_aware_proposer"] else None
+        return cls(
+            predictors=len(given["program"].predictors()),
+            train_size=len(given["trainset"]),
+            demo_sets=given["num_fewshot_candidates"],
+            bootstrapped=bootstrapped > 0 or zero_shot,
+            labelled=labelled > 0 or (zero_shot and LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT > 0),
+            instructions=instructions,
+            describes_program=bool(flags["program_aware_proposer"]),
+            summary_batch=batch or 0,
+            search_calls=search_calls,
+        )
 
     @property
     def bootstrap_runs(self) -> int:

@@ -12,6 +12,9 @@ from functools import partial
 from typing import Any
 
 import dspy
+
+# Where it is defined: others may put another class, ours among them, in place of `dspy.MIPROv2`.
+from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from optuna.samplers import BaseSampler
 
 from mpromptune.calls.execution import Score
@@ -25,21 +28,22 @@ from mpromptune.lms.prices import Pricing
 from mpromptune.loop.arguments import extending, split
 from mpromptune.loop.options import SearchOptions, gather, resolve
 from mpromptune.mipro.checkpoint import Checkpoint
+from mpromptune.mipro.checks import check_arguments
 from mpromptune.mipro.compatibility import incompatible, require_compatible
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.mipro.evaluations import Evaluations
 from mpromptune.mipro.fingerprint import fingerprint
 from mpromptune.mipro.interception import interceptor
 from mpromptune.mipro.records import attach_statistics, forget_statistics, percent, trial_logs
-from mpromptune.mipro.steps import Steps, wants_traceback
+from mpromptune.mipro.steps import Steps
 from mpromptune.plans.schedule import Minibatches
-from mpromptune.programs.configurations import ProgramScorer, ProgramSpace
+from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, wants_traceback
 from mpromptune.programs.remote import Elsewhere
 
 logger = logging.getLogger(__name__)
 
-_STOCK_INIT = inspect.signature(dspy.MIPROv2.__init__)
-_STOCK_COMPILE = inspect.signature(dspy.MIPROv2.compile)
+_STOCK_INIT = inspect.signature(StockMIPROv2.__init__)
+_STOCK_COMPILE = inspect.signature(StockMIPROv2.compile)
 # The options of the compile that is running in this context; None means DSPy's own search.
 _OPTIONS: ContextVar[SearchOptions | None] = ContextVar("mpromptune_options", default=None)
 # The steps of that compile before the search, when there are options.
@@ -61,7 +65,7 @@ class _Planned(BaseException):
         self.estimate = estimate
 
 
-class MIPROv2(dspy.MIPROv2):
+class MIPROv2(StockMIPROv2):
     """A drop-in ``dspy.MIPROv2`` that can evaluate many prompt configurations at once.
 
     Without a sampler it is DSPy's optimizer, call for call. With one, the search step proposes
@@ -110,7 +114,7 @@ class MIPROv2(dspy.MIPROv2):
 
         Raises:
             UnknownOptionError: An option is not known (a TypeError).
-            InvalidArgumentError: An option is out of range, or given twice (a ValueError).
+            InvalidArgumentError: An option or an argument cannot work (a ValueError).
             IncompatibleDSPyError: There are options, and DSPy has changed what they are built on.
             TravelError: Something cannot be sent to the workers of the executor (a TypeError).
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
@@ -121,6 +125,7 @@ class MIPROv2(dspy.MIPROv2):
         options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
         if options is not None:
             require_compatible(self)
+            check_arguments(self, student, stock)
             stock.update({"seed": _Zero()} if stock.get("seed") == 0 else {})
         interceptor().on_options(options)
         token = _OPTIONS.set(options)
@@ -129,7 +134,7 @@ class MIPROv2(dspy.MIPROv2):
                 return super().compile(student, **stock)
             with handled(), self._steps(student, options, stock):
                 if options.dry_run:  # past what others hook into it: nothing is compiled
-                    return inspect.unwrap(dspy.MIPROv2.compile)(self, student, **stock)
+                    return inspect.unwrap(StockMIPROv2.compile)(self, student, **stock)
                 return super().compile(student, **stock)
         except _Planned as planned:
             return planned.estimate
@@ -141,7 +146,7 @@ class MIPROv2(dspy.MIPROv2):
         """Concurrent steps before the search, for as long as a compile takes."""
         defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
         pricing = Pricing(options.prices, must_know=options.max_cost is not None)
-        guard = Guard(Budget(options.limits), pricing, pace=options.pace)
+        guard = Guard(Budget(options.limits, grace=options.grace), pricing, pace=options.pace)
         steps = Steps(
             self,
             self._threads(options),
@@ -155,7 +160,7 @@ class MIPROv2(dspy.MIPROv2):
         try:
             executor = None if options.dry_run else options.executor
             elsewhere = Elsewhere(executor, options.timeout, guard, self)
-            with guard.watching(), steps.together, elsewhere as steps.elsewhere:
+            with guard.budget.ending(), guard.watching(), steps.together, elsewhere as steps.elsewhere:
                 try:
                     yield
                 finally:
@@ -256,7 +261,7 @@ class MIPROv2(dspy.MIPROv2):
         programs = ProgramSpace(program, instruction_candidates, demo_candidates)
         keep, show = _STEPS.get().predictions.keep, wants_traceback(evaluate.provide_traceback)
         run = _STEPS.get().elsewhere.runner(programs, valset)
-        scorer = ProgramScorer(programs, valset, self.metric, show, keep, run)
+        scorer = ProgramScorer(programs, valset, _STEPS.get().metric, show, keep, run)
         score = _STEPS.get().scored_ahead(programs, valset, scorer)
         try:
             result = self._search(programs, score, valset, options, max_calls, minibatches, int(seed))

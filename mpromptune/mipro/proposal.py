@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -14,12 +15,17 @@ import dspy
 from dspy.propose import GroundedProposer
 from dspy.propose.grounded_proposer import GenerateModuleInstruction, generate_instruction_class
 from dspy.teleprompt.mipro_optimizer_v2 import BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT
+from dspy.teleprompt.utils import get_signature
 from dspy.utils.callback import BaseCallback
 
-from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.interrupts import result_of
+from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
+from mpromptune.calls.interrupts import contained, result_of
+from mpromptune.errors import EmptyInstructionError
 from mpromptune.lms.errors import classify
 from mpromptune.lms.threads import Threads
+from mpromptune.programs.demos import encodable
+
+logger = logging.getLogger(__name__)
 
 # Everything that one proposal draws, in all versions of DSPy so far.
 _DRAW = "self.rng.randint(0, 10**9)"
@@ -63,17 +69,28 @@ class ConcurrentProposer(GroundedProposer):
         super().__init__(**arguments)
 
     def propose_instructions_for_program(
-        self, *args: Any, on_instruction: Callable[[], None] = lambda: None, **kwargs: Any
+        self,
+        trainset: Any,
+        program: Any,
+        *args: Any,
+        on_instruction: Callable[[], None] = lambda: None,
+        **kwargs: Any,
     ) -> dict[int, list[str]]:
-        """As ``GroundedProposer``; ``on_instruction`` is called after every instruction, in order."""
+        """As ``GroundedProposer``; ``on_instruction`` is called after every instruction, in order.
 
-        def result(future: Future[str]) -> str:
-            instruction = result_of(future)
+        A request that gives no instruction costs its predictor that one candidate: its own instruction,
+        which is a candidate in any case, takes its place.
+        """
+        propose: Callable[..., dict[int, list[Future[str]]]] = super().propose_instructions_for_program
+        started = propose(trainset, program, *args, **kwargs)
+        failures: list[Exception] = []
+        proposed: dict[int, list[str | None]] = {i: [] for i in started}
+        for i, future in ((i, future) for i, futures in started.items() for future in futures):
+            proposed[i].append(_instruction(future, failures))
             on_instruction()
-            return instruction
-
-        started: dict[int, list[Future[str]]] = super().propose_instructions_for_program(*args, **kwargs)
-        return {i: [result(future) for future in futures] for i, futures in started.items()}
+        _check_failures(failures, sum(map(len, proposed.values())))
+        own = [get_signature(predictor).instructions for predictor in program.predictors()]
+        return {i: [own[i] if x is None else x for x in texts] for i, texts in proposed.items()}
 
     def propose_instruction_for_predictor(self, *args: Any, **kwargs: Any) -> Future[str]:
         """Starts a proposal, with the tip that has just been drawn and a rollout that is drawn here."""
@@ -86,6 +103,33 @@ class ConcurrentProposer(GroundedProposer):
         late = [] if self._summary is None else [_LateSummary(self._summary)]
         with _patience(self._threads, *late):
             return ask(*args, **kwargs)
+
+
+def _instruction(future: Future[str], failures: list[Exception]) -> str | None:
+    """What a request gave; None, and one failure more, if that is nothing."""
+    try:
+        instruction = result_of(future)
+        if not instruction.strip():
+            raise EmptyInstructionError("The prompt model answered with an empty instruction.")
+    except Exception as error:
+        if classify(error) is Verdict.STOP:
+            raise
+        failures.append(error)
+        return None
+    return instruction
+
+
+def _check_failures(failures: list[Exception], requests: int) -> None:
+    """Goes on without a few instructions; not without any, and not in an outage, which may pass."""
+    outages = [error for error in failures if classify(error) in INFRASTRUCTURE]
+    if failures and (len(failures) == requests or 2 * len(outages) >= requests):
+        raise (outages or failures)[0]
+    if failures:
+        logger.warning(
+            "%d of %d requests for an instruction gave none (%s: %s); the student's own instruction takes "
+            "their place.",
+            *(len(failures), requests, type(failures[0]).__name__, failures[0]),
+        )
 
 
 class _LateSummary(BaseCallback):
@@ -102,13 +146,22 @@ class _LateSummary(BaseCallback):
             instance.generate_module_instruction = partial(self._generate, fields)
 
     def _generate(self, fields: Mapping[str, Any], **inputs: Any) -> Any:
-        summarised = self._summary.result()
-        ask = generate_instruction_class(summarised.use_dataset_summary, **fields)
-        return ask(**{**inputs, "dataset_description": summarised.data_summary})
+        has_summary, text = self._summarised()
+        return generate_instruction_class(has_summary, **fields)(**{**inputs, "dataset_description": text})
+
+    def _summarised(self) -> tuple[bool, str | None]:
+        """Whether there is a summary, and what it says; an outage shows in the proposals themselves."""
+        try:
+            proposer = self._summary.result()
+        except Exception as error:
+            if classify(error) is Verdict.STOP:
+                raise
+            return False, None
+        return proposer.use_dataset_summary and bool(proposer.data_summary), proposer.data_summary
 
 
 class _Hopeless(BaseException):
-    """An error that is not the request's own; DSPy would take it for one, and ask for the next thing."""
+    """An error that ends a chain of requests; DSPy would ask for the next thing."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -116,10 +169,12 @@ class _Hopeless(BaseException):
 
 
 @contextmanager
-def _patience(threads: Threads, *callbacks: BaseCallback) -> Iterator[None]:
+def _patience(
+    threads: Threads, *callbacks: BaseCallback, leave: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """With these callbacks, has requests made again; raises what ends them for good."""
     try:
-        with dspy.context(callbacks=[*dspy.settings.callbacks, *callbacks, _Patient(threads)]):
+        with dspy.context(callbacks=[*dspy.settings.callbacks, *callbacks, _Patient(threads, leave)]):
             yield
     except _Hopeless as hopeless:
         raise hopeless.error from None
@@ -129,10 +184,14 @@ class _Patient(BaseCallback):
     """Has the requests of DSPy's proposer made again where another attempt may succeed.
 
     DSPy makes an object for each of them, and goes on without the answer, or not at all, when it fails.
+    That is left to it unless no LM can be asked: after an error that stops everything, or when two
+    requests of one chain in a row have failed for the infrastructure in all of their attempts.
     """
 
-    def __init__(self, threads: Threads) -> None:
+    def __init__(self, threads: Threads, leave: Callable[[], None]) -> None:
         self._attempts = threads.attempts
+        self._leave = leave
+        self._has_asked = self._was_given_up = False
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Replaces what the object is about to do."""
@@ -140,12 +199,22 @@ class _Patient(BaseCallback):
             instance.forward = partial(self._forward, partial(type(instance).forward, instance))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._has_asked:
+            self._leave()
+        self._has_asked = True
+        readable = {name: encodable(value) for name, value in kwargs.items()}
         try:
-            return self._attempts(partial(forward, *args, **kwargs))
+            answer = self._attempts(partial(contained, forward, *args, **readable))
         except Exception as error:
-            if classify(error) is Verdict.CANDIDATE:
-                raise
-            raise _Hopeless(error) from error
+            verdict, again = classify(error), self._was_given_up
+            if verdict is Verdict.STOP or (again and verdict in INFRASTRUCTURE):
+                raise _Hopeless(error) from error
+            self._was_given_up = verdict in INFRASTRUCTURE
+            if self._attempts.down is error:
+                self._attempts.down = None  # no outage, as far as one request can tell
+            raise
+        self._was_given_up = False
+        return answer
 
 
 class _Drawn:
@@ -176,11 +245,13 @@ class Proposals:
     Args:
         optimizer: The ``dspy.MIPROv2`` that they are made for.
         threads: Run the LM calls.
+        leave: Waits until more than the first request for the summary may be made.
     """
 
-    def __init__(self, optimizer: Any, threads: Threads) -> None:
+    def __init__(self, optimizer: Any, threads: Threads, leave: Callable[[], None] = lambda: None) -> None:
         self._optimizer = optimizer
         self._threads = threads
+        self._leave = leave
         self._early: tuple[dict[str, Any], Future[GroundedProposer]] | None = None
 
     def start(self, program: Any, trainset: list[Any], flags: Mapping[str, Any]) -> None:
@@ -224,7 +295,7 @@ class Proposals:
         trainset = arguments["trainset"]
         if type(trainset) is list:  # anything else would read differently as a list
             trainset = _Watched(trainset, self._threads)
-        with _patience(self._threads):
+        with _patience(self._threads, leave=self._leave):
             return GroundedProposer(
                 **{**arguments, **self._own(), "program_aware": False, "trainset": trainset}
             )

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import dspy
-from dspy.teleprompt.mipro_optimizer_v2 import LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
 from dspy.teleprompt.utils import get_signature
 from optuna.storages import BaseStorage
 
 from mpromptune.calls.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
+from mpromptune.calls.daemons import in_time
 from mpromptune.calls.execution import Score
-from mpromptune.calls.interrupts import GRACE, Stopped
-from mpromptune.calls.limits import SEARCH
+from mpromptune.calls.interrupts import GRACE, Stopped, is_over, result_of
+from mpromptune.calls.limits import SEARCH, patience
 from mpromptune.calls.usage import Usage, record
 from mpromptune.crew.helping import await_candidates
 from mpromptune.crew.members import Crew, taking_part
@@ -36,8 +39,9 @@ from mpromptune.mipro.ahead import Ahead
 from mpromptune.mipro.checkpoint import Checkpoint
 from mpromptune.mipro.estimate import Estimate, Plan, estimate
 from mpromptune.mipro.evaluations import Predictions
+from mpromptune.mipro.metric import CheckedMetric
 from mpromptune.plans.schedule import Minibatches
-from mpromptune.programs.configurations import ProgramScorer, ProgramSpace
+from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, wants_traceback
 from mpromptune.programs.remote import Elsewhere
 
 logger = logging.getLogger(__name__)
@@ -77,6 +81,7 @@ class Steps:
     Attributes:
         arguments: Those of the compile.
         view: What there is to see of all three steps.
+        metric: The optimizer's; where it cannot score, no further call is begun.
         predictions: Of what is scored, for those who listen to DSPy's evaluations.
         elsewhere: The executor of the search.
         crew: The processes that share this compile, if any.
@@ -98,12 +103,14 @@ class Steps:
         self.guard = guard or Guard()
         self.predictions = Predictions()
         self._optimizer = optimizer
-        self._number, self._threads = threads, (pool := Threads(threads, grace, retry))
+        self._number = threads
+        self._threads = pool = Threads(threads, grace, retry, self.guard.budget.admits)
+        self.metric = CheckedMetric(optimizer.metric, pool.end)
         self.view = View(choose if verbose else lambda: None, self.guard.budget, lambda: pool.load)
         self._timeout = None if retry is None else retry.timeout
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
-        self._proposals = proposal.Proposals(optimizer, self._threads)
+        self._proposals = proposal.Proposals(optimizer, self._threads, self.metric.wait)
         self._traceback = compile_arguments.get("provide_traceback")
         self._valset: list[Any] | None = None
         self._ahead: Ahead | None = None
@@ -141,20 +148,7 @@ class Steps:
     ) -> Estimate:
         """What all steps would use; arguments as in `demo_sets`, `search_calls` and so on being set."""
         given = _bind(stock, (program, trainset, *args), kwargs)
-        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
-        zero_shot = bootstrapped == labelled == 0  # bootstraps all the same, for the proposer
-        batch = self._flags["view_data_batch_size"] if self._flags["data_aware_proposer"] else None
-        plan = Plan(
-            predictors=len(program.predictors()),
-            train_size=len(trainset),
-            demo_sets=given["num_fewshot_candidates"],
-            bootstrapped=bootstrapped > 0 or zero_shot,
-            labelled=labelled > 0 or (zero_shot and LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT > 0),
-            instructions=self.instructions_wanted,
-            describes_program=bool(self._flags["program_aware_proposer"]),
-            summary_batch=batch or 0,
-            search_calls=self.search_calls,
-        )
+        plan = Plan.of(given, self._flags, self.instructions_wanted, self.search_calls)
         task, prompt = self._optimizer.task_model, self._optimizer.prompt_model
         price = self.guard.pricing.of
         return estimate(plan, price(task, task.model), price(prompt, prompt.model))
@@ -194,17 +188,18 @@ class Steps:
             with measured(meter):
                 yield
                 record(Usage(seconds=time.monotonic() - began))
+            if self.metric.failure is not None:
+                raise self.metric.failure
         except Exception as error:
             if classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
                 raise self._stopped(name, error) from error
             raise
         except Stopped as stop:
+            if self.metric.failure is not None:
+                raise self._stopped(name, self.metric.failure) from self.metric.failure
             if budget.reached is None:
                 raise
-            raise SearchStoppedError(
-                f"{budget.reached}={getattr(budget.limits, budget.reached)} was used up in the {name} step, "
-                f"before the search began, by {budget.usage.total}."
-            ) from stop
+            raise budget.used_up(f"in the {name} step, before the search began") from stop
         finally:
             if self._checkpoint is not None and meter.total.lm_calls > before:
                 self._checkpoint.keep_usage(name, meter.total)
@@ -220,33 +215,39 @@ class Steps:
     ) -> Any:
         checkpoint, rng, step = self._checkpoint, self._optimizer.rng, self.guard.budget.step
         kept = None if checkpoint is None else checkpoint.demo_sets(rng)
+        given = _bind(stock, (program, trainset, *args), kwargs)
+        # What DSPy refuses about student and teacher it refuses here, before any call.
+        build = self._prepared(stock, given) if kept is None else None
         proposed = checkpoint is not None and checkpoint.has_instructions
-        if not proposed and proposal.is_supported() and None not in self._flags.values():
+        supported = proposal.is_supported() and None not in self._flags.values()
+        if supported and not proposed and self._number > 1:
             with measured(step("propose")):
                 self._proposals.start(program, trainset, self._flags)
         with measured(step(SEARCH)):
-            self._begin_ahead(program, trainset, idle=not proposed or kept is None)
-        if kept is not None:
+            idle = not proposed or kept is None
+            self._begin_ahead(program, trainset, idle, alone=kept is None and _is_labelled_only(given))
+        if build is None:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
             number = len(kept[0]) if kept else 0
             self._bootstrap_bar(number).advance(number)
+            self.metric.known.set()
             return kept
-        demos = self._bootstrapped(stock, program, trainset, *args, **kwargs)
+        demos = build()
+        self.metric.known.set()
         if self._threads.attempts.down is not None:  # an outage, not a bad teacher
             raise self._threads.attempts.down.__cause__ or self._threads.attempts.down
         return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos, rng)
 
-    def _bootstrapped(
-        self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        given = _bind(stock, (program, trainset, *args), kwargs)
-        number, labelled = given.get("num_fewshot_candidates", 0), given.get("max_labeled_demos", 0)
-        if given.get("max_bootstrapped_demos") == 0 and labelled > 0:
-            return bootstrap.labelled_demo_sets(program, trainset, number, labelled, self._optimizer.rng)
+    def _prepared(self, stock: Callable[..., Any], given: dict[str, Any]) -> Callable[[], Any]:
+        """What makes the demo sets, once called."""
+        rng, number = self._optimizer.rng, given.get("num_fewshot_candidates", 0)
+        student = given["program"], given["trainset"]
+        if _is_labelled_only(given):
+            return partial(bootstrap.labelled_demo_sets, *student, number, given["max_labeled_demos"], rng)
         if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
-            return _serially("bootstrap", stock, program, trainset, *args, **kwargs)
-        plan = bootstrap.DemoSetPlan.of(self._optimizer, program, trainset, given)
-        return plan.build(self._optimizer.rng, self._threads, self._bootstrap_bar(number).advance)
+            return partial(_serially, "bootstrap", stock, given)
+        plan = replace(bootstrap.DemoSetPlan.of(self._optimizer, *student, given), metric=self.metric)
+        return plan.prepared(rng, self._threads, self._bootstrap_bar(number).advance)
 
     def _bootstrap_bar(self, number: int) -> Bar:
         return self.view.bar("Bootstrapping", number, "demo sets")
@@ -254,10 +255,11 @@ class Steps:
     def _proposal_bar(self, number: int) -> Bar:
         return self.view.bar("Proposing", number, "instructions")
 
-    def _begin_ahead(self, program: Any, trainset: Any, idle: bool) -> None:
+    def _begin_ahead(self, program: Any, trainset: Any, idle: bool, alone: bool) -> None:
         """Leaves out what the bootstrap may be asking for just now: the search finds that in the cache.
 
-        Without ``idle`` threads there is only what an interrupted run has scored.
+        Without ``idle`` threads there is only what an interrupted run has scored. ``alone``, it waits for
+        the first score: nothing else would show whether the metric works before the proposals are paid.
         """
         if self._valset is None:
             return
@@ -265,7 +267,7 @@ class Steps:
         scorer = ProgramScorer(
             student,
             self._valset,
-            self._optimizer.metric,
+            self.metric,
             wants_traceback(self._traceback),
             keep=lambda _, example, prediction: self.predictions.keep(None, example, prediction),
         )
@@ -276,7 +278,10 @@ class Steps:
             return
         bootstrapped = {hash(repr(example)) for example in trainset}
         others = [i for i, x in enumerate(self._valset) if hash(repr(x)) not in bootstrapped]
-        self._threads.fill(self._ahead.calls(others))
+        calls = self._ahead.calls(others)
+        for first in islice(calls, int(alone)):
+            result_of(self._threads.submit(first))
+        self._threads.fill(calls)
 
     def instructions(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
@@ -304,7 +309,7 @@ class Steps:
     ) -> Any:
         given = _bind(stock, (program, trainset, *args), kwargs)
         if not proposal.is_supported() or not set(_PROPOSAL) <= given.keys():
-            return _serially("proposal", stock, program, trainset, *args, **kwargs)
+            return _serially("proposal", stock, given)
         number, demos = given["num_instruct_candidates"], given["demo_candidates"]
         each = min(number, max(len(demos[0]), 1)) if demos else number
         bar = self._proposal_bar(each * len(program.predictors()))
@@ -315,8 +320,16 @@ class Steps:
         return proposed
 
     def close_threads(self) -> None:
-        """Starts no further call; those under way are waited for, but not longer than for any other."""
-        self._threads.finish(self._timeout)
+        """Starts no further call; those under way are waited for, unless they seem to hang.
+
+        Raises:
+            Stopped: A limit leaves the search no time to begin.
+        """
+        usage = self.guard.budget.usage.get(SEARCH, Usage())  # of scores made ahead
+        most = math.inf if self._timeout is None else self._timeout
+        self._threads.finish(patience(usage, usage.program_calls, self._threads.grace, most))
+        if is_over():
+            raise Stopped
 
     def close(self) -> None:
         """Ends what is still running, and the view; after an error, nothing waits for long."""
@@ -326,15 +339,17 @@ class Steps:
             self.view.close()
 
 
-def wants_traceback(own: bool | None) -> bool:
-    """DSPy's ``provide_traceback``, which its settings decide unless it is given."""
-    return bool(dspy.settings.provide_traceback if own is None else own)
-
-
 def _bind(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
 
 
-def _serially(step: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _is_labelled_only(given: Mapping[str, Any]) -> bool:
+    """Demo sets without a bootstrap, and so without a call of the metric."""
+    return given.get("max_bootstrapped_demos") == 0 and given.get("max_labeled_demos", 0) > 0
+
+
+def _serially(step: str, stock: Callable[..., Any], given: Mapping[str, Any]) -> Any:
     logger.warning("The %s step of DSPy %s is not known; running it serially.", step, dspy.__version__)
-    return stock(*args, **kwargs)
+    bound = inspect.signature(stock).bind_partial()
+    bound.arguments.update(given)
+    return in_time(partial(stock, *bound.args, **bound.kwargs))

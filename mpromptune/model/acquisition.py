@@ -15,6 +15,7 @@ from gpytorch.distributions import MultivariateNormal
 from linear_operator import to_linear_operator
 from torch import Tensor
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.surrogate import (
     Surrogate,
     joint_posterior,
@@ -32,6 +33,7 @@ _MC_SAMPLES = 64
 _SHORTLIST = 64
 
 
+@plain_torch()
 def propose(
     model: Surrogate,
     choices: Tensor,
@@ -144,6 +146,7 @@ class PosteriorTable(Model):
         return posterior if posterior_transform is None else posterior_transform(posterior)
 
 
+@plain_torch()
 def log_expected_improvement(model: Surrogate, best_f: float, rows: Tensor) -> Tensor:
     """Log EI of single configurations, ``n x C`` to ``n``, in closed form [Ament2023]_."""
     table = PosteriorTable(*posterior_mean_and_variance(model, rows))
@@ -152,6 +155,7 @@ def log_expected_improvement(model: Surrogate, best_f: float, rows: Tensor) -> T
     return values
 
 
+@plain_torch()
 def ranked(model: Surrogate, measured: Tensor) -> tuple[Tensor, Tensor]:
     """The ``n x C`` measured configurations and their posterior means, the highest first.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.embedding import FloatArray
 
 # NOTE: of the integral over normal distributions; its error is below a hundredth of their deviation.
@@ -12,6 +13,7 @@ _POINTS = 400
 _DEVIATIONS = 5.0
 
 
+@plain_torch()
 def expected_best(means: FloatArray, stds: FloatArray, draws: int) -> FloatArray:
     r"""Expected maximum of k values drawn from N at random, without replacement.
 

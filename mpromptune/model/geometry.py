@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.embedding import CachedEmbedder, FloatArray
 from mpromptune.model.space import Candidate, PromptSpace
 
@@ -28,6 +29,7 @@ class Geometry:
     group: int
     has_text: bool = False
 
+    @plain_torch()
     def on(self, device: torch.device) -> Geometry:
         """The same, on a device."""
         return replace(self, views=self.views.to(device))
@@ -45,9 +47,10 @@ def geometry_of(space: PromptSpace, embedder: CachedEmbedder | None) -> tuple[Ge
     )
 
 
+@plain_torch()
 def identity_views(n: int) -> Tensor:
     """No view at all: ``0 x n x n``."""
-    return torch.empty(0, n, n, dtype=torch.float64, device="cpu")  # whatever the user's default is
+    return torch.empty(0, n, n, dtype=torch.float64, device="cpu")
 
 
 def numeric_views(values: Sequence[float]) -> Tensor:
@@ -60,6 +63,7 @@ def text_views(texts: Sequence[str], embedder: CachedEmbedder) -> Tensor:
     return _stack([squared_distances(embedder(texts))])
 
 
+@plain_torch()
 def mean_distances(geometry: Geometry) -> FloatArray:
     """Squared distances, the mean over views; without any, 1 between different candidates: ``n x n``."""
     if not len(geometry.views):
@@ -103,6 +107,7 @@ def squared_distances(points: FloatArray) -> FloatArray:
     return distances / float(np.median(apart)) if apart.size else distances
 
 
+@plain_torch()
 def _stack(views: Sequence[FloatArray]) -> Tensor:
     """Stacks the views that tell at least two candidates apart."""
     useful = [view for view in views if view.any()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -25,6 +25,7 @@ from linear_operator.utils.memoize import cached
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.geometry import Geometry
 from mpromptune.model.kernels import PromptKernel
 from mpromptune.model.sparse import Observations, SparseGP, inducing_points, units_of
@@ -46,35 +47,16 @@ _ENTRIES = 2**20
 _LEAST_VARIANCE = 1e-12
 
 
-def on_cpu() -> AbstractContextManager[object]:
-    """New tensors on the CPU, whatever the user's default device is.
-
-    Where it is the CPU already nothing is done: torch's own context costs a third of a fit.
-    """
-    default = torch.get_default_device()
-    if default.type == "cpu":
-        default = torch.empty(0).device  # torch 2.4 says "cpu" within `with torch.device(...)` too
-    return nullcontext() if default.type == "cpu" else torch.device("cpu")
-
-
 @contextmanager
 def quiet_single_thread() -> Iterator[None]:
-    """One torch thread and no advice about scaling: small index-valued GPs need neither.
-
-    Threads cost more than they give below a few thousand points, and they fight with the pool that
-    evaluates programs.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InputDataWarning)
-            warnings.simplefilter("ignore", NumericalWarning)
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    """`plain_torch`, and no advice about scaling: small index-valued GPs need none."""
+    with plain_torch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputDataWarning)
+        warnings.simplefilter("ignore", NumericalWarning)
+        yield
 
 
+@plain_torch()
 def fit(
     train_X: Tensor,
     train_Y: Tensor,
@@ -120,6 +102,7 @@ def _fit_exact(observed: Observations, kernel: Kernel, units: Standardize) -> Si
     return model
 
 
+@plain_torch()
 def posterior_mean_and_variance(model: Surrogate, rows: Tensor) -> tuple[Tensor, Tensor]:
     r"""Posterior of the mean score on an average example, of each row by itself.
 
@@ -140,13 +123,14 @@ def posterior_mean_and_variance(model: Surrogate, rows: Tensor) -> tuple[Tensor,
     """
     inputs = _inputs(model)
     X = rows.to(inputs)
-    with torch.no_grad(), quiet_single_thread():
+    with quiet_single_thread(), torch.no_grad():
         chunks = [_single(model, part) for part in torch.split(X, max(1, _ENTRIES // len(inputs)))]
         mean, variance = (torch.cat(parts).unsqueeze(-1) for parts in zip(*chunks, strict=True))
         units = units_of(model).untransform(mean, variance.clamp_min(_LEAST_VARIANCE))
     return units[0].squeeze(-1).cpu(), cast(Tensor, units[1]).squeeze(-1).cpu()
 
 
+@plain_torch()
 def joint_posterior(model: Surrogate, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of ``n x C`` rows at an average example, ``n`` and ``n x n``."""
     X = rows.to(_inputs(model))

@@ -13,7 +13,7 @@ from mpromptune.model.allocation import gains, propose
 from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.explained import chance_of_likeness
-from mpromptune.model.noise import pooled_variance
+from mpromptune.model.noise import LARGEST, pooled_variance
 from mpromptune.model.space import Row
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.studies.ledger import Ledger
@@ -59,7 +59,7 @@ class Knowledge:
             for by_example, row in zip(scores, rows, strict=True):
                 means = self.ledger.means(row)
                 by_example[list(means)] = list(means.values())
-            self._beliefs.tell(rows, scores)
+            self._beliefs.tell(rows, np.clip(scores, -LARGEST, LARGEST))
             self._told, self._information = self.ledger.calls, None
         return self._beliefs if self._told else None
 
@@ -122,7 +122,8 @@ class Knowledge:
     def standard_error(self, n_examples: int) -> float:
         """Of a configuration's mean over a whole validation set."""
         scores = [np.array(list(self.ledger.means(row).values())) for row in self.ledger.rows()]
-        return float(np.sqrt(pooled_variance(scores) / n_examples))
+        cut = [np.clip(some, -LARGEST, LARGEST) for some in scores]
+        return float(np.sqrt(pooled_variance(cut) / n_examples))
 
     def drawn(self) -> FloatArray:
         """Posterior means and standard deviations of configurations drawn at random, ``m x 2``."""

@@ -14,10 +14,12 @@ from dspy.teleprompt.utils import get_signature, set_signature
 
 from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import Score, as_score
-from mpromptune.calls.usage import current_meter
+from mpromptune.calls.interrupts import contained
+from mpromptune.calls.usage import Meter, current_meter
 from mpromptune.lms.errors import classify
-from mpromptune.lms.guard import measured
+from mpromptune.lms.guard import measured, note_call
 from mpromptune.model.space import PromptSpace
+from mpromptune.programs.demos import encodable, encodable_demo
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +57,13 @@ class ProgramSpace:
         self.baseline: dict[str, int] = {}
         for i, predictor in enumerate(program.predictors()):
             own = get_signature(predictor).instructions
-            self.instructions[i] = _distinct([*instructions[i], own])
+            self.instructions[i] = _distinct([*map(encodable, instructions[i]), own])
             self.baseline[f"{i}_predictor_instruction"] = _position(own, self.instructions[i])
             if demos:
                 own_demos = list(predictor.demos)
-                self.demos[i] = _distinct([*map(list, demos[i]), own_demos])
+                self.demos[i] = _distinct(
+                    [*(list(map(encodable_demo, some)) for some in demos[i]), own_demos]
+                )
                 self.baseline[f"{i}_predictor_demos"] = _position(own_demos, self.demos[i])
 
     def prompt_space(self) -> PromptSpace:
@@ -151,11 +155,15 @@ class ProgramScorer:
 
     def __call__(self, params: dict[str, int], example: int) -> float:
         """The metric's value; an exception of the program or of the metric is passed on."""
+        meter = current_meter() or Meter()
+        before = meter.total
         try:
-            return self._run(params, example)
+            score = contained(self._run, params, example)
         except Exception as error:
             self._log(error, params, example)
             raise
+        note_call(meter.total - before)
+        return score
 
     def _log(self, error: Exception, params: Mapping[str, int], example: int) -> None:
         """What scores ``failure_score`` would otherwise leave no trace; the other errors do."""
@@ -176,6 +184,11 @@ class _Built:
         for module in self._modules:
             if history := getattr(module, "history", None):
                 history.clear()
+
+
+def wants_traceback(own: bool | None) -> bool:
+    """DSPy's ``provide_traceback``, which its settings decide unless it is given."""
+    return bool(dspy.settings.provide_traceback if own is None else own)
 
 
 def metric_value(value: Any) -> float:

@@ -13,6 +13,24 @@ from dspy.teleprompt.utils import get_signature
 DemoSets = dict[int, list[list[Any]]]
 
 
+def encodable(value: Any) -> Any:
+    """A text with ``?`` for every half of a character; anything else as it is.
+
+    LMs return halves where they cut an emoji in two. No request can be made with one, no class can have it
+    in its docstring, as DSPy's signatures do, and no file can be written with it.
+    """
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def encodable_demo(demo: Any) -> Any:
+    """A demo with such texts for its fields; the very same one where they are so already."""
+    if not isinstance(demo, dspy.Example):
+        return demo
+    texts = {name: encodable(value) for name, value in demo.items()}
+    changed = {name: text for name, text in texts.items() if text is not demo[name] and text != demo[name]}
+    return demo.copy(**changed) if changed else demo
+
+
 def to_json(demos: Sequence[Any]) -> list[dict[str, Any]]:
     """The fields of each demo; what is no JSON as it stands in prompts.
 

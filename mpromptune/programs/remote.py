@@ -18,6 +18,7 @@ from mpromptune.calls.pace import Pace, Ticket
 from mpromptune.calls.remote import ExecutorSpec, RemoteScore, Workplace
 from mpromptune.calls.usage import Meter, current_meter, metered
 from mpromptune.errors import WorkerLostError
+from mpromptune.lms.adapters import given_adapter
 from mpromptune.lms.guard import METER, Guard, measured
 from mpromptune.lms.prices import Pricing
 from mpromptune.programs.configurations import ProgramRunner, ProgramSpace
@@ -131,6 +132,7 @@ def _settings() -> dict[str, Any]:
     """DSPy's settings in this context, without what is of this process."""
     settings = {name: value for name, value in dspy.settings.copy().items() if name not in _OF_A_CALL}
     settings["callbacks"] = [c for c in settings.get("callbacks") or [] if not isinstance(c, Guard)]
+    settings["adapter"] = given_adapter(settings.get("adapter"))  # what stands for it is made there
     if getattr(settings.get("lm"), "history", None):
         settings["lm"] = copy.copy(settings["lm"])
         settings["lm"].history = []

@@ -12,8 +12,10 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from mpromptune.model.devices import plain_torch
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.geometry import Geometry
+from mpromptune.model.noise import LARGEST
 from mpromptune.model.space import Row
 from mpromptune.model.surrogate import Surrogate, fit
 from mpromptune.studies.attributes import PROPOSED
@@ -48,6 +50,7 @@ def proposed_params(trial: FrozenTrial) -> dict[str, object]:
     return {**trial.system_attrs.get(PROPOSED, {}), **trial.params}
 
 
+@plain_torch()
 def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_components: int) -> History:
     """Turns trials into a History.
 
@@ -71,10 +74,15 @@ def read(study: Study, trials: Iterable[FrozenTrial], row_of: RowOf, num_compone
 
 
 def _finite(values: FloatArray) -> FloatArray:
-    """Clips infinite values to the finite ones' range, as Optuna's own GP sampler does."""
+    """Clips infinite values to the finite ones' range, as Optuna's own GP sampler does.
+
+    Where any is beyond what something is measured in, it stands for a failure: ranks take their place.
+    """
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     clipped: FloatArray = np.clip(values, low, high)
+    if max(high, -low) > LARGEST:
+        return np.unique(clipped, return_inverse=True)[1].astype(np.float64)
     return clipped
 
 
@@ -94,6 +102,7 @@ class LastFit:
         self._geometries = geometries
         self._last: tuple[History, Surrogate] | None = None
 
+    @plain_torch()
     def of(self, history: History) -> Surrogate:
         """The surrogate of everything observed; fitted unless the last one was fitted to the same."""
         last = self._last

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.search_space import IntersectionSearchSpace
+from optuna.search_space import intersection_search_space
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from mpromptune.calls.daemons import in_time
 from mpromptune.errors import require_count
 from mpromptune.model.acquisition import log_expected_improvement, propose, ranked
 from mpromptune.model.candidates import LISTED, choice_set
-from mpromptune.model.devices import resolve_device
-from mpromptune.model.embedding import CachedEmbedder, as_embedder
+from mpromptune.model.devices import plain_torch, resolve_device
+from mpromptune.model.embedding import CachedEmbedder, FloatArray, as_embedder
 from mpromptune.model.space import PromptSpace, Row
-from mpromptune.model.surrogate import on_cpu
 from mpromptune.sampling.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.sampling.history import History, proposed_params, read
 from mpromptune.studies.attributes import PLAN, PROPOSED
@@ -89,7 +89,6 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self.space = space
         self._embedder = resolve_embedder(embedder)
         self._independent_sampler = independent_sampler
-        self._search_space = IntersectionSearchSpace()
         self._prompts: Encoding | None = None
         self._lock = threading.RLock()
 
@@ -97,7 +96,6 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         """A copy for the configurations of ``space``."""
         bound = copy(self)
         bound.space, bound._prompts, bound._lock = space, None, threading.RLock()
-        bound._search_space = IntersectionSearchSpace()  # it remembers its study
         return bound
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,7 +116,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         trials = study.get_trials(deepcopy=False)
         if own and all(t.params.keys() <= own.keys() for t in trials):  # Optuna compares choice by choice
             return own
-        found = self._search_space.calculate(study) or _suggested_by_running(study)
+        found = intersection_search_space(trials) or _suggested_by_running(study)
         shared = {k: d for k, d in found.items() if not d.single()}
         return {**shared, **own}
 
@@ -133,7 +131,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._raise_error_if_multi_objective(study)
         if not search_space:
             return {}
-        with self._lock, on_cpu():
+        with self._lock:
             params = self._sample(study, trial, search_space)
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSED, params)
         return params
@@ -149,7 +147,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         self._raise_error_if_multi_objective(study)
         sampler = self._independent_sampler
         if sampler is None:
-            sampler = RandomSampler(seed=self._seed_for(trial, *param_name.encode()))
+            sampler = RandomSampler(seed=self._seed_for(trial, *param_name.encode("utf-8", "surrogatepass")))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def reseed_rng(self) -> None:
@@ -199,6 +197,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         observed = [proposed_params(t) for t in others]
         return encode_distributions(search_space, observed, self._embedder, prompts).on(self.device)
 
+    @plain_torch()
     def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
         rng = np.random.default_rng(seed)
         if len(history) < self.min_cold_start:
@@ -240,7 +239,19 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
 def resolve_embedder(spec: Any) -> CachedEmbedder | None:
     """As `as_embedder`, with ``"index"`` for no embedding at all."""
-    return None if spec == "index" else as_embedder(spec)
+    return None if spec == "index" else _Awaited(as_embedder(spec))
+
+
+class _Awaited(CachedEmbedder):
+    """An embedder that may hang: it is waited for no longer than what asks for it may wait."""
+
+    def __init__(self, embedder: CachedEmbedder) -> None:
+        super().__init__(embedder)
+        self._embedder = embedder
+
+    def __call__(self, texts: Sequence[str]) -> FloatArray:
+        """As the embedder."""
+        return in_time(partial(self._embedder, texts))
 
 
 def _always(row: Row) -> bool:

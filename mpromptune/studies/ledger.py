@@ -106,5 +106,6 @@ class Ledger:
 
 
 def mean(values: list[float]) -> float:
-    """The arithmetic mean."""
-    return sum(values) / len(values)
+    """The arithmetic mean; of numbers whose sum overflows, too."""
+    total = sum(values)
+    return total / len(values) if math.isfinite(total) else sum(value / len(values) for value in values)

@@ -1,0 +1,125 @@
+"""What a compile is called with, checked before any LM call is paid for."""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dspy
+from dspy.teleprompt.utils import get_signature
+
+from mpromptune.errors import InvalidArgumentError
+
+
+def check_arguments(optimizer: Any, student: Any, given: Mapping[str, Any]) -> None:
+    """Refuses what cannot work.
+
+    Args:
+        optimizer: The ``dspy.MIPROv2``.
+        student: The program.
+        given: What else ``compile`` was called with.
+
+    Raises:
+        InvalidArgumentError: Which argument it is, its value, and what to pass instead.
+    """
+    _check_program("student", student)
+    if given.get("teacher") is not None:
+        _check_teacher(given["teacher"], student)
+    _check_lms(optimizer, student)
+    _check_metric(optimizer.metric, _bootstraps(optimizer, given))
+    if "trainset" in given:  # else DSPy says that it is missing
+        _check_examples("trainset", given["trainset"])
+    if given.get("valset") is not None:
+        _check_examples("valset", given["valset"])
+
+
+def _refused(name: str, must: str, value: Any) -> InvalidArgumentError:
+    shown = reprlib.repr(value) or f"an instance of {type(value).__name__}"  # a bare program shows nothing
+    return InvalidArgumentError(f"{name} must be {must}; got {shown}.")
+
+
+def _check_program(name: str, program: Any) -> None:
+    if not isinstance(program, dspy.Module):
+        raise _refused(name, "a program, an instance of dspy.Module", program)
+    if not program.predictors():
+        raise _refused(
+            name,
+            "a program with a predictor that DSPy finds: a dspy.Predict, or a module with one, as an "
+            "attribute, or in a list or dict that is an attribute (not in a list of lists)",
+            program,
+        )
+
+
+def _check_teacher(teacher: Any, student: Any) -> None:
+    _check_program("teacher", teacher)
+    names, own = ([name for name, _ in p.named_predictors()] for p in (teacher, student))
+    if names != own:
+        raise _refused("teacher", f"a program with the student's predictors, {own}", names)
+    for name, mine, other in zip(own, student.predictors(), teacher.predictors(), strict=True):
+        wanted, given = get_signature(mine), get_signature(other)
+        if not wanted.equals(given):
+            must = f"a program with the student's signatures, for {name!r} {wanted.signature!r}"
+            raise _refused("teacher", must, given.signature)
+
+
+def _check_lms(optimizer: Any, student: Any) -> None:
+    """Wherever an LM is wanted, its name is the usual mistake."""
+    settings = optimizer.teacher_settings
+    if not isinstance(settings, Mapping):
+        raise _refused("teacher_settings", "a dict of DSPy's settings", settings)
+    lms = {name: getattr(optimizer, name) for name in ("task_model", "prompt_model")}
+    lms["teacher_settings['lm']"] = settings.get("lm")
+    lms.update({f"the lm of predictor {name!r}": p.lm for name, p in student.named_predictors()})
+    for name, lm in lms.items():
+        # The second are clients of another kind, which DSPy takes as well.
+        known = isinstance(lm, dspy.BaseLM) or getattr(lm, "supports_decision_requests", False)
+        if lm is not None and not known:
+            example = repr(lm) if isinstance(lm, str) else "'openai/gpt-4o'"
+            raise _refused(name, f"a language model, as in dspy.LM({example})", lm)
+
+
+def _bootstraps(optimizer: Any, given: Mapping[str, Any]) -> bool:
+    """Whether demos are bootstrapped: not where there are to be labelled ones only."""
+    own = [given.get(name) for name in ("max_bootstrapped_demos", "max_labeled_demos")]
+    bootstrapped, labelled = own
+    bootstrapped = optimizer.max_bootstrapped_demos if bootstrapped is None else bootstrapped
+    labelled = optimizer.max_labeled_demos if labelled is None else labelled
+    return bool(bootstrapped) or not labelled
+
+
+def _check_metric(metric: Any, bootstraps: bool) -> None:
+    """DSPy calls it with ``(example, prediction)`` in evaluations, with a trace as well in the bootstrap."""
+    if not callable(metric) or isinstance(metric, type):
+        raise _refused("metric", "a function metric(example, prediction, trace=None)", metric)
+    try:
+        signature = inspect.signature(metric)
+    except (TypeError, ValueError):  # what is written in C may not say
+        return
+    for arguments in (2, 3) if bootstraps else (2,):
+        try:
+            signature.bind(*[None] * arguments)
+        except TypeError as error:
+            must = f"a function that can be called as metric(example, prediction, trace=None) ({error})"
+            raise InvalidArgumentError(
+                f"metric must be {must}; got {reprlib.repr(metric)} with the parameters {signature}."
+            ) from error
+
+
+def _check_examples(name: str, examples: Any) -> None:
+    if not isinstance(examples, Sequence) or isinstance(examples, str) or not examples:
+        raise _refused(name, "a list of at least one dspy.Example", examples)
+    for i, example in enumerate(examples):
+        if not isinstance(example, dspy.Example):
+            raise _refused(f"{name}[{i}]", "a dspy.Example", example)
+        if not _has_inputs(example):
+            must = "a dspy.Example with inputs, as in dspy.Example(question=..., answer=...)"
+            raise _refused(f"{name}[{i}]", f"{must}.with_inputs('question')", example)
+
+
+def _has_inputs(example: dspy.Example) -> bool:
+    try:
+        return bool(example.inputs().keys())
+    except ValueError:  # they have not been set
+        return False

@@ -1,0 +1,124 @@
+"""A metric that cannot score is found at the first example that it is asked to score."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.execution import check_stopped
+from mpromptune.calls.interrupts import SLICE, Stopped
+from mpromptune.errors import ScoreError
+from mpromptune.lms.errors import classify
+from mpromptune.programs.configurations import metric_value
+
+# What a correct metric may raise over an answer that it cannot read. Anything else (a name, a field or a
+# module that does not exist, a wrong call) is a mistake in it, if it comes before its first result.
+_OF_AN_ANSWER = (ValueError, IndexError, ArithmeticError, AssertionError)
+# NOTE: characters of an example that a message shows; enough to recognise it.
+_SHOWN = 500
+
+
+class CheckedMetric:
+    """The user's metric, which ends the compile where no score of it could be right.
+
+    In an evaluation it has to return a number. In the bootstrap, where it is given a trace, DSPy takes
+    the truth of whatever it returns. So what is no number there has it asked once more, as in an
+    evaluation, unless it has worked in one: a metric without a return statement is found by that.
+
+    A mistake in it is told from an answer that it cannot read by when it comes: once the metric has
+    worked, with a trace or without, what it raises is the candidate's failure.
+
+    Args:
+        metric: As given to MIPROv2.
+        on_failure: Called once it cannot score, before the error is raised.
+
+    Attributes:
+        failure: Why it cannot score.
+        known: Set once it has worked, or cannot score, or need not be waited for.
+    """
+
+    def __init__(self, metric: Any, on_failure: Callable[[], None] = lambda: None) -> None:
+        self._metric = metric
+        self._on_failure = on_failure
+        self._lock = Lock()
+        self._works: set[bool] = set()  # with a trace, without
+        self.failure: ScoreError | None = None
+        self.known = Event()
+
+    def __repr__(self) -> str:
+        return repr(self._metric)
+
+    def __call__(self, example: Any, prediction: Any, trace: Any = None) -> Any:
+        """What the metric returns; in an evaluation, as a number.
+
+        Raises:
+            ScoreError: It cannot score.
+        """
+        if trace is None:
+            return self._score(example, prediction)
+        value = self._ask(example, prediction, trace)
+        if False not in self._works and not _is_number(value):
+            self._score(example, prediction)
+        self._note(with_trace=True)
+        return value
+
+    def wait(self) -> None:
+        """Waits until it is `known` whether it works.
+
+        Raises:
+            Stopped: It does not, or nobody waits any more.
+        """
+        while not self.known.wait(SLICE):
+            check_stopped()
+        if self.failure is not None:
+            raise Stopped
+
+    def _score(self, example: Any, prediction: Any) -> float:
+        value = self._ask(example, prediction)
+        try:
+            score = metric_value(value)
+        except ScoreError as error:
+            raise self._failed(str(error), example, prediction) from error
+        self._note(with_trace=False)
+        return score
+
+    def _ask(self, example: Any, prediction: Any, *trace: Any) -> Any:
+        try:
+            return self._metric(example, prediction, *trace)
+        except Exception as error:
+            is_mistake = classify(error) is Verdict.CANDIDATE and not isinstance(error, _OF_AN_ANSWER)
+            if bool(trace) in self._works or not is_mistake:
+                raise
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            message = (
+                f"The metric raised {type(error).__name__} before it had returned anything: {error} "
+                f"({Path(where.filename).name}, line {where.lineno}, in {where.name})."
+            )
+            raise self._failed(message, example, prediction) from error
+
+    def _failed(self, message: str, example: Any, prediction: Any) -> ScoreError:
+        shown = [
+            text if len(text := repr(x)) <= _SHOWN else f"{text[:_SHOWN]}..." for x in (example, prediction)
+        ]
+        error = ScoreError(f"{message} It was asked about {shown[0]} and the prediction {shown[1]}.")
+        with self._lock:
+            self.failure = self.failure or error
+        self._on_failure()
+        self.known.set()
+        return error
+
+    def _note(self, with_trace: bool) -> None:
+        self._works.add(with_trace)
+        self.known.set()
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        metric_value(value)
+    except ScoreError:
+        return False
+    return True
