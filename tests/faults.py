@@ -181,6 +181,7 @@ RUN = {
     "block_size": 4,
     "batch_size": 2,
     "n_batches": 0,
+    "confirm": True,
 }
 
 

@@ -12,8 +12,6 @@ from mpromptune.reports.analysis import (
     Effect,
     ExampleScores,
     Step,
-    block_scores,
-    blocks_of,
     example_scores,
     gain,
     growth,
@@ -58,40 +56,6 @@ def test_random_choice_in_hindsight_meets_as_many_as_the_search() -> None:
     sure_of_less = findings(drawn=np.add(DRAWN, [0.0, 0.3]))
     assert random_in_hindsight(sure_of_less) == pytest.approx([1.0, 5 / 3, 2.0, 2.0])
     assert random_in_hindsight(findings()) == []
-
-
-def test_blocks_are_corrected_for_who_was_measured_on_them() -> None:
-    """Winner and baseline score 1 and 1/2 on examples 2 and 3, and 1/2, 0 and (the third) 1/2 on 0 and 1.
-
-    That is 0.3 and 0.2 above what is expected of them, 0.7 and 0.3; and 0.2, 0.3 and 0 below. All
-    three are expected to score 0.5 on average. The pooled variance of these deviations is
-    (0.005 + 0.14 / 3) / 3.
-    """
-    assert set(map(frozenset, blocks_of(findings()))) == {frozenset({0, 1}), frozenset({2, 3})}
-    hard, easy = block_scores(findings())
-    assert set(blocks_of(findings())[hard.block]) == {0, 1}
-    assert (hard.count, easy.count) == (3, 2)
-    assert (hard.mean, easy.mean) == pytest.approx((0.5 - 0.5 / 3, 0.75))
-    variance = (0.005 + 0.14 / 3) / 3
-    assert (hard.error, easy.error) == pytest.approx(((variance / 3) ** 0.5, (variance / 2) ** 0.5))
-
-
-def test_blocks_that_only_good_configurations_were_measured_on_do_not_look_easy() -> None:
-    """Both score what is expected of them, 0.9 and 0.1, each on its own block."""
-    first, second = blocks_of(findings())
-    good = replace(WINNER, scores=dict.fromkeys(first, 0.9), posterior_mean=0.9)
-    poor = replace(BASELINE, scores=dict.fromkeys(second, 0.1), posterior_mean=0.1)
-    found = block_scores(findings(configurations=(good, poor)))
-    assert [one.mean for one in found] == pytest.approx([0.5, 0.5])
-
-
-def test_plans_without_blocks_have_none() -> None:
-    """DSPy's minibatches are drawn anew for every trial."""
-    study = study_of(TRIALS)
-    study.set_user_attr(
-        SETTINGS, {"arguments": {"baseline": BASELINE.params, "minibatch_size": 2, "seed": 0}}
-    )
-    assert block_scores(findings(study=study)) == []
 
 
 def test_main_effects_are_means_over_the_configurations_that_have_a_candidate() -> None:

@@ -83,6 +83,7 @@ def _compile(storage: Any, lm: Any = None, shots: Any = FEW_SHOT, program: Any =
     own = {name: options.pop(name) for name in ("metric", "seed", "num_candidates") if name in options}
     settings = {"metric": Counted(), "auto": None, "num_candidates": 3, "num_threads": 4, **shots, **own}
     run = {"trainset": TRAIN, "valset": VAL, "sampler": "qei", "embedder": hashed, "batch_size": 4}
+    run["confirm"] = True  # so that the student is scored in any case
     with dspy.context(lm=lm):
         optimizer = Watched(**settings)
         return optimizer, optimizer.compile(

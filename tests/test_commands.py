@@ -36,7 +36,7 @@ def _compiled(**options):
 
 
 def compile():
-    return _compiled(sampler="random", storage=shared.storage)
+    return _compiled(sampler="qei", embedder="index", storage=shared.storage)
 
 
 def saving():
@@ -53,7 +53,7 @@ def plain():
 
 
 def dry():
-    return _compiled(sampler="random", storage=shared.storage, dry_run=True)
+    return _compiled(sampler="qei", embedder="index", storage=shared.storage, dry_run=True)
 
 
 def idle():
@@ -162,7 +162,7 @@ def test_resume_pays_only_what_is_left(step: str, shared: Shared, capsys: pytest
     with dspy.context(lm=arithmetic_lm()):
         optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=2, **FEW_SHOT)
         data = {"trainset": TRAIN, "valset": VAL}
-        whole = optimizer.compile(Adder(), **data, **SMALL_RUN, sampler="random")
+        whole = optimizer.compile(Adder(), **data, **SMALL_RUN, sampler="qei", embedder="index")
     interrupted(shared, step)
     standing = read_standing(shared.storage)
     assert (standing.result is None) == (step != "search")

@@ -61,7 +61,7 @@ def _compile(listener: BaseCallback | None, program: dspy.Module | None = None, 
 @pytest.fixture(scope="module")
 def listened() -> tuple[Listener, Any]:
     listener = Listener()
-    return listener, _compile(listener)
+    return listener, _compile(listener, confirm=True)
 
 
 def test_each_trial_is_one_evaluation_in_order(listened: tuple[Listener, Any]) -> None:

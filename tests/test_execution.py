@@ -28,7 +28,7 @@ from mpromptune.calls.execution import (
 )
 from mpromptune.calls.interrupts import Stopped
 from mpromptune.errors import CallTimeoutError, SearchStoppedError
-from mpromptune.plans.blocks import BlockPlan
+from mpromptune.plans.batches import BatchPlan
 from mpromptune.studies.attributes import EXAMPLES, SCORES
 
 HASTY = RetryPolicy(attempts=3, max_wait=0.001)
@@ -327,7 +327,7 @@ def test_after_an_outage_the_result_so_far_is_at_hand() -> None:
 
 def test_what_a_stopped_search_returns_is_the_plans_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a limit: a leader with a few lucky answers may be worse than the baseline."""
-    monkeypatch.setattr(BlockPlan, "best_so_far", lambda plan, ranked, ledger: ranked[-1])
+    monkeypatch.setattr(BatchPlan, "best_so_far", lambda plan, ranked, ledger: ranked[-1])
 
     def score(params: dict[str, int], example: int) -> float:
         calls.append(example)

@@ -7,31 +7,34 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-import torch
-from botorch.models import SingleTaskGP
 
 from mpromptune import PromptSpace
+from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.embedding import CachedEmbedder
-from mpromptune.model.explained import chance_of_likeness, without_texts
+from mpromptune.model.explained import chance_of_likeness
 from mpromptune.model.geometry import Geometry, geometry_of, numeric_views
-from mpromptune.model.surrogate import fit
+from mpromptune.model.space import IndexSpace
 
 LINE = Geometry(numeric_views([0.0, 1.0, 2.0, 3.0, 4.0]), 0, has_text=True)
+N = 40
 
 
-def blind_model(values: list[float], candidates: list[int] | None = None) -> SingleTaskGP:
-    """A surrogate of values that were measured once for each candidate, which ignores the texts."""
-    chosen = torch.tensor(candidates or list(range(len(values))), dtype=torch.float64)
-    train_X = torch.stack([chosen, -torch.ones_like(chosen)], dim=1)
-    train_Y = torch.tensor(values, dtype=torch.float64).unsqueeze(-1)
-    return fit(train_X, train_Y, torch.full_like(train_Y, 0.01), without_texts([LINE]))
+def told(values: list[float], candidates: list[int] | None = None) -> Beliefs:
+    """Candidates that are right on the first ``value`` of 40 examples."""
+    chosen = candidates or list(range(len(values)))
+    scores = np.arange(N) < N * np.array(values)[:, None]
+    beliefs = Beliefs(IndexSpace([5]), [LINE])
+    beliefs.tell([(candidate,) for candidate in chosen], scores.astype(float))
+    return beliefs
 
 
-def share_of_all_permutations(model: SingleTaskGP) -> float:
+def share_of_all_permutations(beliefs: Beliefs) -> float:
     """By dense algebra, over every way to deal five candidates out."""
-    prior = model.likelihood(model.forward(model.train_inputs[0]))
-    with torch.no_grad():
-        u = torch.linalg.solve(prior.covariance_matrix, model.train_targets - prior.mean).numpy()
+    blind = beliefs.without_likeness()
+    (group,) = beliefs.groups
+    rows = np.arange(5)[:, None]
+    covariance = group.covariance(rows, rows, replace(beliefs._options[0], share=0.0))
+    u = np.linalg.solve(covariance, blind.posterior.mean)
     similar = np.exp(-LINE.views[0].numpy() / 2.0)
     statistics = [u[list(p)] @ similar @ u[list(p)] for p in permutations(range(5))]
     return float(np.mean(np.array(statistics) >= statistics[0] - 1e-9))
@@ -40,30 +43,30 @@ def share_of_all_permutations(model: SingleTaskGP) -> float:
 @pytest.mark.parametrize("values", [[0.0, 0.3, 0.5, 0.8, 1.0], [0.5, 0.0, 0.8, 1.0, 0.3]])
 def test_share_is_that_of_all_permutations(values: list[float]) -> None:
     """499 random ones come near it: within three standard errors, 0.067 at most."""
-    model = blind_model(values)
-    assert chance_of_likeness(model, [LINE]) == pytest.approx(share_of_all_permutations(model), abs=0.067)
+    beliefs = told(values)
+    assert chance_of_likeness(beliefs, [LINE]) == pytest.approx(share_of_all_permutations(beliefs), abs=0.067)
 
 
 def test_order_tells_from_disorder() -> None:
     """Values that rise along the line are like it in 2 of 120 orders: forwards and backwards."""
-    model = blind_model([0.0, 0.3, 0.5, 0.8, 1.0])
-    assert share_of_all_permutations(model) <= 4 / 120
-    assert share_of_all_permutations(blind_model([0.5, 0.0, 0.8, 1.0, 0.3])) > 0.3
+    beliefs = told([0.0, 0.3, 0.5, 0.8, 1.0])
+    assert share_of_all_permutations(beliefs) <= 4 / 120
+    assert share_of_all_permutations(told([0.5, 0.0, 0.8, 1.0, 0.3])) > 0.3
 
 
 def test_same_seed_same_share() -> None:
     """No global random numbers are drawn."""
-    model = blind_model([0.5, 0.0, 0.8, 1.0, 0.3])
+    beliefs = told([0.5, 0.0, 0.8, 1.0, 0.3])
     state = np.random.get_state()[1].copy()  # noqa: NPY002 - it is the global state that is looked at
-    assert chance_of_likeness(model, [LINE]) == chance_of_likeness(model, [LINE])
+    assert chance_of_likeness(beliefs, [LINE]) == chance_of_likeness(beliefs, [LINE])
     assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
 
 
 def test_few_candidates_and_no_texts_say_nothing() -> None:
     """Three measured candidates can be dealt out in six ways; a view that is no text does not count."""
-    assert chance_of_likeness(blind_model([0.0, 0.5, 1.0], [0, 2, 4]), [LINE]) is None
-    model = blind_model([0.0, 0.3, 0.5, 0.8, 1.0])
-    assert chance_of_likeness(model, [replace(LINE, has_text=False)]) is None
+    assert chance_of_likeness(told([0.0, 0.5, 1.0], [0, 2, 4]), [LINE]) is None
+    beliefs = told([0.0, 0.3, 0.5, 0.8, 1.0])
+    assert chance_of_likeness(beliefs, [replace(LINE, has_text=False)]) is None
 
 
 def test_only_what_the_embedder_tells_apart_is_a_text() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from mpromptune.studies.ledger import Ledger
@@ -50,3 +52,11 @@ def test_what_nobody_can_be_measured_on_is_not_lacking() -> None:
     assert ledger.covers(B, 3)
     ledger.add(A, {2: 1.0})
     assert not ledger.covers(B, 3)
+
+
+def test_the_mean_of_the_largest_floats_is_one_of_them() -> None:
+    """Neither their sum nor the sum of their thirds is a number any more."""
+    ledger = Ledger()
+    for _ in range(3):
+        ledger.add(A, {0: sys.float_info.max})
+    assert ledger.mean(A) == sys.float_info.max

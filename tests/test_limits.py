@@ -164,7 +164,7 @@ def test_winner_and_baseline_are_confirmed_within_the_limit(limit: str) -> None:
     def use(candidate: int, example: int) -> Usage:
         return Usage(prompt_tokens=10, cost=0.001)
 
-    result = _search(use, limits=Limits(**{limit: budget}))
+    result = _search(use, limits=Limits(**{limit: budget}), confirm=True)
     used = result.usage.total.tokens if limit == "max_tokens" else result.usage.total.cost
     assert used <= budget
     assert result.calls > 0.8 * 200  # it pays for 200
@@ -180,7 +180,7 @@ def test_a_dear_winner_is_confirmed_too() -> None:
     def use(candidate: int, example: int) -> Usage:
         return Usage(prompt_tokens=50 if candidate >= 6 else 10)
 
-    result = _search(use, limits=Limits(max_tokens=6000))
+    result = _search(use, limits=Limits(max_tokens=6000), confirm=True)
     assert result.usage.total.tokens <= 6000
     assert result.best_params[NAME] >= 6
     assert result.best_params in [m.params for m in result.configurations if m.fully]

@@ -240,7 +240,7 @@ def test_a_student_with_demos_is_its_own_baseline() -> None:
     student.solve.demos = [dspy.Example(question="1+1", answer="2"), dspy.Example(question="2+2", answer="4")]
     student.solve.signature = student.solve.signature.with_instructions("Add, style 20.")
     before = student.dump_state()
-    best = _compile(student, **QEI)
+    best = _compile(student, confirm=True, **QEI)
     result = best.search_result
     baseline = result.study.trials[0].params
     entry = next(t for t in best.trial_logs.values() if t.items() >= baseline.items())
@@ -270,11 +270,17 @@ def test_the_same_seed_gives_the_same_trials_with_any_number_of_threads() -> Non
     assert one.dump_state() == many.dump_state()
 
 
-def test_a_round_occupies_all_threads_by_default() -> None:
-    """With 16 x 2 threads and blocks of 3, a round holds 11 configurations; given, batch_size rules."""
-    run = {"init": {"num_threads": 16, "num_candidates": 6}, "n_jobs": 2, "block_size": 3}
-    assert _compile(**run, **QEI).search_result.study.sampler.batch_size == 11
-    assert _compile(**run, **QEI, batch_size=2).search_result.study.sampler.batch_size == 2
+def test_the_size_of_a_batch_may_be_given() -> None:
+    """Before anything is known, a batch holds as many configurations as it has places: two of 52 calls."""
+
+    def started(**options: Any) -> int:
+        """Trials before the first is told: the baseline's, and those of the batches in flight."""
+        seen: list[int] = []
+        options["callbacks"] = [lambda study, trial: seen.append(len(study.trials))]
+        _compile(init={"num_threads": 1, "num_candidates": 6}, block_size=3, **QEI, **options)
+        return seen[0]
+
+    assert (started(), started(batch_size=2), started(batch_size=4)) == (1 + 2 * 2, 1 + 2 * 2, 1 + 2 * 4)
 
 
 def test_trial_logs_and_candidate_programs() -> None:
@@ -310,7 +316,7 @@ def test_track_stats_off_attaches_only_the_result() -> None:
     """As in DSPy, track_stats=False attaches no statistics; the search result is still there."""
     best = _compile(init={"track_stats": False}, **QEI)
     assert not hasattr(best, "trial_logs")
-    assert best.search_result.calls == SMALL_RUN_CALLS
+    assert is_spent(best.search_result, SMALL_RUN_CALLS)
 
 
 @pytest.mark.parametrize("track_stats", [True, False])

@@ -21,7 +21,6 @@ ALL = [
     plots.plot_effects,
     plots.plot_examples,
     plots.plot_usage,
-    plots.plot_blocks,
 ]
 
 

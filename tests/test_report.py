@@ -58,10 +58,10 @@ def test_page_is_well_formed_and_refers_to_nothing() -> None:
 
 
 def test_figures_are_in_the_page() -> None:
-    """Seven of them, where everything that they show is known."""
+    """Six of them, where everything that they show is known."""
     pytest.importorskip("matplotlib")
-    assert Checked(render(findings())).tags.count("svg") == 7
-    assert Checked(render(findings(distances=None))).tags.count("svg") == 6
+    assert Checked(render(findings())).tags.count("svg") == 6
+    assert Checked(render(findings(distances=None))).tags.count("svg") == 5
 
 
 def test_without_matplotlib_the_page_says_how_to_have_figures(monkeypatch: pytest.MonkeyPatch) -> None:

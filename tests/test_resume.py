@@ -248,12 +248,12 @@ def test_a_smaller_budget_is_kept(tmp_path: Path) -> None:
     """What was measured beyond it counts; the baseline must still be affordable."""
     first = Failing(140, ConnectionError("down"))
     with pytest.raises(SearchStoppedError):
-        run(tmp_path / "j", first, max_calls=300, retry=RetryPolicy(attempts=1))
+        run(tmp_path / "j", first, max_calls=300, confirm=True, retry=RetryPolicy(attempts=1))
     scores = Scores()
     with pytest.raises(InvalidArgumentError, match="the study holds 140 calls"):
-        run(tmp_path / "j", scores, max_calls=150)
+        run(tmp_path / "j", scores, max_calls=150, confirm=True)
     assert not scores.asked
-    result = run(tmp_path / "j", scores, max_calls=250)
+    result = run(tmp_path / "j", scores, max_calls=250, confirm=True)
     assert sum((first.asked + scores.asked).values()) == result.calls <= 250
     baseline = next(m for m in result.configurations if m.params == SPACE.params((0, 0)))
     assert baseline.fully
@@ -269,9 +269,9 @@ def test_a_baseline_that_failed_too_often_has_another_chance(tmp_path: Path) -> 
         return broken(params, example)
 
     with pytest.raises(SearchStoppedError, match="baseline"):
-        run(tmp_path / "j", score, retry=RetryPolicy(attempts=1))
+        run(tmp_path / "j", score, confirm=True, retry=RetryPolicy(attempts=1))
     mended = Scores()
-    result = run(tmp_path / "j", mended)
+    result = run(tmp_path / "j", mended, confirm=True)
     assert max((broken.asked + mended.asked).values()) == 1
     assert result.baseline_score == TABLE[0, 0].mean()
 

@@ -63,7 +63,7 @@ def _compile(metric: Any, lm: ScriptedLM | None = None, shots: Any = FEW_SHOT, *
     settings = {"auto": None, "num_candidates": 3, "num_threads": 8, **shots}
     with dspy.context(lm=lm or _jittery_lm()):
         optimizer = Seen(metric=metric, **settings)
-        run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "batch_size": 4, **options}
+        run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "batch_size": 4, "confirm": True, **options}
         return optimizer, optimizer.compile(Planner(), trainset=TRAIN, valset=valset, **run)
 
 
@@ -87,9 +87,10 @@ def test_same_search_for_the_same_calls(shots: dict[str, int], monkeypatch: pyte
     assert optimizer.before > unaided.before == 0
 
 
-def test_nothing_is_scored_ahead_that_may_not_be_needed() -> None:
-    """Without ``confirm``, the search may well leave examples of the student unmeasured."""
-    optimizer, _ = _compile(Exact(), confirm=False)
+@pytest.mark.parametrize("confirm", ["auto", False])
+def test_nothing_is_scored_ahead_that_may_not_be_needed(confirm: Any) -> None:
+    """Without ``confirm=True``, the search may well leave examples of the student unmeasured."""
+    optimizer, _ = _compile(Exact(), confirm=confirm)
     assert optimizer.before == 0
 
 
@@ -136,9 +137,8 @@ def test_a_program_that_was_replaced_is_measured_itself() -> None:
     metric = Exact()
     with dspy.context(lm=_jittery_lm()):
         optimizer = Another(metric=metric, auto=None, num_candidates=3, num_threads=8, **FEW_SHOT)
-        optimizer.compile(
-            Planner(), trainset=TRAIN, valset=VAL, sampler="qei", embedder=hashed, batch_size=4, **SMALL_RUN
-        )
+        run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "batch_size": 4, "confirm": True}
+        optimizer.compile(Planner(), trainset=TRAIN, valset=VAL, **run)
     assert SMALL_RUN_CALLS < metric.calls <= SMALL_RUN_CALLS + len(VAL)
 
 

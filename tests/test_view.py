@@ -349,7 +349,7 @@ def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch
     """Looking changes nothing; and what is shown at the end is the result."""
     screen = Recorded()
     monkeypatch.setattr("mpromptune.mipro.steps.choose", lambda: screen)
-    seen, alone = compiled(), compiled(verbose=False)
+    seen, alone = compiled(confirm=True), compiled(confirm=True, verbose=False)
     trials = [
         [(t.params, t.user_attrs[EXAMPLES], t.user_attrs[SCORES]) for t in best.search_result.study.trials]
         for best in (seen, alone)

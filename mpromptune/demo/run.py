@@ -135,7 +135,7 @@ def _sampler_config(task: Task, options: DemoOptions) -> dict[str, Any] | None:
     """Nothing at all for DSPy's own search."""
     if options.sampler == STOCK:
         return None
-    config: dict[str, Any] = {"sampler": options.sampler, "max_calls": options.calls}
+    config: dict[str, Any] = {"sampler": options.sampler, "max_calls": options.calls, "confirm": True}
     if options.sampler == "qei":
         config["embedder"] = task.embedder
     return config

@@ -237,11 +237,13 @@ class SearchOptions:
 def check_schedule(
     schedule: str, block_size: int | None, confirm: Confirm, patience: int | None, target: float | None
 ) -> None:
-    """Refuses an unknown schedule, and options that mean nothing to the one named.
+    """Refuses what no schedule knows, and options that mean nothing to the one named.
 
     Raises:
-        InvalidArgumentError: Which of them.
+        InvalidArgumentError: Which of them, or what ``confirm`` may be.
     """
+    if not isinstance(confirm, bool) and confirm != "auto":
+        raise InvalidArgumentError(f"confirm must be True, False or 'auto'; got {confirm!r}.")
     if schedule not in SCHEDULE_NAMES:
         raise InvalidArgumentError(f"schedule must be one of {list(SCHEDULE_NAMES)}; got {schedule!r}.")
     given = {"block_size": block_size, "patience": patience, "target": target}

@@ -108,4 +108,7 @@ class Ledger:
 def mean(values: list[float]) -> float:
     """The arithmetic mean; of numbers whose sum overflows, too."""
     total = sum(values)
-    return total / len(values) if math.isfinite(total) else sum(value / len(values) for value in values)
+    if math.isfinite(total):
+        return total / len(values)
+    largest = max(map(abs, values))
+    return largest * (sum(value / largest for value in values) / len(values))
