@@ -158,17 +158,8 @@ def _duel(
             rival[g] = others[rng.integers(len(others))]
         elif len(part) > 1:
             rival[g] = np.where(np.arange(len(part)) == leader[g], -np.inf, part[:, draw]).argmax()
-    if MODE == "each":
-        mixed = np.where(rng.random(len(parts)) < _RIVAL, rival, leader)
-    else:
-        mixed = leader.copy()
-        if rng.random() < _RIVAL:
-            g = rng.integers(len(parts))
-            mixed[g] = rival[g]
+    mixed = np.where(rng.random(len(parts)) < _RIVAL, rival, leader)
     return [tuple(mixed.tolist()), tuple(rival.tolist()), tuple(leader.tolist())]
-
-
-MODE = "each"
 
 
 def _row(beliefs: Beliefs, latents: Latents, indices: Sequence[int]) -> Row:

@@ -43,6 +43,8 @@ _NOISE = 2.0
 _FARTHEST = 5.0
 # Newton's method: the largest step in logits, and the step after which it has converged.
 _STEP, _CONVERGED, _STEPS = 3.0, 1e-6, 50
+# The same in one dimension, with a prior so narrow that steps are small.
+_OWN_STEPS = 8
 # NOTE: of a right-or-wrong answer's variance; scores in between vary less, but not by more than this.
 _LEAST_DISPERSION = 0.05
 
@@ -245,6 +247,23 @@ class Posterior:
         variance: FloatArray = (half**2).sum(axis=0)
         return variance
 
+    def own(self, design: FloatArray, scores: FloatArray, deviation: float) -> tuple[FloatArray, FloatArray]:
+        """How far each configuration is from the sum of its latents, by its own scores: mean and variance.
+
+        Args:
+            design: ``m x L``.
+            scores: ``m x N``, as fitted.
+            deviation: Prior standard deviation.
+        """
+        seen = np.isfinite(scores)
+        y = np.where(seen, self.likelihood.scaled(np.where(seen, scores, 0.0)), 0.0)
+        base, own = (design @ self.mean)[:, None] - self.difficulty, np.zeros(len(scores))
+        for _ in range(_OWN_STEPS):
+            eta = base + own[:, None]
+            precision = (seen * self.likelihood.information(eta)).sum(axis=1) + deviation**-2
+            own = own + ((seen * self.likelihood.slope(eta, y)).sum(axis=1) - own / deviation**2) / precision
+        return own, 1.0 / precision
+
     def information(self, skill: FloatArray | float) -> FloatArray:
         """What a score on each example says about a skill, ``... x N``; difficulties are known so far."""
         spread = np.sqrt(1.0 + math.pi / 8.0 / self.precision)
@@ -262,38 +281,36 @@ def fit(
     scores: FloatArray,
     covariance: FloatArray,
     likelihood: Likelihood,
-    start: Posterior | None = None,
+    start: tuple[FloatArray, FloatArray] | None = None,
 ) -> Posterior:
     r"""Laplace's approximation at the mode, by Newton's method.
 
-    With W the information of the scores, :math:`D = \operatorname{diag}(\sum_x W_{xe} + 1 / s^2)` and
-    :math:`A = \operatorname{diag}(\sum_e W_{xe}) - W D^{-1} W^T`, the precision of u is
-    :math:`B = K^{-1} + Z^T A Z`.
+    With W the information of the scores and :math:`D = \operatorname{diag}(\sum_x W_{xe} + 1 / s^2)`, the
+    precision of u is :math:`B = K^{-1} + Z^T (\operatorname{diag}(\sum_e W_{xe}) - W D^{-1} W^T) Z`.
 
     Args:
         design: Z, ``m x L``.
         scores: ``m x N``, not a number where a configuration was not measured.
         covariance: K, ``L x L``.
         likelihood: Of the scores.
-        start: Where to begin, with as many latents.
+        start: Where to begin: the mean of as many latents, and of the difficulties.
     """
     seen = np.isfinite(scores)
     y = np.where(seen, likelihood.scaled(np.where(seen, scores, 0.0)), 0.0)
     inverse, prior_root = _inverse(covariance)
-    u = np.zeros(len(covariance)) if start is None else start.mean
-    d = np.zeros(scores.shape[1]) if start is None else start.difficulty
+    u, d = (np.zeros(len(covariance)), np.zeros(scores.shape[1])) if start is None else start
     for _ in range(_STEPS):
         eta = (design @ u)[:, None] - d
         weights, slopes = seen * likelihood.information(eta), seen * likelihood.slope(eta, y)
         precision = weights.sum(axis=0) + 1.0 / _DIFFICULTY**2
         down = -slopes.sum(axis=0) - d / _DIFFICULTY**2
-        through = weights / precision
-        inner = np.diag(weights.sum(axis=1)) - through @ weights.T
-        data = design.T @ inner @ design
+        by_latent = design.T @ weights
+        through = by_latent / precision
+        data = design.T @ (weights.sum(axis=1)[:, None] * design) - through @ by_latent.T
         root = cholesky(inverse + data, lower=True, check_finite=False)
-        up = design.T @ (slopes.sum(axis=1) + through @ down) - inverse @ u
+        up = design.T @ slopes.sum(axis=1) + through @ down - inverse @ u
         du = cho_solve((root, True), up, check_finite=False)
-        dd = (down + weights.T @ (design @ du)) / precision
+        dd = (down + by_latent.T @ du) / precision
         largest = max(float(np.abs(du).max()), float(np.abs(dd).max()))
         scale = min(1.0, _STEP / largest) if largest else 1.0
         u, d = u + scale * du, d + scale * dd

@@ -118,7 +118,7 @@ class BatchPlan:
         """A batch to explore with; once the calls for that are spent, what winner and baseline lack."""
         self._set_aside(known.ledger)
         before = self.pairs.spent
-        if not self.pairs.assigned.get(self.baseline):
+        if not self.pairs.assigned.get(self.baseline) and before < self.pairs.max_calls:
             yield Request(self.baseline, partial(self._first_of_baseline, known))
         self._over = self._is_over(known)
         if not self._over:
@@ -139,7 +139,7 @@ class BatchPlan:
     def _first_of_baseline(self, known: Knowledge, row: Row, number: int) -> Examples:
         """All where it is to be measured in full anyway: that tells how hard the examples are."""
         examples = self.pairs.open_of(row, self._order(known, number))
-        return examples if self.confirm is True else examples[: self.block_size]
+        return examples if self.confirm is True else examples[: min(self.block_size, self.pairs.remaining)]
 
     def _explore(self, known: Knowledge, available: int) -> Iterator[Request]:
         until = self.pairs.spent + available
@@ -176,31 +176,39 @@ class BatchPlan:
         An example is placed by ``-log(u) / w``, with u uniform, and w the information of one more score of
         the leader. All configurations have the same u, so that they are compared on the same examples; but
         where many configurations are met once each, every trial has its own, so that all examples are met.
+        So it does with a sampler that does not look at examples, and without weights: nobody would find out
+        who is good at those that tell most and at nothing else.
 
         .. [Efraimidis2006] P. S. Efraimidis, P. G. Spirakis. Weighted random sampling with a reservoir.
             Information Processing Letters 97, 2006.
         """
         keys = self._uniform
-        if known.is_additive:
+        if known.is_additive or not self.allocates:
             keys = -np.log(1.0 - np.random.default_rng([abs(self.seed), number, 1]).random(self.n_examples))
-        information = known.information()
+        information = known.information() if self.allocates else None
         keys = keys if information is None else keys / information
         return [int(example) for example in np.argsort(keys, kind="stable")]
 
     def _available(self, known: Knowledge) -> int:
         """Calls to explore with; the rest is kept for winner and baseline."""
-        leader = self._leader(known)
+        leader = self._finalist(known)
         if self.confirm is True:
-            unknown = self.n_examples * max([1.0, *map(self.pairs.price, self.pairs.assigned)])
+            # The first block of a rival that nobody knows yet is part of what is kept for it.
+            lacking = self.n_examples - self.block_size
+            unknown = lacking * max([1.0, *map(self.pairs.price, self.pairs.assigned)])
             beside = [self.baseline] if leader is None else [self.baseline, leader]
             return math.floor(self.pairs.remaining - self.pairs.cost(beside) - unknown * (leader is None))
-        kept = 0 if leader is None or not self.confirm else self._little([leader, self.baseline])
-        return self.pairs.remaining - kept
+        if leader is None or not self.confirm:
+            return self.pairs.remaining
+        if known.is_additive:  # a share for those that lead, to tell them apart by scores of their own
+            return math.floor(self.pairs.remaining - _LITTLE * self.pairs.max_calls)
+        both = [] if self._is_sure(known, leader) else [leader, self.baseline]
+        return self.pairs.remaining - (self._little(both) or self._little([leader]))
 
     def _little(self, rows: Iterable[Row]) -> int:
-        """What measuring ``rows`` in full costs, if that is little; or else nothing."""
+        """What measuring ``rows`` in full costs, if that is little and can be paid; or else nothing."""
         cost = self.pairs.cost(rows)
-        return math.ceil(cost) if cost <= _LITTLE * self.pairs.max_calls else 0
+        return math.ceil(cost) if cost <= min(_LITTLE * self.pairs.max_calls, self.pairs.remaining) else 0
 
     def _left_beside(self, rows: Sequence[Row]) -> float:
         """Calls left when these and the baseline are to end fully measured."""
@@ -212,14 +220,14 @@ class BatchPlan:
         The winner is the best of what has been told; if it is another one when all has been, that is
         measured too, as far as calls are left.
         """
-        leader = self._leader(known)
+        leader = self._finalist(known)
+        if self.confirm is True:
+            yield from self._confirm_fully(known, leader, alone)
+            return
         if not self.confirm or leader is None or self._has_target(known):
             return
-        if self.confirm is True:
-            rows = [self.baseline, leader] if alone or self._is_well_known(leader) else [self.baseline]
-            for row in dict.fromkeys(rows):
-                yield from self._complete(row)
-            return
+        if known.is_additive and alone:
+            leader = self._rival(known, leader) or leader
         if self._little([leader]):
             yield from self._complete(leader)
         if alone and not self._is_sure(known, leader):
@@ -228,8 +236,17 @@ class BatchPlan:
             if limit and self.pairs.open_of(self.baseline, shared):
                 yield Request(self.baseline, lambda row, _: self.pairs.open_of(row, shared)[:limit])
 
+    def _confirm_fully(self, known: Knowledge, leader: Row | None, alone: bool) -> Iterator[Request]:
+        """All that both lack; what failed for the baseline waits for a rival that may fail on it, too."""
+        is_enough = self._has_target(known)
+        is_found = leader is not None and not is_enough and (alone or self._is_well_known(leader))
+        rivals = [leader] if leader is not None and is_found else []
+        waits = not (alone or is_enough or rivals) and self.pairs.has_tried_all(self.baseline)
+        for row in dict.fromkeys(rivals if waits else [self.baseline, *rivals]):
+            yield from self._complete(row)
+
     def _complete(self, row: Row) -> Iterator[Request]:
-        """What ``row`` lacks; those that have failed wait for another that may fail on them, too."""
+        """What ``row`` lacks, if that can be paid."""
         is_lacking = 0 < len(self.pairs.missing(row)) <= self.pairs.remaining
         if is_lacking and not self.is_dropped(row):
             yield Request(row, lambda row, number: self.pairs.missing(row))
@@ -241,12 +258,28 @@ class BatchPlan:
         """Whether it is known which is better, the leader or the baseline."""
         return leader == self.baseline or known.chance_of_gain(leader, self.baseline) >= _SURE
 
-    def _leader(self, known: Knowledge) -> Row | None:
+    def _finalist(self, known: Knowledge) -> Row | None:
+        """Whom calls are kept back for: the leader, or with ``confirm=True`` the baseline's best rival.
+
+        The baseline is measured in any case then, so its rival costs nothing that another could have.
+        """
+        has_rival = self.confirm is True and not self._over
+        return self._leader(known, apart_from=self.baseline if has_rival else None)
+
+    def _leader(self, known: Knowledge, apart_from: Row | None = None) -> Row | None:
         """The highest posterior mean of what was measured; with ``confirm=True``, of what can still win."""
-        rows = [row for row in known.ledger.rows() if not self.is_dropped(row)]
+        rows = [row for row in known.ledger.rows() if row != apart_from and not self.is_dropped(row)]
         if self.confirm is True:
             rows = [row for row in rows if self._left_beside([row]) >= 0]
         return known.best_first(rows)[0] if rows else None
+
+    def _rival(self, known: Knowledge, leader: Row) -> Row | None:
+        """The best of those whose lacking examples can be paid, if it may be better than the leader."""
+        rows = [
+            row for row in known.ledger.rows() if 0 < len(self.pairs.missing(row)) <= self.pairs.remaining
+        ]
+        best = next(iter(known.best_first([row for row in rows if not self.is_dropped(row)])), None)
+        return best if best is not None and known.chance_of_gain(best, leader) > 1.0 - _SURE else None
 
     def _is_over(self, known: Knowledge) -> bool:
         """Whether the user's rules say stop, on what has been told; asked again after every round."""
