@@ -13,6 +13,7 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from benchmarks.hbbops import hbbops
+from benchmarks.peers import prompteval, sysrs, ttts
 from benchmarks.tables import Task
 from mpromptune import qEISampler, search
 from mpromptune.plans.schedule import stock_calls
@@ -142,6 +143,9 @@ METHODS: dict[str, Method] = {
     "stock-random": stock(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
     "halving": halving,
     "hbbops": hbbops,
+    "sysrs": sysrs,
+    "ttts": ttts,
+    "prompteval": prompteval,
     "search-random": ours("random"),
     "search-tpe": ours("tpe"),
     "search-qei-index": ours("qei", embeddings=False),

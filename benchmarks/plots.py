@@ -93,7 +93,9 @@ def _bars(axes: Axes, rows: list[Cell], across: str, label: str) -> None:
         by = {r[across]: r for r in rows if r["method"] == method}
         at = [i + (k - (len(methods) - 1) / 2) * width for i, g in enumerate(groups) if g in by]
         heights = [by[g]["regret"] for g in groups if g in by]
-        axes.bar(at, heights, width, yerr=[by[g]["regret_se"] for g in groups if g in by], label=method)
+        errors = [by[g]["regret_se"] for g in groups if g in by]
+        hatch = "///" if k >= 10 else None  # there are ten colours
+        axes.bar(at, heights, width, yerr=errors, label=method, hatch=hatch)
     names = [pretty(g).replace(" llama", "\nllama").replace(" + ", "\n") for g in groups]
     axes.set_xticks(range(len(groups)), names, fontsize=7)
     axes.set_ylabel(label)

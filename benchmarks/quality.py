@@ -15,7 +15,8 @@ from mpromptune.plans.schedule import default_block_size, stock_calls
 # Trials of DSPy's light, medium and heavy runs, by the number of configurations that they make.
 STOCK_TRIALS = {18: 10, 72: 18, 162: 27}
 N_VAL = 200
-SOME = ("stock-tpe", "halving", "search-random", "search-qei-index", "search-qei")
+PEERS = ("halving", "sysrs", "ttts", "prompteval")
+SOME = ("stock-tpe", *PEERS, "search-random", "search-qei-index", "search-qei")
 VARIANTS = ("search-qei-unconfirmed", "search-qei-64-threads")
 ORDINARY = tuple(method for method in METHODS if method not in VARIANTS)
 NOT_INDEX = tuple(method for method in SOME if method != "search-qei-index")
