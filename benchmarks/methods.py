@@ -16,6 +16,7 @@ from benchmarks.hbbops import hbbops
 from benchmarks.peers import prompteval, sysrs, ttts
 from benchmarks.tables import Task
 from mpromptune import qEISampler, search
+from mpromptune.plans.plan import Confirm
 from mpromptune.plans.schedule import stock_calls
 from mpromptune.sampling.samplers import OpenSampler, distributions_of
 
@@ -102,12 +103,12 @@ def halving(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
 
 
 def ours(
-    sampler: str, embeddings: bool = True, confirm: bool = True, num_threads: int = 1, **arguments: Any
+    sampler: str, embeddings: bool = True, confirm: Confirm = "auto", num_threads: int = 1, **arguments: Any
 ) -> Method:
     """`search` with one of its samplers; further arguments are qEISampler's.
 
-    Winner and baseline end fully measured if ``confirm``, and if that leaves calls to explore with. Trials
-    do not depend on ``num_threads`` up to 40 of them.
+    Winner and baseline end fully measured with ``confirm=True``, if that leaves calls to explore with. Trials
+    do not depend on ``num_threads`` up to 32 of them.
     """
 
     def run(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
@@ -125,7 +126,7 @@ def ours(
             batch_size=q,
             baseline=problem.baseline,
             seed=seed,
-            confirm=confirm and calls >= 3 * problem.n_examples,
+            confirm="auto" if confirm is True and calls < 3 * problem.n_examples else confirm,
         )
         assert result.calls <= calls
         return result.best_params
@@ -150,6 +151,8 @@ METHODS: dict[str, Method] = {
     "search-tpe": ours("tpe"),
     "search-qei-index": ours("qei", embeddings=False),
     "search-qei": ours("qei"),
+    "search-qei-confirmed": ours("qei", confirm=True),
     "search-qei-unconfirmed": ours("qei", confirm=False),
     "search-qei-64-threads": ours("qei", num_threads=64),
+    "search-qei-128-threads": ours("qei", num_threads=128),
 }

@@ -9,15 +9,16 @@ from itertools import product
 from benchmarks.methods import METHODS
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import MEANS_ONLY, PER_EXAMPLE, draw, load
-from mpromptune.plans.pool import default_batch_size
-from mpromptune.plans.schedule import default_block_size, stock_calls
+from mpromptune.plans.schedule import stock_calls
 
 # Trials of DSPy's light, medium and heavy runs, by the number of configurations that they make.
 STOCK_TRIALS = {18: 10, 72: 18, 162: 27}
 N_VAL = 200
 PEERS = ("halving", "sysrs", "ttts", "prompteval")
 SOME = ("stock-tpe", *PEERS, "search-random", "search-qei-index", "search-qei")
-VARIANTS = ("search-qei-unconfirmed", "search-qei-64-threads")
+LARGE_POOLS = ("search-qei-64-threads", "search-qei-128-threads")
+CONFIRMED = ("search-qei-confirmed", "search-qei-unconfirmed")
+VARIANTS = (*LARGE_POOLS, *CONFIRMED)
 ORDINARY = tuple(method for method in METHODS if method not in VARIANTS)
 NOT_INDEX = tuple(method for method in SOME if method != "search-qei-index")
 # The tables that slices vary one factor on: a wide field of prompts, and a flat one.
@@ -71,19 +72,21 @@ def budgets() -> Iterator[Cell]:
         yield cell(method, table, share=2.0)
     for table, share in product(FOCUS, (0.125, 0.375, 0.75)):
         yield cell("search-qei", table, share=share)
-    for table, share in product(FOCUS, (0.375, 0.5, 0.75, 1.0)):  # below, nothing is confirmed in any case
-        yield cell("search-qei-unconfirmed", table, share=share)
 
 
 def batch_sizes() -> Iterator[Cell]:
-    """Configurations in a round."""
+    """Blocks in a batch."""
     yield from (cell("search-qei", table, q=q) for table, q in product(FOCUS, (1, 8, 16)))
 
 
 def threads() -> Iterator[Cell]:
-    """The trials of a pool of 64 threads, with as many configurations in a round as it has by default."""
-    q = default_batch_size(64, default_block_size(N_VAL), stock_calls(STOCK_TRIALS[72], N_VAL))
-    yield from (cell("search-qei-64-threads", table, q=q) for table in FOCUS)
+    """The trials of pools of 64 and 128 threads; up to 32 threads they are those of one."""
+    yield from (cell(method, table) for table, method in product(PER_EXAMPLE, LARGE_POOLS))
+
+
+def confirmed() -> Iterator[Cell]:
+    """Winner and baseline measured in full, or nothing kept back for that."""
+    yield from (cell(m, table, share=share) for table, m, share in product(FOCUS, CONFIRMED, (0.5, 1.0)))
 
 
 def pools() -> Iterator[Cell]:
@@ -108,6 +111,7 @@ SLICES: dict[str, Callable[[], Iterator[Cell]]] = {
     "budgets": budgets,
     "q": batch_sizes,
     "threads": threads,
+    "confirmed": confirmed,
     "pools": pools,
     "shuffled": shuffled,
     "few-shot": few_shot,

@@ -182,7 +182,8 @@ def search(
         trial_size, sizes = batches.size, batches.as_arguments()
         plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed, is_qei(sampler))
     else:
-        trial_size = default_block_size(n_examples) if block_size is None else block_size
+        is_combined = space.combinations is None and len(set(space.groups)) > 1
+        trial_size = block_size or default_block_size(n_examples, is_combined)
         sizes = {"block_size": trial_size}
         check_budget(max_calls, n_examples, confirm)
         warn_of_little(max_calls, n_examples, confirm)
