@@ -342,7 +342,17 @@ def test_a_space_of_64000_combinations_is_searched(confirm: Any) -> None:
     result = search(space, score, n_examples=N, max_calls=500, sampler=wide(), confirm=confirm)
     assert set(asked.values()) == {1}
     assert sum(result.best_params.values()) / 117 > 0.6
-    assert result.calls <= 500
+    assert 500 - N < result.calls <= 500  # what is left could finish no other
+
+
+@pytest.mark.parametrize("max_calls", [20, 500])
+def test_nothing_is_kept_back_where_it_could_finish_nobody(max_calls: int) -> None:
+    """A fifth of 500 calls is less than the 200 of one configuration: all calls explore."""
+    space = PromptSpace(
+        {f"{i}_predictor_instruction": [f"{'a' * k} style" for k in range(6)] for i in range(3)}
+    )
+    result = search(space, lambda p, e: float(sum(p.values()) > e % 15), n_examples=200, max_calls=max_calls)
+    assert result.calls == max_calls
 
 
 @pytest.mark.parametrize(

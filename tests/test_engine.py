@@ -147,7 +147,7 @@ def test_only_listed_combinations_are_measured() -> None:
 
 def test_rounds_share_a_block() -> None:
     """Configurations that are asked for before anything was told are compared on the same examples."""
-    trials = run(sampler="random").study.trials
+    trials = run().study.trials
     assert len({tuple(t.user_attrs[EXAMPLES]) for t in trials[:4]}) == 1
     first = {SPACE.row(t.params): tuple(t.user_attrs[EXAMPLES]) for t in reversed(trials[:8])}
     assert len(set(first.values())) == 1

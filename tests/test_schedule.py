@@ -23,10 +23,10 @@ def test_impossible_block_sizes_are_refused(block_size: int) -> None:
         check_block_size(block_size, 6)
 
 
-@pytest.mark.parametrize(("n_examples", "size"), [(1, 1), (4, 4), (5, 5), (200, 5)])
-def test_a_block_has_five_examples_or_all(n_examples: int, size: int) -> None:
-    """It never has more than the validation set."""
-    assert default_block_size(n_examples) == size
+@pytest.mark.parametrize(("n_examples", "size", "combined"), [(1, 1, 1), (4, 4, 3), (5, 5, 3), (200, 5, 3)])
+def test_a_block_has_five_examples_or_all(n_examples: int, size: int, combined: int) -> None:
+    """Three where predictors are combined; it never has more than the validation set."""
+    assert (default_block_size(n_examples), default_block_size(n_examples, True)) == (size, combined)
 
 
 @pytest.mark.parametrize(("confirm", "least"), [(True, 20), ("auto", 1), (False, 1)])

@@ -359,7 +359,7 @@ def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch
     assert [(b.title, b.done, b.total, b.ended) for b in last.bars] == [
         ("Bootstrapping", 3, 3, True),
         ("Proposing", 6, 6, True),
-        ("Searching", SMALL_RUN_CALLS, SMALL_RUN_CALLS, True),
+        ("Searching", seen.search_result.calls, SMALL_RUN_CALLS, True),
     ]
     assert last.status[0].startswith(f"best {seen.score:.2f} %, baseline ")
     assert last.usage == seen.search_result.usage.total

@@ -149,7 +149,7 @@ def inducing_points(fitted: SingleTaskGP, observed: Observations, count: int) ->
     """
     rows, owner = torch.unique(observed.X, dim=0, return_inverse=True)
     if len(rows) <= count:
-        return rows
+        return cast(Tensor, rows)
     own = _own_means(*standardised(fitted, observed), owner, len(rows))
     best = own.argsort(descending=True, stable=True)
     others = best[count // 2 :]

@@ -200,8 +200,10 @@ class BatchPlan:
             return math.floor(self.pairs.remaining - self.pairs.cost(beside) - unknown * (leader is None))
         if leader is None or not self.confirm:
             return self.pairs.remaining
-        if known.is_additive:  # a share for those that lead, to tell them apart by scores of their own
-            return math.floor(self.pairs.remaining - _LITTLE * self.pairs.max_calls)
+        share = _LITTLE * self.pairs.max_calls
+        if known.is_additive and self.n_examples - self.block_size <= share:
+            # For those that lead, to tell them apart by scores of their own.
+            return math.floor(self.pairs.remaining - share)
         both = [] if self._is_sure(known, leader) else [leader, self.baseline]
         return self.pairs.remaining - (self._little(both) or self._little([leader]))
 
