@@ -140,7 +140,7 @@ def test_dspys_own_plan_is_shown_as_dspy_shows_it() -> None:
 def test_listening_changes_nothing(listened: tuple[Listener, Any]) -> None:
     """Trials and calls are the same with and without callbacks."""
     _, heard = listened
-    quiet = _compile(None)
+    quiet = _compile(None, confirm=True)
     trials = [
         [(t.params, t.user_attrs[SCORES]) for t in best.search_result.study.trials] for best in (heard, quiet)
     ]
