@@ -145,12 +145,13 @@ class BatchPlan:
         until = self.pairs.spent + available
         blocks = min(self.batch_size, math.ceil(available / self.block_size))
         for row, wanted in self._rows(known, blocks, available):
-            limit = min(wanted * self.block_size, until - self.pairs.spent)
-            if limit <= 0:  # trials of an earlier run may be longer than was planned for them now
+            left = until - self.pairs.spent
+            if left <= 0:  # trials of an earlier run may be longer than was planned for them now
                 break
-            yield Request(row, partial(self._next, known, limit))
+            yield Request(row, partial(self._next, known, wanted * self.block_size, left))
 
-    def _next(self, known: Knowledge, limit: int, row: Row, number: int) -> Examples:
+    def _next(self, known: Knowledge, wanted: int, left: int, row: Row, number: int) -> Examples:
+        limit = min(wanted, math.floor(left / max(1.0, self.pairs.price(row))))
         return self.pairs.open_of(row, self._order(known, number))[:limit]
 
     def _rows(self, known: Knowledge, blocks: int, available: int) -> Iterator[tuple[Row | None, int]]:
@@ -197,7 +198,8 @@ class BatchPlan:
             lacking = self.n_examples - self.block_size
             unknown = lacking * max([1.0, *map(self.pairs.price, self.pairs.assigned)])
             beside = [self.baseline] if leader is None else [self.baseline, leader]
-            return math.floor(self.pairs.remaining - self.pairs.cost(beside) - unknown * (leader is None))
+            kept = self.pairs.cost(beside) + unknown * (leader is None) + self._dearer_in_flight(known.ledger)
+            return math.floor(self.pairs.remaining - kept)
         if leader is None or not self.confirm:
             return self.pairs.remaining
         share = _LITTLE * self.pairs.max_calls
@@ -206,6 +208,11 @@ class BatchPlan:
             return math.floor(self.pairs.remaining - share)
         both = [] if self._is_sure(known, leader) else [leader, self.baseline]
         return self.pairs.remaining - (self._little(both) or self._little([leader]))
+
+    def _dearer_in_flight(self, ledger: Ledger) -> float:
+        """What the calls in flight will have cost above as many average ones."""
+        asked = self.pairs.assigned.items()
+        return sum((len(es) - len(ledger.means(row))) * (self.pairs.price(row) - 1.0) for row, es in asked)
 
     def _little(self, rows: Iterable[Row]) -> int:
         """What measuring ``rows`` in full costs, if that is little and can be paid; or else nothing."""
