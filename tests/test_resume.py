@@ -113,7 +113,9 @@ def test_after_kill_9_a_search_ends_as_if_nothing_had_happened(
 WIDE = {"num_threads": 64, "block_size": 5, "sampler": qEISampler(embedder=letters, seed=0, batch_size=7)}
 
 
-@pytest.mark.parametrize("arguments", [{}, MIPRO, WIDE], ids=["blocks", "mipro", "64 threads"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"confirm": True}, MIPRO, WIDE], ids=["blocks", "confirmed", "mipro", "64 threads"]
+)
 def test_a_search_goes_on_from_any_line_of_its_journal(arguments: dict, tmp_path: Path) -> None:
     """Cut at six random lines: within a proposal, between a score and its trial's end, in the last round."""
     whole = tmp_path / "whole"
