@@ -108,8 +108,8 @@ class Guard(BaseCallback):
         self._outer: Guard | None = None
         self._flights = Flights(self.patience)
         self._requests: dict[str, _Request] = {}
-        self._uncached: set[tuple[type, str]] = set()  # LMs found not to answer from a cache
-        self._charging: set[tuple[type, str]] = set()  # LMs that have reported tokens
+        self._uncached: set[tuple[str, str]] = set()  # LMs found not to answer from a cache
+        self._charging: set[tuple[str, str]] = set()  # LMs that have reported tokens
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -215,8 +215,8 @@ class Guard(BaseCallback):
             self.pace.refund(request.ticket)
 
 
-def _kind(lm: Any) -> tuple[type, str]:
-    return type(lm), str(getattr(lm, "model", ""))
+def _kind(lm: Any) -> tuple[str, str]:
+    return f"{type(lm).__module__}.{type(lm).__qualname__}", str(getattr(lm, "model", ""))
 
 
 def _reports(lm: Any) -> bool:

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from mpromptune.lms.threads import Threads
 logger = logging.getLogger(__name__)
 
 DemoSets = dict[int, list[list[Any]]]
+Keep = Callable[..., AbstractContextManager[None]]
 
 # What `_Bootstrap` overrides, calls or sets of DSPy's class.
 _INTERNALS = (
@@ -86,7 +88,11 @@ class DemoSetPlan:
         )
 
     def build(
-        self, rng: random.Random, threads: Threads, on_set: Callable[[], None] = lambda: None
+        self,
+        rng: random.Random,
+        threads: Threads,
+        on_set: Callable[[], None] = lambda: None,
+        keep: Keep = lambda *name: nullcontext(),
     ) -> DemoSets:
         """Builds all sets at the same time; they are those of DSPy's serial loop.
 
@@ -94,11 +100,12 @@ class DemoSetPlan:
             rng: Drawn from exactly as DSPy does.
             threads: Run the program calls.
             on_set: Called after every set, in order.
+            keep: Keeps what LMs answer in the attempt of that name, and answers from what is kept.
 
         Returns:
             Per predictor, its demo sets.
         """
-        makers = self._draw(rng, threads)
+        makers = self._draw(rng, threads, keep)
         demos: DemoSets = {i: [] for i, _ in enumerate(self.student.predictors())}
         # A thread for each set, which only waits; closing `threads` ends them after an error.
         with Threads(max(1, len(makers)), grace=0) as sets:
@@ -112,7 +119,7 @@ class DemoSetPlan:
                 raise
         return demos
 
-    def _draw(self, rng: random.Random, threads: Threads) -> list[Callable[[], Any]]:
+    def _draw(self, rng: random.Random, threads: Threads, keep: Keep) -> list[Callable[[], Any]]:
         """What makes each set's program, with everything random drawn in DSPy's order.
 
         All ``compile`` methods of DSPy's are called here: what is hooked into them, MLflow's
@@ -132,7 +139,7 @@ class DemoSetPlan:
             if number != 2:
                 rng.shuffle(trainset)
                 size = rng.randint(1, size)
-            bootstrap = _Bootstrap(threads, turns, **self._settings(size))
+            bootstrap = _Bootstrap(threads, turns, partial(keep, number), **self._settings(size))
             makers.append(bootstrap.prepared(self.student, self.teacher, trainset))
         return makers
 
@@ -202,8 +209,9 @@ class _Bootstrap(BootstrapFewShot):
     (in DSPy too), and what was started with it is run again.
     """
 
-    def __init__(self, threads: Threads, turns: _Turns, **settings: Any) -> None:
+    def __init__(self, threads: Threads, turns: _Turns, keep: Keep, **settings: Any) -> None:
         super().__init__(**settings)
+        self._keep = keep
         self._threads = threads
         self._turns = turns
 
@@ -228,7 +236,7 @@ class _Bootstrap(BootstrapFewShot):
         following = 0
         while True:
             while following < len(self.trainset) and self._is_certain(wanted - len(accepted), running):
-                running.append((following, self._threads.submit(self._attempt, self.trainset[following])))
+                running.append((following, self._threads.submit(self._attempt, following)))
                 following += 1
             if not running:
                 break
@@ -275,22 +283,24 @@ class _Bootstrap(BootstrapFewShot):
             "Failed to run or to evaluate example %s with %s due to %s.", example, self.metric, error
         )
 
-    def _attempt(self, example: Any) -> _Attempt:
+    def _attempt(self, index: int) -> _Attempt:
         """DSPy's own attempt, on a teacher of its own: it takes the example out of the demos in place."""
+        example = self.trainset[index]
         key = (id(example), repr([p.demos for p in self.teacher.predictors()]))
         try:
             with self._turns.of(key):
-                alone, success = self._threads.attempts(partial(self._once, example))
+                alone, success = self._threads.attempts(partial(self._once, index))
         except _Failed as failed:
             lost_demos = _n_demos(failed.alone.teacher) != _n_demos(self.teacher)
             return _Attempt(False, {}, failed.error, lost_demos)
         return _Attempt(success, alone.name2traces)
 
-    def _once(self, example: Any) -> tuple[_Bootstrap, bool]:
+    def _once(self, index: int) -> tuple[_Bootstrap, bool]:
         alone = self._alone()
         record(Usage(program_calls=1))
         try:
-            return alone, bool(alone._bootstrap_one_example(example))
+            with self._keep(index):
+                return alone, bool(alone._bootstrap_one_example(self.trainset[index]))
         except Exception as error:
             if not alone.error_count or classify(error) is Verdict.STOP:
                 raise  # DSPy lets the former pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,18 @@ from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.usage import Usage
 from mpromptune.errors import StorageError, StudyMismatchError
 from mpromptune.lms.errors import classify
+from mpromptune.lms.kept import Answer
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
-from mpromptune.studies.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
+from mpromptune.studies.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
 from mpromptune.studies.storage import StorageSpec, open_storage, open_study, reported
 
 logger = logging.getLogger(__name__)
 
 Instructions = dict[int, list[str]]
+
+# NOTE: characters of one attribute: MySQL takes 65,535 bytes, and a character may take twelve of them.
+_PIECE = 5000
 
 
 class Checkpoint:
@@ -68,6 +73,7 @@ class Checkpoint:
         with reported():
             self._kept: dict[str, Any] = self.study.user_attrs
         self._require_same(self._run)
+        self._earlier = {key.split(":")[-2]: answer for key, answer in self._answers().items()}
         if self._kept.get(RUN) != self._run:
             self._set(RUN, dict(self._run))
 
@@ -126,12 +132,53 @@ class Checkpoint:
         texts = {str(i): [str(text) for text in texts] for i, texts in instructions.items()}
         self._keep(INSTRUCTIONS, {}, texts)
 
+    def answer(self, scope: str, digest: str, number: int, cached: bool) -> Answer | None:
+        """As `mpromptune.lms.kept.Answers`."""
+        own = self._answer(f"{ANSWERS}:{scope}:{digest}:{number}")
+        # An equal request of another scope, which found the answer in the cache of a process that is gone.
+        return own or (self._earlier.get(digest) if cached else None)
+
+    def keep_answer(self, scope: str, digest: str, number: int, answer: Answer) -> None:
+        """As `mpromptune.lms.kept.Answers`; what is no JSON is not kept."""
+        parts = {"usage": answer.usage.as_dict(), "total": answer.total.as_dict()}
+        try:
+            text = json.dumps({"outputs": answer.outputs, **parts}, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            return
+        key = f"{ANSWERS}:{scope}:{digest}:{number}"
+        first, *more = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
+        try:
+            for i, piece in enumerate(more):
+                self._set(f"{key}/{i}", piece)
+            self._set(key, {"text": first, "more": len(more)})
+        except StorageError as error:  # which the search cannot do without, and will report
+            logger.warning("An answer of a language model could not be kept: %s", error)
+
+    def _answer(self, key: str) -> Answer | None:
+        kept: Any = self._kept.get(key)
+        try:
+            more = [self._kept[f"{key}/{i}"] for i in range(kept["more"])]
+            answer = json.loads("".join([kept["text"], *more]))
+            return Answer(list(answer["outputs"]), Usage(**answer["usage"]), Usage(**answer["total"]))
+        except (KeyError, TypeError, ValueError):  # there is none, or it is damaged
+            return None
+
+    def _answers(self) -> dict[str, Answer]:
+        """What is kept now, by key."""
+        keys = [key for key in self._kept if key.startswith(f"{ANSWERS}:") and "/" not in key]
+        return {key: answer for key in keys if (answer := self._answer(key)) is not None}
+
     def usage(self) -> dict[str, Usage]:
         """What the steps before the search have used so far, in interrupted runs too."""
         if not self._has_steps():  # nothing that another run could go on with, so this may be another
             return {}
         kept = {key: value for key, value in self._kept.items() if key.startswith(f"{USED}:")}
-        return {key.removeprefix(f"{USED}:"): Usage(**value) for key, value in kept.items()}
+        used = {key.removeprefix(f"{USED}:"): Usage(**value) for key, value in kept.items()}
+        for key, answer in self._answers().items():  # of a run that was killed, which has kept nothing else
+            step = key.removeprefix(f"{ANSWERS}:").partition(":")[0]
+            if answer.total != Usage():
+                used[step] = used.get(step, Usage()).at_least(answer.total)
+        return used
 
     def keep_usage(self, step: str, usage: Usage) -> None:
         """Keeps what a step has used."""
@@ -185,7 +232,7 @@ class Checkpoint:
 
     def _has_steps(self) -> bool:
         """Whether anything has been paid for before a search."""
-        return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT)) for key in self._kept)
+        return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT, ANSWERS)) for key in self._kept)
 
     def _load(self, step: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         head = self._kept.get(step)

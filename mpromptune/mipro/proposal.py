@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.interrupts import result_of
 from mpromptune.lms.errors import classify
 from mpromptune.lms.threads import Threads
+
+Keep = Callable[..., AbstractContextManager[None]]
 
 # Everything that one proposal draws, in all versions of DSPy so far.
 _DRAW = "self.rng.randint(0, 10**9)"
@@ -50,13 +52,19 @@ class ConcurrentProposer(GroundedProposer):
     Args:
         threads: Run the proposals.
         summary: A proposer to be, whose dataset summary is taken for this one's.
+        keep: Keeps what LMs answer in the proposal of that name, and answers from what is kept.
         **arguments: As ``GroundedProposer``; with a ``summary``, ``use_dataset_summary`` is that one's.
     """
 
     def __init__(
-        self, threads: Threads, summary: Future[GroundedProposer] | None = None, **arguments: Any
+        self,
+        threads: Threads,
+        summary: Future[GroundedProposer] | None = None,
+        keep: Keep = lambda *name: nullcontext(),
+        **arguments: Any,
     ) -> None:
         self._threads = threads
+        self._keep = keep
         self._summary = summary
         if summary is not None:
             arguments["use_dataset_summary"] = False
@@ -84,7 +92,7 @@ class ConcurrentProposer(GroundedProposer):
     def _ask(self, *args: Any, **kwargs: Any) -> str:
         ask: Callable[..., str] = super().propose_instruction_for_predictor
         late = [] if self._summary is None else [_LateSummary(self._summary)]
-        with _patience(self._threads, *late):
+        with self._keep(self.rng.number), _patience(self._threads, *late):
             return ask(*args, **kwargs)
 
 
@@ -152,10 +160,10 @@ class _Drawn:
     """A generator whose only number is known."""
 
     def __init__(self, number: int) -> None:
-        self._number = number
+        self.number = number
 
     def randint(self, low: int, high: int) -> int:
-        return self._number
+        return self.number
 
 
 class _Watched(list[Any]):
@@ -176,11 +184,13 @@ class Proposals:
     Args:
         optimizer: The ``dspy.MIPROv2`` that they are made for.
         threads: Run the LM calls.
+        keep: As in `ConcurrentProposer`.
     """
 
-    def __init__(self, optimizer: Any, threads: Threads) -> None:
+    def __init__(self, optimizer: Any, threads: Threads, keep: Keep) -> None:
         self._optimizer = optimizer
         self._threads = threads
+        self._keep = keep
         self._early: tuple[dict[str, Any], Future[GroundedProposer]] | None = None
 
     def start(self, program: Any, trainset: list[Any], flags: Mapping[str, Any]) -> None:
@@ -209,7 +219,7 @@ class Proposals:
         if self._early is None or self._early[0] != arguments:
             self.start(program, trainset, flags)
         assert self._early is not None
-        proposer = ConcurrentProposer(self._threads, self._early[1], **arguments, **self._own())
+        proposer = ConcurrentProposer(self._threads, self._early[1], self._keep, **arguments, **self._own())
         return proposer.propose_instructions_for_program(
             trainset=trainset,
             program=program,
@@ -224,7 +234,7 @@ class Proposals:
         trainset = arguments["trainset"]
         if type(trainset) is list:  # anything else would read differently as a list
             trainset = _Watched(trainset, self._threads)
-        with _patience(self._threads):
+        with self._keep("summary"), _patience(self._threads):
             return GroundedProposer(
                 **{**arguments, **self._own(), "program_aware": False, "trainset": trainset}
             )

@@ -9,7 +9,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from mpromptune.live.screens import choose
 from mpromptune.live.view import Bar, View
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import Guard, measured
+from mpromptune.lms.kept import keeping
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro import bootstrap, proposal
 from mpromptune.mipro.ahead import Ahead
@@ -103,7 +104,7 @@ class Steps:
         self._timeout = None if retry is None else retry.timeout
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
-        self._proposals = proposal.Proposals(optimizer, self._threads)
+        self._proposals = proposal.Proposals(optimizer, self._threads, partial(self._keeping, "propose"))
         self._traceback = compile_arguments.get("provide_traceback")
         self._valset: list[Any] | None = None
         self._ahead: Ahead | None = None
@@ -246,7 +247,8 @@ class Steps:
         if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
             return _serially("bootstrap", stock, program, trainset, *args, **kwargs)
         plan = bootstrap.DemoSetPlan.of(self._optimizer, program, trainset, given)
-        return plan.build(self._optimizer.rng, self._threads, self._bootstrap_bar(number).advance)
+        on_set, keep = self._bootstrap_bar(number).advance, partial(self._keeping, "bootstrap")
+        return plan.build(self._optimizer.rng, self._threads, on_set, keep)
 
     def _bootstrap_bar(self, number: int) -> Bar:
         return self.view.bar("Bootstrapping", number, "demo sets")
@@ -271,12 +273,19 @@ class Steps:
         )
         score = partial(scorer, student.baseline)
         limit = bootstrap.max_errors(self._optimizer.max_errors)
-        self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint)
+        keep = partial(self._keeping, SEARCH)
+        self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint, keep)
         if not idle:
             return
         bootstrapped = {hash(repr(example)) for example in trainset}
         others = [i for i, x in enumerate(self._valset) if hash(repr(x)) not in bootstrapped]
         self._threads.fill(self._ahead.calls(others))
+
+    def _keeping(self, step: str, *name: object) -> AbstractContextManager[None]:
+        """What LMs answer in here is paid for once, whatever becomes of this process."""
+        # The search counts what its scores have used, wherever they come from.
+        meter = None if step == SEARCH else self.guard.budget.step(step)
+        return keeping(self._checkpoint, ":".join(map(str, (step, *name))), meter)
 
     def instructions(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
