@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import dspy
 
+from mpromptune.calls.execution import Score
 from mpromptune.calls.usage import Meter, Usage, current_meter
 from mpromptune.lms.guard import METER, measured
 
@@ -57,7 +58,8 @@ def keeping(answers: Answers | None, scope: str, step: Meter | None = None) -> I
 
     Args:
         answers: Keeps them; None keeps nothing.
-        scope: One program call or one proposal, which makes the same requests whenever it is made.
+        scope: One program call or one proposal, which makes the same requests whenever it is made; of
+            anything else, for which "" stands, nothing is kept.
         step: Counts the usage of the step that it is part of, if that outlives an interrupted run.
     """
     if answers is None:
@@ -66,6 +68,16 @@ def keeping(answers: Answers | None, scope: str, step: Meter | None = None) -> I
     adapter = _like(dspy.settings.adapter or dspy.ChatAdapter(), _KeepingAdapter)
     with dspy.context(adapter=adapter, **{_SCOPE: _Scope(answers, scope, step)}):
         yield
+
+
+def reusing(answers: Answers | None, score: Score) -> Score:
+    """A score whose requests, where LMs have a cache, find the answers of an earlier run as if in there."""
+
+    def scored(params: dict[str, int], example: int) -> float:
+        with keeping(answers, ""):
+            return score(params, example)
+
+    return scored
 
 
 @dataclass
@@ -141,7 +153,7 @@ class _Request:
     def keep(self, outputs: Any) -> Any:
         used = self.meter.total
         is_cached = isinstance(self._lm, dspy.LM) and bool(used.cache_hits)
-        if self._scope is not None and not is_cached and _says_something(outputs):
+        if self._scope is not None and self._scope.name and not is_cached and _says_something(outputs):
             step = self._scope.step
             answer = Answer(outputs, usage=used) if step is None else Answer(outputs, total=step.total)
             self._scope.answers.keep_answer(*self._place, answer)

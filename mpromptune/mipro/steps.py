@@ -30,7 +30,7 @@ from mpromptune.live.screens import choose
 from mpromptune.live.view import Bar, View
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import Guard, measured
-from mpromptune.lms.kept import keeping
+from mpromptune.lms.kept import keeping, reusing
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro import bootstrap, proposal
 from mpromptune.mipro.ahead import Ahead
@@ -166,6 +166,7 @@ class Steps:
 
     def scored_ahead(self, programs: ProgramSpace, valset: list[Any], score: Score) -> Score:
         """``score``, but for what is known already; after `close_threads`."""
+        score = reusing(self._checkpoint, score)
         ahead = self._ahead
         if ahead is None or programs.program is not ahead.program or valset is not ahead.valset:
             return score
