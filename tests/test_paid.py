@@ -67,7 +67,9 @@ class Stopping(ScriptedLM):
 
     def __init__(self, n: int | None = None, caches: bool = False, padding: str = "") -> None:
         of = arithmetic_lm()._answer
-        super().__init__(lambda field, messages: of(field, messages) + padding * (field == "program_description"))
+        super().__init__(
+            lambda field, messages: of(field, messages) + padding * (field == "program_description")
+        )
         self.n, self.cache, self.answers = n, caches, {}
 
     def forward(self, prompt: str | None = None, messages: list | None = None, **kwargs: Any) -> Any:
