@@ -24,7 +24,7 @@ from mpromptune.plans.pool import default_batch_size, default_rounds_in_flight
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.sampling.sampler import qEISampler
 from mpromptune.sampling.samplers import bind, distributions_of, resolve_sampler
-from mpromptune.studies.damage import readable, require_readable
+from mpromptune.studies.damage import named, readable, require_readable
 from mpromptune.studies.record import Record, check_left, missing_of, read_record
 
 
@@ -63,7 +63,7 @@ class Setup:
             StorageError: It is damaged.
         """
         plan = self.plan
-        with readable(f"What the study {study.study_name!r} says of its search"):
+        with readable(f"What {named(study)} says of its search"):
             before = recorded_settings(study)
             plan.batch_size = self._batch_size(before)
             plan.rounds_in_flight = self._rounds_in_flight(before)
@@ -74,7 +74,7 @@ class Setup:
         start, n_examples = self.space.params(plan.baseline), plan.n_examples
         check_left(record, plan.max_calls, missing_of(record, start, n_examples) if self.confirmed else 0)
         encoding = self._set_sampler(study)
-        with readable(f"What the study {study.study_name!r} says of its candidates"):
+        with readable(f"What {named(study)} says of its candidates"):
             compare_geometry(study, encoding)
         write_settings(study, settings)
         return record, encoding

@@ -20,7 +20,7 @@ from mpromptune.lms.kept import Answer
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.studies.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
-from mpromptune.studies.damage import CRASHES, usage_from
+from mpromptune.studies.damage import CRASHES, named, usage_from
 from mpromptune.studies.storage import StorageSpec, open_storage, open_study, reported
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ class Checkpoint:
     def _require_same(self, run: Mapping[str, Part]) -> None:
         then = self._kept.get(RUN)
         if then is not None and not isinstance(then, dict):
-            raise StorageError(f"What the study says of its run is damaged: {then!r}.")
+            raise StorageError(f"What {named(self.study)} says of its run is damaged: {then!r}.")
         name = f"The study {self.study.study_name!r}"
         advice = "Give a new run another study_name or storage"
         if then is None and self._has_trials() and not self._has_steps():

@@ -35,6 +35,14 @@ def readable(what: str) -> Iterator[None]:
         ) from error
 
 
+def named(study: Study) -> str:
+    """A study by its name and, where it has one, its file or the URL of its database, without a password."""
+    backend = getattr(study._storage, "_backend", None)
+    url = getattr(getattr(backend, "engine", None), "url", None)
+    place = getattr(backend, "_file_path", url)
+    return f"the study {study.study_name!r}" + (f" in {place}" if place else "")
+
+
 def require_readable(study: Study, distributions: Mapping[str, BaseDistribution], n_examples: int) -> None:
     """Checks that the trials of a study hold what a search of this space leaves there.
 
@@ -44,7 +52,7 @@ def require_readable(study: Study, distributions: Mapping[str, BaseDistribution]
         StorageError: One of them holds something else; the message names it.
     """
     for trial in study.get_trials(deepcopy=False):
-        with readable(f"Trial {trial.number} of the study {study.study_name!r}"):
+        with readable(f"Trial {trial.number} of {named(study)}"):
             _check_numbers(trial, n_examples)
             for name, value in trial.params.items():
                 if name in distributions and trial.distributions[name] != distributions[name]:
