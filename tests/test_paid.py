@@ -111,7 +111,7 @@ def test_a_cache_that_was_lost_with_its_process(tmp_path: Path) -> None:
 
 def test_long_answers(tmp_path: Path) -> None:
     """They are kept in pieces that any database takes; what a result is pickled with has none of them."""
-    storage = f"sqlite:///{tmp_path}/run.db"
+    storage = tmp_path / "run.journal"
     long = ' \N{GRINNING FACE}"' * 2_000
     whole = Stopping(padding=long)
     run(None, whole, "two predictors", verbose=False)
