@@ -52,10 +52,12 @@ def test_each_kill_costs_one_request_a_thread(program: str, tmp_path: Path, fork
     assert kills >= 3
     assert sum(again.values()) <= THREADS * kills
     assert best.dump_state() == expected.dump_state()
-    usage = best.search_result.usage, expected.search_result.usage
-    for step in ("bootstrap", "propose"):  # each kept answer counts once; nobody knows of the others
-        assert usage[0][step].lm_calls == usage[1][step].lm_calls
-        assert usage[0][step].tokens == usage[1][step].tokens
+    lost = Counter(kind for kind, _ in again.elements())
+    for step, kind in (("bootstrap", "teacher"), ("propose", "proposer")):
+        used, whole = best.search_result.usage[step], expected.search_result.usage[step]
+        # Each kept answer counts once; of those that were lost with a process, some are known too.
+        assert 0 <= used.lm_calls - whole.lm_calls <= lost[kind]
+        assert used.tokens == 15 * used.lm_calls
 
 
 class Killed(BaseException):
