@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ class Ahead:
         score: The student's score on one example.
         max_errors: So many of the student's own errors are enough.
         checkpoint: Keeps the scores, and has those of an interrupted run.
+        keep: Keeps what LMs answer for the example of that number, and answers from what is kept.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class Ahead:
         score: Callable[[int], float],
         max_errors: int,
         checkpoint: Checkpoint | None,
+        keep: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self.program = program
         self.valset = valset
         self._score = score
         self._max_errors = max_errors
         self._checkpoint = checkpoint
+        self._keep = keep
         self._outcomes = {} if checkpoint is None else checkpoint.student_outcomes()
         self._of_earlier_run = set(self._outcomes)
 
@@ -75,7 +79,8 @@ class Ahead:
 
     def _outcome(self, example: int) -> float | Exception:
         try:
-            return contained(self._score, example)
+            with self._keep(example):
+                return contained(self._score, example)
         except Exception as error:  # noqa: BLE001 - raised where the score is asked for
             return error
 

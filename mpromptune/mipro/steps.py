@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -33,6 +33,7 @@ from mpromptune.live.screens import choose
 from mpromptune.live.view import Bar, View
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import Guard, measured
+from mpromptune.lms.kept import keeping, reusing
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro import bootstrap, proposal
 from mpromptune.mipro.ahead import Ahead
@@ -110,7 +111,8 @@ class Steps:
         self._timeout = None if retry is None else retry.timeout
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
-        self._proposals = proposal.Proposals(optimizer, self._threads, self.metric.wait)
+        keep = partial(self._keeping, "propose")
+        self._proposals = proposal.Proposals(optimizer, self._threads, keep, self.metric.wait)
         self._traceback = compile_arguments.get("provide_traceback")
         self._valset: list[Any] | None = None
         self._ahead: Ahead | None = None
@@ -159,6 +161,7 @@ class Steps:
 
     def scored_ahead(self, programs: ProgramSpace, valset: list[Any], score: Score) -> Score:
         """``score``, but for what is known already; after `close_threads`."""
+        score = reusing(self._checkpoint, score)
         ahead = self._ahead
         if ahead is None or programs.program is not ahead.program or valset is not ahead.valset:
             return score
@@ -247,7 +250,8 @@ class Steps:
         if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
             return partial(_serially, "bootstrap", stock, given)
         plan = replace(bootstrap.DemoSetPlan.of(self._optimizer, *student, given), metric=self.metric)
-        return plan.prepared(rng, self._threads, self._bootstrap_bar(number).advance)
+        on_set, keep = self._bootstrap_bar(number).advance, partial(self._keeping, "bootstrap")
+        return plan.prepared(rng, self._threads, on_set, keep)
 
     def _bootstrap_bar(self, number: int) -> Bar:
         return self.view.bar("Bootstrapping", number, "demo sets")
@@ -273,7 +277,8 @@ class Steps:
         )
         score = partial(scorer, student.baseline)
         limit = bootstrap.max_errors(self._optimizer.max_errors)
-        self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint)
+        keep = partial(self._keeping, SEARCH)
+        self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint, keep)
         if not idle:
             return
         bootstrapped = {hash(repr(example)) for example in trainset}
@@ -282,6 +287,12 @@ class Steps:
         for first in islice(calls, int(alone)):
             result_of(self._threads.submit(first))
         self._threads.fill(calls)
+
+    def _keeping(self, step: str, *name: object) -> AbstractContextManager[None]:
+        """What LMs answer in here is paid for once, whatever becomes of this process."""
+        # The search counts what its scores have used, wherever they come from.
+        meter = None if step == SEARCH else self.guard.budget.step(step)
+        return keeping(self._checkpoint, ":".join(map(str, (step, *name))), meter)
 
     def instructions(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any

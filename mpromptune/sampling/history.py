@@ -159,7 +159,7 @@ def _is_partly_told(trial: FrozenTrial) -> bool:
 
 
 def _has_scores(trial: FrozenTrial) -> bool:
-    return bool(trial.user_attrs.get(SCORES))
+    return bool(trial.user_attrs.get(SCORES)) and EXAMPLES in trial.user_attrs  # one may have been lost
 
 
 def fit_history(history: History, geometries: Sequence[Geometry]) -> Surrogate:

@@ -15,6 +15,7 @@ RUN = "mpromptune:run"  # study: what identifies the run, in named parts
 DEMOS = "mpromptune:demos"  # study: what the bootstrap ended with; `DEMOS:i:j`, demo set j of predictor i
 INSTRUCTIONS = "mpromptune:instructions"  # study: as DEMOS, of the proposal
 USED = "mpromptune:used"  # study: `USED:step`, what a step before the search has used, as JSON
+ANSWERS = "mpromptune:answer"  # study: `ANSWERS:scope:digest:n`, an LM's answer to a request of the steps
 STUDENT = "mpromptune:student"  # study: `STUDENT:i`, the student's score on validation example i
 USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON; `USAGE:i`, by a crew's member i
 # Of a crew's study, whose trials are the processes that share a search:

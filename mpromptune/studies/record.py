@@ -68,7 +68,9 @@ def read_record(study: Study) -> Record:
         origin[trial.number] = origin.get(resumed, trial.number)
     taken_up = {trial.user_attrs.get(RESUMES) for trial in trials}
     found = [recorded_of(trial) for trial in trials if trial.number not in taken_up]
-    useful = [r for r in found if r.told or r.is_open or r.examples]
+    # What a trial is of may be lost with a line of a journal, and its scores are of no use without.
+    names = {name for trial in trials for name in trial.params}
+    useful = [r for r in found if r.is_open or ((r.told or r.examples) and r.params.keys() >= names)]
     return deque(sorted(useful, key=lambda recorded: origin[recorded.number]))
 
 
