@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.attempts import FAILURES
 from mpromptune.calls.execution import Score
 from mpromptune.calls.interrupts import contained
 from mpromptune.calls.usage import Usage, current_meter, record
@@ -64,7 +64,7 @@ class Ahead:
 
     def _is_hopeless(self) -> bool:
         errors = [o for o, _ in tuple(self._outcomes.values()) if isinstance(o, Exception)]
-        foreign = any(classify(error) is not Verdict.CANDIDATE for error in errors)
+        foreign = any(classify(error) not in FAILURES for error in errors)
         return foreign or len(errors) >= self._max_errors
 
     def _measure(self, example: int) -> None:

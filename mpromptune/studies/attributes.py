@@ -3,6 +3,7 @@
 EXAMPLES = "mpromptune:examples"  # trial: indices of the validation examples measured, or being measured
 SCORES = "mpromptune:scores"  # trial: their scores, in the same order
 PLANNED = "mpromptune:planned"  # trial: all that it was to be measured on, where some of it has no score
+REFUSED = "mpromptune:refused"  # trial: of EXAMPLES, those of which the prompt was refused
 ABANDONED = "mpromptune:abandoned"  # trial: its run ended before it did
 RESUMES = "mpromptune:resumes"  # trial: number of the abandoned one that it takes up
 PROPOSED = "mpromptune:proposed"  # trial: params handed to a trial that has not suggested them yet

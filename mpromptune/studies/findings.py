@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,8 +39,8 @@ class Measured:
 
     @property
     def mean(self) -> float:
-        """Mean of the observed scores."""
-        return sum(self.scores.values()) / len(self.scores)
+        """Mean of the observed scores; not a number where every example is left out."""
+        return sum(self.scores.values()) / len(self.scores) if self.scores else math.nan
 
 
 @dataclass(frozen=True)
