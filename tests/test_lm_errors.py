@@ -56,7 +56,7 @@ def test_dspy_errors(name: str, verdict: Verdict) -> None:
 
 
 def test_errors_of_the_candidate() -> None:
-    """Unparsable answers and prompts too long count against the candidate unless others meet them; bugs do."""
+    """Bugs of the program count against the candidate; unparsable answers and long prompts mostly do."""
     signature = dspy.Signature("question -> answer")
     assert classify(dspy_errors.AdapterParseError("ChatAdapter", signature, "?")) is Verdict.REFUSED
     assert classify(dspy_errors.ContextWindowExceededError(model="m")) is Verdict.REFUSED
