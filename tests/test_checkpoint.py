@@ -256,7 +256,7 @@ CHANGES = {
     "trainset": {"trainset": TRAIN[:-1]},
     "valset": {"valset": [*VAL[:-1], VAL[-1].copy(answer="0")]},
     "metric": {"metric": exact},
-    "teacher": {"teacher": _other_instruction()},
+    "teacher": {"teacher": _other_demos()},
     "seed": {"seed": 1},
     "max_labeled_demos": {"shots": {**FEW_SHOT, "max_labeled_demos": 1}},
     "instruction candidates": {"num_candidates": 4},

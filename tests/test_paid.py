@@ -60,7 +60,7 @@ def test_each_kill_costs_one_request_a_thread(program: str, tmp_path: Path, fork
         assert used.tokens == 15 * used.lm_calls
 
 
-class Killed(BaseException):
+class Killed(SystemExit):
     """What no code handles, as if the process had gone."""
 
 
