@@ -23,7 +23,7 @@ from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Cou
 
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchStoppedError, StorageError, StudyMismatchError
-from mpromptune.studies.attributes import DEMOS, INSTRUCTIONS, STUDENT
+from mpromptune.studies.attributes import ANSWERS, DEMOS, INSTRUCTIONS, STUDENT
 from mpromptune.studies.storage import open_study
 
 SHOTS = {"zero": ZERO_SHOT, "labelled": LABELLED_ONLY, "few": FEW_SHOT}
@@ -135,8 +135,10 @@ def test_interrupted_steps(tmp_path: Path, kind: Any, n: int, suffix: str) -> No
     if DEMOS in kept:
         assert not any(map(_is_bootstrap, rest_lm.calls))
     students = sum(key.startswith(STUDENT) for key in kept)
+    answers = sum(key.startswith(f"{ANSWERS}:search:") for key in kept)
+    assert answers >= 2 * students  # a call per predictor, and those of program calls that were cut off
     of_valset = sum(map(_is_of_valset, whole_lm.calls))
-    assert sum(map(_is_of_valset, rest_lm.calls)) == of_valset - 2 * students  # a call per predictor
+    assert sum(map(_is_of_valset, rest_lm.calls)) == of_valset - answers
 
 
 def test_killed_between_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +257,7 @@ CHANGES = {
     "trainset": {"trainset": TRAIN[:-1]},
     "valset": {"valset": [*VAL[:-1], VAL[-1].copy(answer="0")]},
     "metric": {"metric": exact},
-    "teacher": {"teacher": _other_instruction()},
+    "teacher": {"teacher": _other_demos()},
     "seed": {"seed": 1},
     "max_labeled_demos": {"shots": {**FEW_SHOT, "max_labeled_demos": 1}},
     "instruction candidates": {"num_candidates": 4},

@@ -389,8 +389,8 @@ def kill_points() -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("step", "at"), kill_points())
 def test_kill_9(step: str, at: int, tmp_path: Path, sound: Any, whole: Counter[str], forks: Any) -> None:
-    """The same call ends with the same trials and winner; no step that was over is repeated, no pair whose
-    score was saved is paid again, and the rest is what was in flight.
+    """The same call ends with the same trials and winner; no step that was over is repeated, no answer that
+    was kept is paid again, and what is paid again is what was in flight.
     """
     storage, log = tmp_path / "run.log", tmp_path / "lm.log"
     killed = forks.Process(target=compile_and_die, args=(storage, log, step, at))
@@ -403,15 +403,17 @@ def test_kill_9(step: str, at: int, tmp_path: Path, sound: Any, whole: Counter[s
     best = compiled(lm, storage=storage)
     assert alike(best, sound)
     again = log_lines(tmp_path / "again.log", "start", "search", "answer")
-    assert sum(again.values()) == sound.search_result.calls - len(kept)
+    assert sum(again.values()) <= sound.search_result.calls - len(kept)
     assert before <= whole
     assert again <= whole
-    assert sum((before + again - whole).values()) == sum(before.values()) - len(kept) <= THREADS
+    assert sum((before + again - whole).values()) <= THREADS
+    assert before + again >= whole
     assert not (DEMOS in steps and lm.books.started["bootstrap"])
     assert not (INSTRUCTIONS in steps and lm.books.started["propose"])
-    for name in ("bootstrap", "propose"):  # of a step that was cut off, only what it took in the end
+    for name in ("bootstrap", "propose"):  # of a step that was cut off, what was in flight counts twice
         of_sound, of_this = (r.search_result.usage[name] for r in (sound, best))
-        assert (of_this.lm_calls, of_this.tokens) == (of_sound.lm_calls, of_sound.tokens)
+        assert of_sound.lm_calls <= of_this.lm_calls <= of_sound.lm_calls + THREADS * (name == step)
+        assert of_sound.tokens <= of_this.tokens
     audit_trials(best)
     paid = sum(log_lines(log, "start", "search").values()) + lm.books.started["search"]
     assert paid - 2 * THREADS <= best.search_result.usage["search"].lm_calls <= paid

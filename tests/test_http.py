@@ -159,6 +159,21 @@ def test_what_is_said_of_a_prompt_is_its_candidates(fault: str, sound: Any) -> N
     assert result.baseline_score == sound[0]
 
 
+@pytest.mark.parametrize("fault", OF_THE_PROMPT)
+def test_an_example_that_is_refused_whatever_the_prompt_counts_for_nobody(fault: str, sound: Any) -> None:
+    """It is left out once several are refused on it: an LM that is right elsewhere is right everywhere."""
+
+    def spoil(messages: Messages, times: int) -> Answer | None:
+        refused = asks_for_sum(messages) and f"{VAL[3].question}\n" in str(messages[-1]["content"])
+        return OF_THE_PROMPT[fault] if refused else None
+
+    with gateway(spoil) as server:
+        result = _compile(server.lm(), failure_score=-1.0, max_calls=60).search_result
+    assert server.spoilt >= 3
+    assert all(3 not in measured.scores for measured in result.configurations if measured.fully)
+    assert {score for measured in result.configurations for score in measured.scores.values()} <= {0.0, 1.0}
+
+
 def test_a_model_that_does_not_exist_stops_at_once() -> None:
     """With no more than three requests and those that were under way."""
     missing = 404, refusal("The model `adder` does not exist", code="model_not_found")

@@ -42,8 +42,8 @@ def _sdk_error(module: str, *names: str, **attributes: Any) -> Exception:
         ("LMUnsupportedFeatureError", Verdict.STOP),
         ("LMLockTimeoutError", Verdict.RETRY),
         ("LMStreamAssemblyError", Verdict.RETRY),
-        ("LMCollectionLimitError", Verdict.CANDIDATE),
-        ("LMInvalidRequestError", Verdict.CANDIDATE),
+        ("LMCollectionLimitError", Verdict.REFUSED),
+        ("LMInvalidRequestError", Verdict.REFUSED),
         ("LMProviderError", Verdict.RETRY),
         ("LMUnexpectedError", Verdict.RETRY),
     ],
@@ -56,10 +56,10 @@ def test_dspy_errors(name: str, verdict: Verdict) -> None:
 
 
 def test_errors_of_the_candidate() -> None:
-    """Unparsable answers, prompts too long and bugs of the program count against the candidate."""
+    """Bugs of the program count against the candidate; unparsable answers and long prompts mostly do."""
     signature = dspy.Signature("question -> answer")
-    assert classify(dspy_errors.AdapterParseError("ChatAdapter", signature, "?")) is Verdict.CANDIDATE
-    assert classify(dspy_errors.ContextWindowExceededError(model="m")) is Verdict.CANDIDATE
+    assert classify(dspy_errors.AdapterParseError("ChatAdapter", signature, "?")) is Verdict.REFUSED
+    assert classify(dspy_errors.ContextWindowExceededError(model="m")) is Verdict.REFUSED
     assert classify(KeyError("x")) is Verdict.CANDIDATE
 
 
@@ -75,10 +75,10 @@ def test_errors_of_the_candidate() -> None:
         (_sdk_error("litellm.exceptions", "UnsupportedParamsError", "BadRequestError"), Verdict.STOP),
         (_sdk_error("litellm.exceptions", "PaymentRequiredError"), Verdict.STOP),
         (_sdk_error("litellm.exceptions", "LiteLLMUnknownProvider", "BadRequestError"), Verdict.STOP),
-        (_sdk_error("litellm.exceptions", "JSONSchemaValidationError", status_code=500), Verdict.CANDIDATE),
+        (_sdk_error("litellm.exceptions", "JSONSchemaValidationError", status_code=500), Verdict.REFUSED),
         (
             _sdk_error("litellm.exceptions", "ContextWindowExceededError", "BadRequestError"),
-            Verdict.CANDIDATE,
+            Verdict.REFUSED,
         ),
         (_sdk_error("openai", "APITimeoutError", "APIConnectionError"), Verdict.RETRY),
         (_sdk_error("anthropic", "OverloadedError", status_code=529), Verdict.RETRY),
@@ -101,7 +101,7 @@ def test_litellm_errors_themselves() -> None:
     assert classify(exceptions.APIConnectionError(**given)) is Verdict.RETRY
     assert classify(exceptions.Timeout(**given)) is Verdict.RETRY
     assert classify(exceptions.AuthenticationError(**given)) is Verdict.STOP
-    assert classify(exceptions.ContextWindowExceededError(**given)) is Verdict.CANDIDATE
+    assert classify(exceptions.ContextWindowExceededError(**given)) is Verdict.REFUSED
 
 
 def test_an_account_without_money_is_no_rate_limit() -> None:

@@ -253,7 +253,7 @@ def _same(value: Any, example: Any, prediction: Any, trace: Any = None) -> Any:
     return value
 
 
-@pytest.mark.parametrize("number", REAL, ids=repr)
+@pytest.mark.parametrize("number", REAL, ids=lambda number: type(number).__name__)
 def test_a_score_may_be_any_real_number(number: Any) -> None:
     """Of a search, and of a metric, by itself or in a prediction."""
     assert search(ONE, lambda *_: number, n_examples=2, max_calls=4, sampler="random").best_score == 0.5

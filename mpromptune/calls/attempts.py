@@ -29,10 +29,12 @@ class Verdict(Enum):
     RETRY = "infrastructure failed; the call says nothing about the candidate"
     THROTTLE = "the provider refused one call too many; it is made again, more slowly"
     CANDIDATE = "the candidate failed; the example counts with failure_score"
+    REFUSED = "the prompt was refused; as CANDIDATE, unless others are refused on the same example"
     STOP = "no further call can succeed"
 
 
 INFRASTRUCTURE = frozenset({Verdict.RETRY, Verdict.THROTTLE})
+FAILURES = frozenset({Verdict.CANDIDATE, Verdict.REFUSED})
 
 
 Classify = Callable[[BaseException], Verdict]

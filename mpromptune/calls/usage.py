@@ -40,6 +40,10 @@ class Usage:
     def __sub__(self, other: Usage) -> Usage:
         return Usage(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
+    def at_least(self, other: Usage) -> Usage:
+        """The larger of each."""
+        return Usage(*(max(a, b) for a, b in zip(astuple(self), astuple(other), strict=True)))
+
     @property
     def tokens(self) -> int:
         """Tokens in both directions."""

@@ -38,7 +38,7 @@ _DSPY = (
     ((EmptyAnswerError,), Verdict.RETRY),
     (
         _known("AdapterParseError", "ContextWindowExceededError", "LMCollectionLimitError"),
-        Verdict.CANDIDATE,
+        Verdict.REFUSED,
     ),
     (
         _known(
@@ -79,7 +79,7 @@ _SDK_VERDICTS = (
     ),
     (
         frozenset({"BadRequestError", "UnprocessableEntityError", "JSONSchemaValidationError"}),
-        Verdict.CANDIDATE,
+        Verdict.REFUSED,
     ),
     (frozenset({"RateLimitError"}), Verdict.THROTTLE),
     (
@@ -91,13 +91,13 @@ _SDK_VERDICTS = (
 _PROVIDERS = _SDKS - {"httpx", "requests"}
 # What the status of an answer says where the class of the error does not. Others are a gateway's, or pass.
 _STATUSES = {
-    400: Verdict.CANDIDATE,
+    400: Verdict.REFUSED,
     401: Verdict.STOP,
     402: Verdict.STOP,
     403: Verdict.STOP,
     404: Verdict.STOP,
-    413: Verdict.CANDIDATE,
-    422: Verdict.CANDIDATE,
+    413: Verdict.REFUSED,
+    422: Verdict.REFUSED,
     429: Verdict.THROTTLE,
 }
 # What OpenAI and its imitators call an account without money; it travels as a rate limit.
@@ -154,7 +154,7 @@ def _verdict(error: BaseException, below: bool) -> Verdict | None:
     status = _status(error) if below else None
     known = _sdk_verdict(error) or _STATUSES.get(status or 0)
     is_refused = status is None and isinstance(error, _REFUSED)
-    return known or (Verdict.CANDIDATE if is_refused else None)
+    return known or (Verdict.REFUSED if is_refused else None)
 
 
 def _is_empty(error: BaseException) -> bool:

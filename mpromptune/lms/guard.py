@@ -130,10 +130,10 @@ class Guard(BaseCallback):
         self._outer: Guard | None = None
         self._flights = Flights(self.patience)
         self._requests: dict[str, _Request] = {}
-        self._uncached: set[tuple[type, str]] = set()  # LMs found not to answer from a cache
-        self._charging: set[tuple[type, str]] = set()  # LMs that have reported tokens
-        self._answered: set[tuple[type, str]] = set()
-        self._failures: Counter[tuple[type, str]] = Counter()  # of LMs that have not answered
+        self._uncached: set[tuple[str, str]] = set()  # LMs found not to answer from a cache
+        self._charging: set[tuple[str, str]] = set()  # LMs that have reported tokens
+        self._answered: set[tuple[str, str]] = set()
+        self._failures: Counter[tuple[str, str]] = Counter()  # of LMs that have not answered
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -197,7 +197,7 @@ class Guard(BaseCallback):
         self._settle(request, usage)
         request.meter.add(usage)
 
-    def _judge(self, kind: tuple[type, str], failed: bool, exception: BaseException | None) -> None:
+    def _judge(self, kind: tuple[str, str], failed: bool, exception: BaseException | None) -> None:
         """Marks what was raised below the LM."""
         if not failed:
             self._answered.add(kind)
@@ -205,7 +205,7 @@ class Guard(BaseCallback):
             self._failures[kind] += kind not in self._answered
             note_raised_by_lm(exception, self._is_new(kind))
 
-    def _is_new(self, kind: tuple[type, str]) -> bool:
+    def _is_new(self, kind: tuple[str, str]) -> bool:
         return kind not in self._answered and self._failures[kind] >= _FIRST_FAILURES
 
     def _request(self, lm: Any, inputs: Mapping[str, Any]) -> _Request:
@@ -253,8 +253,8 @@ class Guard(BaseCallback):
             self.pace.refund(request.ticket)
 
 
-def _kind(lm: Any) -> tuple[type, str]:
-    return type(lm), str(getattr(lm, "model", ""))
+def _kind(lm: Any) -> tuple[str, str]:
+    return f"{type(lm).__module__}.{type(lm).__qualname__}", str(getattr(lm, "model", ""))
 
 
 def _reports(lm: Any) -> bool:

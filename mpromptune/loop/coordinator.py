@@ -12,7 +12,7 @@ from functools import partial
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.attempts import FAILURES, Verdict
 from mpromptune.calls.execution import Outcome, Workers, is_cut_short, outcome_of, scores_of
 from mpromptune.calls.health import Health
 from mpromptune.calls.interrupts import GRACE, deferred, interrupted, wait_for
@@ -279,11 +279,13 @@ class Coordinator:
         return error
 
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
-        failed = [o.example for o in outcomes if self.workers.verdict(o) is Verdict.CANDIDATE]
+        failed = [o.example for o in outcomes if self.workers.verdict(o) in FAILURES]
+        refused = [o.example for o in outcomes if self.workers.verdict(o) is Verdict.REFUSED]
         measured = {o.example: o.score for o in outcomes if o.score is not None}
         measured.update(dict.fromkeys(failed, self.failure_score))
         in_order = {example: measured[example] for example in running.examples if example in measured}
-        return self._close(running, in_order, running.asked.trial is not None and is_cut_short(outcomes))
+        is_left = running.asked.trial is not None and is_cut_short(outcomes)
+        return self._close(running, in_order, is_left, refused or running.asked.refused)
 
     def _abandon(self, grace: float) -> None:
         """Stops the workers and closes every open trial, keeping the scores that come in until then."""
@@ -316,14 +318,25 @@ class Coordinator:
             logger.exception("Nor can the storage be read.")
 
     def _close(
-        self, running: _Running, measured: Mapping[int, float], abandoned: bool = False
+        self,
+        running: _Running,
+        measured: Mapping[int, float],
+        abandoned: bool = False,
+        refused: Sequence[int] = (),
     ) -> FrozenTrial | None:
-        self._book(running, measured, is_over=not abandoned)
-        return self.trials.tell(running.asked, running.examples, measured, abandoned)
+        self._book(running, measured, is_over=not abandoned, refused=refused)
+        return self.trials.tell(running.asked, running.examples, measured, abandoned, refused)
 
-    def _book(self, running: _Running, measured: Mapping[int, float], is_over: bool = False) -> None:
+    def _book(
+        self,
+        running: _Running,
+        measured: Mapping[int, float],
+        is_over: bool = False,
+        refused: Sequence[int] = (),
+    ) -> None:
         lost = [example for example in running.examples if example not in measured]
-        self.ledger.add(running.row, measured, self.trials.usage(running.asked), lost if is_over else ())
+        usage = self.trials.usage(running.asked)
+        self.ledger.add(running.row, measured, usage, lost if is_over else (), refused)
         self.budget.note_trial(self.ledger.usage)
         self.plan.settle(running.row, running.examples, lost)
 
@@ -332,7 +345,8 @@ class Coordinator:
         for asked in self.trials.rest():
             examples = asked.examples or ()
             self.plan.assign(asked.row, examples)
-            self._close(_Running(asked, examples, ()), asked.scores, abandoned=asked.trial is not None)
+            running, is_left = _Running(asked, examples, ()), asked.trial is not None
+            self._close(running, asked.scores, is_left, asked.refused)
 
     def _afford(self) -> None:
         """Tells the plan how far tokens, money and time go, so that it can keep back what it needs."""

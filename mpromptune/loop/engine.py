@@ -32,8 +32,9 @@ from mpromptune.plans.batches import BatchPlan
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.mipro import MiproPlan
 from mpromptune.plans.pairs import Pairs
-from mpromptune.plans.plan import Confirm, Plan
+from mpromptune.plans.plan import Plan
 from mpromptune.plans.schedule import (
+    Confirm,
     Minibatches,
     check_block_size,
     check_budget,
@@ -188,9 +189,16 @@ def search(
         check_budget(max_calls, n_examples, confirm)
         warn_of_little(max_calls, n_examples, confirm)
         check_block_size(trial_size, n_examples)
-        plan = BatchPlan(Pairs(n_examples, max_calls), start, space.size, trial_size)
-        plan.seed, plan.confirm, plan.stopping = seed, confirm, Stopping(target, patience)
-        plan.allocates = is_qei(sampler)
+        plan = BatchPlan(
+            Pairs(n_examples, max_calls),
+            start,
+            space.size,
+            trial_size,
+            seed=seed,
+            allocates=is_qei(sampler),
+            confirm=confirm,
+            stopping=Stopping(target, patience),
+        )
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
     arguments.update(schedule=schedule, **sizes)
     confirmed = confirm is True and schedule == "blocks"  # mipro measures the baseline first of all

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from optuna.samplers import BaseSampler
 
 from mpromptune.calls.attempts import RetryPolicy
@@ -18,8 +19,15 @@ from mpromptune.calls.remote import check_executor
 from mpromptune.crew.members import check_coordinators
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
 from mpromptune.live.progress import OnProgress
-from mpromptune.plans.plan import Confirm
-from mpromptune.plans.schedule import SCHEDULE_NAMES, Minibatches, check_block_size, check_budget
+from mpromptune.plans.schedule import (
+    SCHEDULE_NAMES,
+    Confirm,
+    Minibatches,
+    check_block_size,
+    check_budget,
+    default_block_size,
+    first_keys,
+)
 from mpromptune.sampling.names import SAMPLER_NAMES, unknown_sampler
 from mpromptune.studies.storage import check_storage
 
@@ -212,6 +220,18 @@ class SearchOptions:
             minibatches.within(n_examples).trials_for(self.max_calls, n_examples)
         else:
             check_budget(self.max_calls, n_examples, self.confirm)
+
+    def first_of_baseline(self, n_examples: int, seed: int, n_predictors: int) -> list[int]:
+        """The examples that the search measures the baseline on first of all; all where it confirms.
+
+        Args:
+            n_examples: Size of the validation set.
+            seed: Of the search.
+            n_predictors: Of the program.
+        """
+        order: list[int] = np.argsort(first_keys(n_examples, seed), kind="stable").tolist()
+        size = self.block_size or default_block_size(n_examples, is_combined=n_predictors > 1)
+        return order if self.schedule == "mipro" or self.confirm is True else order[:size]
 
     def search_calls(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> int:
         """Program calls of the search, at most; arguments as in `check_run`, which has been passed."""

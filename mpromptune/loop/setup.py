@@ -23,7 +23,8 @@ from mpromptune.plans.plan import Plan
 from mpromptune.plans.pool import default_batch_size, default_rounds_in_flight
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.sampling.sampler import qEISampler
-from mpromptune.sampling.samplers import bind, resolve_sampler
+from mpromptune.sampling.samplers import bind, distributions_of, resolve_sampler
+from mpromptune.studies.damage import named, readable, require_readable
 from mpromptune.studies.record import Record, check_left, missing_of, read_record
 
 
@@ -59,18 +60,22 @@ class Setup:
         Raises:
             InvalidArgumentError: The budget is too low to go on.
             StudyMismatchError: The study belongs to another search.
+            StorageError: It is damaged.
         """
-        before = recorded_settings(study)
         plan = self.plan
-        plan.batch_size = self._batch_size(before)
-        plan.rounds_in_flight = self._rounds_in_flight(before)
-        settings = self._settings()
-        require_same(study, before, settings)
+        with readable(f"What {named(study)} says of its search"):
+            before = recorded_settings(study)
+            plan.batch_size = self._batch_size(before)
+            plan.rounds_in_flight = self._rounds_in_flight(before)
+            settings = self._settings()
+            require_same(study, before, settings)
+        require_readable(study, distributions_of(self.space), plan.n_examples)
         record = read_record(study)
         start, n_examples = self.space.params(plan.baseline), plan.n_examples
         check_left(record, plan.max_calls, missing_of(record, start, n_examples) if self.confirmed else 0)
         encoding = self._set_sampler(study)
-        compare_geometry(study, encoding)
+        with readable(f"What {named(study)} says of its candidates"):
+            compare_geometry(study, encoding)
         write_settings(study, settings)
         return record, encoding
 

@@ -50,11 +50,16 @@ class SharedTrials(Trials):
         return asked.meter.total if known is None else known
 
     def tell(
-        self, asked: Asked, examples: Examples, measured: Mapping[int, float], abandoned: bool = False
+        self,
+        asked: Asked,
+        examples: Examples,
+        measured: Mapping[int, float],
+        abandoned: bool = False,
+        refused: Sequence[int] = (),
     ) -> FrozenTrial | None:
         """As `Trials.tell`."""
         self._crew.require_present()
-        return super().tell(asked, examples, measured, abandoned)
+        return super().tell(asked, examples, measured, abandoned, refused)
 
     def leave(self, asked: Asked, examples: Examples, measured: Mapping[int, float]) -> None:
         """Leaves it open: its scores are saved, and others may be measuring it."""

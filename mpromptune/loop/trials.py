@@ -15,7 +15,7 @@ from mpromptune.calls.interrupts import deferred
 from mpromptune.calls.usage import Meter, Usage
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.sampling.samplers import distributions_of
-from mpromptune.studies.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
+from mpromptune.studies.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
 from mpromptune.studies.ledger import Examples
 from mpromptune.studies.record import Record, Recorded, abandoned_attributes, recorded_of
 
@@ -31,6 +31,7 @@ class Asked:
         examples: What an earlier run chose to measure it on, or None; empty for nothing.
         scores: What an earlier run paid for.
         meter: What it has used, in earlier runs too.
+        refused: Examples of which the prompt was refused in an earlier run.
     """
 
     trial: Trial | None
@@ -39,6 +40,7 @@ class Asked:
     examples: Examples | None
     scores: Mapping[int, float]
     meter: Meter = field(default_factory=Meter)
+    refused: Examples = ()
 
 
 class Trials:
@@ -89,7 +91,8 @@ class Trials:
 
     def _told(self, recorded: Recorded) -> Asked:
         row = self._space.row(recorded.params) if recorded.examples else ()
-        return Asked(None, recorded.number, row, recorded.examples or (), recorded.scores, _metered(recorded))
+        known = recorded.examples or (), recorded.scores, _metered(recorded), recorded.refused
+        return Asked(None, recorded.number, row, *known)
 
     def _taken_up(self, abandoned: Recorded) -> Recorded:
         """A new trial in the place of a closed one; with its scores, in a single write."""
@@ -155,7 +158,12 @@ class Trials:
             self.study.tell(asked.trial, state=TrialState.FAIL)
 
     def tell(
-        self, asked: Asked, examples: Examples, measured: Mapping[int, float], abandoned: bool = False
+        self,
+        asked: Asked,
+        examples: Examples,
+        measured: Mapping[int, float],
+        abandoned: bool = False,
+        refused: Sequence[int] = (),
     ) -> FrozenTrial | None:
         """Tells a trial: its mean when every example was measured, FAIL otherwise.
 
@@ -164,6 +172,7 @@ class Trials:
             examples: What it was to be measured on.
             measured: Example to score.
             abandoned: Whether the run ends, and the next one is to take up what it lacks.
+            refused: Examples of which the prompt was refused.
         """
         self.untold.discard(asked.number)
         self.told += 1
@@ -177,6 +186,8 @@ class Trials:
             trial.set_user_attr(PLANNED, list(examples))
         if failed and abandoned:
             trial.set_user_attr(ABANDONED, True)
+        if refused:
+            trial.set_user_attr(REFUSED, list(refused))
         trial.set_user_attr(EXAMPLES, list(measured))
         trial.set_user_attr(SCORES, list(measured.values()))
         if failed:

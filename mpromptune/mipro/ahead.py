@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.attempts import FAILURES
 from mpromptune.calls.execution import Score
 from mpromptune.calls.interrupts import contained
 from mpromptune.calls.usage import Usage, current_meter, record
@@ -27,6 +28,7 @@ class Ahead:
         score: The student's score on one example.
         max_errors: So many of the student's own errors are enough.
         checkpoint: Keeps the scores, and has those of an interrupted run.
+        keep: Keeps what LMs answer for the example of that number, and answers from what is kept.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class Ahead:
         score: Callable[[int], float],
         max_errors: int,
         checkpoint: Checkpoint | None,
+        keep: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self.program = program
         self.valset = valset
         self._score = score
         self._max_errors = max_errors
         self._checkpoint = checkpoint
+        self._keep = keep
         self._outcomes = {} if checkpoint is None else checkpoint.student_outcomes()
         self._of_earlier_run = set(self._outcomes)
 
@@ -60,7 +64,7 @@ class Ahead:
 
     def _is_hopeless(self) -> bool:
         errors = [o for o, _ in tuple(self._outcomes.values()) if isinstance(o, Exception)]
-        foreign = any(classify(error) is not Verdict.CANDIDATE for error in errors)
+        foreign = any(classify(error) not in FAILURES for error in errors)
         return foreign or len(errors) >= self._max_errors
 
     def _measure(self, example: int) -> None:
@@ -75,7 +79,8 @@ class Ahead:
 
     def _outcome(self, example: int) -> float | Exception:
         try:
-            return contained(self._score, example)
+            with self._keep(example):
+                return contained(self._score, example)
         except Exception as error:  # noqa: BLE001 - raised where the score is asked for
             return error
 

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from mpromptune.lms.threads import Threads
 logger = logging.getLogger(__name__)
 
 DemoSets = dict[int, list[list[Any]]]
+Keep = Callable[..., AbstractContextManager[None]]
 
 # What `_Bootstrap` overrides, calls or sets of DSPy's class.
 _INTERNALS = (
@@ -88,7 +90,11 @@ class DemoSetPlan:
         )
 
     def build(
-        self, rng: random.Random, threads: Threads, on_set: Callable[[], None] = lambda: None
+        self,
+        rng: random.Random,
+        threads: Threads,
+        on_set: Callable[[], None] = lambda: None,
+        keep: Keep = lambda *name: nullcontext(),
     ) -> DemoSets:
         """Builds all sets at the same time; they are those of DSPy's serial loop.
 
@@ -96,17 +102,22 @@ class DemoSetPlan:
             rng: Drawn from exactly as DSPy does.
             threads: Run the program calls.
             on_set: Called after every set, in order.
+            keep: Keeps what LMs answer in the attempt of that name, and answers from what is kept.
 
         Returns:
             Per predictor, its demo sets.
         """
-        return self.prepared(rng, threads, on_set)()
+        return self.prepared(rng, threads, on_set, keep)()
 
     def prepared(
-        self, rng: random.Random, threads: Threads, on_set: Callable[[], None] = lambda: None
+        self,
+        rng: random.Random,
+        threads: Threads,
+        on_set: Callable[[], None] = lambda: None,
+        keep: Keep = lambda *name: nullcontext(),
     ) -> Callable[[], DemoSets]:
         """`build`, of which everything is done but what asks an LM; arguments as there."""
-        return partial(self._made, self._draw(rng, threads), threads, on_set)
+        return partial(self._made, self._draw(rng, threads, keep), threads, on_set)
 
     def _made(
         self, makers: list[Callable[[], Any]], threads: Threads, on_set: Callable[[], None]
@@ -124,7 +135,7 @@ class DemoSetPlan:
                 raise
         return demos
 
-    def _draw(self, rng: random.Random, threads: Threads) -> list[Callable[[], Any]]:
+    def _draw(self, rng: random.Random, threads: Threads, keep: Keep) -> list[Callable[[], Any]]:
         """What makes each set's program, with everything random drawn in DSPy's order.
 
         All ``compile`` methods of DSPy's are called here: what is hooked into them, MLflow's
@@ -144,7 +155,7 @@ class DemoSetPlan:
             if number != 2:
                 rng.shuffle(trainset)
                 size = rng.randint(1, size)
-            bootstrap = _Bootstrap(threads, turns, **self._settings(size))
+            bootstrap = _Bootstrap(threads, turns, partial(keep, number), **self._settings(size))
             makers.append(bootstrap.prepared(self.student, self.teacher, trainset))
         return makers
 
@@ -214,8 +225,9 @@ class _Bootstrap(BootstrapFewShot):
     (in DSPy too), and what was started with it is run again.
     """
 
-    def __init__(self, threads: Threads, turns: _Turns, **settings: Any) -> None:
+    def __init__(self, threads: Threads, turns: _Turns, keep: Keep, **settings: Any) -> None:
         super().__init__(**settings)
+        self._keep = keep
         self._threads = threads
         self._turns = turns
 
@@ -240,7 +252,7 @@ class _Bootstrap(BootstrapFewShot):
         following = 0
         while True:
             while following < len(self.trainset) and self._is_certain(wanted - len(accepted), running):
-                running.append((following, self._threads.submit(self._attempt, self.trainset[following])))
+                running.append((following, self._threads.submit(self._attempt, following)))
                 following += 1
             if not running:
                 break
@@ -287,23 +299,24 @@ class _Bootstrap(BootstrapFewShot):
             "Failed to run or to evaluate example %s with %s due to %s.", example, self.metric, error
         )
 
-    def _attempt(self, example: Any) -> _Attempt:
+    def _attempt(self, index: int) -> _Attempt:
         """DSPy's own attempt, on a teacher of its own: it takes the example out of the demos in place."""
+        example = self.trainset[index]
         key = (id(example), repr([p.demos for p in self.teacher.predictors()]))
         try:
             with self._turns.of(key):
-                alone, success = self._threads.attempts(partial(self._once, example))
+                alone, success = self._threads.attempts(partial(self._once, index))
         except _Failed as failed:
             lost_demos = _n_demos(failed.alone.teacher) != _n_demos(self.teacher)
             return _Attempt(False, {}, failed.error, lost_demos)
         return _Attempt(success, alone.name2traces)
 
-    def _once(self, example: Any) -> tuple[_Bootstrap, bool]:
+    def _once(self, index: int) -> tuple[_Bootstrap, bool]:
         alone = self._alone()
         try:
-            with measured() as meter:
+            with measured() as meter, self._keep(index):
                 record(Usage(program_calls=1))
-                success = bool(contained(alone._bootstrap_one_example, example))
+                success = bool(contained(alone._bootstrap_one_example, self.trainset[index]))
         except Exception as error:
             counted = alone.error_count or isinstance(error, CallCancelledError)
             if not counted or classify(error) is Verdict.STOP:

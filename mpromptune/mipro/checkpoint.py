@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -11,17 +12,23 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.execution import as_score
 from mpromptune.calls.usage import Usage
 from mpromptune.errors import StorageError, StudyMismatchError
 from mpromptune.lms.errors import classify
+from mpromptune.lms.kept import Answer
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
-from mpromptune.studies.attributes import DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
+from mpromptune.studies.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
+from mpromptune.studies.damage import CRASHES, named, usage_from
 from mpromptune.studies.storage import StorageSpec, open_storage, open_study, reported
 
 logger = logging.getLogger(__name__)
 
 Instructions = dict[int, list[str]]
+
+# NOTE: characters of one attribute: MySQL takes 65,535 bytes, and a character may take twelve of them.
+_PIECE = 5000
 
 
 class Checkpoint:
@@ -68,6 +75,7 @@ class Checkpoint:
         with reported():
             self._kept: dict[str, Any] = self.study.user_attrs
         self._require_same(self._run)
+        self._earlier = {key.split(":")[-2]: answer for key, answer in self._answers().items()}
         if self._kept.get(RUN) != self._run:
             self._set(RUN, dict(self._run))
 
@@ -79,13 +87,18 @@ class Checkpoint:
     def demo_sets(self, rng: random.Random) -> DemoSets | None:
         """Those of the bootstrap, if it has ended; ``rng`` is then left as it was at that time."""
         kept = self._load(DEMOS)
-        if kept is None:
+        try:
+            if kept is None:
+                return None
+            head, parts = kept
+            version, state, gauss = head["rng"]
+            numbers = enumerate(head["numbers"])
+            demos = {i: [from_json(parts[f"{i}:{j}"]) for j in range(number)] for i, number in numbers}
+            rng.setstate((version, tuple(state), gauss))
+        except CRASHES as error:
+            _warn_of_damage("The demo sets", error)
             return None
-        head, parts = kept
-        version, state, gauss = head["rng"]
-        rng.setstate((version, tuple(state), gauss))
-        numbers = enumerate(head["numbers"])
-        return {i: [from_json(parts[f"{i}:{j}"]) for j in range(number)] for i, number in numbers}
+        return demos
 
     def keep_demo_sets(self, program: Any, demos: DemoSets, rng: random.Random) -> DemoSets:
         """Keeps what the bootstrap ended with; returns it as it will be loaded.
@@ -119,19 +132,66 @@ class Checkpoint:
     def instructions(self) -> Instructions | None:
         """Those of the proposal, if it has ended."""
         kept = self._load(INSTRUCTIONS)
-        return None if kept is None else {int(i): list(texts) for i, texts in kept[1].items()}
+        try:
+            return (
+                None if kept is None else {int(i): [str(t) for t in _listed(x)] for i, x in kept[1].items()}
+            )
+        except CRASHES as error:
+            _warn_of_damage("The instructions", error)
+            return None
 
     def keep_instructions(self, instructions: Instructions) -> None:
         """Keeps what the proposal ended with."""
         texts = {str(i): [str(text) for text in texts] for i, texts in instructions.items()}
         self._keep(INSTRUCTIONS, {}, texts)
 
+    def answer(self, scope: str, digest: str, number: int, cached: bool) -> Answer | None:
+        """As `mpromptune.lms.kept.Answers`."""
+        own = self._answer(f"{ANSWERS}:{scope}:{digest}:{number}")
+        # An equal request of another scope, which found the answer in the cache of a process that is gone.
+        return own or (self._earlier.get(digest) if cached else None)
+
+    def keep_answer(self, scope: str, digest: str, number: int, answer: Answer) -> None:
+        """As `mpromptune.lms.kept.Answers`; what is no JSON is not kept."""
+        parts = {"usage": answer.usage.as_dict(), "total": answer.total.as_dict()}
+        try:
+            text = json.dumps({"outputs": answer.outputs, **parts}, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            return
+        key = f"{ANSWERS}:{scope}:{digest}:{number}"
+        first, *more = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
+        try:
+            for i, piece in enumerate(more):
+                self._set(f"{key}/{i}", piece)
+            self._set(key, {"text": first, "more": len(more)})
+        except StorageError as error:  # which the search cannot do without, and will report
+            logger.warning("An answer of a language model could not be kept: %s", error)
+
+    def _answer(self, key: str) -> Answer | None:
+        kept: Any = self._kept.get(key)
+        try:
+            more = [self._kept[f"{key}/{i}"] for i in range(kept["more"])]
+            answer = json.loads("".join([kept["text"], *more]))
+            return Answer(_listed(answer["outputs"]), *(usage_from(answer[k]) for k in ("usage", "total")))
+        except CRASHES:  # there is none, or it is damaged
+            return None
+
+    def _answers(self) -> dict[str, Answer]:
+        """What is kept now, by key."""
+        keys = [key for key in self._kept if key.startswith(f"{ANSWERS}:") and "/" not in key]
+        return {key: answer for key in keys if (answer := self._answer(key)) is not None}
+
     def usage(self) -> dict[str, Usage]:
         """What the steps before the search have used so far, in interrupted runs too."""
         if not self._has_steps():  # nothing that another run could go on with, so this may be another
             return {}
         kept = {key: value for key, value in self._kept.items() if key.startswith(f"{USED}:")}
-        return {key.removeprefix(f"{USED}:"): Usage(**value) for key, value in kept.items()}
+        used = {key.removeprefix(f"{USED}:"): usage_from(value) for key, value in kept.items()}
+        for key, answer in self._answers().items():  # of a run that was killed, which has kept nothing else
+            step = key.removeprefix(f"{ANSWERS}:").partition(":")[0]
+            if answer.total != Usage():
+                used[step] = used.get(step, Usage()).at_least(answer.total)
+        return used
 
     def keep_usage(self, step: str, usage: Usage) -> None:
         """Keeps what a step has used."""
@@ -139,11 +199,14 @@ class Checkpoint:
 
     def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
         """Per validation example, the student's score or what it failed with, and what it used."""
-        return {
-            int(key.removeprefix(f"{STUDENT}:")): _outcome(value)
-            for key, value in self._kept.items()
-            if key.startswith(f"{STUDENT}:")
-        }
+        outcomes = {}
+        for key, value in self._kept.items():
+            if key.startswith(f"{STUDENT}:"):
+                try:
+                    outcomes[int(key.removeprefix(f"{STUDENT}:"))] = _outcome(value)
+                except CRASHES as error:
+                    _warn_of_damage(f"A score of the student ({key})", error)
+        return outcomes
 
     def keep_student_outcome(self, example: int, outcome: float | Exception, usage: Usage) -> None:
         """Keeps it, unless it says nothing about the student; may be called by any thread."""
@@ -168,6 +231,8 @@ class Checkpoint:
 
     def _require_same(self, run: Mapping[str, Part]) -> None:
         then = self._kept.get(RUN)
+        if then is not None and not isinstance(then, dict):
+            raise StorageError(f"What {named(self.study)} says of its run is damaged: {then!r}.")
         name = f"The study {self.study.study_name!r}"
         advice = "Give a new run another study_name or storage"
         if then is None and self._has_trials() and not self._has_steps():
@@ -185,13 +250,14 @@ class Checkpoint:
 
     def _has_steps(self) -> bool:
         """Whether anything has been paid for before a search."""
-        return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT)) for key in self._kept)
+        return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT, ANSWERS)) for key in self._kept)
 
     def _load(self, step: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         head = self._kept.get(step)
-        if head is None or not all(f"{step}:{part}" in self._kept for part in head["parts"]):
+        try:
+            return None if head is None else (head, {p: self._kept[f"{step}:{p}"] for p in head["parts"]})
+        except CRASHES:  # a part that was lost
             return None
-        return head, {part: self._kept[f"{step}:{part}"] for part in head["parts"]}
 
     def _keep(self, step: str, head: Mapping[str, Any], parts: Mapping[str, Sequence[Any]]) -> None:
         for part, value in parts.items():
@@ -204,8 +270,18 @@ class Checkpoint:
         self._kept[key] = value
 
 
+def _warn_of_damage(what: str, error: Exception) -> None:
+    logger.warning("%s cannot be read in the study (%s: %s): made again.", what, type(error).__name__, error)
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
+
+
 def _outcome(kept: Mapping[str, Any]) -> tuple[float | Exception, Usage]:
-    usage = Usage(**kept["usage"])
+    usage = usage_from(kept["usage"])
     if "score" in kept:
-        return float(kept["score"]), usage
+        return as_score(kept["score"]), usage
     return RuntimeError(f"the student failed with {kept['error']} before the run was interrupted"), usage

@@ -188,6 +188,7 @@ class MIPROv2(StockMIPROv2):
             super()._set_random_seeds(*args, **kwargs)
         else:
             self.rng = random.Random(*args, **kwargs)  # DSPy 3.2 seeds numpy's global generator as well
+            _STEPS.get().seed = int(*args, **kwargs)
 
     def _set_hyperparams_from_run_mode(self, *args: Any, **kwargs: Any) -> Any:
         settings = super()._set_hyperparams_from_run_mode(*args, **kwargs)
@@ -213,8 +214,8 @@ class MIPROv2(StockMIPROv2):
             _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run, together))
         _check_embedder(options, program)
         _STEPS.get().elsewhere.check(program, valset)
-        if options.confirm is True:
-            _STEPS.get().score_ahead(valset)
+        first = options.first_of_baseline(len(valset), _STEPS.get().seed, len(program.predictors()))
+        _STEPS.get().score_ahead(valset, first)
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._bootstrap_fewshot_examples

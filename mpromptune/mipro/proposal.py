@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,8 @@ from mpromptune.lms.threads import Threads
 from mpromptune.programs.demos import encodable
 
 logger = logging.getLogger(__name__)
+
+Keep = Callable[..., AbstractContextManager[None]]
 
 # Everything that one proposal draws, in all versions of DSPy so far.
 _DRAW = "self.rng.randint(0, 10**9)"
@@ -56,13 +58,19 @@ class ConcurrentProposer(GroundedProposer):
     Args:
         threads: Run the proposals.
         summary: A proposer to be, whose dataset summary is taken for this one's.
+        keep: Keeps what LMs answer in the proposal of that name, and answers from what is kept.
         **arguments: As ``GroundedProposer``; with a ``summary``, ``use_dataset_summary`` is that one's.
     """
 
     def __init__(
-        self, threads: Threads, summary: Future[GroundedProposer] | None = None, **arguments: Any
+        self,
+        threads: Threads,
+        summary: Future[GroundedProposer] | None = None,
+        keep: Keep = lambda *name: nullcontext(),
+        **arguments: Any,
     ) -> None:
         self._threads = threads
+        self._keep = keep
         self._summary = summary
         if summary is not None:
             arguments["use_dataset_summary"] = False
@@ -101,7 +109,7 @@ class ConcurrentProposer(GroundedProposer):
     def _ask(self, *args: Any, **kwargs: Any) -> str:
         ask: Callable[..., str] = super().propose_instruction_for_predictor
         late = [] if self._summary is None else [_LateSummary(self._summary)]
-        with _patience(self._threads, *late):
+        with self._keep(self.rng.number), _patience(self._threads, *late):
             return ask(*args, **kwargs)
 
 
@@ -221,10 +229,10 @@ class _Drawn:
     """A generator whose only number is known."""
 
     def __init__(self, number: int) -> None:
-        self._number = number
+        self.number = number
 
     def randint(self, low: int, high: int) -> int:
-        return self._number
+        return self.number
 
 
 class _Watched(list[Any]):
@@ -245,12 +253,16 @@ class Proposals:
     Args:
         optimizer: The ``dspy.MIPROv2`` that they are made for.
         threads: Run the LM calls.
+        keep: As in `ConcurrentProposer`.
         leave: Waits until more than the first request for the summary may be made.
     """
 
-    def __init__(self, optimizer: Any, threads: Threads, leave: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, optimizer: Any, threads: Threads, keep: Keep, leave: Callable[[], None] = lambda: None
+    ) -> None:
         self._optimizer = optimizer
         self._threads = threads
+        self._keep = keep
         self._leave = leave
         self._early: tuple[dict[str, Any], Future[GroundedProposer]] | None = None
 
@@ -280,7 +292,7 @@ class Proposals:
         if self._early is None or self._early[0] != arguments:
             self.start(program, trainset, flags)
         assert self._early is not None
-        proposer = ConcurrentProposer(self._threads, self._early[1], **arguments, **self._own())
+        proposer = ConcurrentProposer(self._threads, self._early[1], self._keep, **arguments, **self._own())
         return proposer.propose_instructions_for_program(
             trainset=trainset,
             program=program,
@@ -295,7 +307,7 @@ class Proposals:
         trainset = arguments["trainset"]
         if type(trainset) is list:  # anything else would read differently as a list
             trainset = _Watched(trainset, self._threads)
-        with _patience(self._threads, leave=self._leave):
+        with self._keep("summary"), _patience(self._threads, leave=self._leave):
             return GroundedProposer(
                 **{**arguments, **self._own(), "program_aware": False, "trainset": trainset}
             )

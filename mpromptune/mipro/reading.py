@@ -150,7 +150,8 @@ def _ledger(record: Record, space: PromptSpace) -> Ledger:
     ledger = Ledger()
     for recorded in record:
         if len(recorded.params) == len(space.names):
-            ledger.add(space.row(recorded.params), recorded.scores, lost=recorded.lost)
+            row = space.row(recorded.params)
+            ledger.add(row, recorded.scores, lost=recorded.lost, refused=recorded.refused)
     return ledger
 
 

@@ -57,9 +57,10 @@ def trial_logs(result: SearchResult, build: Build, log_dir: str | None) -> dict[
     last = _last_evaluations(result)
     logs: dict[int, dict[str, Any]] = {}
     calls = 0
+    completed = {trial.number for trial in _completed(result)}
     for trial in result.study.get_trials(deepcopy=False):
         calls += len(trial.user_attrs.get(SCORES, ()))
-        if trial.state != TrialState.COMPLETE:
+        if trial.number not in completed:
             continue
         closes = last[_key(trial.params)] == trial.number
         whole = full.get(_key(trial.params)) if closes else None
@@ -115,7 +116,9 @@ def _is_partial(trial: FrozenTrial, result: SearchResult) -> bool:
 
 
 def _completed(result: SearchResult) -> list[FrozenTrial]:
-    return result.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = result.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    # A damaged storage may have lost what a trial was of.
+    return [t for t in trials if EXAMPLES in t.user_attrs and t.params.keys() == result.best_params.keys()]
 
 
 def _key(params: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

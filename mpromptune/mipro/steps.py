@@ -9,8 +9,8 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -33,6 +33,7 @@ from mpromptune.live.screens import choose
 from mpromptune.live.view import Bar, View
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import Guard, measured
+from mpromptune.lms.kept import keeping, reusing
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro import bootstrap, proposal
 from mpromptune.mipro.ahead import Ahead
@@ -110,9 +111,12 @@ class Steps:
         self._timeout = None if retry is None else retry.timeout
         self.arguments = compile_arguments
         self._flags = {name: compile_arguments.get(name) for name in _FLAGS}
-        self._proposals = proposal.Proposals(optimizer, self._threads, self.metric.wait)
+        keep = partial(self._keeping, "propose")
+        self._proposals = proposal.Proposals(optimizer, self._threads, keep, self.metric.wait)
         self._traceback = compile_arguments.get("provide_traceback")
         self._valset: list[Any] | None = None
+        self._first: Sequence[int] = ()
+        self.seed = 0  # of the search, once DSPy has said so
         self._ahead: Ahead | None = None
         self._checkpoint: Checkpoint | None = None
         self.together = ExitStack()
@@ -153,12 +157,13 @@ class Steps:
         price = self.guard.pricing.of
         return estimate(plan, price(task, task.model), price(prompt, prompt.model))
 
-    def score_ahead(self, valset: list[Any]) -> None:
+    def score_ahead(self, valset: list[Any], examples: Sequence[int]) -> None:
         """From the first step on, threads that it leaves idle score the student on ``valset``."""
-        self._valset = valset
+        self._valset, self._first = valset, examples
 
     def scored_ahead(self, programs: ProgramSpace, valset: list[Any], score: Score) -> Score:
         """``score``, but for what is known already; after `close_threads`."""
+        score = reusing(self._checkpoint, score)
         ahead = self._ahead
         if ahead is None or programs.program is not ahead.program or valset is not ahead.valset:
             return score
@@ -247,7 +252,8 @@ class Steps:
         if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
             return partial(_serially, "bootstrap", stock, given)
         plan = replace(bootstrap.DemoSetPlan.of(self._optimizer, *student, given), metric=self.metric)
-        return plan.prepared(rng, self._threads, self._bootstrap_bar(number).advance)
+        on_set, keep = self._bootstrap_bar(number).advance, partial(self._keeping, "bootstrap")
+        return plan.prepared(rng, self._threads, on_set, keep)
 
     def _bootstrap_bar(self, number: int) -> Bar:
         return self.view.bar("Bootstrapping", number, "demo sets")
@@ -273,15 +279,22 @@ class Steps:
         )
         score = partial(scorer, student.baseline)
         limit = bootstrap.max_errors(self._optimizer.max_errors)
-        self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint)
+        keep = partial(self._keeping, SEARCH)
+        self._ahead = Ahead(program, self._valset, score, limit, self._checkpoint, keep)
         if not idle:
             return
         bootstrapped = {hash(repr(example)) for example in trainset}
-        others = [i for i, x in enumerate(self._valset) if hash(repr(x)) not in bootstrapped]
+        others = [i for i in self._first if hash(repr(self._valset[i])) not in bootstrapped]
         calls = self._ahead.calls(others)
         for first in islice(calls, int(alone)):
             result_of(self._threads.submit(first))
         self._threads.fill(calls)
+
+    def _keeping(self, step: str, *name: object) -> AbstractContextManager[None]:
+        """What LMs answer in here is paid for once, whatever becomes of this process."""
+        # The search counts what its scores have used, wherever they come from.
+        meter = None if step == SEARCH else self.guard.budget.step(step)
+        return keeping(self._checkpoint, ":".join(map(str, (step, *name))), meter)
 
     def instructions(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any

@@ -14,9 +14,9 @@ import numpy as np
 
 from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidArgumentError
 from mpromptune.model.devices import plain_torch
+from mpromptune.model.space import FloatArray as FloatArray
 
 # Not of numpy.typing, which cannot be imported after DSPy 3.3.1: that leaves numpy itself for later.
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 Embedder = Callable[[list[str]], Any]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"

@@ -45,6 +45,10 @@ _FARTHEST = 5.0
 _STEP, _CONVERGED, _STEPS = 3.0, 1e-6, 50
 # The same in one dimension, with a prior so narrow that steps are small.
 _OWN_STEPS = 8
+# NOTE: of scores between 0 and 1 that are answers: a metric that hardly moves there is a grade of its own.
+_LEAST_RANGE = 0.1
+# Typical distances from the median within which doubles keep enough digits for all scores.
+_NEAR = 1e6
 # NOTE: of a right-or-wrong answer's variance; scores in between vary less, but not by more than this.
 _LEAST_DISPERSION = 0.05
 
@@ -145,7 +149,7 @@ class Grades:
 
 
 def likelihood_of(scores: FloatArray) -> Likelihood:
-    """What the scores themselves call for: `Answers` where they are two values or in [0, 1].
+    """What the scores themselves call for: `Answers` where they are two values, or spread over [0, 1].
 
     Args:
         scores: ``m x N``, not a number where a configuration was not measured.
@@ -154,11 +158,24 @@ def likelihood_of(scores: FloatArray) -> Likelihood:
     if not known.size:
         return Answers()
     low, high = float(known.min()), float(known.max())
-    if low >= 0.0 and high <= 1.0:
+    if low >= 0.0 and high <= 1.0 and (low == high or high - low >= _LEAST_RANGE):
         return Answers(dispersion=_dispersion(scores) if np.any((known > 0.0) & (known < 1.0)) else 1.0)
     if low < high and np.all((known == low) | (known == high)):
         return Answers(low, high)
     return Grades(float(np.median(known)), _deviation(scores) / _NOISE)
+
+
+def _without_failures(scores: FloatArray) -> FloatArray:
+    """Scores that stand for a failure, by a size that leaves the others no digit, are brought nearer."""
+    known = scores[np.isfinite(scores)]
+    centre = float(np.median(known))
+    distances = np.abs(known - centre)
+    apart = distances[distances > 0.0]
+    if not apart.size:
+        return scores
+    typical = float(np.median(distances)) or float(np.median(apart))
+    cut: FloatArray = np.clip(scores, centre - _NEAR * typical, centre + _NEAR * typical)
+    return cut
 
 
 def _residuals(scores: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -190,7 +207,7 @@ def _dispersion(scores: FloatArray) -> float:
 def _deviation(scores: FloatArray) -> float:
     """The noise of scores, by the median: outliers do not count; 1 where there is none."""
     seen = np.isfinite(scores)
-    residuals = _residuals(scores)[0][seen]
+    residuals = _residuals(_without_failures(scores))[0][seen]
     free = max(1, len(residuals) - int(seen.any(axis=1).sum() + seen.any(axis=0).sum()) + 1)
     found = 1.4826 * float(np.median(np.abs(residuals))) * math.sqrt(len(residuals) / free)
     known = scores[seen]

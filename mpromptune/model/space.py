@@ -14,6 +14,7 @@ from mpromptune.errors import InvalidArgumentError
 
 Candidate = str | Sequence[str]
 Row = tuple[int, ...]
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 IndexArray = np.ndarray[Any, np.dtype[np.int64]]
 
 _PREDICTOR = re.compile(r"^(\d+)_predictor_")

@@ -15,7 +15,8 @@ from mpromptune.model.space import Row
 from mpromptune.model.stopping import Stopping
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.pairs import Pairs
-from mpromptune.plans.plan import Confirm, Request
+from mpromptune.plans.plan import Request
+from mpromptune.plans.schedule import Confirm, first_keys
 from mpromptune.studies.ledger import Examples, Ledger
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,7 @@ class BatchPlan:
         self.n_examples = self.pairs.n_examples
         self.max_calls = self.pairs.max_calls
         self.outage = min(_OUTAGE, self.n_examples)
-        # A fixed order for all: what one configuration is measured on, another one is too.
-        rng = np.random.default_rng([abs(self.seed), self.n_examples])
-        self._uniform = -np.log(1.0 - rng.random(self.n_examples))
+        self._uniform = first_keys(self.n_examples, self.seed)
 
     def rounds_now(self) -> int:
         """The same number throughout."""
@@ -119,7 +118,7 @@ class BatchPlan:
         self._set_aside(known.ledger)
         before = self.pairs.spent
         if not self.pairs.assigned.get(self.baseline) and before < self.pairs.max_calls:
-            yield Request(self.baseline, partial(self._first_of_baseline, known))
+            yield Request(self.baseline, self._first_of_baseline)
         self._over = self._is_over(known)
         if not self._over:
             yield from self._explore(known, self._available(known))
@@ -136,9 +135,9 @@ class BatchPlan:
             )
         self.pairs.aside = unanswerable
 
-    def _first_of_baseline(self, known: Knowledge, row: Row, number: int) -> Examples:
+    def _first_of_baseline(self, row: Row, number: int) -> Examples:
         """All where it is to be measured in full anyway: that tells how hard the examples are."""
-        examples = self.pairs.open_of(row, self._order(known, number))
+        examples = self.pairs.open_of(row, np.argsort(self._uniform, kind="stable").tolist())
         return examples if self.confirm is True else examples[: min(self.block_size, self.pairs.remaining)]
 
     def _explore(self, known: Knowledge, available: int) -> Iterator[Request]:

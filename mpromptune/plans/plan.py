@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from mpromptune.model.space import Row
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.studies.ledger import Examples, Ledger
-
-Confirm = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)

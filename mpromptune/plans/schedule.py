@@ -6,9 +6,15 @@ import logging
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from mpromptune.errors import InvalidArgumentError, require_count
-from mpromptune.plans.plan import Confirm
+from mpromptune.model.space import FloatArray
+
+# Whether winner and baseline end measured on all examples; "auto", where that costs little.
+Confirm = bool | Literal["auto"]
 
 logger = logging.getLogger(__name__)
 
@@ -134,3 +140,10 @@ _BLOCK_SIZE, _COMBINED = 5, 3
 def default_block_size(n_examples: int, is_combined: bool = False) -> int:
     """Five examples, three where several predictors are combined, or all where there are fewer."""
     return min(_COMBINED if is_combined else _BLOCK_SIZE, n_examples)
+
+
+def first_keys(n_examples: int, seed: int) -> FloatArray:
+    """Keys by which all configurations take the examples before anything is known, the lowest first."""
+    rng = np.random.default_rng([abs(seed), n_examples])
+    keys: FloatArray = -np.log(1.0 - rng.random(n_examples))
+    return keys

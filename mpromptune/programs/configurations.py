@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import dspy
 from dspy.teleprompt.utils import get_signature, set_signature
 
-from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.attempts import FAILURES
 from mpromptune.calls.execution import Score, as_score
 from mpromptune.calls.interrupts import contained
 from mpromptune.calls.usage import Meter, current_meter
@@ -167,7 +167,7 @@ class ProgramScorer:
 
     def _log(self, error: Exception, params: Mapping[str, int], example: int) -> None:
         """What scores ``failure_score`` would otherwise leave no trace; the other errors do."""
-        if classify(error) is Verdict.CANDIDATE:
+        if classify(error) in FAILURES:
             message = "Validation example %d failed with %s: %s: %s"
             exc_info = error if self._show_traceback else None
             logger.warning(message, example, dict(params), type(error).__name__, error, exc_info=exc_info)

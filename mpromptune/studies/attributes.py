@@ -3,6 +3,7 @@
 EXAMPLES = "mpromptune:examples"  # trial: indices of the validation examples measured, or being measured
 SCORES = "mpromptune:scores"  # trial: their scores, in the same order
 PLANNED = "mpromptune:planned"  # trial: all that it was to be measured on, where some of it has no score
+REFUSED = "mpromptune:refused"  # trial: of EXAMPLES, those of which the prompt was refused
 ABANDONED = "mpromptune:abandoned"  # trial: its run ended before it did
 RESUMES = "mpromptune:resumes"  # trial: number of the abandoned one that it takes up
 PROPOSED = "mpromptune:proposed"  # trial: params handed to a trial that has not suggested them yet
@@ -15,6 +16,7 @@ RUN = "mpromptune:run"  # study: what identifies the run, in named parts
 DEMOS = "mpromptune:demos"  # study: what the bootstrap ended with; `DEMOS:i:j`, demo set j of predictor i
 INSTRUCTIONS = "mpromptune:instructions"  # study: as DEMOS, of the proposal
 USED = "mpromptune:used"  # study: `USED:step`, what a step before the search has used, as JSON
+ANSWERS = "mpromptune:answer"  # study: `ANSWERS:scope:digest:n`, an LM's answer to a request of the steps
 STUDENT = "mpromptune:student"  # study: `STUDENT:i`, the student's score on validation example i
 USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON; `USAGE:i`, by a crew's member i
 # Of a crew's study, whose trials are the processes that share a search:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from optuna.trial import FrozenTrial
 from mpromptune.calls.usage import StepUsage
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.space import PromptSpace
-from mpromptune.studies.attributes import SETTINGS
+from mpromptune.studies.attributes import ANSWERS, SETTINGS
 
 RESULT_VERSION = 1
 
@@ -38,8 +39,8 @@ class Measured:
 
     @property
     def mean(self) -> float:
-        """Mean of the observed scores."""
-        return sum(self.scores.values()) / len(self.scores)
+        """Mean of the observed scores; not a number where every example is left out."""
+        return sum(self.scores.values()) / len(self.scores) if self.scores else math.nan
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def in_memory(study: Study, trials: Sequence[FrozenTrial]) -> Study:
     """A study of these trials, with the name and the attributes of another one, in memory."""
     sampler = optuna.samplers.RandomSampler()
     copied = optuna.create_study(study_name=study.study_name, direction="maximize", sampler=sampler)
-    for key, value in study.user_attrs.items():
+    kept = {key: value for key, value in study.user_attrs.items() if not key.startswith(ANSWERS)}
+    for key, value in kept.items():  # what only a run that goes on needs stays in the storage
         copied.set_user_attr(key, value)
     copied.add_trials(trials)
     return copied

@@ -7,9 +7,13 @@ import logging
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Any
 
+from optuna.distributions import json_to_distribution
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
+from optuna.trial import TrialState, create_trial
 
 from mpromptune.errors import StorageError
 
@@ -21,7 +25,8 @@ Record = dict[str, Any]
 # warning. A write takes milliseconds; one that is slower than that still appends in one piece.
 _GRACE = 3
 _FIRST_BYTES = b'{"op_code":'
-_CREATE_STUDY, _DELETE_STUDY, _CREATE_TRIAL = 0, 1, 4
+_CREATE_STUDY, _DELETE_STUDY, _CREATE_TRIAL, _SET_PARAM, _SET_STATE = 0, 1, 4, 5, 6
+_TIMES = "datetime_start", "datetime_complete"
 # What Optuna's replay reads of a record, by its code.
 _STUDY, _TRIAL, _NUMBER = {"study_id": int}, {"trial_id": int}, (int, float)
 _FIELDS: dict[int, dict[str, Any]] = {
@@ -30,8 +35,8 @@ _FIELDS: dict[int, dict[str, Any]] = {
     2: {**_STUDY, "user_attr": dict},
     3: {**_STUDY, "system_attr": dict},
     _CREATE_TRIAL: {**_STUDY, "datetime_start": (str, type(None))},
-    5: {**_TRIAL, "param_name": str, "param_value_internal": _NUMBER, "distribution": str},
-    6: {**_TRIAL, "state": int, "values": (list, type(None))},
+    _SET_PARAM: {**_TRIAL, "param_name": str, "param_value_internal": _NUMBER, "distribution": str},
+    _SET_STATE: {**_TRIAL, "state": int, "values": (list, type(None))},
     7: {**_TRIAL, "step": int, "intermediate_value": _NUMBER},
     8: {**_TRIAL, "user_attr": dict},
     9: {**_TRIAL, "system_attr": dict},
@@ -185,7 +190,49 @@ def _parse(line: bytes) -> Record | None:
     fields = _FIELDS.get(code) if isinstance(code, int) else None
     if fields is None or not all(isinstance(record.get(key), kind) for key, kind in fields.items()):
         return None
-    return record
+    return record if _is_replayable(record) else None
+
+
+def _is_replayable(record: Record) -> bool:
+    """Whether Optuna's replay takes every value of it."""
+    try:
+        _replay_values(record)
+    except Exception:  # noqa: BLE001 - whatever Optuna raises on what it has not written
+        return False
+    return True
+
+
+def _replay_values(record: Record) -> None:
+    state = TrialState(record.get("state", TrialState.RUNNING))
+    code = record["op_code"]
+    times = [record[name] for name in _TIMES if record.get(name) is not None]
+    if code == _SET_STATE and state != TrialState.WAITING:
+        times.append(record["datetime_complete" if state.is_finished() else "datetime_start"])
+    for time in times:
+        datetime.fromisoformat(time)
+    for direction in record.get("directions", []):
+        StudyDirection(direction)
+    for value in record.get("values") or []:
+        float(value)
+    for name in ("user_attr", "system_attr"):
+        ((_, _),) = record.get(name, {"one": None}).items()
+    if code == _SET_PARAM:
+        json_to_distribution(record["distribution"]).to_external_repr(record["param_value_internal"])
+    elif code == _CREATE_TRIAL:
+        _replay_creation(record)
+
+
+def _replay_creation(record: Record) -> None:
+    distributions = {k: json_to_distribution(v) for k, v in record.get("distributions", {}).items()}
+    params = record.get("params", {})
+    create_trial(
+        state=TrialState.WAITING,
+        params={name: distributions[name].to_external_repr(value) for name, value in params.items()},
+        distributions=distributions,
+        user_attrs=dict(record.get("user_attrs", {})),
+        system_attrs=dict(record.get("system_attrs", {})),
+        intermediate_values={int(k): float(v) for k, v in record.get("intermediate_values", {}).items()},
+    )
 
 
 def _require_journal(path: str) -> None:

@@ -38,13 +38,23 @@ class Ledger:
         measured: Mapping[int, float],
         usage: Usage | None = None,
         lost: Iterable[int] = (),
+        refused: Iterable[int] = (),
     ) -> None:
-        """Records one trial's scores by example, what it used, and the examples that it has no score of."""
+        """Records one trial.
+
+        Args:
+            row: Its configuration.
+            measured: Example to score.
+            usage: What it used.
+            lost: Examples that it has no score of.
+            refused: Of those measured, the examples of which the prompt was refused.
+        """
         by_example = self.scores.setdefault(row, {})
         for example, score in measured.items():
             by_example.setdefault(example, []).append(score)
+        for example in measured.keys() - set(refused):
             self.refusals.note_answer(row, example)
-        for example in lost:
+        for example in (*lost, *refused):
             self.refusals.note_failure(row, example)
         self.calls += len(measured)
         if usage is not None:
@@ -57,9 +67,13 @@ class Ledger:
         return [row for row, by_example in self.scores.items() if by_example]
 
     def means(self, row: Row) -> dict[int, float]:
-        """Example to the mean of its scores, in the order of the examples."""
+        """Example to the mean of its scores, in the order of the examples.
+
+        An example that is refused whatever the prompt says nothing about who was refused.
+        """
         by_example = self.scores.get(row, {})
-        return {example: mean(by_example[example]) for example in sorted(by_example)}
+        refused = {e for e in self.refusals.unanswerable() if self.refusals.has_failed(row, e)}
+        return {example: mean(by_example[example]) for example in sorted(by_example.keys() - refused)}
 
     def mean(self, row: Row) -> float:
         """Mean over the examples of the mean of each: answering one twice gives it no more weight.

@@ -15,7 +15,7 @@ from mpromptune.calls.refusals import Refusals
 from mpromptune.calls.usage import Usage
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.model.space import Row
-from mpromptune.studies.attributes import ABANDONED, EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
+from mpromptune.studies.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
 from mpromptune.studies.findings import in_memory
 from mpromptune.studies.ledger import Examples, Ledger
 
@@ -35,6 +35,7 @@ class Recorded:
         told: Whether it was told, and is over.
         is_open: Whether it is still running, or waiting to.
         usage: What measuring it has used.
+        refused: Examples of which the prompt was refused, once the trial is told.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Recorded:
     told: bool
     is_open: bool
     usage: Usage = field(default_factory=Usage)
+    refused: Examples = ()
 
     @property
     def lost(self) -> Examples:
@@ -68,7 +70,9 @@ def read_record(study: Study) -> Record:
         origin[trial.number] = origin.get(resumed, trial.number)
     taken_up = {trial.user_attrs.get(RESUMES) for trial in trials}
     found = [recorded_of(trial) for trial in trials if trial.number not in taken_up]
-    useful = [r for r in found if r.told or r.is_open or r.examples]
+    # What a trial is of may be lost with a line of a journal, and its scores are of no use without.
+    names = {name for trial in trials for name in trial.params}
+    useful = [r for r in found if r.is_open or ((r.told or r.examples) and r.params.keys() >= names)]
     return deque(sorted(useful, key=lambda recorded: origin[recorded.number]))
 
 
@@ -85,7 +89,9 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     if not told:  # what came in after it was closed, or has only been saved so far
         scores.update(trial.intermediate_values)
     usage = usage_of(attributes)
-    return Recorded(trial.number, trial._trial_id, dict(trial.params), examples, scores, told, is_open, usage)
+    refused = tuple(attributes.get(REFUSED, ()))
+    identity = trial.number, trial._trial_id, dict(trial.params)
+    return Recorded(*identity, examples, scores, told, is_open, usage, refused)
 
 
 def usage_of(attributes: Mapping[str, Any]) -> Usage:
@@ -126,7 +132,7 @@ def missing_of(record: Record, params: Mapping[str, int], n_examples: int) -> in
 def _refusals(record: Record) -> Refusals:
     ledger = Ledger()
     for recorded in record:
-        ledger.add(_row(recorded.params), recorded.scores, lost=recorded.lost)
+        ledger.add(_row(recorded.params), recorded.scores, lost=recorded.lost, refused=recorded.refused)
     return ledger.refusals
 
 

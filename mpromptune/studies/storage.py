@@ -16,6 +16,7 @@ from tenacity import retry, stop_after_attempt, wait_random
 
 from mpromptune.errors import InvalidArgumentError, StorageError, StudyMismatchError
 from mpromptune.studies.attributes import FORMAT
+from mpromptune.studies.damage import readable
 from mpromptune.studies.journal import TolerantJournal
 from mpromptune.studies.reconnecting import ReconnectingStorage
 
@@ -78,7 +79,7 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
     """
     check_storage(storage, study_name)
     opened = open_storage(storage)
-    with reported():
+    with reported(), readable(f"The storage {_public(storage)}"):
         study = optuna.create_study(
             storage=opened,
             study_name=study_name or DEFAULT_STUDY_NAME,
