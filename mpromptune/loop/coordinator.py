@@ -92,8 +92,8 @@ class Coordinator:
         self.ledger = self.known.ledger
         self.health = Health(self.workers.verdict, self.plan.outage)
         self.summary = Summary(self.space, self.plan, self.known, self.budget)
-        watched = self.plan, self.known, self.budget, self.workers, self.trials, self._answered
-        self.monitor = Monitor(self.on_progress, *watched)
+        watched = self.plan, self.known, self.budget, self.workers, self.trials
+        self.monitor = Monitor(self.on_progress, *watched, lambda: sum(f.done() for f in self._futures()))
 
     def run(self) -> SearchResult:
         """Rounds until the plan has no more, or a limit is used up."""
@@ -160,8 +160,8 @@ class Coordinator:
 
     def _submit(self, asked: Asked, example: int, idle: bool) -> Future[Outcome]:
         if asked.trial is not None and example not in asked.scores:
-            params, keep = self.space.params(asked.row), partial(self._keep, asked)
-            return self.workers.submit(params, example, keep, idle, asked.trial._trial_id)
+            params = self.space.params(asked.row)
+            return self.workers.submit(params, example, partial(self._keep, asked), idle)
         if example not in asked.scores:
             self.health.recall(asked.row, example)
         measured: Future[Outcome] = Future()
@@ -178,9 +178,6 @@ class Coordinator:
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self.unsaved = self.unsaved or error
             self.workers.stopped.set()
-
-    def _answered(self) -> int:
-        return sum(future.done() for future in self._futures())
 
     def _finish(self, round_: list[_Running]) -> None:
         """Waits for a round and tells it in the order in which it was asked."""
@@ -223,8 +220,9 @@ class Coordinator:
 
     def _require_going(self) -> None:
         """Stops where the workers have stopped."""
-        if self.unsaved is not None:
-            raise self._stopped("a score that could not be saved", self.unsaved)
+        unsaved = self.unsaved or self.trials.lease.lost
+        if unsaved is not None:
+            raise self._stopped("a score that could not be saved", unsaved)
         if self.workers.fatal is not None:
             raise self._stopped("an error that no further call can mend", self.workers.fatal)
         if self.workers.stopped.is_set():
@@ -303,7 +301,7 @@ class Coordinator:
             self._book(one, scores[one.asked.number])
         try:
             for one in running:
-                self.trials.leave(one.asked, one.examples, scores[one.asked.number])
+                self.trials.tell(one.asked, one.examples, scores[one.asked.number], abandoned=True)
             self.trials.abandon_open()
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self._leave_storage(error, scores)
@@ -323,7 +321,7 @@ class Coordinator:
 
     def _book(self, running: _Running, measured: Mapping[int, float], is_over: bool = False) -> None:
         lost = [example for example in running.examples if example not in measured]
-        self.ledger.add(running.row, measured, self.trials.usage(running.asked), lost if is_over else ())
+        self.ledger.add(running.row, measured, running.asked.meter.total, lost if is_over else ())
         self.budget.note_trial(self.ledger.usage)
         self.plan.settle(running.row, running.examples, lost)
 
