@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import re
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -359,17 +357,6 @@ def test_ctrl_c_in_a_callback(tmp_path: Path) -> None:
 
 
 # kill -9.
-
-
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    """One process imports everything; those to be killed are forked from it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        context.Process(target=str).start()
-    return context
 
 
 @pytest.fixture(scope="module")

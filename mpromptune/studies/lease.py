@@ -181,7 +181,7 @@ class Lease:
 
     def _lose(self, why: str) -> None:
         self.lost = StudyInUseError(
-            f"This run has no right to write to the study {self.study.study_name!r} any more: {why}."
+            f"This run has no right to write to the study {self.study.study_name!r} any more: {why}"
         )
         for event in self._stopped:
             event.set()
