@@ -249,10 +249,15 @@ def test_of_two_that_start_at_the_same_moment_one_is_refused(study: Study, waits
     assert written(study)["token"] == "theirs"
 
 
-def test_a_damaged_lease_holds_up_nobody(study: Study, waits: Waits) -> None:
+@pytest.mark.parametrize("value", [3, {"host": "x"}, {"time": "x"}, {"pid": 10**30}], ids=str)
+def test_a_damaged_lease_holds_up_nobody(value: Any, study: Study, waits: Waits) -> None:
     """What cannot be read belongs to nobody."""
-    study._storage.set_study_system_attr(study._study_id, LEASE, {"host": 3})
+    if isinstance(value, dict) and "host" not in value:
+        write(study, **{**here(1, "1"), **value})
+    else:
+        study._storage.set_study_system_attr(study._study_id, LEASE, value)
     assert taken(study)
+    assert waits.seconds < 1
 
 
 # Holding it

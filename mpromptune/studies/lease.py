@@ -14,10 +14,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from optuna.storages import InMemoryStorage
 from optuna.study import Study
@@ -26,6 +27,7 @@ from mpromptune.calls.daemons import started
 from mpromptune.calls.interrupts import deferred, is_over, pause
 from mpromptune.errors import StudyInUseError
 from mpromptune.studies.attributes import LEASE
+from mpromptune.studies.damage import CRASHES
 from mpromptune.studies.storage import reported
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,12 @@ class Holder:
     beats: int
     time: float
 
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Holder:
+        """What was stored."""
+        holder = cls(**value)
+        return replace(holder, pid=int(holder.pid), time=float(holder.time))
+
     def lives(self) -> bool | None:
         """Whether the run still goes on; None where that cannot be told from here."""
         if self.machine != _machine() or os.name != "posix":
@@ -73,7 +81,7 @@ class Holder:
             return self.token in _TOKENS
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # there is none, or can be none
             return False
         except PermissionError:  # it is another user's
             pass
@@ -150,7 +158,7 @@ class Lease:
         try:
             if self._thread is not None:
                 self._thread.join(timeout=BEAT)
-            if self.lost is None:
+            if self.lost is None and self._beats:
                 holder = self._read()
                 if holder is not None and holder.token == self._token:
                     self._store(None)
@@ -218,8 +226,8 @@ class Lease:
         with reported():
             value = self.study._storage.get_study_system_attrs(self.study._study_id).get(LEASE)
         try:
-            return None if value is None else Holder(**value)
-        except TypeError:  # it is damaged
+            return None if value is None else Holder.of(value)
+        except CRASHES:  # it is damaged
             return None
 
     def _write(self) -> None:
