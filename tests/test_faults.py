@@ -390,10 +390,12 @@ def test_kill_9(step: str, at: int, tmp_path: Path, sound: Any, whole: Counter[s
     best = compiled(lm, storage=storage)
     assert alike(best, sound)
     again = log_lines(tmp_path / "again.log", "start", "search", "answer")
-    assert sum(again.values()) == sound.search_result.calls - len(kept)
+    # Answers that were kept just before the kill, and their scores not: scored again without a request.
+    answered = sound.search_result.calls - len(kept) - sum(again.values())
+    assert 0 <= answered <= THREADS
     assert before <= whole
     assert again <= whole
-    assert sum((before + again - whole).values()) == sum(before.values()) - len(kept) <= THREADS
+    assert sum((before + again - whole).values()) == sum(before.values()) - len(kept) - answered <= THREADS
     assert not (DEMOS in steps and lm.books.started["bootstrap"])
     assert not (INSTRUCTIONS in steps and lm.books.started["propose"])
     for name in ("bootstrap", "propose"):  # of a step that was cut off, only what it took in the end
