@@ -159,7 +159,7 @@ class Workers:
         self.fatal: Exception | None = None  # what has stopped them, if it was an error
         self._admits = admits
         judged = self._judge, self._retry, retry_after
-        self._attempts = Attempts(*judged, num_threads, self.stopped, lambda: self._admits())
+        self._attempts = Attempts(*judged, num_threads, self.stopped, admits)
         self._ended = itertools.count()
 
     @property
@@ -178,7 +178,6 @@ class Workers:
         example: int,
         keep: Keep | None = None,
         idle: bool = False,
-        trial_id: int | None = None,
     ) -> Future[Outcome]:
         """Queues one item; the future never raises what ``score`` raised.
 
@@ -187,7 +186,6 @@ class Workers:
             example: The example.
             keep: Called with the outcome, in the worker, before anybody else sees it.
             idle: Whether it is for a worker that has nothing else to do.
-            trial_id: Identity of its trial in the storage, for workers in several processes.
         """
         context = contextvars.copy_context()
         return self._queue.submit(partial(context.run, self._kept, keep, dict(params), example), idle)

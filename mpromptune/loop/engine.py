@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from optuna.samplers import BaseSampler
-from optuna.study import Study
 
 from mpromptune.calls.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.calls.execution import Score, Workers, as_score, classify_builtin
@@ -16,15 +15,12 @@ from mpromptune.calls.interrupts import GRACE, handled
 from mpromptune.calls.limits import SEARCH, Budget, Limits
 from mpromptune.calls.remote import ExecutorSpec, Workplace, measuring
 from mpromptune.calls.usage import Usage, metered
-from mpromptune.crew.members import Crew, check_coordinators, taking_part
-from mpromptune.crew.shared import SharedWorkers
 from mpromptune.errors import require_count, require_finite
 from mpromptune.live.progress import OnProgress
 from mpromptune.loop.coordinator import Callback, Coordinator
 from mpromptune.loop.options import check_schedule
 from mpromptune.loop.result import SearchResult
 from mpromptune.loop.setup import Setup
-from mpromptune.loop.sharing import search_together
 from mpromptune.loop.trials import Trials
 from mpromptune.model.space import PromptSpace
 from mpromptune.model.stopping import Stopping
@@ -41,6 +37,7 @@ from mpromptune.plans.schedule import (
     warn_of_little,
 )
 from mpromptune.sampling.samplers import lists
+from mpromptune.studies.lease import Lease, held
 from mpromptune.studies.storage import StorageSpec, open_study
 
 
@@ -75,8 +72,6 @@ def search(
     on_progress: OnProgress | None = None,
     limits: Limits | Budget | None = None,
     stopped: threading.Event | None = None,
-    coordinators: int = 1,
-    crew: Crew | None = None,
 ) -> SearchResult:
     """Finds the configuration with the highest mean score for a budget of program calls.
 
@@ -97,9 +92,9 @@ def search(
     trials that an error or an interrupt cut off are taken up under new numbers. No saved score is paid
     again, and a finished search is returned without a call. ``max_calls`` is for all runs together; it
     may change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
-    sampler and the callbacks, which are not called again. One process at a time; several with
-    ``coordinators``, of which the first leads and the others measure what it hands out. Any of them
-    may be killed or join later; they end with the same result.
+    sampler and the callbacks, which are not called again. A study takes one run at a time: it
+    belongs to that run until it ends. After ``kill -9`` it is free at once on the same host, and
+    elsewhere after a minute, for which the next run waits.
 
     Args:
         space: The configurations.
@@ -149,10 +144,6 @@ def search(
             used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
             call begins once a limit is used up. A `Budget` where something was used before.
         stopped: Set from outside, no further call begins; set when nothing more may be spent.
-        coordinators: Processes, on any hosts, that are expected to make this call with this
-            ``storage``, each with ``num_threads`` of its own. Callbacks and limits are those of the
-            process that leads.
-        crew: Of these processes, where this one has joined them before.
 
     Returns:
         The winner, its score, the baseline's, and the study.
@@ -162,6 +153,7 @@ def search(
         TravelError: The score cannot be sent to the workers of the executor; no call was made.
         StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
             seed or schedule, or to none; no call was made.
+        StudyInUseError: Another run is at work on the study; no call was made.
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
             where the storage failed, and ``.result`` is what can be said from it.
         SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
@@ -172,7 +164,6 @@ def search(
         require_finite("target", target)
     require_finite("grace", grace)
     as_score(failure_score)
-    check_coordinators(coordinators, storage)
     check_schedule(schedule, block_size, confirm, patience, target)
     start = space.first() if baseline is None else space.row(baseline)
     plan: Plan
@@ -191,10 +182,7 @@ def search(
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
     arguments.update(schedule=schedule, **sizes)
     confirmed = confirm and schedule == "blocks"  # mipro measures the baseline first of all
-    threads = num_threads * coordinators
-    setup = Setup(
-        space, plan, arguments, sampler, batch_size, threads, coordinators > 1, trial_size, confirmed
-    )
+    setup = Setup(space, plan, arguments, sampler, batch_size, num_threads, trial_size, confirmed)
     budget = limits if isinstance(limits, Budget) else Budget(limits, grace=grace)
     told: dict[str, Any] = {
         "failure_score": failure_score,
@@ -205,21 +193,23 @@ def search(
     run = partial(Coordinator, space=space, plan=plan, budget=budget, **told)
     stopped, place = stopped or threading.Event(), Workplace(executor)
     study = open_study(storage, study_name)
-    with budget.ending(), handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
-        given = score, pool, classify, retry, retry_after, num_threads
-        if coordinators == 1:
-            return _alone(setup, study, budget, run, Workers(*given, budget.admits, stopped))
-        with taking_part(crew, study, num_threads) as mates:
-            workers = SharedWorkers(mates, study._storage, *given, budget.admits, stopped)
-            return search_together(setup, study, run, workers, mates)
+    with (
+        budget.ending(),
+        handled(),
+        held(study, stopped) as lease,
+        measuring(score, place, num_threads, retry, stopped) as (score, pool),
+    ):
+        workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
+        return _run(setup, lease, budget, run, workers)
 
 
-def _alone(
-    setup: Setup, study: Study, budget: Budget, run: partial[Coordinator], workers: Workers
+def _run(
+    setup: Setup, lease: Lease, budget: Budget, run: partial[Coordinator], workers: Workers
 ) -> SearchResult:
+    study = lease.study
     record, encoding = setup.take_up(study)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
-    trials = Trials(study, setup.space, record)
+    trials = Trials(study, setup.space, record, lease)
     known = Knowledge(study, encoding, hidden=trials.untold)
     with metered(budget.begin_search()):
         return run(workers=workers, trials=trials, known=known).run()

@@ -27,7 +27,6 @@ from mpromptune.lms.guard import Guard
 from mpromptune.lms.prices import Pricing
 from mpromptune.loop.arguments import extending, split
 from mpromptune.loop.options import SearchOptions, gather, resolve
-from mpromptune.mipro.checkpoint import Checkpoint
 from mpromptune.mipro.checks import check_arguments
 from mpromptune.mipro.compatibility import incompatible, require_compatible
 from mpromptune.mipro.estimate import Estimate
@@ -39,6 +38,7 @@ from mpromptune.mipro.steps import Steps
 from mpromptune.plans.schedule import Minibatches
 from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, wants_traceback
 from mpromptune.programs.remote import Elsewhere
+from mpromptune.studies.storage import open_study
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ class MIPROv2(StockMIPROv2):
             UnknownOptionError: An option is not known (a TypeError).
             InvalidArgumentError: An option or an argument cannot work (a ValueError).
             IncompatibleDSPyError: There are options, and DSPy has changed what they are built on.
+            StudyInUseError: Another run is at work on the study.
             TravelError: Something cannot be sent to the workers of the executor (a TypeError).
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
                 and ``.program`` is the best so far.
@@ -160,7 +161,7 @@ class MIPROv2(StockMIPROv2):
         try:
             executor = None if options.dry_run else options.executor
             elsewhere = Elsewhere(executor, options.timeout, guard, self)
-            with guard.budget.ending(), guard.watching(), steps.together, elsewhere as steps.elsewhere:
+            with guard.budget.ending(), guard.watching(), steps.holding, elsewhere as steps.elsewhere:
                 try:
                     yield
                 finally:
@@ -209,8 +210,7 @@ class MIPROv2(StockMIPROv2):
             return
         if options.storage is not None:
             run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
-            together = options.coordinators > 1
-            _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run, together))
+            _STEPS.get().resume(open_study(options.storage, options.study_name), run)
         _check_embedder(options, program)
         _STEPS.get().elsewhere.check(program, valset)
         if options.confirm:
@@ -316,8 +316,6 @@ class MIPROv2(StockMIPROv2):
             on_progress=Listeners.of(view.on_progress if options.verbose else None, options.on_progress),
             limits=_STEPS.get().guard.budget,
             stopped=_STEPS.get().guard.stopped,
-            coordinators=options.coordinators,
-            crew=_STEPS.get().crew,
         )
 
     def _finished(self, programs: ProgramSpace, result: Any) -> Any:

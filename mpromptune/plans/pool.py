@@ -33,16 +33,14 @@ def default_batch_size(num_threads: int, block_size: int, max_calls: int) -> int
     return max(4, min(enough, affordable))
 
 
-def default_rounds_in_flight(
-    num_threads: int, batch_size: int, block_size: int, max_calls: int, is_shared: bool = False
-) -> int:
+def default_rounds_in_flight(num_threads: int, batch_size: int, block_size: int, max_calls: int) -> int:
     """Rounds being measured at any time, at most: two, or as many as keep a large pool busy.
 
-    Rounds are told in order, so one slow call holds up all that is asked after it: a large pool, or
-    one of several processes, needs several work items for every worker to ride that out. But no more
-    than a share of the budget is asked for before something is known of it.
+    Rounds are told in order, so one slow call holds up all that is asked after it: a large pool needs
+    several work items for every worker to ride that out. But no more than a share of the budget is
+    asked for before something is known of it.
     """
-    if num_threads <= _SMALL_POOL and not is_shared:
+    if num_threads <= _SMALL_POOL:
         return 2
     items = min(_ITEMS_PER_WORKER * num_threads, _SHARE_IN_FLIGHT * max_calls)
     return max(2, math.ceil(items / (batch_size * block_size)))
