@@ -56,6 +56,10 @@ class StudyMismatchError(MPromptuneError, ValueError):
     """A study belongs to another run; the message says what differs."""
 
 
+class StudyInUseError(MPromptuneError, RuntimeError):
+    """Another run is at work on the study; the message says which, and what to do."""
+
+
 class CallCancelledError(MPromptuneError, RuntimeError):
     """A program call let out ``asyncio.CancelledError``, or another error that is no ``Exception``."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or importing it
 
 import dspy
 import optuna
+import postgres
 import pytest
 import torch
 
@@ -20,6 +23,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell run
 pytest.register_assert_rewrite("optuna.testing.pytest_samplers")
 torch.set_num_threads(1)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[postgres.Server]:
+    """A PostgreSQL server, where its programs are installed."""
+    if postgres.programs() is None:
+        pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg")
+    with postgres.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def forks() -> Any:
+    """One process imports torch; those to be killed are forked from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed", "faults", "paid"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        context.Process(target=str).start()
+    return context
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from embedders import letters
 
+import mpromptune.studies.lease
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 
 N = 40
@@ -107,3 +108,10 @@ def run(storage: Any, score: Any, **arguments: Any) -> SearchResult:
 def search_and_die(path: Path, log: Path, last: int, delay: float, num_threads: int) -> None:
     """A search that does not live to see its end."""
     run(path, Logged(log, last, delay), num_threads=num_threads)
+
+
+def search_elsewhere(storage: Any, log: Path, machine: str, beat: float) -> None:
+    """A slow search on a host of that name, as far as its lease can tell; for whoever kills it."""
+    mpromptune.studies.lease._machine = lambda: machine
+    mpromptune.studies.lease.BEAT = beat
+    run(storage, Logged(log, latency=0.4))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import re
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -362,17 +360,6 @@ def test_ctrl_c_in_a_callback(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def forks() -> Any:
-    """One process imports everything; those to be killed are forked from it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        context.Process(target=str).start()
-    return context
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
     """The requests for an answer of the sound compile's search."""
     log = tmp_path_factory.mktemp("sound") / "lm.log"
@@ -403,11 +390,12 @@ def test_kill_9(step: str, at: int, tmp_path: Path, sound: Any, whole: Counter[s
     best = compiled(lm, storage=storage)
     assert alike(best, sound)
     again = log_lines(tmp_path / "again.log", "start", "search", "answer")
-    assert sum(again.values()) <= sound.search_result.calls - len(kept)
+    # Answers that were kept just before the kill, and their scores not: scored again without a request.
+    answered = sound.search_result.calls - len(kept) - sum(again.values())
+    assert 0 <= answered <= THREADS
     assert before <= whole
     assert again <= whole
-    assert sum((before + again - whole).values()) <= THREADS
-    assert before + again >= whole
+    assert sum((before + again - whole).values()) == sum(before.values()) - len(kept) - answered <= THREADS
     assert not (DEMOS in steps and lm.books.started["bootstrap"])
     assert not (INSTRUCTIONS in steps and lm.books.started["propose"])
     for name in ("bootstrap", "propose"):  # of a step that was cut off, what was in flight counts twice

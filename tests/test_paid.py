@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,17 +16,6 @@ from mpromptune.studies.attributes import ANSWERS
 from mpromptune.studies.storage import open_study
 
 KILLS = 6
-
-
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    """One process imports DSPy and torch; those to be killed are forked from it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["paid"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        context.Process(target=str).start()
-    return context
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -10,8 +10,8 @@ from numpy.testing import assert_allclose
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
-from mpromptune.model import rasch
-from mpromptune.model.rasch import Answers, Grades, design_of, fit, likelihood_of
+from mpromptune.model.likelihood import Answers, Grades, Likelihood, likelihood_of
+from mpromptune.model.rasch import design_of, fit
 
 NAN = np.nan
 # Two groups: latents 0 and 1 of the first, 2 of the second.
@@ -62,7 +62,7 @@ def test_answers_are_fitted_at_the_mode_that_a_general_optimiser_finds():
 
 
 @pytest.mark.parametrize("likelihood", [Answers(), Answers(dispersion=0.3), Grades(0.0, 1.0)])
-def test_slope_and_information_are_the_derivatives_of_the_density(likelihood: rasch.Likelihood):
+def test_slope_and_information_are_the_derivatives_of_the_density(likelihood: Likelihood):
     """By central differences."""
     eta, y, h = np.linspace(-3.0, 3.0, 13), np.full(13, 0.7), 1e-4
     ahead, behind = likelihood.log_density(eta + h, y), likelihood.log_density(eta - h, y)
@@ -110,7 +110,7 @@ def test_a_configuration_that_is_far_worse_does_not_stretch_the_scale_of_the_res
         ([7.0, 7.0, 7.0], Grades(7.0, 0.5)),
     ],
 )
-def test_the_scores_choose_their_likelihood(scores: list[float], expected: rasch.Likelihood):
+def test_the_scores_choose_their_likelihood(scores: list[float], expected: Likelihood):
     """Two values are right and wrong; numbers in [0, 1] too; all others are grades."""
     assert likelihood_of(np.array([scores])) == expected
 

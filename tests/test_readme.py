@@ -38,7 +38,7 @@ def readme_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
 
 def test_python_blocks_run_in_order(readme_names: dict[str, Any]) -> None:
     """Every example runs as it is printed, each going on from those before it."""
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 7
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README.md, Python block {number}", "exec"), readme_names)
     assert Path("best.json").exists()

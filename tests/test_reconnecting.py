@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import optuna
+import postgres
 import pytest
+from killed import SPACE, Scores, run
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 
-from mpromptune.errors import StorageError
+import mpromptune.studies.reconnecting
+from mpromptune import SearchResult
+from mpromptune.errors import SearchStoppedError, StorageError
+from mpromptune.studies.attributes import SCORES
 from mpromptune.studies.reconnecting import ReconnectingStorage, is_lost
+from mpromptune.studies.storage import open_study
 
 
 def lost() -> StorageInternalError:
@@ -135,3 +142,48 @@ def test_what_is_a_lost_connection() -> None:
     assert not is_lost(AnswerError("NOT_FOUND"))
     assert not is_lost(IntegrityError("INSERT", {}, Exception()))
     assert not is_lost(ValueError())
+
+
+class Cutting(Scores):
+    """Has the server stop, as in a power cut, in the middle of a search."""
+
+    def __init__(self, server: postgres.Server, at: int, back_after: float | None) -> None:
+        super().__init__()
+        self._server, self._at, self._back_after = server, at, back_after
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        score = super().__call__(params, example)
+        if sum(self.asked.values()) == self._at:
+            self._server.stop()
+            if self._back_after is not None:
+                threading.Timer(self._back_after, self._server.start).start()
+        return score
+
+
+def trials_of(result: SearchResult) -> list[tuple]:
+    """What trials of two equal searches have in common."""
+    return [(t.number, t.params, t.state, t.value, t.user_attrs[SCORES]) for t in result.study.trials]
+
+
+def test_a_lost_connection_is_waited_for(server: postgres.Server) -> None:
+    """A database that is started again costs time, and nothing else."""
+    score = Cutting(server, at=60, back_after=1.0)
+    result = run(server.url_of("back"), score)
+    assert trials_of(result) == trials_of(run(None, Scores()))
+    assert result.calls == len(score.asked) == sum(score.asked.values())
+
+
+def test_a_connection_that_stays_lost_ends_a_search(
+    server: postgres.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a plain error; all that was saved is there for the next call."""
+    monkeypatch.setattr(mpromptune.studies.reconnecting, "PATIENCE", 1.0)
+    url, score = server.url_of("lost"), Cutting(server, at=60, back_after=None)
+    with pytest.raises(SearchStoppedError, match="connection to the storage was lost"):
+        run(url, score)
+    server.start()
+    kept = {(SPACE.row(t.params), e) for t in open_study(url).trials for e in t.intermediate_values}
+    again = Scores()
+    assert trials_of(run(url, again)) == trials_of(run(None, Scores()))
+    assert not again.asked.keys() & kept
+    assert len(score.asked) - len(kept) <= 8  # calls in flight, of four threads

@@ -325,6 +325,18 @@ def test_a_stop_withdraws_what_has_not_begun() -> None:
     assert len(queued) == 3
 
 
+def test_all_workers_of_dask_are_used(dask: Executor, tmp_path: Path) -> None:
+    """Both processes make at least a third of the calls, and four are under way at a time."""
+    log = tmp_path / "log"
+    result = run(Written(log, latency=0.05), executor=dask)
+    shares = written(log, "by")
+    assert len(shares) == 2
+    assert min(shares.values()) >= result.calls / 3
+    steps = [line.split()[0] for line in log.read_text().splitlines()]
+    under_way = [steps[:i].count("start") - steps[:i].count("end") for i in range(len(steps))]
+    assert max(under_way) == 4
+
+
 def test_a_stop_reaches_the_workers_of_dask(dask: Executor, tmp_path: Path) -> None:
     """What waits in its queue asks nothing more, and what is under way comes back and is kept."""
     log, stopped = tmp_path / "log", threading.Event()

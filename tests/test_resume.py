@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
-import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,17 +69,6 @@ class Failing(Scores):
 @pytest.fixture(scope="module")
 def in_one_go() -> SearchResult:
     return run(None, Scores())
-
-
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    """One process imports torch; those to be killed are forked from it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        context.Process(target=str).start()
-    return context
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])

@@ -20,7 +20,6 @@ from typing import Any
 from mpromptune.calls.attempts import Attempts, Classify, RetryAfter, RetryPolicy, Verdict, no_hint
 from mpromptune.calls.daemons import in_daemon
 from mpromptune.calls.interrupts import Stopped, contained
-from mpromptune.calls.priority import Priority
 from mpromptune.calls.throttle import Load
 from mpromptune.calls.usage import Meter, Usage, current_meter, metered, record
 from mpromptune.errors import (
@@ -152,14 +151,14 @@ class Workers:
         stopped: threading.Event | None = None,
     ) -> None:
         self._score = partial(contained, score)
-        self._queue: Priority[Outcome] = Priority(executor, num_threads)
+        self._executor = executor
         self._classify = classify
         self._retry = retry or RetryPolicy()
         self.stopped = stopped or threading.Event()
         self.fatal: Exception | None = None  # what has stopped them, if it was an error
         self._admits = admits
         judged = self._judge, self._retry, retry_after
-        self._attempts = Attempts(*judged, num_threads, self.stopped, lambda: self._admits())
+        self._attempts = Attempts(*judged, num_threads, self.stopped, admits)
         self._ended = itertools.count()
 
     @property
@@ -172,25 +171,16 @@ class Workers:
         """Attempts in flight now, and those that may be."""
         return self._attempts.load
 
-    def submit(
-        self,
-        params: Mapping[str, int],
-        example: int,
-        keep: Keep | None = None,
-        idle: bool = False,
-        trial_id: int | None = None,
-    ) -> Future[Outcome]:
+    def submit(self, params: Mapping[str, int], example: int, keep: Keep | None = None) -> Future[Outcome]:
         """Queues one item; the future never raises what ``score`` raised.
 
         Args:
             params: The configuration.
             example: The example.
             keep: Called with the outcome, in the worker, before anybody else sees it.
-            idle: Whether it is for a worker that has nothing else to do.
-            trial_id: Identity of its trial in the storage, for workers in several processes.
         """
         context = contextvars.copy_context()
-        return self._queue.submit(partial(context.run, self._kept, keep, dict(params), example), idle)
+        return self._executor.submit(context.run, self._kept, keep, dict(params), example)
 
     def verdict(self, outcome: Outcome) -> Verdict | None:
         """The verdict on a failed outcome; None for a scored or a skipped one."""

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from optuna.study import Study
@@ -84,7 +84,6 @@ class Coordinator:
     on_progress: OnProgress | None
     grace: float = GRACE
     in_flight: deque[list[_Running]] = field(default_factory=deque)
-    background: list[_Running] = field(default_factory=list)
     unsaved: Exception | None = None
 
     def __post_init__(self) -> None:
@@ -92,8 +91,8 @@ class Coordinator:
         self.ledger = self.known.ledger
         self.health = Health(self.workers.verdict, self.plan.outage)
         self.summary = Summary(self.space, self.plan, self.known, self.budget)
-        watched = self.plan, self.known, self.budget, self.workers, self.trials, self._answered
-        self.monitor = Monitor(self.on_progress, *watched)
+        watched = self.plan, self.known, self.budget, self.workers, self.trials
+        self.monitor = Monitor(self.on_progress, *watched, lambda: sum(f.done() for f in self._futures()))
 
     def run(self) -> SearchResult:
         """Rounds until the plan has no more, or a limit is used up."""
@@ -111,11 +110,10 @@ class Coordinator:
 
     def _measure_all(self) -> None:
         try:
-            while self._fill() or self.background:
+            while self._fill():
                 self.monitor.report()
-                self._finish(self.in_flight[0] if self.in_flight else self.background)
-                if self.in_flight:
-                    self.in_flight.popleft()
+                self._finish(self.in_flight[0])
+                self.in_flight.popleft()
                 self._afford()
             self._take_rest()
             if self.budget.reached:
@@ -135,7 +133,7 @@ class Coordinator:
             for request in self.plan.next_round(self.known, alone=len(self.in_flight) == 1):
                 asked = self.trials.next(request.row)
                 with deferred():  # what has been submitted is to be found in its round
-                    self._start(request, asked, self.background if request.background else round_)
+                    self._start(request, asked, round_)
             if not round_:
                 self.in_flight.pop()
                 break
@@ -148,7 +146,7 @@ class Coordinator:
             return
         self.plan.assign(asked.row, examples)
         self.trials.start(asked, examples)
-        futures = tuple(self._submit(asked, example, request.background) for example in examples)
+        futures = tuple(self._submit(asked, example) for example in examples)
         round_.append(_Running(asked, examples, futures))
 
     def _examples(self, request: Request, asked: Asked) -> Examples:
@@ -158,10 +156,10 @@ class Coordinator:
             return ()  # in a space too large to list, a sampler may find nothing open
         return request.examples(asked.row, asked.number)
 
-    def _submit(self, asked: Asked, example: int, idle: bool) -> Future[Outcome]:
+    def _submit(self, asked: Asked, example: int) -> Future[Outcome]:
         if asked.trial is not None and example not in asked.scores:
-            params, keep = self.space.params(asked.row), partial(self._keep, asked)
-            return self.workers.submit(params, example, keep, idle, asked.trial._trial_id)
+            params = self.space.params(asked.row)
+            return self.workers.submit(params, example, partial(self._keep, asked))
         if example not in asked.scores:
             self.health.recall(asked.row, example)
         measured: Future[Outcome] = Future()
@@ -178,9 +176,6 @@ class Coordinator:
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self.unsaved = self.unsaved or error
             self.workers.stopped.set()
-
-    def _answered(self) -> int:
-        return sum(future.done() for future in self._futures())
 
     def _finish(self, round_: list[_Running]) -> None:
         """Waits for a round and tells it in the order in which it was asked."""
@@ -223,8 +218,9 @@ class Coordinator:
 
     def _require_going(self) -> None:
         """Stops where the workers have stopped."""
-        if self.unsaved is not None:
-            raise self._stopped("a score that could not be saved", self.unsaved)
+        unsaved = self.unsaved or self.trials.lease.lost
+        if unsaved is not None:
+            raise self._stopped("a score that could not be saved", unsaved)
         if self.workers.fatal is not None:
             raise self._stopped("an error that no further call can mend", self.workers.fatal)
         if self.workers.stopped.is_set():
@@ -243,7 +239,7 @@ class Coordinator:
 
     def _running(self) -> Iterator[_Running]:
         """All trials that are being measured."""
-        for round_ in (*self.in_flight, self.background):
+        for round_ in self.in_flight:
             yield from round_
 
     def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
@@ -280,12 +276,13 @@ class Coordinator:
 
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
         failed = [o.example for o in outcomes if self.workers.verdict(o) in FAILURES]
-        refused = [o.example for o in outcomes if self.workers.verdict(o) is Verdict.REFUSED]
+        refused = tuple(o.example for o in outcomes if self.workers.verdict(o) is Verdict.REFUSED)
+        if refused:
+            running = replace(running, asked=replace(running.asked, refused=refused))
         measured = {o.example: o.score for o in outcomes if o.score is not None}
         measured.update(dict.fromkeys(failed, self.failure_score))
         in_order = {example: measured[example] for example in running.examples if example in measured}
-        is_left = running.asked.trial is not None and is_cut_short(outcomes)
-        return self._close(running, in_order, is_left, refused or running.asked.refused)
+        return self._close(running, in_order, running.asked.trial is not None and is_cut_short(outcomes))
 
     def _abandon(self, grace: float) -> None:
         """Stops the workers and closes every open trial, keeping the scores that come in until then."""
@@ -300,12 +297,11 @@ class Coordinator:
         running = list(self._running())
         scores = {r.asked.number: scores_of(r.futures) for r in running}
         self.in_flight.clear()
-        self.background.clear()
         for one in running:  # first, so that they count even where the storage fails
             self._book(one, scores[one.asked.number])
         try:
             for one in running:
-                self.trials.leave(one.asked, one.examples, scores[one.asked.number])
+                self.trials.tell(one.asked, one.examples, scores[one.asked.number], abandoned=True)
             self.trials.abandon_open()
         except Exception as error:  # noqa: BLE001 - whatever a storage raises
             self._leave_storage(error, scores)
@@ -318,25 +314,15 @@ class Coordinator:
             logger.exception("Nor can the storage be read.")
 
     def _close(
-        self,
-        running: _Running,
-        measured: Mapping[int, float],
-        abandoned: bool = False,
-        refused: Sequence[int] = (),
+        self, running: _Running, measured: Mapping[int, float], abandoned: bool = False
     ) -> FrozenTrial | None:
-        self._book(running, measured, is_over=not abandoned, refused=refused)
-        return self.trials.tell(running.asked, running.examples, measured, abandoned, refused)
+        self._book(running, measured, is_over=not abandoned)
+        return self.trials.tell(running.asked, running.examples, measured, abandoned)
 
-    def _book(
-        self,
-        running: _Running,
-        measured: Mapping[int, float],
-        is_over: bool = False,
-        refused: Sequence[int] = (),
-    ) -> None:
+    def _book(self, running: _Running, measured: Mapping[int, float], is_over: bool = False) -> None:
         lost = [example for example in running.examples if example not in measured]
-        usage = self.trials.usage(running.asked)
-        self.ledger.add(running.row, measured, usage, lost if is_over else (), refused)
+        asked = running.asked
+        self.ledger.add(asked.row, measured, asked.meter.total, lost if is_over else (), asked.refused)
         self.budget.note_trial(self.ledger.usage)
         self.plan.settle(running.row, running.examples, lost)
 
@@ -345,8 +331,7 @@ class Coordinator:
         for asked in self.trials.rest():
             examples = asked.examples or ()
             self.plan.assign(asked.row, examples)
-            running, is_left = _Running(asked, examples, ()), asked.trial is not None
-            self._close(running, asked.scores, is_left, asked.refused)
+            self._close(_Running(asked, examples, ()), asked.scores, abandoned=asked.trial is not None)
 
     def _afford(self) -> None:
         """Tells the plan how far tokens, money and time go, so that it can keep back what it needs."""

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from optuna.samplers import BaseSampler
-from optuna.study import Study
 
 from mpromptune.calls.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.calls.execution import Score, Workers, as_score, classify_builtin
@@ -16,17 +15,14 @@ from mpromptune.calls.interrupts import GRACE, handled
 from mpromptune.calls.limits import SEARCH, Budget, Limits
 from mpromptune.calls.remote import ExecutorSpec, Workplace, measuring
 from mpromptune.calls.usage import Usage, metered
-from mpromptune.crew.members import Crew, check_coordinators, taking_part
-from mpromptune.crew.shared import SharedWorkers
 from mpromptune.errors import require_count, require_finite
 from mpromptune.live.progress import OnProgress
 from mpromptune.loop.coordinator import Callback, Coordinator
 from mpromptune.loop.options import check_schedule
 from mpromptune.loop.result import SearchResult
 from mpromptune.loop.setup import Setup
-from mpromptune.loop.sharing import search_together
 from mpromptune.loop.trials import Trials
-from mpromptune.model.space import PromptSpace
+from mpromptune.model.space import PromptSpace, Row
 from mpromptune.model.stopping import Stopping
 from mpromptune.plans.batches import BatchPlan
 from mpromptune.plans.knowledge import Knowledge
@@ -43,6 +39,7 @@ from mpromptune.plans.schedule import (
 )
 from mpromptune.sampling.sampler import qEISampler
 from mpromptune.sampling.samplers import is_qei
+from mpromptune.studies.lease import Lease, held
 from mpromptune.studies.storage import StorageSpec, open_study
 
 
@@ -77,54 +74,46 @@ def search(
     on_progress: OnProgress | None = None,
     limits: Limits | Budget | None = None,
     stopped: threading.Event | None = None,
-    coordinators: int = 1,
-    crew: Crew | None = None,
 ) -> SearchResult:
     """Finds the configuration with the highest mean score for a budget of program calls.
 
-    Rounds of ``batch_size`` configurations are measured on a block of examples each, two rounds at a
-    time, or more at first where there are many threads; promising configurations are measured on
-    further blocks; no example of a configuration is paid for twice. With ``"qei"``, in spaces of up to
-    ``max_space_size``, a block is mostly of examples that tell configurations apart, as far as is
-    known, and the baseline, which says most about that, comes first; a configuration's first trial has
-    half a block. Otherwise a round shares one.
-    With ``schedule="mipro"`` trials are measured on random minibatches instead and, now and then, the
-    best one so far on all examples, as in DSPy's MIPROv2. Proposals depend on ``seed``, on
-    ``batch_size`` (by default, whole blocks for as many configurations have a call for every thread,
-    if the budget has many such rounds), on the number of rounds in flight (more than two from 41
-    threads on) and on what earlier rounds measured, never on timing.
+    Batches of ``batch_size`` blocks are measured, several at a time; a block is ``block_size`` examples of
+    one configuration, which may have several. With ``"qei"`` the configurations are those that may be the best
+    when all calls are spent, and the examples mostly those that tell the leaders apart (see
+    docs/mathematics.md); no pair of configuration and example is paid for twice. With ``schedule="mipro"``
+    trials are measured on random minibatches instead and, now and then, the best one so far on all examples,
+    as in DSPy's MIPROv2. Proposals depend on ``seed``, on ``batch_size``, on the number of batches in flight
+    (the same for up to 32 threads) and on what earlier batches measured, never on timing.
 
     With ``storage`` every score is saved as it comes in, and the same call goes on where the last one
     ended, however it ended. After ``kill -9`` the trials of ``"qei"`` are those of a search in one go;
     trials that an error or an interrupt cut off are taken up under new numbers. No saved score is paid
     again, and a finished search is returned without a call. ``max_calls`` is for all runs together; it
     may change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
-    sampler and the callbacks, which are not called again. One process at a time; several with
-    ``coordinators``, of which the first leads and the others measure what it hands out. Any of them
-    may be killed or join later; they end with the same result.
+    sampler and the callbacks, which are not called again. A study takes one run at a time: it
+    belongs to that run until it ends. After ``kill -9`` it is free at once on the same host, and
+    elsewhere after a minute, for which the next run waits.
 
     Args:
         space: The configurations.
         score: ``score(params, example) -> float``, the higher the better; called from threads.
         n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
-        max_calls: Calls of ``score`` to spend. Fewer are spent when no configuration that
-            could still win, and be fully measured, is left. With more than 40 threads, less than half a
-            round may stay unspent too.
+        max_calls: Calls of ``score`` to spend. Fewer are spent when nothing is left to measure.
         sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
         num_threads: Calls in flight at once.
-        batch_size: Configurations per round (q); by default as before in a study that is gone on with,
-            otherwise 4, or enough to occupy all threads if the budget has many such rounds.
-        block_size: Examples per block (default 10, or all where there are fewer).
+        batch_size: Blocks in a batch (q); by default as before in a study that is gone on with, otherwise 6,
+            fewer where there are fewer than 1200 calls.
+        block_size: Examples of a block; by default 5, or 3 where several predictors are combined.
         baseline: Configuration to compare with; by default the first of the space.
         seed: Fixes blocks, proposals and so the whole search.
         storage: Path of a journal file, URL of a database, or an Optuna storage; None for memory.
         study_name: Name of the study in the storage, by default ``"mpromptune"``.
         callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which
             they are told.
-        confirm: Keep calls back so that winner and baseline end measured on every example. The winner
-            is one of up to three finalists, as far as a third of the calls pays for more than one. With
-            False it is the highest posterior mean, whatever it was measured on.
-        patience: Stop after so many rounds in a row after which, by the posterior, no open
+        confirm: ``"auto"`` ends with the winner measured on every example where that takes no more than a
+            fifth of the calls, and with the baseline measured until it is 95 % sure which of the two is
+            better. True keeps calls back so that both end measured on every example, False none.
+        patience: Stop after so many batches in a row after which, by the posterior, no open
             configuration is expected to gain over the leader a tenth of a full evaluation's
             standard error. None: never. It cannot judge where all scores are the same.
         target: Stop exploring once the leader's posterior mean is at or above this mean score; go
@@ -151,10 +140,6 @@ def search(
             used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
             call begins once a limit is used up. A `Budget` where something was used before.
         stopped: Set from outside, no further call begins; set when nothing more may be spent.
-        coordinators: Processes, on any hosts, that are expected to make this call with this
-            ``storage``, each with ``num_threads`` of its own. Callbacks and limits are those of the
-            process that leads.
-        crew: Of these processes, where this one has joined them before.
 
     Returns:
         The winner, its score, the baseline's, and the study.
@@ -164,6 +149,7 @@ def search(
         TravelError: The score cannot be sent to the workers of the executor; no call was made.
         StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
             seed or schedule, or to none; no call was made.
+        StudyInUseError: Another run is at work on the study; no call was made.
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
             where the storage failed, and ``.result`` is what can be said from it.
         SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
@@ -174,7 +160,6 @@ def search(
         require_finite("target", target)
     require_finite("grace", grace)
     as_score(failure_score)
-    check_coordinators(coordinators, storage)
     check_schedule(schedule, block_size, confirm, patience, target)
     start = space.first() if baseline is None else space.row(baseline)
     plan: Plan
@@ -183,29 +168,13 @@ def search(
         trial_size, sizes = batches.size, batches.as_arguments()
         plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed, is_qei(sampler))
     else:
-        is_combined = space.combinations is None and len(set(space.groups)) > 1
-        trial_size = block_size or default_block_size(n_examples, is_combined)
-        sizes = {"block_size": trial_size}
-        check_budget(max_calls, n_examples, confirm)
-        warn_of_little(max_calls, n_examples, confirm)
-        check_block_size(trial_size, n_examples)
-        plan = BatchPlan(
-            Pairs(n_examples, max_calls),
-            start,
-            space.size,
-            trial_size,
-            seed=seed,
-            allocates=is_qei(sampler),
-            confirm=confirm,
-            stopping=Stopping(target, patience),
-        )
+        plan = _batches(space, n_examples, max_calls, start, block_size, confirm)
+        plan.stopping, plan.allocates, plan.seed = Stopping(target, patience), is_qei(sampler), seed
+        trial_size, sizes = plan.block_size, {"block_size": plan.block_size}
     arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
     arguments.update(schedule=schedule, **sizes)
     confirmed = confirm is True and schedule == "blocks"  # mipro measures the baseline first of all
-    threads = num_threads * coordinators
-    setup = Setup(
-        space, plan, arguments, sampler, batch_size, threads, coordinators > 1, trial_size, confirmed
-    )
+    setup = Setup(space, plan, arguments, sampler, batch_size, num_threads, trial_size, confirmed)
     budget = limits if isinstance(limits, Budget) else Budget(limits, grace=grace)
     told: dict[str, Any] = {
         "failure_score": failure_score,
@@ -216,21 +185,34 @@ def search(
     run = partial(Coordinator, space=space, plan=plan, budget=budget, **told)
     stopped, place = stopped or threading.Event(), Workplace(executor)
     study = open_study(storage, study_name)
-    with budget.ending(), handled(), measuring(score, place, num_threads, retry, stopped) as (score, pool):
-        given = score, pool, classify, retry, retry_after, num_threads
-        if coordinators == 1:
-            return _alone(setup, study, budget, run, Workers(*given, budget.admits, stopped))
-        with taking_part(crew, study, num_threads) as mates:
-            workers = SharedWorkers(mates, study._storage, *given, budget.admits, stopped)
-            return search_together(setup, study, run, workers, mates)
+    with (
+        budget.ending(),
+        handled(),
+        held(study, stopped) as lease,
+        measuring(score, place, num_threads, retry, stopped) as (score, pool),
+    ):
+        workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
+        return _run(setup, lease, budget, run, workers)
 
 
-def _alone(
-    setup: Setup, study: Study, budget: Budget, run: partial[Coordinator], workers: Workers
+def _batches(
+    space: PromptSpace, n_examples: int, max_calls: int, start: Row, block_size: int | None, confirm: Confirm
+) -> BatchPlan:
+    is_combined = space.combinations is None and len(set(space.groups)) > 1
+    size = block_size or default_block_size(n_examples, is_combined)
+    check_budget(max_calls, n_examples, confirm)
+    warn_of_little(max_calls, n_examples, confirm)
+    check_block_size(size, n_examples)
+    return BatchPlan(Pairs(n_examples, max_calls), start, space.size, size, confirm=confirm)
+
+
+def _run(
+    setup: Setup, lease: Lease, budget: Budget, run: partial[Coordinator], workers: Workers
 ) -> SearchResult:
+    study = lease.study
     record, encoding = setup.take_up(study)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
-    trials = Trials(study, setup.space, record)
+    trials = Trials(study, setup.space, record, lease)
     cold = setup.sampler.min_cold_start if isinstance(setup.sampler, qEISampler) else 1
     known = Knowledge(study, encoding, setup.plan.n_examples, cold)
     with metered(budget.begin_search()):

@@ -16,7 +16,6 @@ from mpromptune.calls.interrupts import GRACE
 from mpromptune.calls.limits import Limits
 from mpromptune.calls.pace import Pace
 from mpromptune.calls.remote import check_executor
-from mpromptune.crew.members import check_coordinators
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
 from mpromptune.live.progress import OnProgress
 from mpromptune.plans.schedule import (
@@ -88,8 +87,6 @@ class SearchOptions:
         verbose: Show how the compile is getting on.
         executor: Where the programs of the search are run: a ``concurrent.futures.Executor``, or a
             callable that makes one (default: threads).
-        coordinators: Processes, on any hosts, that make the same call with the same ``storage`` and
-            share the work.
     """
 
     sampler: BaseSampler | str = "qei"
@@ -123,7 +120,6 @@ class SearchOptions:
     on_progress: OnProgress | None = None
     verbose: bool = True
     executor: Any = None
-    coordinators: int = 1
 
     def __post_init__(self) -> None:
         self._check_sampler()
@@ -145,7 +141,6 @@ class SearchOptions:
             require_finite("target", self.target)
         check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
         check_storage(self.storage, self.study_name)
-        check_coordinators(self.coordinators, self.storage)
 
     @property
     def limits(self) -> Limits:

@@ -10,7 +10,6 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 
 from mpromptune.loop.settings import (
-    Settings,
     compare_geometry,
     recorded_settings,
     require_same,
@@ -38,8 +37,7 @@ class Setup:
         arguments: What must stay as it is in a study.
         sampler: Proposes configurations.
         batch_size: Configurations per round, if given.
-        num_threads: Calls in flight at once, in all processes.
-        is_shared: Whether there are several.
+        num_threads: Calls in flight at once.
         trial_size: Examples of a trial.
         confirmed: Whether the baseline is to end with a score on every example.
     """
@@ -50,7 +48,6 @@ class Setup:
     sampler: BaseSampler | str | None
     batch_size: int | None
     num_threads: int
-    is_shared: bool
     trial_size: int
     confirmed: bool
 
@@ -67,7 +64,7 @@ class Setup:
             before = recorded_settings(study)
             plan.batch_size = self._batch_size(before)
             plan.rounds_in_flight = self._rounds_in_flight(before)
-            settings = self._settings()
+            settings = settings_of(self.space, self.arguments, plan)
             require_same(study, before, settings)
         require_readable(study, distributions_of(self.space), plan.n_examples)
         record = read_record(study)
@@ -78,17 +75,6 @@ class Setup:
             compare_geometry(study, encoding)
         write_settings(study, settings)
         return record, encoding
-
-    def check(self, study: Study) -> None:
-        """Whether a study that others are at work on is of this search.
-
-        Raises:
-            StudyMismatchError: It is not.
-        """
-        require_same(study, recorded_settings(study), self._settings())
-
-    def _settings(self) -> Settings:
-        return settings_of(self.space, self.arguments, self.plan)
 
     def _batch_size(self, before: Mapping[str, Any]) -> int:
         """As given, as the sampler has it, as before, or by the number of threads and the budget."""

@@ -10,6 +10,7 @@ from optuna.study import Study
 
 from mpromptune.calls.limits import Budget
 from mpromptune.errors import SearchStoppedError
+from mpromptune.live.progress import QUANTILE
 from mpromptune.loop.result import Measured, SearchResult
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.plans.knowledge import Knowledge
@@ -78,8 +79,9 @@ class Summary:
         ledger = self.known.ledger
         return SearchResult(
             best_params=self.space.params(winner),
-            best_score=ledger.mean(winner),
-            baseline_score=ledger.mean(self.plan.baseline),
+            best_score=self._score(winner),
+            baseline_score=self._score(self.plan.baseline),
+            best_interval=self._interval(winner),
             calls=ledger.calls,
             n_examples=self.plan.n_examples,
             configurations=tuple(self._measured(ranked)),
@@ -92,6 +94,16 @@ class Summary:
             drawn=self.known.drawn(),
             text_chance=self.known.text_chance(),
         )
+
+    def _score(self, row: Row) -> float:
+        """Its mean over the validation set; foreseen where it was not measured on all of it."""
+        is_full = self.plan.is_full(row, self.known.ledger)
+        return self.known.ledger.mean(row) if is_full else self.known.whole_score(row)[0]
+
+    def _interval(self, row: Row) -> tuple[float, float]:
+        score, deviation = self.known.whole_score(row)
+        margin = 0.0 if self.plan.is_full(row, self.known.ledger) else QUANTILE * deviation
+        return score - margin, score + margin
 
     def _measured(self, rows: Sequence[Row]) -> list[Measured]:
         means, deviations = self.known.posterior(rows)

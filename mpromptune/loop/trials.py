@@ -16,6 +16,7 @@ from mpromptune.calls.usage import Meter, Usage
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.sampling.samplers import distributions_of
 from mpromptune.studies.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
+from mpromptune.studies.lease import Lease
 from mpromptune.studies.ledger import Examples
 from mpromptune.studies.record import Record, Recorded, abandoned_attributes, recorded_of
 
@@ -31,7 +32,7 @@ class Asked:
         examples: What an earlier run chose to measure it on, or None; empty for nothing.
         scores: What an earlier run paid for.
         meter: What it has used, in earlier runs too.
-        refused: Examples of which the prompt was refused in an earlier run.
+        refused: Examples of which the prompt was refused.
     """
 
     trial: Trial | None
@@ -54,15 +55,17 @@ class Trials:
         study: The study; its sampler proposes configurations.
         space: The configurations.
         record: The trials of earlier runs.
+        lease: Says whether this run may write to the study.
 
     Attributes:
+        lease: As given.
         told: Trials told, in earlier runs too.
     """
 
-    def __init__(self, study: Study, space: PromptSpace, record: Record) -> None:
+    def __init__(self, study: Study, space: PromptSpace, record: Record, lease: Lease) -> None:
         self.study = study
+        self.lease = lease
         self.record = record
-        self.untold = {recorded.number for recorded in record if recorded.told}
         self._space = space
         self._distributions = distributions_of(space)
         self._lock = threading.Lock()
@@ -71,6 +74,7 @@ class Trials:
 
     def next(self, row: Row | None) -> Asked:
         """The next trial of the record; after the last, a new one of ``row``, or of the sampler's choice."""
+        self.lease.require()
         while self.record:
             asked = self._again(self.record.popleft())
             if asked is not None:
@@ -128,12 +132,9 @@ class Trials:
         trial.set_user_attr(ABANDONED, True)
         self.study.tell(trial, state=TrialState.FAIL)
 
-    def usage(self, asked: Asked) -> Usage:
-        """What measuring a trial has used so far."""
-        return asked.meter.total
-
     def start(self, asked: Asked, examples: Sequence[int]) -> None:
         """Notes what a trial is to be measured on."""
+        self.lease.require()
         if asked.trial is not None and asked.examples is None:
             asked.trial.set_user_attr(EXAMPLES, list(examples))
 
@@ -143,6 +144,7 @@ class Trials:
         A call that hung until its trial was closed comes too late.
         """
         assert asked.trial is not None
+        self.lease.require()
         with self._lock:
             if asked.number in self._closed:
                 return
@@ -153,17 +155,11 @@ class Trials:
 
     def drop(self, asked: Asked) -> None:
         """Closes a trial of which nothing is to be measured."""
-        self.untold.discard(asked.number)
         if asked.trial is not None:
             self.study.tell(asked.trial, state=TrialState.FAIL)
 
     def tell(
-        self,
-        asked: Asked,
-        examples: Examples,
-        measured: Mapping[int, float],
-        abandoned: bool = False,
-        refused: Sequence[int] = (),
+        self, asked: Asked, examples: Examples, measured: Mapping[int, float], abandoned: bool = False
     ) -> FrozenTrial | None:
         """Tells a trial: its mean when every example was measured, FAIL otherwise.
 
@@ -172,9 +168,8 @@ class Trials:
             examples: What it was to be measured on.
             measured: Example to score.
             abandoned: Whether the run ends, and the next one is to take up what it lacks.
-            refused: Examples of which the prompt was refused.
         """
-        self.untold.discard(asked.number)
+        self.lease.require()
         self.told += 1
         trial = asked.trial
         if trial is None:
@@ -186,17 +181,13 @@ class Trials:
             trial.set_user_attr(PLANNED, list(examples))
         if failed and abandoned:
             trial.set_user_attr(ABANDONED, True)
-        if refused:
-            trial.set_user_attr(REFUSED, list(refused))
+        if asked.refused:
+            trial.set_user_attr(REFUSED, list(asked.refused))
         trial.set_user_attr(EXAMPLES, list(measured))
         trial.set_user_attr(SCORES, list(measured.values()))
         if failed:
             return self.study.tell(trial, state=TrialState.FAIL)
         return self.study.tell(trial, sum(measured.values()) / len(measured))
-
-    def leave(self, asked: Asked, examples: Examples, measured: Mapping[int, float]) -> None:
-        """Leaves a trial to the next run."""
-        self.tell(asked, examples, measured, abandoned=True)
 
     def rest(self) -> Iterator[Asked]:
         """What is left of the record when the search needs no more of it; it was paid for all the same."""
@@ -212,6 +203,7 @@ class Trials:
 
     def abandon_open(self) -> None:
         """Closes what is still open: trials that the sampler failed on, and the record's."""
+        self.lease.require()
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             recorded = recorded_of(trial)
             for name, value in abandoned_attributes(recorded.examples, recorded.scores).items():

@@ -343,27 +343,3 @@ def _forget(teacher: Any, example: Any) -> None:
 
 def _n_demos(program: Any) -> list[int]:
     return [len(predictor.demos) for predictor in program.predictors()]
-
-
-def labelled_demo_sets(
-    program: Any, trainset: list[Any], num_sets: int, k: int, rng: random.Random
-) -> DemoSets:
-    """Demo sets of labelled examples only, where DSPy draws from an empty range and crashes.
-
-    Args:
-        program: The student.
-        trainset: Where demos are drawn from.
-        num_sets: Sets wanted; the first is empty (zero-shot), as in DSPy.
-        k: Demos per set.
-        rng: Shuffles the trainset for every further set.
-
-    Returns:
-        Per predictor, ``num_sets`` demo sets.
-    """
-    versions = [program.reset_copy()]
-    for _ in range(num_sets - 1):
-        shuffled = list(trainset)
-        rng.shuffle(shuffled)
-        versions.append(LabeledFewShot(k=k).compile(program, trainset=shuffled))
-    predictors = [version.predictors() for version in versions]
-    return {i: [list(p[i].demos) for p in predictors] for i in range(len(predictors[0]))}

@@ -8,9 +8,6 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.storages import BaseStorage
-from optuna.study import Study
-
 from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import as_score
 from mpromptune.calls.usage import Usage
@@ -21,7 +18,8 @@ from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.studies.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
 from mpromptune.studies.damage import CRASHES, named, usage_from
-from mpromptune.studies.storage import StorageSpec, open_storage, open_study, reported
+from mpromptune.studies.lease import Lease
+from mpromptune.studies.storage import reported
 
 logger = logging.getLogger(__name__)
 
@@ -37,52 +35,26 @@ class Checkpoint:
     A step is there as a whole or not at all: its parts are written first, and what they are last.
 
     Args:
-        storage: As in `open_storage`.
-        study_name: As in `open_study`.
+        lease: Of its study; once that is lost, nothing is written any more.
         run: What identifies the run (see `fingerprint`).
-        is_shared: Whether other processes may be at work on the same run; then it begins with `claim`.
 
     Attributes:
-        storage: Opened.
         study: The study.
-        is_shared: As given.
 
     Raises:
         StorageError: The storage cannot be read and written.
         StudyMismatchError: The study belongs to another run.
     """
 
-    def __init__(
-        self,
-        storage: StorageSpec,
-        study_name: str | None,
-        run: Mapping[str, Part],
-        is_shared: bool = False,
-    ) -> None:
-        self.storage: BaseStorage = open_storage(storage)
-        self.study: Study = open_study(self.storage, study_name)
-        self.is_shared = is_shared
-        self._run = run
-        if not is_shared:
-            self.claim()
-
-    def claim(self) -> None:
-        """Reads what is kept, and takes the study for this run.
-
-        Raises:
-            StudyMismatchError: The study belongs to another run.
-        """
+    def __init__(self, lease: Lease, run: Mapping[str, Part]) -> None:
+        self.study = lease.study
+        self._lease = lease
         with reported():
             self._kept: dict[str, Any] = self.study.user_attrs
-        self._require_same(self._run)
+        self._require_same(run)
         self._earlier = {key.split(":")[-2]: answer for key, answer in self._answers().items()}
-        if self._kept.get(RUN) != self._run:
-            self._set(RUN, dict(self._run))
-
-    @property
-    def has_candidates(self) -> bool:
-        """Whether all steps before the search have ended."""
-        return self._load(DEMOS) is not None and self.has_instructions
+        if self._kept.get(RUN) != run:
+            self._set(RUN, dict(run))
 
     def demo_sets(self, rng: random.Random) -> DemoSets | None:
         """Those of the bootstrap, if it has ended; ``rng`` is then left as it was at that time."""
@@ -265,8 +237,9 @@ class Checkpoint:
         self._set(step, {**head, "parts": list(parts)})
 
     def _set(self, key: str, value: Any) -> None:
-        with reported():
-            self.study.set_user_attr(key, value)
+        if self._lease.lost is None:
+            with reported():
+                self.study.set_user_attr(key, value)
         self._kept[key] = value
 
 

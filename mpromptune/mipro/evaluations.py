@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dspy
@@ -30,12 +30,11 @@ class Predictions:
 
     def __init__(self) -> None:
         self.wanted = any(map(_listens, dspy.settings.callbacks or ()))
-        self.is_told_here: Callable[[], bool] = lambda: True  # of several processes, one tells
         self._kept: dict[tuple[object, int], Any] = {}
 
     def keep(self, params: Mapping[str, int] | None, example: int, prediction: Any) -> None:
         """Keeps one; any thread may. Without ``params`` it is the student's, made ahead of the search."""
-        if self.wanted and self.is_told_here():
+        if self.wanted:
             self._kept[_key(params), example] = prediction
 
     def take(self, params: Mapping[str, int] | None, example: int) -> Any:

@@ -27,7 +27,6 @@ from mpromptune.lms.guard import Guard
 from mpromptune.lms.prices import Pricing
 from mpromptune.loop.arguments import extending, split
 from mpromptune.loop.options import SearchOptions, gather, resolve
-from mpromptune.mipro.checkpoint import Checkpoint
 from mpromptune.mipro.checks import check_arguments
 from mpromptune.mipro.compatibility import incompatible, require_compatible
 from mpromptune.mipro.estimate import Estimate
@@ -39,6 +38,7 @@ from mpromptune.mipro.steps import Steps
 from mpromptune.plans.schedule import Minibatches
 from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, wants_traceback
 from mpromptune.programs.remote import Elsewhere
+from mpromptune.studies.storage import open_study
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ class MIPROv2(StockMIPROv2):
             UnknownOptionError: An option is not known (a TypeError).
             InvalidArgumentError: An option or an argument cannot work (a ValueError).
             IncompatibleDSPyError: There are options, and DSPy has changed what they are built on.
+            StudyInUseError: Another run is at work on the study.
             TravelError: Something cannot be sent to the workers of the executor (a TypeError).
             SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
                 and ``.program`` is the best so far.
@@ -160,7 +161,7 @@ class MIPROv2(StockMIPROv2):
         try:
             executor = None if options.dry_run else options.executor
             elsewhere = Elsewhere(executor, options.timeout, guard, self)
-            with guard.budget.ending(), guard.watching(), steps.together, elsewhere as steps.elsewhere:
+            with guard.budget.ending(), guard.watching(), steps.holding, elsewhere as steps.elsewhere:
                 try:
                     yield
                 finally:
@@ -210,12 +211,11 @@ class MIPROv2(StockMIPROv2):
             return
         if options.storage is not None:
             run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
-            together = options.coordinators > 1
-            _STEPS.get().resume(Checkpoint(options.storage, options.study_name, run, together))
+            _STEPS.get().resume(open_study(options.storage, options.study_name), run)
         _check_embedder(options, program)
         _STEPS.get().elsewhere.check(program, valset)
-        first = options.first_of_baseline(len(valset), _STEPS.get().seed, len(program.predictors()))
-        _STEPS.get().score_ahead(valset, first)
+        steps, predictors = _STEPS.get(), len(program.predictors())
+        steps.score_ahead(valset, options.first_of_baseline(len(valset), steps.seed, predictors))
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._bootstrap_fewshot_examples
@@ -317,8 +317,6 @@ class MIPROv2(StockMIPROv2):
             on_progress=Listeners.of(view.on_progress if options.verbose else None, options.on_progress),
             limits=_STEPS.get().guard.budget,
             stopped=_STEPS.get().guard.stopped,
-            coordinators=options.coordinators,
-            crew=_STEPS.get().crew,
         )
 
     def _finished(self, programs: ProgramSpace, result: Any) -> Any:
@@ -329,8 +327,9 @@ class MIPROv2(StockMIPROv2):
             attach_statistics(best, programs, result, self.log_dir)
         elif self.log_dir:
             trial_logs(result, programs.build, self.log_dir)
-        scores = percent(result.best_score), percent(result.baseline_score)
-        logger.info("Best program scores %.2f (baseline %.2f).", *scores)
+        logger.info(
+            "Best score %.2f, baseline %.2f.", *map(percent, (result.best_score, result.baseline_score))
+        )
         logger.info("The compile took %s.", result.usage.total)
         if result.stopped_by is not None:
             message = "It ended by %s, exceeded by %g; %d program calls of the search were made."
@@ -348,6 +347,5 @@ def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
 
 def _check_embedder(options: SearchOptions, program: Any) -> None:
     """Embeds the student's instructions: an embedder that cannot work fails before any LM call."""
-    check = getattr(_sampler(options, 0), "check_embedder", None)
-    if check is not None:
+    if check := getattr(_sampler(options, 0), "check_embedder", None):
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))

@@ -5,7 +5,6 @@ They wait for one another most of the time; the threads that this leaves idle sc
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import time
@@ -16,18 +15,15 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import dspy
 from dspy.teleprompt.utils import get_signature
 from optuna.storages import BaseStorage
+from optuna.study import Study
 
 from mpromptune.calls.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
-from mpromptune.calls.daemons import in_time
 from mpromptune.calls.execution import Score
 from mpromptune.calls.interrupts import GRACE, Stopped, is_over, result_of
 from mpromptune.calls.limits import SEARCH, patience
 from mpromptune.calls.usage import Usage, record
-from mpromptune.crew.helping import await_candidates
-from mpromptune.crew.members import Crew, taking_part
 from mpromptune.errors import SearchStoppedError
 from mpromptune.live.screens import choose
 from mpromptune.live.view import Bar, View
@@ -40,10 +36,14 @@ from mpromptune.mipro.ahead import Ahead
 from mpromptune.mipro.checkpoint import Checkpoint
 from mpromptune.mipro.estimate import Estimate, Plan, estimate
 from mpromptune.mipro.evaluations import Predictions
+from mpromptune.mipro.fingerprint import Part
+from mpromptune.mipro.labelled import is_labelled_only, labelled_demo_sets
 from mpromptune.mipro.metric import CheckedMetric
+from mpromptune.mipro.stock import bind, serially
 from mpromptune.plans.schedule import Minibatches
 from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, wants_traceback
 from mpromptune.programs.remote import Elsewhere
+from mpromptune.studies.lease import Lease, held
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ class Steps:
         metric: The optimizer's; where it cannot score, no further call is begun.
         predictions: Of what is scored, for those who listen to DSPy's evaluations.
         elsewhere: The executor of the search.
-        crew: The processes that share this compile, if any.
-        together: Ends this one's part in it.
+        holding: Gives back the lease of the study, if there is one.
     """
 
     elsewhere: Elsewhere
@@ -119,39 +118,32 @@ class Steps:
         self.seed = 0  # of the search, once DSPy has said so
         self._ahead: Ahead | None = None
         self._checkpoint: Checkpoint | None = None
-        self.together = ExitStack()
-        self.crew: Crew | None = None
+        self.holding = ExitStack()
+        self._lease: Lease | None = None
         self.search_calls = self.instructions_wanted = 0  # what DSPy makes of the compile's arguments
 
     @property
     def storage(self) -> BaseStorage | None:
         """The storage of this run, opened, where one was given."""
-        return None if self._checkpoint is None else self._checkpoint.storage
+        return None if self._checkpoint is None else self._checkpoint.study._storage
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Takes from it what an interrupted run has paid for, and keeps in it what this one does.
+    def resume(self, study: Study, run: Mapping[str, Part]) -> None:
+        """Takes from the study what an interrupted run has paid for, and keeps in it what this one does.
 
-        Of several processes the first takes the steps, and the others what they ended with.
+        Raises:
+            StudyInUseError: Another run is at work on it.
+            StudyMismatchError: It belongs to another run, with another ``run`` (see `fingerprint`).
         """
-        self._checkpoint = checkpoint
-        if checkpoint.is_shared:
-            self.crew = self.together.enter_context(taking_part(None, checkpoint.study, self._number))
-            crew = self.crew
-            self.predictions.is_told_here = lambda: crew.leads
-            await_candidates(crew, self.guard.stopped.is_set)
-            checkpoint.claim()
-            if not (self.crew.leads or checkpoint.has_candidates):
-                raise SearchStoppedError(
-                    "The demo sets of the process that leads cannot be kept in the study: it goes on alone."
-                )
-        for step, usage in checkpoint.usage().items():
+        self._lease = self.holding.enter_context(held(study, self.guard.stopped))
+        self._checkpoint = Checkpoint(self._lease, run)
+        for step, usage in self._checkpoint.usage().items():
             self.guard.budget.step(step).add(usage)
 
     def estimate(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Estimate:
         """What all steps would use; arguments as in `demo_sets`, `search_calls` and so on being set."""
-        given = _bind(stock, (program, trainset, *args), kwargs)
+        given = bind(stock, (program, trainset, *args), kwargs)
         plan = Plan.of(given, self._flags, self.instructions_wanted, self.search_calls)
         task, prompt = self._optimizer.task_model, self._optimizer.prompt_model
         price = self.guard.pricing.of
@@ -193,21 +185,26 @@ class Steps:
             with measured(meter):
                 yield
                 record(Usage(seconds=time.monotonic() - began))
-            if self.metric.failure is not None:
-                raise self.metric.failure
+            if self._failure is not None:
+                raise self._failure
         except Exception as error:
-            if classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
+            if error is self._failure or classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
                 raise self._stopped(name, error) from error
             raise
         except Stopped as stop:
-            if self.metric.failure is not None:
-                raise self._stopped(name, self.metric.failure) from self.metric.failure
+            if self._failure is not None:
+                raise self._stopped(name, self._failure) from self._failure
             if budget.reached is None:
                 raise
             raise budget.used_up(f"in the {name} step, before the search began") from stop
         finally:
             if self._checkpoint is not None and meter.total.lm_calls > before:
                 self._checkpoint.keep_usage(name, meter.total)
+
+    @property
+    def _failure(self) -> Exception | None:
+        """What makes every further call vain."""
+        return self.metric.failure or (None if self._lease is None else self._lease.lost)
 
     def _stopped(self, name: str, error: Exception) -> SearchStoppedError:
         return SearchStoppedError(
@@ -220,7 +217,7 @@ class Steps:
     ) -> Any:
         checkpoint, rng, step = self._checkpoint, self._optimizer.rng, self.guard.budget.step
         kept = None if checkpoint is None else checkpoint.demo_sets(rng)
-        given = _bind(stock, (program, trainset, *args), kwargs)
+        given = bind(stock, (program, trainset, *args), kwargs)
         # What DSPy refuses about student and teacher it refuses here, before any call.
         build = self._prepared(stock, given) if kept is None else None
         proposed = checkpoint is not None and checkpoint.has_instructions
@@ -230,7 +227,7 @@ class Steps:
                 self._proposals.start(program, trainset, self._flags)
         with measured(step(SEARCH)):
             idle = not proposed or kept is None
-            self._begin_ahead(program, trainset, idle, alone=kept is None and _is_labelled_only(given))
+            self._begin_ahead(program, trainset, idle, alone=kept is None and is_labelled_only(given))
         if build is None:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
             number = len(kept[0]) if kept else 0
@@ -247,10 +244,10 @@ class Steps:
         """What makes the demo sets, once called."""
         rng, number = self._optimizer.rng, given.get("num_fewshot_candidates", 0)
         student = given["program"], given["trainset"]
-        if _is_labelled_only(given):
-            return partial(bootstrap.labelled_demo_sets, *student, number, given["max_labeled_demos"], rng)
+        if is_labelled_only(given):
+            return partial(labelled_demo_sets, *student, number, given["max_labeled_demos"], rng)
         if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
-            return partial(_serially, "bootstrap", stock, given)
+            return partial(serially, "bootstrap", stock, given)
         plan = replace(bootstrap.DemoSetPlan.of(self._optimizer, *student, given), metric=self.metric)
         on_set, keep = self._bootstrap_bar(number).advance, partial(self._keeping, "bootstrap")
         return plan.prepared(rng, self._threads, on_set, keep)
@@ -320,9 +317,9 @@ class Steps:
     def _proposed(
         self, stock: Callable[..., Any], program: Any, trainset: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        given = _bind(stock, (program, trainset, *args), kwargs)
+        given = bind(stock, (program, trainset, *args), kwargs)
         if not proposal.is_supported() or not set(_PROPOSAL) <= given.keys():
-            return _serially("proposal", stock, given)
+            return serially("proposal", stock, given)
         number, demos = given["num_instruct_candidates"], given["demo_candidates"]
         each = min(number, max(len(demos[0]), 1)) if demos else number
         bar = self._proposal_bar(each * len(program.predictors()))
@@ -350,19 +347,3 @@ class Steps:
             self._threads.close(self._threads.grace)
         finally:
             self.view.close()
-
-
-def _bind(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
-
-
-def _is_labelled_only(given: Mapping[str, Any]) -> bool:
-    """Demo sets without a bootstrap, and so without a call of the metric."""
-    return given.get("max_bootstrapped_demos") == 0 and given.get("max_labeled_demos", 0) > 0
-
-
-def _serially(step: str, stock: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-    logger.warning("The %s step of DSPy %s is not known; running it serially.", step, dspy.__version__)
-    bound = inspect.signature(stock).bind_partial()
-    bound.arguments.update(given)
-    return in_time(partial(stock, *bound.args, **bound.kwargs))

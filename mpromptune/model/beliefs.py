@@ -11,6 +11,7 @@ from scipy.special import ndtr
 from mpromptune.model import rasch
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.geometry import Geometry
+from mpromptune.model.likelihood import likelihood_of
 from mpromptune.model.rasch import Posterior
 from mpromptune.model.skills import Option, groups_of
 from mpromptune.model.space import IndexArray, IndexSpace, Row
@@ -82,7 +83,7 @@ class Beliefs:
         """
         distinct, indices = self._distinct(np.array(rows, dtype=np.int64))
         design = rasch.design_of(indices, sum(map(len, distinct)))
-        likelihood = rasch.likelihood_of(scores)
+        likelihood = likelihood_of(scores)
         start = self._start(distinct)
         best = rasch.fit(design, scores, self._covariance(distinct, self._options), likelihood, start)
         number = int(np.isfinite(scores).sum())

@@ -7,11 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
-from mpromptune.model.space import Row
+from mpromptune.model.space import FloatArray, Row
 from mpromptune.model.stopping import Stopping
 from mpromptune.plans.knowledge import Knowledge
 from mpromptune.plans.pairs import Pairs
@@ -69,7 +69,11 @@ class BatchPlan:
         self.n_examples = self.pairs.n_examples
         self.max_calls = self.pairs.max_calls
         self.outage = min(_OUTAGE, self.n_examples)
-        self._uniform = first_keys(self.n_examples, self.seed)
+
+    @cached_property
+    def _uniform(self) -> FloatArray:
+        """A fixed order for all: what one configuration is measured on, another one is too."""
+        return first_keys(self.n_examples, self.seed)
 
     def rounds_now(self) -> int:
         """The same number throughout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -69,6 +70,21 @@ class Knowledge:
         if model is None or not rows:  # every trial so far has failed
             return np.zeros(len(rows)), np.ones(len(rows))
         return model.estimates(rows)
+
+    def whole_score(self, row: Row) -> tuple[float, float]:
+        """Mean score over the validation set and its standard deviation: what was measured, and the rest foreseen.
+
+        Of the examples that can be answered; not a number where nothing was measured.
+        """
+        known, model = self.ledger.means(row), self._model()
+        if model is None or not known:
+            return self.ledger.mean(row), math.inf
+        left_out = known.keys() | self.ledger.refusals.unanswerable()
+        rest = [example for example in range(self.n_examples) if example not in left_out]
+        means, variances = model.skills([row])
+        total, deviation = model.posterior.sum_of(rest, float(means[0]), float(variances[0]))
+        n = len(known) + len(rest)
+        return (sum(known.values()) + total) / n, deviation / n
 
     def best_first(self, rows: Sequence[Row]) -> list[Row]:
         """Configurations by their posterior means, the highest first."""

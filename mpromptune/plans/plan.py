@@ -18,12 +18,10 @@ class Request:
     Attributes:
         row: Its configuration; None leaves the choice to the sampler.
         examples: ``examples(row, trial number)``: what it is measured on.
-        background: Workers measure it that would be idle otherwise, and it is told after all rounds.
     """
 
     row: Row | None
     examples: Callable[[Row, int], Examples]
-    background: bool = False
 
 
 class Plan(Protocol):

@@ -49,8 +49,8 @@ class Findings:
 
     Attributes:
         best_params: The winner.
-        best_score: Its mean score; over the whole validation set unless ``confirm=False`` or a limit
-            cut the search short.
+        best_score: Its mean score over the whole validation set. What it was not measured on is foreseen by
+            the model: with ``confirm="auto"`` where measuring it would cost much, with False mostly.
         baseline_score: The same for the baseline; not a number if it was never scored.
         calls: Program calls spent.
         n_examples: Size of the validation set.
@@ -65,6 +65,8 @@ class Findings:
             None where texts were not embedded.
         drawn: ``m x 2`` posterior means and standard deviations of configurations drawn at random,
             measured or not; of all that exist, where those are at most 500.
+        best_interval: The 95 % credible interval of ``best_score``; of no width where the winner was measured
+            on all examples. None where a result was made from a study alone.
         text_chance: Share of random assignments of embeddings to candidates that explain the scores
             as well as the real one (see `explained.chance_of_likeness`): near 0 where texts that are
             alike score alike. None where texts were not embedded, or too few were measured.
@@ -85,6 +87,7 @@ class Findings:
     distances: dict[str, FloatArray] | None = field(default=None, repr=False, compare=False)
     drawn: FloatArray | None = field(default=None, repr=False, compare=False)
     text_chance: float | None = field(default=None, compare=False)
+    best_interval: tuple[float, float] | None = field(default=None, compare=False)
 
     @property
     def baseline_params(self) -> dict[str, int] | None:

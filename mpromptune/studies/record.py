@@ -95,9 +95,8 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
 
 
 def usage_of(attributes: Mapping[str, Any]) -> Usage:
-    """What a trial has used, by its attributes: of several processes, each has written down its own."""
-    parts = [value for name, value in attributes.items() if name == USAGE or name.startswith(f"{USAGE}:")]
-    return sum((Usage(**json.loads(part)) for part in parts), Usage())
+    """What a trial has used, by its attributes."""
+    return Usage(**json.loads(attributes[USAGE])) if USAGE in attributes else Usage()
 
 
 def check_left(record: Record, max_calls: int, missing: int) -> None:

@@ -1,1 +1,0 @@
-"""Crews: several processes that share the calls of one search."""
