@@ -78,8 +78,8 @@ def search(
     """Finds the configuration with the highest mean score for a budget of program calls.
 
     Batches of ``batch_size`` blocks are measured, several at a time; a block is ``block_size`` examples of
-    one configuration, which may have several. With ``"qei"`` the configurations are those that may be the best
-    when all calls are spent, and the examples mostly those that tell the leaders apart (see
+    one configuration, which may have several. With ``"qei"`` the configurations are those that may be the
+    best when all calls are spent, and the examples mostly those that tell the leaders apart (see
     docs/mathematics.md); no pair of configuration and example is paid for twice. With ``schedule="mipro"``
     trials are measured on random minibatches instead and, now and then, the best one so far on all examples,
     as in DSPy's MIPROv2. Proposals depend on ``seed``, on ``batch_size``, on the number of batches in flight

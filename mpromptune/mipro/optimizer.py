@@ -214,8 +214,8 @@ class MIPROv2(StockMIPROv2):
             _STEPS.get().resume(open_study(options.storage, options.study_name), run)
         _check_embedder(options, program)
         _STEPS.get().elsewhere.check(program, valset)
-        steps, predictors = _STEPS.get(), len(program.predictors())
-        steps.score_ahead(valset, options.first_of_baseline(len(valset), steps.seed, predictors))
+        first = options.first_of_baseline(len(valset), _STEPS.get().seed, len(program.predictors()))
+        _STEPS.get().score_ahead(valset, first)
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._bootstrap_fewshot_examples
@@ -327,13 +327,12 @@ class MIPROv2(StockMIPROv2):
             attach_statistics(best, programs, result, self.log_dir)
         elif self.log_dir:
             trial_logs(result, programs.build, self.log_dir)
-        logger.info(
-            "Best score %.2f, baseline %.2f.", *map(percent, (result.best_score, result.baseline_score))
-        )
+        scores = percent(result.best_score), percent(result.baseline_score)
+        logger.info("Best program scores %.2f (baseline %.2f).", *scores)
         logger.info("The compile took %s.", result.usage.total)
-        if result.stopped_by is not None:
+        if (limit := result.stopped_by) is not None:
             message = "It ended by %s, exceeded by %g; %d program calls of the search were made."
-            logger.warning(message, result.stopped_by, result.overspent, result.calls)
+            logger.warning(message, limit, result.overspent, result.calls)
         return best
 
 

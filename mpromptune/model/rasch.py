@@ -117,10 +117,8 @@ class Posterior:
         """Expected sum of scores on these examples, and its standard deviation, of a skill known so far."""
         difficulty = self.difficulty[list(examples)]
         deviation = math.sqrt(variance)
-        low, middle, high = (
-            float(self.likelihood.mean(skill + shift - difficulty).sum())
-            for shift in (-deviation, 0.0, deviation)
-        )
+        skills = skill + deviation * np.array([-1.0, 0.0, 1.0])
+        low, middle, high = self.likelihood.mean(skills[:, None] - difficulty).sum(axis=1).tolist()
         noise = float(self.likelihood.variance(skill - difficulty).sum())
         return middle, math.sqrt(((high - low) / 2.0) ** 2 + noise)
 

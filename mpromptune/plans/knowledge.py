@@ -72,9 +72,9 @@ class Knowledge:
         return model.estimates(rows)
 
     def whole_score(self, row: Row) -> tuple[float, float]:
-        """Mean score over the validation set and its standard deviation: what was measured, and the rest foreseen.
+        """Mean score over all examples that can be answered, and its standard deviation.
 
-        Of the examples that can be answered; not a number where nothing was measured.
+        What was not measured is foreseen; not a number where nothing was.
         """
         known, model = self.ledger.means(row), self._model()
         if model is None or not known:
