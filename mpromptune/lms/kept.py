@@ -6,8 +6,8 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -17,6 +17,9 @@ import dspy
 from mpromptune.calls.execution import Score
 from mpromptune.calls.usage import Meter, Usage, current_meter
 from mpromptune.lms.guard import METER, measured
+
+# `keeping`, in the scope of the attempt, proposal or example of the name that it is called with.
+Keeping = Callable[..., AbstractContextManager[None]]
 
 # The scope as a setting of DSPy's: its own thread pools inherit these, but not context variables.
 _SCOPE = "mpromptune_scope"
@@ -50,6 +53,11 @@ class Answers(Protocol):
 
     def keep_answer(self, scope: str, digest: str, number: int, answer: Answer) -> None:
         """Keeps it."""
+
+
+def keep_nothing(*name: object) -> AbstractContextManager[None]:
+    """The default `Keeping`."""
+    return nullcontext()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,11 @@ from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.calls.interrupts import contained, result_of
 from mpromptune.errors import EmptyInstructionError
 from mpromptune.lms.errors import classify
+from mpromptune.lms.kept import Keeping, keep_nothing
 from mpromptune.lms.threads import Threads
 from mpromptune.programs.demos import encodable
 
 logger = logging.getLogger(__name__)
-
-Keep = Callable[..., AbstractContextManager[None]]
 
 # Everything that one proposal draws, in all versions of DSPy so far.
 _DRAW = "self.rng.randint(0, 10**9)"
@@ -58,7 +57,7 @@ class ConcurrentProposer(GroundedProposer):
     Args:
         threads: Run the proposals.
         summary: A proposer to be, whose dataset summary is taken for this one's.
-        keep: Keeps what LMs answer in the proposal of that name, and answers from what is kept.
+        keep: Of the proposals, each named by its draw, and of the "summary".
         **arguments: As ``GroundedProposer``; with a ``summary``, ``use_dataset_summary`` is that one's.
     """
 
@@ -66,7 +65,7 @@ class ConcurrentProposer(GroundedProposer):
         self,
         threads: Threads,
         summary: Future[GroundedProposer] | None = None,
-        keep: Keep = lambda *name: nullcontext(),
+        keep: Keeping = keep_nothing,
         **arguments: Any,
     ) -> None:
         self._threads = threads
@@ -258,7 +257,7 @@ class Proposals:
     """
 
     def __init__(
-        self, optimizer: Any, threads: Threads, keep: Keep, leave: Callable[[], None] = lambda: None
+        self, optimizer: Any, threads: Threads, keep: Keeping, leave: Callable[[], None] = lambda: None
     ) -> None:
         self._optimizer = optimizer
         self._threads = threads
