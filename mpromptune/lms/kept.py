@@ -66,8 +66,8 @@ def keeping(answers: Answers | None, scope: str, step: Meter | None = None) -> I
 
     Args:
         answers: Keeps them; None keeps nothing.
-        scope: One program call or one proposal, which makes the same requests whenever it is made; of
-            anything else, for which "" stands, nothing is kept.
+        scope: Names one program call or one proposal, which makes the same requests whenever it is made.
+            With "" there are only the answers of an earlier run to requests that LMs cache, and none is kept.
         step: Counts the usage of the step that it is part of, if that outlives an interrupted run.
     """
     if answers is None:
@@ -79,7 +79,7 @@ def keeping(answers: Answers | None, scope: str, step: Meter | None = None) -> I
 
 
 def reusing(answers: Answers | None, score: Score) -> Score:
-    """A score whose requests, where LMs have a cache, find the answers of an earlier run as if in there."""
+    """``score``, whose requests find the answers of an earlier run where the LM has a cache."""
 
     def scored(params: dict[str, int], example: int) -> float:
         with keeping(answers, ""):

@@ -9,7 +9,6 @@ from typing import Any
 
 from mpromptune.calls.attempts import FAILURES
 from mpromptune.calls.execution import Score
-from mpromptune.calls.interrupts import contained
 from mpromptune.calls.usage import Usage, current_meter, record
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import measured
@@ -80,7 +79,7 @@ class Ahead:
     def _outcome(self, example: int) -> float | Exception:
         try:
             with self._keep(example):
-                return contained(self._score, example)
+                return self._score(example)
         except Exception as error:  # noqa: BLE001 - raised where the score is asked for
             return error
 
