@@ -17,7 +17,7 @@ from mpromptune.lms.kept import Answer
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.studies.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
-from mpromptune.studies.damage import CRASHES, named, usage_from
+from mpromptune.studies.damage import CRASHES, list_from, named, usage_from
 from mpromptune.studies.lease import Lease
 from mpromptune.studies.storage import reported
 
@@ -102,7 +102,7 @@ class Checkpoint:
         """Those of the proposal, if it has ended."""
 
         def read(head: dict[str, Any], parts: dict[str, Any]) -> Instructions:
-            return {int(i): [str(text) for text in _listed(texts)] for i, texts in parts.items()}
+            return {int(i): [str(text) for text in list_from(i, texts)] for i, texts in parts.items()}
 
         return self._read(INSTRUCTIONS, "The instructions", read)
 
@@ -138,7 +138,8 @@ class Checkpoint:
         try:
             more = [self._kept[f"{key}/{i}"] for i in range(kept["more"])]
             answer = json.loads("".join([kept["text"], *more]))
-            return Answer(_listed(answer["outputs"]), *(usage_from(answer[k]) for k in ("usage", "total")))
+            outputs = list_from("an answer", answer["outputs"])
+            return Answer(outputs, *(usage_from(answer[name]) for name in ("usage", "total")))
         except CRASHES:  # there is none, or it is damaged
             return None
 
@@ -248,12 +249,6 @@ class Checkpoint:
 
 def _warn_of_damage(what: str, error: Exception) -> None:
     logger.warning("%s cannot be read in the study (%s: %s): made again.", what, type(error).__name__, error)
-
-
-def _listed(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is no list")
-    return value
 
 
 def _outcome(kept: Mapping[str, Any]) -> tuple[float | Exception, Usage]:

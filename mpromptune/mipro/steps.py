@@ -205,8 +205,8 @@ class Steps:
 
     def _stopped(self, name: str, error: Exception) -> SearchStoppedError:
         return SearchStoppedError(
-            f"The {name} step stopped on {type(error).__name__}: {error}. What was made before is kept where "
-            "there is a storage."
+            f"The {name} step stopped on {type(error).__name__}: {error}. What was made before is kept in "
+            "the storage, if one was given."
         )
 
     def _demo_sets(
