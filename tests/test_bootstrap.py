@@ -77,7 +77,7 @@ def _compare(
 
     def concurrent(rng: random.Random) -> Any:
         with Threads(threads) as pool:
-            return DemoSetPlan(**given).build(rng, pool)
+            return DemoSetPlan(**given).prepared(rng, pool)()
 
     return tuple(
         _outcome(build, make())
@@ -186,7 +186,7 @@ def test_calls_overlap() -> None:
     plan = DemoSetPlan(Adder(), None, TRAIN, 12, 2, 3, None, None, 10, {})
     with dspy.context(lm=lm), Threads(64) as pool:
         start = time.perf_counter()
-        plan.build(random.Random(0), pool)
+        plan.prepared(random.Random(0), pool)()
     assert time.perf_counter() - start < 0.5 * 0.05 * len(lm.calls)
 
 
@@ -208,7 +208,7 @@ def test_equal_requests_wait_for_each_other() -> None:
 
     plan = DemoSetPlan(Adder(), None, TRAIN[:4], 8, 0, 3, None, None, 10, {})
     with dspy.context(lm=ScriptedLM(answer)), Threads(32) as pool:
-        plan.build(random.Random(0), pool)
+        plan.prepared(random.Random(0), pool)()
     assert set(most.values()) == {1}
 
 
@@ -221,7 +221,7 @@ def test_interrupt_starts_no_further_calls() -> None:
         raise KeyboardInterrupt
 
     with dspy.context(lm=lm), Threads(4) as pool, contextlib.suppress(KeyboardInterrupt):
-        plan.build(random.Random(0), pool, on_set=interrupted)
+        plan.prepared(random.Random(0), pool, on_set=interrupted)()
     done = len(lm.calls)
     assert done < 50  # those under way, and what begins until the main thread gets its turn
     time.sleep(0.1)

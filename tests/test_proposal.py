@@ -26,7 +26,7 @@ from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, VAL, ZERO_SHOT, Adder, Pla
 from mpromptune import MIPROv2
 from mpromptune.lms.adapters import patient
 from mpromptune.lms.threads import Threads
-from mpromptune.mipro import bootstrap, proposal
+from mpromptune.mipro import concurrent_bootstrap, proposal
 
 TRAIN = additions(24)
 Call = tuple[str, Any, str]  # messages, rollout, what was asked for
@@ -241,7 +241,7 @@ def test_summary_stops_when_the_bootstrap_fails() -> None:
     assert len(lm.calls) <= 2
 
 
-@pytest.mark.parametrize("module", [bootstrap, proposal])
+@pytest.mark.parametrize("module", [concurrent_bootstrap, proposal])
 def test_unknown_dspy_runs_serially(
     module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -256,7 +256,7 @@ def test_unknown_dspy_runs_serially(
 def test_support_is_read_from_dspy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proposer that draws or reads anything more, or cannot be read, is left to DSPy."""
     assert proposal.is_supported()
-    assert bootstrap.is_supported()
+    assert concurrent_bootstrap.is_supported()
 
     def drawing_twice(self: Any) -> None:
         self.rng.randint(0, 10**9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 
 from mpromptune.calls.usage import Meter, StepUsage, Usage, current_meter, metered, record
 
@@ -86,3 +87,11 @@ def test_waiting_is_told_apart_from_working() -> None:
     second.__exit__(None, None, None)
     now[0] = 99.0
     assert meter.waited == 40.0
+
+
+def test_waiting_is_counted_by_all_meters_around() -> None:
+    """What a request waits by our own will is known to whoever has a timeout for the whole call."""
+    outer = Meter()
+    with Meter(outer).waiting():
+        time.sleep(0.01)
+    assert outer.waited >= 0.01

@@ -66,7 +66,7 @@ class DaemonThreads(Executor):
     def join(self, timeout: float | None = None) -> None:
         """Waits for the threads to end, at most ``timeout`` seconds, where an interrupt may come.
 
-        No longer than what runs here may wait at all (`interrupts.ending`).
+        It ends as well when this context is over (`interrupts.ending`).
         """
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         for thread in self._threads:
@@ -95,12 +95,14 @@ def in_daemon(call: Callable[[], T]) -> Future[T]:
 
 
 def in_time(call: Callable[[], T]) -> T:
-    """The result of a call that may hang: made in another thread where waiting may end, and here elsewhere.
+    """The result of a call that may hang; where waiting may end, the call is made in another thread.
 
     Raises:
         Stopped: It is not waited for any longer (`interrupts.ending`).
     """
-    return result_of(in_daemon(partial(contextvars.copy_context().run, call))) if may_end() else call()
+    if not may_end():
+        return call()
+    return result_of(in_daemon(partial(contextvars.copy_context().run, call)))
 
 
 def settle(future: Future[T], call: Callable[[], T]) -> None:

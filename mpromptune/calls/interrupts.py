@@ -1,4 +1,4 @@
-"""Waiting: how long for, and when Ctrl-C and SIGTERM interrupt it and when they have to wait themselves."""
+"""Waits for calls: when they end, and when Ctrl-C and SIGTERM interrupt them or are deferred."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Stopped(BaseException):
 
 
 def contained(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """What the user's code returns; of the errors that are no ``Exception``, only interrupts end a run.
+    """What the user's code returns. Of errors that are no ``Exception``, only interrupts end a run.
 
-    Tools let ``asyncio.CancelledError`` out when a session is dropped: that one call has failed.
+    Any other fails this one call: tools raise ``asyncio.CancelledError`` when a session is dropped.
 
     Raises:
-        CallCancelledError: It let out any other, which is the cause.
+        CallCancelledError: There was such an error; it is the cause.
     """
     try:
         return call(*args, **kwargs)
@@ -129,7 +129,7 @@ def deferred() -> contextlib.AbstractContextManager[None]:
     return _SIGNALS.deferred() if _is_main() else contextlib.nullcontext()
 
 
-# Says when nothing is waited for any longer in this context; None where there is no such moment.
+# Whether nothing is waited for any longer in this context; None where that never happens.
 _IS_OVER: ContextVar[Callable[[], bool] | None] = ContextVar("mpromptune_is_over", default=None)
 
 
@@ -145,12 +145,12 @@ def ending(is_over: Callable[[], bool]) -> Iterator[None]:
 
 
 def may_end() -> bool:
-    """Whether there is a moment from which nothing is waited for in this context."""
+    """Whether waiting may end in this context before what is waited for is done (`ending`)."""
     return _IS_OVER.get() is not None
 
 
 def is_over() -> bool:
-    """Whether that moment has come."""
+    """Whether nothing is waited for any longer in this context (`ending`)."""
     over = _IS_OVER.get()
     return over is not None and over()
 
@@ -163,7 +163,7 @@ def wait_for(
 ) -> None:
     """Waits until all are done, where an interrupt may come, or until ``unless`` says to stop waiting.
 
-    No longer than what runs here may wait at all (`ending`). Now and then it calls ``meanwhile``.
+    It ends as well when this context is over (`ending`). Now and then it calls ``meanwhile``.
     """
     pending, deadline = set(futures), time.monotonic() + timeout
     while pending and not unless() and not is_over() and (left := deadline - time.monotonic()) > 0:

@@ -56,7 +56,7 @@ MEASURE: dict[str, Callable[[Usage], float]] = {
 
 
 def patience(usage: Usage, calls: int, least: float, most: float) -> float:
-    """Seconds for which calls under way are worth waiting for, when no other may begin.
+    """Seconds to wait for calls under way when no other may begin: what ten calls take on the average.
 
     Args:
         usage: What calls have used so far.
@@ -73,11 +73,11 @@ class Budget:
     Args:
         limits: What may be used.
         clock: Says the time, in seconds.
-        grace: Seconds that calls under way are left once a limit is reached.
+        grace: Seconds that calls under way are left once the time is used up.
 
     Attributes:
         reached: The limit that is used up, once nothing more may be begun for it.
-        patience: The same as ``grace``, of tokens and money alone: a call may be worth a longer wait.
+        patience: Seconds that they are left once tokens or money are used up; ``grace`` until it is set.
     """
 
     def __init__(
@@ -92,9 +92,10 @@ class Budget:
         self.meter = Meter(current_meter())  # a part of what is counted around it
         self._steps: dict[str, Meter] = {}
         self._lock = threading.Lock()
-        self._noted = False
+        self._has_seen_a_call = False
         self._clock = clock
         self._began = self._search_began = clock()
+        self._deadline = self._began + (self.limits.max_seconds or math.inf)
         self._waited_since: float | None = None  # for what was under way when a limit was used up
 
     def step(self, name: str) -> Meter:
@@ -113,16 +114,16 @@ class Budget:
             self.reached = self._used_up()
         return self.reached is None
 
-    def is_unseen(self, used: Usage) -> bool:
-        """Whether the first program call of all has used nothing that was counted; False for all others."""
+    def starts_unseen(self, used: Usage) -> bool:
+        """Whether this call is the first of all, and nothing was counted that it has used."""
         with self._lock:
-            first, self._noted = not self._noted, True
-        return first and not (used.lm_calls or used.cache_hits or used.tokens or used.cost)
+            is_first, self._has_seen_a_call = not self._has_seen_a_call, True
+        return is_first and not (used.lm_calls or used.cache_hits or used.tokens or used.cost)
 
     def note_trial(self, used: Usage) -> None:
         """Warns, once, where limits cannot hold because scores do not say what they use."""
         limited = self.limits.max_tokens is not None or self.limits.max_cost is not None
-        if limited and used.program_calls and self.is_unseen(used):
+        if limited and used.program_calls and self.starts_unseen(used):
             logger.warning(
                 "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do not "
                 "hold. Call mpromptune.calls.usage.record in it, in its thread or in a copy of its context."
@@ -130,8 +131,8 @@ class Budget:
 
     @property
     def is_late(self) -> bool:
-        """Whether the time is used up, if not all that calls under way are left."""
-        return self._clock() - self._began >= (self.limits.max_seconds or math.inf)
+        """Whether ``max_seconds`` have passed; calls under way may still have their ``grace``."""
+        return self._clock() >= self._deadline
 
     def is_over(self) -> bool:
         """Whether calls under way are not waited for any longer: a limit was used up some time ago."""
@@ -140,8 +141,7 @@ class Budget:
             return False
         now = self._clock()
         self._waited_since = now if self._waited_since is None else self._waited_since
-        last = self._began + (self.limits.max_seconds or math.inf) + self._grace
-        if now < min(last, self._waited_since + self.patience):
+        if now < min(self._deadline + self._grace, self._waited_since + self.patience):
             return False
         self.reached = self.reached or name
         return True

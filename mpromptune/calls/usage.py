@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, astuple, dataclass
 from functools import reduce
@@ -109,7 +109,8 @@ class Meter:
             if self._waiting == 1:
                 self._waiting_since = self._clock()
         try:
-            yield
+            with nullcontext() if self._parent is None else self._parent.waiting():
+                yield
         finally:
             with self._lock:
                 self._waiting -= 1

@@ -100,5 +100,5 @@ def _is_empty(output: Any) -> bool:
 
 
 def given_adapter(adapter: Any) -> Any:
-    """The user's own."""
+    """The user's adapter, whether or not another one stands for it."""
     return getattr(adapter, "stands_for", adapter)

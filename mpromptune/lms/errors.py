@@ -104,7 +104,7 @@ _STATUSES = {
 _UNPAID = "insufficient_quota"
 # How all versions of DSPy begin what they say of an answer without text, for which they have no class.
 _EMPTY = "The LM returned an empty or null response."
-# What Python's codecs, and DSPy from 3.4 on, say of a request with half a character: it never leaves us.
+# What Python's codecs, and DSPy from 3.4 on, say of a request with half a character: it is never sent.
 _UNSENDABLE = ("surrogates not allowed", "lone surrogate")
 # The mark of an error that a request to an LM has ended with, and whether a model that is not found is so for
 # good. An attribute, so that it goes to other processes with the error.

@@ -53,7 +53,7 @@ def measured(meter: Meter | None = None) -> Iterator[Meter]:
 def note_call(used: Usage) -> None:
     """Warns, once in a compile, where what a program asks its LM is not seen."""
     for guard in dspy.settings.callbacks or ():
-        if isinstance(guard, Guard) and guard.budget.is_unseen(used):
+        if isinstance(guard, Guard) and guard.budget.starts_unseen(used):
             logger.warning(_UNSEEN)
 
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -17,6 +17,9 @@ import dspy
 from mpromptune.calls.execution import Score
 from mpromptune.calls.usage import Meter, Usage, current_meter
 from mpromptune.lms.guard import METER, measured
+
+# `keeping`, in the scope of the attempt, proposal or example of the name that it is called with.
+Keeping = Callable[..., AbstractContextManager[None]]
 
 # The scope as a setting of DSPy's: its own thread pools inherit these, but not context variables.
 _SCOPE = "mpromptune_scope"
@@ -52,14 +55,19 @@ class Answers(Protocol):
         """Keeps it."""
 
 
+def keep_nothing(*name: object) -> AbstractContextManager[None]:
+    """The default `Keeping`."""
+    return nullcontext()
+
+
 @contextmanager
 def keeping(answers: Answers | None, scope: str, step: Meter | None = None) -> Iterator[None]:
     """Requests that DSPy's adapters make in here are answered from what is kept, and else kept.
 
     Args:
         answers: Keeps them; None keeps nothing.
-        scope: One program call or one proposal, which makes the same requests whenever it is made; of
-            anything else, for which "" stands, nothing is kept.
+        scope: Names one program call or one proposal, which makes the same requests whenever it is made.
+            With "" there are only the answers of an earlier run to requests that LMs cache, and none is kept.
         step: Counts the usage of the step that it is part of, if that outlives an interrupted run.
     """
     if answers is None:
@@ -71,7 +79,7 @@ def keeping(answers: Answers | None, scope: str, step: Meter | None = None) -> I
 
 
 def reusing(answers: Answers | None, score: Score) -> Score:
-    """A score whose requests, where LMs have a cache, find the answers of an earlier run as if in there."""
+    """``score``, whose requests find the answers of an earlier run where the LM has a cache."""
 
     def scored(params: dict[str, int], example: int) -> float:
         with keeping(answers, ""):

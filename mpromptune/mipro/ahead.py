@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from mpromptune.calls.attempts import FAILURES
 from mpromptune.calls.execution import Score
-from mpromptune.calls.interrupts import contained
 from mpromptune.calls.usage import Usage, current_meter, record
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import measured
+from mpromptune.lms.kept import Keeping
 from mpromptune.mipro.checkpoint import Checkpoint
 
 
@@ -28,7 +27,7 @@ class Ahead:
         score: The student's score on one example.
         max_errors: So many of the student's own errors are enough.
         checkpoint: Keeps the scores, and has those of an interrupted run.
-        keep: Keeps what LMs answer for the example of that number, and answers from what is kept.
+        keep: Of the examples, each named by its number.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class Ahead:
         score: Callable[[int], float],
         max_errors: int,
         checkpoint: Checkpoint | None,
-        keep: Callable[[int], AbstractContextManager[None]],
+        keep: Keeping,
     ) -> None:
         self.program = program
         self.valset = valset
@@ -80,7 +79,7 @@ class Ahead:
     def _outcome(self, example: int) -> float | Exception:
         try:
             with self._keep(example):
-                return contained(self._score, example)
+                return self._score(example)
         except Exception as error:  # noqa: BLE001 - raised where the score is asked for
             return error
 

@@ -1,57 +1,38 @@
-"""Demo sets: DSPy's bootstrap with its LM calls at the same time, and sets that it cannot build."""
+"""Demo sets: those of DSPy's bootstrap, built at the same time."""
 
 from __future__ import annotations
 
-import copy
-import logging
 import random
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import dspy
-from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
+from dspy.teleprompt import LabeledFewShot
 from dspy.teleprompt.mipro_optimizer_v2 import (
     BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT,
     LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT,
 )
 
-from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.interrupts import contained, result_of
-from mpromptune.calls.usage import Usage, record
-from mpromptune.errors import CallCancelledError
-from mpromptune.lms.errors import classify
-from mpromptune.lms.guard import measured, note_call
+from mpromptune.calls.interrupts import result_of
+from mpromptune.lms.kept import Keeping, keep_nothing
 from mpromptune.lms.threads import Threads
-
-logger = logging.getLogger(__name__)
-
-DemoSets = dict[int, list[list[Any]]]
-Keep = Callable[..., AbstractContextManager[None]]
-
-# What `_Bootstrap` overrides, calls or sets of DSPy's class.
-_INTERNALS = (
-    "_prepare_student_and_teacher",
-    "_prepare_predictor_mappings",
-    "_bootstrap",
-    "_bootstrap_one_example",
-    "_train",
-)
-
-
-def is_supported() -> bool:
-    """Whether this DSPy has the internals that the concurrent bootstrap is made of."""
-    return all(hasattr(BootstrapFewShot, name) for name in _INTERNALS)
+from mpromptune.mipro.concurrent_bootstrap import ConcurrentBootstrap, Turns
+from mpromptune.programs.demos import DemoSets
 
 
 def max_errors(own: int | None) -> int:
     """DSPy's ``max_errors``, which its settings decide unless it is given."""
     return int(dspy.settings.max_errors if own is None else own)
+
+
+def demos_wanted(given: Mapping[str, Any]) -> tuple[int, int]:
+    """Bootstrapped and labelled demos of a set; a zero-shot run has some too, for the proposer to look at."""
+    bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
+    if bootstrapped == labelled == 0:
+        return BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT, LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
+    return bootstrapped, labelled
 
 
 @dataclass(frozen=True)
@@ -70,12 +51,11 @@ class DemoSetPlan:
     teacher_settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, optimizer: Any, student: Any, trainset: list[Any], given: Mapping[str, Any]) -> DemoSetPlan:
-        """As MIPROv2 has it: a zero-shot run bootstraps demos too, for the proposer to look at."""
-        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
-        if bootstrapped == 0 and labelled == 0:
-            bootstrapped = BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT
-            labelled = LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
+    def of(
+        cls, optimizer: Any, metric: Any, student: Any, trainset: list[Any], given: Mapping[str, Any]
+    ) -> DemoSetPlan:
+        """As MIPROv2 has it."""
+        bootstrapped, labelled = demos_wanted(given)
         return cls(
             student=student,
             teacher=given["teacher"],
@@ -83,40 +63,32 @@ class DemoSetPlan:
             num_candidate_sets=given["num_fewshot_candidates"],
             max_labeled_demos=labelled,
             max_bootstrapped_demos=bootstrapped,
-            metric=optimizer.metric,
+            metric=metric,
             metric_threshold=given["metric_threshold"],
-            max_errors=max_errors(given["max_errors"]),
+            max_errors=given["max_errors"],
             teacher_settings=optimizer.teacher_settings,
         )
-
-    def build(
-        self,
-        rng: random.Random,
-        threads: Threads,
-        on_set: Callable[[], None] = lambda: None,
-        keep: Keep = lambda *name: nullcontext(),
-    ) -> DemoSets:
-        """Builds all sets at the same time; they are those of DSPy's serial loop.
-
-        Args:
-            rng: Drawn from exactly as DSPy does.
-            threads: Run the program calls.
-            on_set: Called after every set, in order.
-            keep: Keeps what LMs answer in the attempt of that name, and answers from what is kept.
-
-        Returns:
-            Per predictor, its demo sets.
-        """
-        return self.prepared(rng, threads, on_set, keep)()
 
     def prepared(
         self,
         rng: random.Random,
         threads: Threads,
         on_set: Callable[[], None] = lambda: None,
-        keep: Keep = lambda *name: nullcontext(),
+        keep: Keeping = keep_nothing,
     ) -> Callable[[], DemoSets]:
-        """`build`, of which everything is done but what asks an LM; arguments as there."""
+        """Does all that needs no LM; what is returned then builds all sets at the same time.
+
+        They are those of DSPy's serial loop.
+
+        Args:
+            rng: Drawn from exactly as DSPy does.
+            threads: Run the program calls.
+            on_set: Called after every set, in order.
+            keep: Of the attempts, each named by the numbers of its set and its example.
+
+        Returns:
+            Called once, it returns the demo sets of each predictor.
+        """
         return partial(self._made, self._draw(rng, threads, keep), threads, on_set)
 
     def _made(
@@ -135,14 +107,14 @@ class DemoSetPlan:
                 raise
         return demos
 
-    def _draw(self, rng: random.Random, threads: Threads, keep: Keep) -> list[Callable[[], Any]]:
+    def _draw(self, rng: random.Random, threads: Threads, keep: Keeping) -> list[Callable[[], Any]]:
         """What makes each set's program, with everything random drawn in DSPy's order.
 
         All ``compile`` methods of DSPy's are called here: what is hooked into them, MLflow's
         autologging for one, takes those of another thread for compiles by themselves.
         """
         makers: list[Callable[[], Any]] = []
-        turns = _Turns()
+        turns = Turns()
         for number in range(self.num_candidate_sets):
             trainset, size = list(self.trainset), self.max_bootstrapped_demos
             if number == 0:
@@ -155,7 +127,7 @@ class DemoSetPlan:
             if number != 2:
                 rng.shuffle(trainset)
                 size = rng.randint(1, size)
-            bootstrap = _Bootstrap(threads, turns, partial(keep, number), **self._settings(size))
+            bootstrap = ConcurrentBootstrap(threads, turns, partial(keep, number), **self._settings(size))
             makers.append(bootstrap.prepared(self.student, self.teacher, trainset))
         return makers
 
@@ -163,7 +135,7 @@ class DemoSetPlan:
         return {
             "metric": self.metric,
             "metric_threshold": self.metric_threshold,
-            "max_errors": self.max_errors,
+            "max_errors": max_errors(self.max_errors),
             "max_bootstrapped_demos": size,
             "max_labeled_demos": self.max_labeled_demos,
             "teacher_settings": dict(self.teacher_settings),
@@ -177,169 +149,3 @@ def _same(program: Any) -> Any:
 def _append(demos: DemoSets, program: Any) -> None:
     for i, predictor in enumerate(program.predictors()):
         demos[i].append(predictor.demos)
-
-
-class _Turns:
-    """Keeps requests that would be equal apart, so that the second finds the first one's in the cache."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._locks: dict[object, threading.Lock] = {}
-
-    def of(self, key: object) -> threading.Lock:
-        with self._guard:
-            return self._locks.setdefault(key, threading.Lock())
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """What came of running the teacher on one example.
-
-    Attributes:
-        success: Whether the metric accepted it.
-        traces: Demos by the name of their predictor.
-        error: What the program or the metric raised.
-        lost_demos: Whether DSPy's teacher would be left without this example as a demo.
-    """
-
-    success: bool
-    traces: Mapping[str, list[Any]]
-    error: Exception | None = None
-    lost_demos: bool = False
-
-
-class _Failed(Exception):  # noqa: N818 - carries an error, which is its cause
-    """An attempt that DSPy counts as an error."""
-
-    def __init__(self, alone: _Bootstrap, error: Exception) -> None:
-        super().__init__(str(error))
-        self.alone, self.error = alone, error
-
-
-class _Bootstrap(BootstrapFewShot):
-    """Runs the next examples at the same time and takes their outcomes in order.
-
-    While k successes are missing, the serial loop will run the next k examples whatever comes of
-    them, so these are started and no others: no call is made that DSPy would not make. The one
-    exception: a teacher that fails on an example that is one of its demos goes on without that demo
-    (in DSPy too), and what was started with it is run again.
-    """
-
-    def __init__(self, threads: Threads, turns: _Turns, keep: Keep, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._keep = keep
-        self._threads = threads
-        self._turns = turns
-
-    def prepared(self, student: Any, teacher: Any, trainset: list[Any]) -> Callable[[], Any]:
-        """DSPy's ``compile``, of which everything is done but what is returned: that asks the LM."""
-        self.trainset = trainset
-        self._prepare_student_and_teacher(student, teacher)
-        self._prepare_predictor_mappings()
-        return self._bootstrapped
-
-    def _bootstrapped(self) -> Any:
-        self._bootstrap()
-        self.student = self._train()
-        self.student._compiled = True
-        return self.student
-
-    def _bootstrap(self, *, max_bootstraps: int | None = None) -> None:
-        wanted = max_bootstraps or self.max_bootstrapped_demos
-        self.name2traces: dict[str, list[Any]] = {name: [] for name in self.name2predictor}
-        accepted: set[int] = set()
-        running: deque[tuple[int, Future[_Attempt]]] = deque()
-        following = 0
-        while True:
-            while following < len(self.trainset) and self._is_certain(wanted - len(accepted), running):
-                running.append((following, self._threads.submit(self._attempt, following)))
-                following += 1
-            if not running:
-                break
-            following = self._take(running, accepted, following)
-        self.validation = [x for i, x in enumerate(self.trainset) if i not in accepted]
-        random.Random(0).shuffle(self.validation)
-
-    def _is_certain(self, missing: int, running: deque[tuple[int, Future[_Attempt]]]) -> bool:
-        """Whether the serial loop would run one more example, however the running ones end."""
-        outcomes = [future.result() if future.done() else None for _, future in running]
-        successes = sum(o is None or o.success for o in outcomes)
-        errors = sum(o is None or o.error is not None for o in outcomes)
-        return successes < missing and self.error_count + errors < self._error_limit()
-
-    def _error_limit(self) -> int:
-        return int(dspy.settings.max_errors if self.max_errors is None else self.max_errors)
-
-    def _take(self, running: deque[tuple[int, Future[_Attempt]]], accepted: set[int], following: int) -> int:
-        """Takes outcomes from the front, once something is done; the next example to start."""
-        unfinished = [future for _, future in running if not future.done()]
-        wait(unfinished, return_when=FIRST_COMPLETED)
-        while running and running[0][1].done():
-            index, future = running.popleft()
-            attempt = future.result()
-            if attempt.success:
-                accepted.add(index)
-            for name, demos in attempt.traces.items():
-                self.name2traces[name].extend(demos)
-            if attempt.error is not None:
-                self._count(attempt.error, self.trainset[index])
-            if attempt.lost_demos:
-                _forget(self.teacher, self.trainset[index])
-                for _, late in running:
-                    late.cancel()
-                running.clear()
-                return index + 1
-        return following
-
-    def _count(self, error: Exception, example: Any) -> None:
-        self.error_count += 1
-        if self.error_count >= self._error_limit():
-            raise error
-        logger.error(
-            "Failed to run or to evaluate example %s with %s due to %s.", example, self.metric, error
-        )
-
-    def _attempt(self, index: int) -> _Attempt:
-        """DSPy's own attempt, on a teacher of its own: it takes the example out of the demos in place."""
-        example = self.trainset[index]
-        key = (id(example), repr([p.demos for p in self.teacher.predictors()]))
-        try:
-            with self._turns.of(key):
-                alone, success = self._threads.attempts(partial(self._once, index))
-        except _Failed as failed:
-            lost_demos = _n_demos(failed.alone.teacher) != _n_demos(self.teacher)
-            return _Attempt(False, {}, failed.error, lost_demos)
-        return _Attempt(success, alone.name2traces)
-
-    def _once(self, index: int) -> tuple[_Bootstrap, bool]:
-        alone = self._alone()
-        try:
-            with measured() as meter, self._keep(index):
-                record(Usage(program_calls=1))
-                success = bool(contained(alone._bootstrap_one_example, self.trainset[index]))
-        except Exception as error:
-            counted = alone.error_count or isinstance(error, CallCancelledError)
-            if not counted or classify(error) is Verdict.STOP:
-                raise  # DSPy lets the former pass
-            raise _Failed(alone, error) from error
-        note_call(meter.total)
-        return alone, success
-
-    def _alone(self) -> _Bootstrap:
-        alone = copy.copy(self)
-        alone.teacher = self.teacher.deepcopy()
-        for own, shared in zip(alone.teacher.predictors(), self.teacher.predictors(), strict=True):
-            own.demos = shared.demos  # the very same objects, which are compared with the example
-        alone._prepare_predictor_mappings()
-        alone.name2traces = {name: [] for name in self.name2predictor}
-        alone.max_errors, alone.error_count = 1, 0  # an error is raised, and counted when its turn comes
-        return alone
-
-
-def _forget(teacher: Any, example: Any) -> None:
-    for predictor in teacher.predictors():
-        predictor.demos = [demo for demo in predictor.demos if demo != example]
-
-
-def _n_demos(program: Any) -> list[int]:
-    return [len(predictor.demos) for predictor in program.predictors()]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import as_score
@@ -17,13 +17,14 @@ from mpromptune.lms.kept import Answer
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.studies.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
-from mpromptune.studies.damage import CRASHES, named, usage_from
+from mpromptune.studies.damage import CRASHES, list_from, named, usage_from
 from mpromptune.studies.lease import Lease
 from mpromptune.studies.storage import reported
 
 logger = logging.getLogger(__name__)
 
 Instructions = dict[int, list[str]]
+T = TypeVar("T")
 
 # NOTE: characters of one attribute: MySQL takes 65,535 bytes, and a character may take twelve of them.
 _PIECE = 5000
@@ -58,19 +59,15 @@ class Checkpoint:
 
     def demo_sets(self, rng: random.Random) -> DemoSets | None:
         """Those of the bootstrap, if it has ended; ``rng`` is then left as it was at that time."""
-        kept = self._load(DEMOS)
-        try:
-            if kept is None:
-                return None
-            head, parts = kept
+
+        def read(head: dict[str, Any], parts: dict[str, Any]) -> DemoSets:
             version, state, gauss = head["rng"]
             numbers = enumerate(head["numbers"])
             demos = {i: [from_json(parts[f"{i}:{j}"]) for j in range(number)] for i, number in numbers}
             rng.setstate((version, tuple(state), gauss))
-        except CRASHES as error:
-            _warn_of_damage("The demo sets", error)
-            return None
-        return demos
+            return demos
+
+        return self._read(DEMOS, "The demo sets", read)
 
     def keep_demo_sets(self, program: Any, demos: DemoSets, rng: random.Random) -> DemoSets:
         """Keeps what the bootstrap ended with; returns it as it will be loaded.
@@ -103,14 +100,11 @@ class Checkpoint:
 
     def instructions(self) -> Instructions | None:
         """Those of the proposal, if it has ended."""
-        kept = self._load(INSTRUCTIONS)
-        try:
-            return (
-                None if kept is None else {int(i): [str(t) for t in _listed(x)] for i, x in kept[1].items()}
-            )
-        except CRASHES as error:
-            _warn_of_damage("The instructions", error)
-            return None
+
+        def read(head: dict[str, Any], parts: dict[str, Any]) -> Instructions:
+            return {int(i): [str(text) for text in list_from(i, texts)] for i, texts in parts.items()}
+
+        return self._read(INSTRUCTIONS, "The instructions", read)
 
     def keep_instructions(self, instructions: Instructions) -> None:
         """Keeps what the proposal ended with."""
@@ -144,7 +138,8 @@ class Checkpoint:
         try:
             more = [self._kept[f"{key}/{i}"] for i in range(kept["more"])]
             answer = json.loads("".join([kept["text"], *more]))
-            return Answer(_listed(answer["outputs"]), *(usage_from(answer[k]) for k in ("usage", "total")))
+            outputs = list_from("an answer", answer["outputs"])
+            return Answer(outputs, *(usage_from(answer[name]) for name in ("usage", "total")))
         except CRASHES:  # there is none, or it is damaged
             return None
 
@@ -224,6 +219,15 @@ class Checkpoint:
         """Whether anything has been paid for before a search."""
         return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT, ANSWERS)) for key in self._kept)
 
+    def _read(self, step: str, what: str, read: Callable[[dict[str, Any], dict[str, Any]], T]) -> T | None:
+        """What a step ended with; None, after a warning, where it is damaged."""
+        kept = self._load(step)
+        try:
+            return None if kept is None else read(*kept)
+        except CRASHES as error:
+            _warn_of_damage(what, error)
+            return None
+
     def _load(self, step: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         head = self._kept.get(step)
         try:
@@ -245,12 +249,6 @@ class Checkpoint:
 
 def _warn_of_damage(what: str, error: Exception) -> None:
     logger.warning("%s cannot be read in the study (%s: %s): made again.", what, type(error).__name__, error)
-
-
-def _listed(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is no list")
-    return value
 
 
 def _outcome(kept: Mapping[str, Any]) -> tuple[float | Exception, Usage]:

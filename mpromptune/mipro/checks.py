@@ -82,10 +82,10 @@ def _check_lms(optimizer: Any, student: Any) -> None:
 
 def _bootstraps(optimizer: Any, given: Mapping[str, Any]) -> bool:
     """Whether demos are bootstrapped: not where there are to be labelled ones only."""
-    own = [given.get(name) for name in ("max_bootstrapped_demos", "max_labeled_demos")]
-    bootstrapped, labelled = own
-    bootstrapped = optimizer.max_bootstrapped_demos if bootstrapped is None else bootstrapped
-    labelled = optimizer.max_labeled_demos if labelled is None else labelled
+    bootstrapped, labelled = (
+        getattr(optimizer, name) if given.get(name) is None else given[name]
+        for name in ("max_bootstrapped_demos", "max_labeled_demos")
+    )
     return bool(bootstrapped) or not labelled
 
 
@@ -101,9 +101,9 @@ def _check_metric(metric: Any, bootstraps: bool) -> None:
         try:
             signature.bind(*[None] * arguments)
         except TypeError as error:
-            must = f"a function that can be called as metric(example, prediction, trace=None) ({error})"
             raise InvalidArgumentError(
-                f"metric must be {must}; got {reprlib.repr(metric)} with the parameters {signature}."
+                "metric must be a function that can be called as metric(example, prediction, trace=None) "
+                f"({error}); got {reprlib.repr(metric)} with the parameters {signature}."
             ) from error
 
 

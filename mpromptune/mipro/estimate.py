@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dspy.teleprompt.mipro_optimizer_v2 import LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
-
 from mpromptune.calls.usage import StepUsage, Usage
 from mpromptune.lms.prices import PerMillion
+from mpromptune.mipro.bootstrap import demos_wanted
 
 # DSPy shows its dataset summariser this many batches of examples after the first one, at most.
 _MORE_BATCHES = 9
@@ -49,15 +48,14 @@ class Plan:
         cls, given: Mapping[str, Any], flags: Mapping[str, Any], instructions: int, search_calls: int
     ) -> Plan:
         """From what DSPy passes to its bootstrap, and the flags of ``compile`` for its proposer."""
-        bootstrapped, labelled = given["max_bootstrapped_demos"], given["max_labeled_demos"]
-        zero_shot = bootstrapped == labelled == 0  # bootstraps all the same, for the proposer
+        bootstrapped, labelled = demos_wanted(given)
         batch = flags["view_data_batch_size"] if flags["data_aware_proposer"] else None
         return cls(
             predictors=len(given["program"].predictors()),
             train_size=len(given["trainset"]),
             demo_sets=given["num_fewshot_candidates"],
-            bootstrapped=bootstrapped > 0 or zero_shot,
-            labelled=labelled > 0 or (zero_shot and LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT > 0),
+            bootstrapped=bootstrapped > 0,
+            labelled=labelled > 0,
             instructions=instructions,
             describes_program=bool(flags["program_aware_proposer"]),
             summary_batch=batch or 0,

@@ -8,7 +8,7 @@ from typing import Any
 
 from dspy.teleprompt import LabeledFewShot
 
-from mpromptune.mipro.bootstrap import DemoSets
+from mpromptune.programs.demos import DemoSets
 
 
 def is_labelled_only(given: Mapping[str, Any]) -> bool:

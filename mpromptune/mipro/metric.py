@@ -25,12 +25,12 @@ _SHOWN = 500
 class CheckedMetric:
     """The user's metric, which ends the compile where no score of it could be right.
 
-    In an evaluation it has to return a number. In the bootstrap, where it is given a trace, DSPy takes
-    the truth of whatever it returns. So what is no number there has it asked once more, as in an
-    evaluation, unless it has worked in one: a metric without a return statement is found by that.
+    In an evaluation it has to return a number. In the bootstrap, where it is given a trace, it may return
+    anything: DSPy takes its truth. If that is no number, and the metric has not worked in an evaluation yet,
+    it is called once more as in one. So a metric without a return statement is found.
 
-    A mistake in it is told from an answer that it cannot read by when it comes: once the metric has
-    worked, with a trace or without, what it raises is the candidate's failure.
+    What it raises before it has worked, with a trace or without as in this call, may be a mistake in it;
+    later on it is the candidate's failure.
 
     Args:
         metric: As given to MIPROv2.
@@ -45,7 +45,7 @@ class CheckedMetric:
         self._metric = metric
         self._on_failure = on_failure
         self._lock = Lock()
-        self._works: set[bool] = set()  # with a trace, without
+        self._has_worked: set[bool] = set()  # True: with a trace; False: without one
         self.failure: ScoreError | None = None
         self.known = Event()
 
@@ -61,7 +61,7 @@ class CheckedMetric:
         if trace is None:
             return self._score(example, prediction)
         value = self._ask(example, prediction, trace)
-        if False not in self._works and not _is_number(value):
+        if False not in self._has_worked and not _is_number(value):
             self._score(example, prediction)
         self._note(with_trace=True)
         return value
@@ -91,7 +91,7 @@ class CheckedMetric:
             return self._metric(example, prediction, *trace)
         except Exception as error:
             is_mistake = classify(error) is Verdict.CANDIDATE and not isinstance(error, _OF_AN_ANSWER)
-            if bool(trace) in self._works or not is_mistake:
+            if bool(trace) in self._has_worked or not is_mistake:
                 raise
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = (
@@ -112,7 +112,7 @@ class CheckedMetric:
         return error
 
     def _note(self, with_trace: bool) -> None:
-        self._works.add(with_trace)
+        self._has_worked.add(with_trace)
         self.known.set()
 
 

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,11 @@ from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.calls.interrupts import contained, result_of
 from mpromptune.errors import EmptyInstructionError
 from mpromptune.lms.errors import classify
+from mpromptune.lms.kept import Keeping, keep_nothing
 from mpromptune.lms.threads import Threads
 from mpromptune.programs.demos import encodable
 
 logger = logging.getLogger(__name__)
-
-Keep = Callable[..., AbstractContextManager[None]]
 
 # Everything that one proposal draws, in all versions of DSPy so far.
 _DRAW = "self.rng.randint(0, 10**9)"
@@ -58,7 +57,7 @@ class ConcurrentProposer(GroundedProposer):
     Args:
         threads: Run the proposals.
         summary: A proposer to be, whose dataset summary is taken for this one's.
-        keep: Keeps what LMs answer in the proposal of that name, and answers from what is kept.
+        keep: Of the proposals, each named by its draw, and of the "summary".
         **arguments: As ``GroundedProposer``; with a ``summary``, ``use_dataset_summary`` is that one's.
     """
 
@@ -66,7 +65,7 @@ class ConcurrentProposer(GroundedProposer):
         self,
         threads: Threads,
         summary: Future[GroundedProposer] | None = None,
-        keep: Keep = lambda *name: nullcontext(),
+        keep: Keeping = keep_nothing,
         **arguments: Any,
     ) -> None:
         self._threads = threads
@@ -91,14 +90,15 @@ class ConcurrentProposer(GroundedProposer):
         """
         propose: Callable[..., dict[int, list[Future[str]]]] = super().propose_instructions_for_program
         started = propose(trainset, program, *args, **kwargs)
+        own = [get_signature(predictor).instructions for predictor in program.predictors()]
         failures: list[Exception] = []
-        proposed: dict[int, list[str | None]] = {i: [] for i in started}
+        proposed: dict[int, list[str]] = {i: [] for i in started}
         for i, future in ((i, future) for i, futures in started.items() for future in futures):
-            proposed[i].append(_instruction(future, failures))
+            text = _instruction(future, failures)
+            proposed[i].append(own[i] if text is None else text)
             on_instruction()
         _check_failures(failures, sum(map(len, proposed.values())))
-        own = [get_signature(predictor).instructions for predictor in program.predictors()]
-        return {i: [own[i] if x is None else x for x in texts] for i, texts in proposed.items()}
+        return proposed
 
     def propose_instruction_for_predictor(self, *args: Any, **kwargs: Any) -> Future[str]:
         """Starts a proposal, with the tip that has just been drawn and a rollout that is drawn here."""
@@ -114,7 +114,7 @@ class ConcurrentProposer(GroundedProposer):
 
 
 def _instruction(future: Future[str], failures: list[Exception]) -> str | None:
-    """What a request gave; None, and one failure more, if that is nothing."""
+    """What a request gave; None where it gave none, which is added to ``failures``."""
     try:
         instruction = result_of(future)
         if not instruction.strip():
@@ -128,7 +128,7 @@ def _instruction(future: Future[str], failures: list[Exception]) -> str | None:
 
 
 def _check_failures(failures: list[Exception], requests: int) -> None:
-    """Goes on without a few instructions; not without any, and not in an outage, which may pass."""
+    """Raises an error where all requests have failed, or half of them for the infrastructure; else warns."""
     outages = [error for error in failures if classify(error) in INFRASTRUCTURE]
     if failures and (len(failures) == requests or 2 * len(outages) >= requests):
         raise (outages or failures)[0]
@@ -136,7 +136,10 @@ def _check_failures(failures: list[Exception], requests: int) -> None:
         logger.warning(
             "%d of %d requests for an instruction gave none (%s: %s); the student's own instruction takes "
             "their place.",
-            *(len(failures), requests, type(failures[0]).__name__, failures[0]),
+            len(failures),
+            requests,
+            type(failures[0]).__name__,
+            failures[0],
         )
 
 
@@ -178,11 +181,11 @@ class _Hopeless(BaseException):
 
 @contextmanager
 def _patience(
-    threads: Threads, *callbacks: BaseCallback, leave: Callable[[], None] = lambda: None
+    threads: Threads, *callbacks: BaseCallback, before_second: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """With these callbacks, has requests made again; raises what ends them for good."""
     try:
-        with dspy.context(callbacks=[*dspy.settings.callbacks, *callbacks, _Patient(threads, leave)]):
+        with dspy.context(callbacks=[*dspy.settings.callbacks, *callbacks, _Patient(threads, before_second)]):
             yield
     except _Hopeless as hopeless:
         raise hopeless.error from None
@@ -196,9 +199,9 @@ class _Patient(BaseCallback):
     requests of one chain in a row have failed for the infrastructure in all of their attempts.
     """
 
-    def __init__(self, threads: Threads, leave: Callable[[], None]) -> None:
+    def __init__(self, threads: Threads, before_second: Callable[[], None]) -> None:
         self._attempts = threads.attempts
-        self._leave = leave
+        self._before_second = before_second
         self._has_asked = self._was_given_up = False
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -208,11 +211,11 @@ class _Patient(BaseCallback):
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._has_asked:
-            self._leave()
+            self._before_second()
         self._has_asked = True
-        readable = {name: encodable(value) for name, value in kwargs.items()}
+        inputs = {name: encodable(value) for name, value in kwargs.items()}
         try:
-            answer = self._attempts(partial(contained, forward, *args, **readable))
+            answer = self._attempts(partial(contained, forward, *args, **inputs))
         except Exception as error:
             verdict, again = classify(error), self._was_given_up
             if verdict is Verdict.STOP or (again and verdict in INFRASTRUCTURE):
@@ -254,16 +257,16 @@ class Proposals:
         optimizer: The ``dspy.MIPROv2`` that they are made for.
         threads: Run the LM calls.
         keep: As in `ConcurrentProposer`.
-        leave: Waits until more than the first request for the summary may be made.
+        before_second: Called before every request for the summary but the first; may wait, or end them.
     """
 
     def __init__(
-        self, optimizer: Any, threads: Threads, keep: Keep, leave: Callable[[], None] = lambda: None
+        self, optimizer: Any, threads: Threads, keep: Keeping, before_second: Callable[[], None]
     ) -> None:
         self._optimizer = optimizer
         self._threads = threads
         self._keep = keep
-        self._leave = leave
+        self._before_second = before_second
         self._early: tuple[dict[str, Any], Future[GroundedProposer]] | None = None
 
     def start(self, program: Any, trainset: list[Any], flags: Mapping[str, Any]) -> None:
@@ -307,7 +310,7 @@ class Proposals:
         trainset = arguments["trainset"]
         if type(trainset) is list:  # anything else would read differently as a list
             trainset = _Watched(trainset, self._threads)
-        with self._keep("summary"), _patience(self._threads, leave=self._leave):
+        with self._keep("summary"), _patience(self._threads, before_second=self._before_second):
             return GroundedProposer(
                 **{**arguments, **self._own(), "program_aware": False, "trainset": trainset}
             )

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -31,7 +30,7 @@ from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import Guard, measured
 from mpromptune.lms.kept import keeping, reusing
 from mpromptune.lms.threads import Threads
-from mpromptune.mipro import bootstrap, proposal
+from mpromptune.mipro import bootstrap, concurrent_bootstrap, proposal
 from mpromptune.mipro.ahead import Ahead
 from mpromptune.mipro.checkpoint import Checkpoint
 from mpromptune.mipro.estimate import Estimate, Plan, estimate
@@ -208,8 +207,8 @@ class Steps:
 
     def _stopped(self, name: str, error: Exception) -> SearchStoppedError:
         return SearchStoppedError(
-            f"The {name} step stopped on {type(error).__name__}: {error}. What was made before is kept where "
-            "there is a storage."
+            f"The {name} step stopped on {type(error).__name__}: {error}. What was made before is kept in "
+            "the storage, if one was given."
         )
 
     def _demo_sets(
@@ -246,9 +245,9 @@ class Steps:
         student = given["program"], given["trainset"]
         if is_labelled_only(given):
             return partial(labelled_demo_sets, *student, number, given["max_labeled_demos"], rng)
-        if not bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
+        if not concurrent_bootstrap.is_supported() or not set(_BOOTSTRAP) <= given.keys():
             return partial(serially, "bootstrap", stock, given)
-        plan = replace(bootstrap.DemoSetPlan.of(self._optimizer, *student, given), metric=self.metric)
+        plan = bootstrap.DemoSetPlan.of(self._optimizer, self.metric, *student, given)
         on_set, keep = self._bootstrap_bar(number).advance, partial(self._keeping, "bootstrap")
         return plan.prepared(rng, self._threads, on_set, keep)
 

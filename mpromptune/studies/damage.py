@@ -61,8 +61,10 @@ def require_readable(study: Study, distributions: Mapping[str, BaseDistribution]
 
 def _check_numbers(trial: FrozenTrial, n_examples: int) -> None:
     attributes = trial.user_attrs
-    examples, scores = _list(attributes, EXAMPLES), _list(attributes, SCORES)
-    for example in (*examples, *_list(attributes, PLANNED), *trial.intermediate_values):
+    examples, scores, planned = (
+        list_from(name, attributes.get(name, [])) for name in (EXAMPLES, SCORES, PLANNED)
+    )
+    for example in (*examples, *planned, *trial.intermediate_values):
         _check_index("an example", example, n_examples)
     told = [trial.value] if trial.state == TrialState.COMPLETE else []
     for score in (*scores, *trial.intermediate_values.values(), *told):
@@ -88,8 +90,12 @@ def usage_from(kept: Any) -> Usage:
     return usage
 
 
-def _list(attributes: Mapping[str, Any], name: str) -> list[Any]:
-    value = attributes.get(name, [])
+def list_from(name: str, value: Any) -> list[Any]:
+    """``value`` as a list.
+
+    Raises:
+        TypeError: It is none.
+    """
     if not isinstance(value, list | tuple):
         raise TypeError(f"{name} is {value!r}")
     return list(value)

@@ -111,8 +111,8 @@ def in_memory(study: Study, trials: Sequence[FrozenTrial]) -> Study:
     """A study of these trials, with the name and the attributes of another one, in memory."""
     sampler = optuna.samplers.RandomSampler()
     copied = optuna.create_study(study_name=study.study_name, direction="maximize", sampler=sampler)
-    kept = {key: value for key, value in study.user_attrs.items() if not key.startswith(ANSWERS)}
-    for key, value in kept.items():  # what only a run that goes on needs stays in the storage
-        copied.set_user_attr(key, value)
+    for key, value in study.user_attrs.items():
+        if not key.startswith(ANSWERS):  # which only a run that goes on needs, from the storage
+            copied.set_user_attr(key, value)
     copied.add_trials(trials)
     return copied
