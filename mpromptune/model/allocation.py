@@ -25,7 +25,7 @@ _OTHERS = 400
 _DRAWS = 256
 # Times that what the calls left will tell is derived from who is likely to be best, and the other way round.
 _ITERATIONS = 2
-# NOTE: the probability of trying the likely best's rival instead [Russo2020]_: half is optimal to a constant.
+# NOTE: the probability of trying the likely best's rival instead: half is optimal to a constant.
 _RIVAL = 0.5
 
 
@@ -37,6 +37,8 @@ def propose(
     rng: np.random.Generator,
 ) -> list[Row]:
     """A batch of ``n`` configurations, each to be measured on a few examples; one may be there several times.
+
+    Top-two Thompson sampling [Russo2020]_ of the posterior means that the calls left will lead to.
 
     Args:
         beliefs: Fitted to at least one score.

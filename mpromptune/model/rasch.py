@@ -12,10 +12,10 @@ Model
 
     [Rasch1960]_ for scores that are right or wrong, or in [0, 1]; a normal distribution around
     :math:`\theta_x - d_e` for others. The posterior of (u, d) is approximated by Laplace's method
-    [Rasmussen2006]_: d is eliminated by its Schur complement, so that a step costs :math:`O(mN + L^3)`.
+    [Rasmussen2006b]_: d is eliminated by its Schur complement, so that a step costs :math:`O(mN + L^3)`.
 
 .. [Rasch1960] G. Rasch. Probabilistic Models for Some Intelligence and Attainment Tests. 1960.
-.. [Rasmussen2006] C. E. Rasmussen, C. Williams. Gaussian Processes for Machine Learning. MIT Press 2006,
+.. [Rasmussen2006b] C. E. Rasmussen, C. Williams. Gaussian Processes for Machine Learning. MIT Press 2006,
     chapter 3.4.
 """
 
