@@ -68,6 +68,10 @@ class EmptyAnswerError(MPromptuneError, RuntimeError):
     """A language model answered a program without a word; another attempt may succeed."""
 
 
+class AnswerRefusedError(MPromptuneError, RuntimeError):
+    """A language model ended its answer before the first word: a filter's doing, or that of ``max_tokens``."""
+
+
 class TrialFailedError(MPromptuneError, RuntimeError):
     """A trial lacks scores, for errors of the infrastructure; nobody but DSPy's callbacks sees it."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import dspy
 import pytest
-from gateway import Answer, Messages, asks_for_sum, body, gateway, refusal, said
+from gateway import Answer, Messages, asks_for_sum, body, ended, gateway, refusal, said
 from lms import ScriptedLM, arithmetic_lm, digest
 from remote_scores import Distant
 from tasks import TRAIN, VAL, Adder
@@ -142,6 +142,9 @@ OF_THE_PROMPT = {
     "filtered": (400, refusal("triggering content management policy", code="content_filter")),
     "unprocessable": (422, refusal("no")),
     "unparsable": (200, said("four, I think")),
+    "empty, filtered": (200, ended("content_filter")),
+    "empty, refused": (200, ended("stop", refusal="I cannot help with that.")),
+    "empty, no token left": (200, ended("length")),
 }
 
 

@@ -15,7 +15,7 @@ from dspy.utils import exceptions as dspy_errors
 
 from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import classify_builtin
-from mpromptune.errors import EmptyAnswerError, causes
+from mpromptune.errors import AnswerRefusedError, EmptyAnswerError, causes
 
 
 def _known(*names: str) -> tuple[type[BaseException], ...]:
@@ -36,6 +36,7 @@ _DSPY = (
         Verdict.RETRY,
     ),
     ((EmptyAnswerError,), Verdict.RETRY),
+    ((AnswerRefusedError,), Verdict.REFUSED),
     (
         _known("AdapterParseError", "ContextWindowExceededError", "LMCollectionLimitError"),
         Verdict.REFUSED,
