@@ -69,7 +69,7 @@ class EmptyAnswerError(MPromptuneError, RuntimeError):
 
 
 class AnswerRefusedError(MPromptuneError, RuntimeError):
-    """A language model ended its answer before the first word: a filter's doing, or that of ``max_tokens``."""
+    """A language model gave no word, for a reason that is the prompt's: a filter, or ``max_tokens``."""
 
 
 class TrialFailedError(MPromptuneError, RuntimeError):

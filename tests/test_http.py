@@ -255,6 +255,52 @@ def test_a_program_may_wrap_what_its_lm_raised(chained: bool, untroubled: Any) -
     assert lm.failed > 3
 
 
+class Parallel(Adder):
+    """`dspy.Parallel` logs what a call raises, and returns None for it."""
+
+    def forward(self, question: str) -> Any:
+        asked = [(self.solve, {"question": question})] * 2
+        first, _ = dspy.Parallel(num_threads=2, disable_progress_bar=True)(asked)
+        return dspy.Prediction(answer=first.answer)
+
+
+class BestOfOne(Adder):
+    """`dspy.BestOfN` prints what a call raises, and returns None where none is left."""
+
+    def forward(self, question: str) -> Any:
+        best = dspy.BestOfN(self.solve, N=1, reward_fn=lambda asked, prediction: 1.0, threshold=1.0)
+        return best(question=question)
+
+
+class Hiding(Adder):
+    """Raises an error of its own that says nothing of the LM's."""
+
+    def forward(self, question: str) -> Any:
+        try:
+            return super().forward(question)
+        except VendorError:
+            raise KeyError(question) from None
+
+
+class GivingUp(Adder):
+    """Raises an error of its own once the LM's is forgotten."""
+
+    def forward(self, question: str) -> Any:
+        try:
+            return super().forward(question)
+        except VendorError:
+            pass
+        raise KeyError(question)
+
+
+@pytest.mark.parametrize("program", [Parallel, BestOfOne, Hiding, GivingUp])
+def test_a_program_fails_without_the_answer_that_it_went_on_without(program: Any) -> None:
+    """The LM's failure is the cause of what the program, or the metric, raises after it in the same call."""
+    untroubled = _found(_compile(Erratic(), program()))
+    assert _found(_compile(lm := Erratic(VendorError), program())) == untroubled
+    assert lm.failed > 3
+
+
 class Careless(Adder):
     """Answers by itself where the LM has failed."""
 

@@ -11,6 +11,7 @@ import dspy
 from dspy.utils import exceptions as dspy_errors
 
 from mpromptune.errors import AnswerRefusedError, EmptyAnswerError
+from mpromptune.lms.errors import note_failed
 
 # Reasons that providers give for the end of an answer, and that say something of its prompt.
 _OF_THE_PROMPT = ("content_filter", "refusal", "length")
@@ -96,8 +97,10 @@ def _parsed(
     """
     if not outputs or any(map(_is_empty, outputs)):
         if (reason := _refusal(lm, outputs)) is not None:
-            raise AnswerRefusedError(f"The language model answered with nothing, and gave as reason: {reason}.")
-        raise EmptyAnswerError(f"The language model answered with nothing to parse: {outputs!r}.")
+            raise AnswerRefusedError(f"The language model answered with nothing: {reason}.")
+        error = EmptyAnswerError(f"The language model answered with nothing to parse: {outputs!r}.")
+        note_failed(error)
+        raise error
     return type(adapter)._call_postprocess(adapter, processed, original, outputs, lm, *args, **kwargs)
 
 

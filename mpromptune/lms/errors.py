@@ -9,11 +9,14 @@ from __future__ import annotations
 import email.utils
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import dspy
 from dspy.utils import exceptions as dspy_errors
 
-from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.calls.execution import classify_builtin
 from mpromptune.errors import AnswerRefusedError, EmptyAnswerError, causes
 
@@ -111,6 +114,40 @@ _UNSENDABLE = ("surrogates not allowed", "lone surrogate")
 # good. An attribute, so that it goes to other processes with the error.
 _RAISED_BY_LM = "mpromptune_raised_by_lm"
 
+# What requests of one attempt have failed with, as a setting of DSPy's, whose own threads inherit these.
+_FAILURES = "mpromptune_failures"
+
+
+@contextmanager
+def blaming() -> Iterator[None]:
+    """One attempt of a program call and its metric, in which `blame` knows of requests that failed."""
+    with dspy.context(**{_FAILURES: []}):
+        try:
+            yield
+        except Exception as error:
+            blame(error)
+            raise
+
+
+def blame(error: Exception) -> None:
+    """Makes a failed request of this attempt the cause of an error, where the infrastructure failed it.
+
+    Programs, and modules of DSPy such as ``Parallel`` and ``BestOfN``, go on without its answer, and fail on
+    that later.
+    """
+    failures = dspy.settings.get(_FAILURES) or ()
+    links = list(causes(error))
+    failed = next((failure for failure in failures if classify(failure) in INFRASTRUCTURE), None)
+    if failed is not None and not any(link is failure for link in links for failure in failures):
+        links[-1].__cause__ = failed
+
+
+def note_failed(error: Exception) -> None:
+    """Has `blame` know of a request that failed."""
+    failures = dspy.settings.get(_FAILURES)
+    if failures is not None:
+        failures.append(error)
+
 
 def note_raised_by_lm(error: Exception, is_new: bool) -> None:
     """Marks what a request to an LM has ended with.
@@ -120,6 +157,7 @@ def note_raised_by_lm(error: Exception, is_new: bool) -> None:
         is_new: Whether the LM has not answered anything yet, so that its name or address may be wrong.
     """
     vars(error)[_RAISED_BY_LM] = is_new
+    note_failed(error)
 
 
 def classify(error: BaseException) -> Verdict:
