@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -198,7 +199,7 @@ class Erratic(ScriptedLM):
         lasting: Whether always, and not for the first request of one prompt in ten.
     """
 
-    def __init__(self, error: Callable[[], Exception] | None = None, lasting: bool = False) -> None:
+    def __init__(self, error: Callable[[], BaseException] | None = None, lasting: bool = False) -> None:
         super().__init__(arithmetic_lm()._answer)
         self._error = error
         self._lasting = lasting
@@ -223,7 +224,10 @@ def untroubled() -> Any:
     return _found(_compile(Erratic()))
 
 
-@pytest.mark.parametrize("error", [VendorError, ValueError, KeyError, AttributeError, OSError, TypeError])
+RAISED = [VendorError, ValueError, KeyError, AttributeError, OSError, TypeError, asyncio.CancelledError]
+
+
+@pytest.mark.parametrize("error", RAISED)
 def test_an_lm_of_the_users_own_raises_anything(error: Any, untroubled: Any) -> None:
     """It is the infrastructure's: the request is made again, and nothing of it is seen in the end."""
     lm = Erratic(error)

@@ -124,12 +124,12 @@ def blaming() -> Iterator[None]:
     with dspy.context(**{_FAILURES: []}):
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             blame(error)
             raise
 
 
-def blame(error: Exception) -> None:
+def blame(error: BaseException) -> None:
     """Makes a failed request of this attempt the cause of an error, where the infrastructure failed it.
 
     Programs, and modules of DSPy such as ``Parallel`` and ``BestOfN``, go on without its answer, and fail on

@@ -19,6 +19,7 @@ from mpromptune.calls.interrupts import Stopped
 from mpromptune.calls.limits import Budget
 from mpromptune.calls.pace import Pace, Ticket
 from mpromptune.calls.usage import Meter, Usage, current_meter, metered
+from mpromptune.errors import CallCancelledError
 from mpromptune.lms.adapters import patient, strict
 from mpromptune.lms.errors import note_raised_by_lm
 from mpromptune.lms.prices import Pricing, tokens_of
@@ -201,9 +202,10 @@ class Guard(BaseCallback):
         """Marks what was raised below the LM."""
         if not failed:
             self._answered.add(kind)
-        elif isinstance(exception, Exception):
+        else:
             self._failures[kind] += kind not in self._answered
-            note_raised_by_lm(exception, self._is_new(kind))
+            cancelled = CallCancelledError("a request to a language model was cancelled")
+            note_raised_by_lm(exception if isinstance(exception, Exception) else cancelled, self._is_new(kind))
 
     def _is_new(self, kind: tuple[str, str]) -> bool:
         return kind not in self._answered and self._failures[kind] >= _FIRST_FAILURES
