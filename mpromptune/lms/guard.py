@@ -205,7 +205,9 @@ class Guard(BaseCallback):
         else:
             self._failures[kind] += kind not in self._answered
             cancelled = CallCancelledError("a request to a language model was cancelled")
-            note_raised_by_lm(exception if isinstance(exception, Exception) else cancelled, self._is_new(kind))
+            note_raised_by_lm(
+                exception if isinstance(exception, Exception) else cancelled, self._is_new(kind)
+            )
 
     def _is_new(self, kind: tuple[str, str]) -> bool:
         return kind not in self._answered and self._failures[kind] >= _FIRST_FAILURES
