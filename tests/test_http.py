@@ -259,15 +259,6 @@ def test_a_program_may_wrap_what_its_lm_raised(chained: bool, untroubled: Any) -
     assert lm.failed > 3
 
 
-class Parallel(Adder):
-    """`dspy.Parallel` logs what a call raises, and returns None for it."""
-
-    def forward(self, question: str) -> Any:
-        asked = [(self.solve, {"question": question})] * 2
-        first, _ = dspy.Parallel(num_threads=2, disable_progress_bar=True)(asked)
-        return dspy.Prediction(answer=first.answer)
-
-
 class BestOfOne(Adder):
     """`dspy.BestOfN` prints what a call raises, and returns None where none is left."""
 
@@ -297,12 +288,35 @@ class GivingUp(Adder):
         raise KeyError(question)
 
 
-@pytest.mark.parametrize("program", [Parallel, BestOfOne, Hiding, GivingUp])
+@pytest.mark.parametrize("program", [BestOfOne, Hiding, GivingUp])
 def test_a_program_fails_without_the_answer_that_it_went_on_without(program: Any) -> None:
     """The LM's failure is the cause of what the program, or the metric, raises after it in the same call."""
     untroubled = _found(_compile(Erratic(), program()))
     assert _found(_compile(lm := Erratic(VendorError), program())) == untroubled
     assert lm.failed > 3
+
+
+class TwoLMs(Adder):
+    """Asks another LM where the first is down, and cannot read one answer in three by itself."""
+
+    def forward(self, question: str) -> Any:
+        try:
+            with dspy.context(lm=Erratic(VendorError, lasting=True)):
+                prediction = super().forward(question)
+        except VendorError:
+            prediction = super().forward(question)
+        if digest(question, "unread") % 3 == 0:
+            raise KeyError(question)
+        return prediction
+
+
+def test_an_answer_that_was_asked_for_again_is_no_excuse() -> None:
+    """What the program raises once another LM has answered is its own, and scored."""
+    result = _compile(Erratic(), TwoLMs(), failure_score=-1.0).search_result
+    unread = {i for i, x in enumerate(VAL) if digest(x.question, "unread") % 3 == 0}
+    scored = {(i, score == -1.0) for m in result.configurations for i, score in m.scores.items()}
+    assert unread
+    assert scored == {(i, i in unread) for i in range(len(VAL))}
 
 
 class Careless(Adder):

@@ -135,29 +135,37 @@ def blame(error: BaseException) -> None:
     Programs, and modules of DSPy such as ``Parallel`` and ``BestOfN``, go on without its answer, and fail on
     that later.
     """
-    failures = dspy.settings.get(_FAILURES) or ()
+    failures = [failure for _, failure in dspy.settings.get(_FAILURES) or ()]
     links = list(causes(error))
     failed = next((failure for failure in failures if classify(failure) in INFRASTRUCTURE), None)
     if failed is not None and not any(link is failure for link in links for failure in failures):
         links[-1].__cause__ = failed
 
 
-def note_failed(error: Exception) -> None:
-    """Has `blame` know of a request that failed."""
+def note_failed(error: Exception, asked: Any = None) -> None:
+    """Has `blame` know of a request that failed, and of what was ``asked``."""
     failures = dspy.settings.get(_FAILURES)
     if failures is not None:
-        failures.append(error)
+        failures.append((asked, error))
 
 
-def note_raised_by_lm(error: Exception, is_new: bool) -> None:
+def note_answered(asked: Any) -> None:
+    """Has `blame` forget requests that failed and were made again, be it of another LM."""
+    failures = dspy.settings.get(_FAILURES)
+    if failures:
+        failures[:] = [(other, error) for other, error in failures if other is None or other != asked]
+
+
+def note_raised_by_lm(error: Exception, is_new: bool, asked: Any = None) -> None:
     """Marks what a request to an LM has ended with.
 
     Args:
         error: As it leaves the LM.
         is_new: Whether the LM has not answered anything yet, so that its name or address may be wrong.
+        asked: The messages.
     """
     vars(error)[_RAISED_BY_LM] = is_new
-    note_failed(error)
+    note_failed(error, asked)
 
 
 def classify(error: BaseException) -> Verdict:
