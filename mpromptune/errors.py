@@ -72,6 +72,10 @@ class EmptyAnswerError(MPromptuneError, RuntimeError):
     """A language model answered a program without a word; another attempt may succeed."""
 
 
+class AnswerRefusedError(MPromptuneError, RuntimeError):
+    """A language model gave no word, for a reason that is the prompt's: a filter, or ``max_tokens``."""
+
+
 class TrialFailedError(MPromptuneError, RuntimeError):
     """A trial lacks scores, for errors of the infrastructure; nobody but DSPy's callbacks sees it."""
 

@@ -35,6 +35,12 @@ def said(content: str | None) -> bytes:
     return body([{"index": 0, "finish_reason": "stop", "message": message}])
 
 
+def ended(reason: str, **more: Any) -> bytes:
+    """A chat completion without text, and why it has none."""
+    message = {"role": "assistant", "content": None, **more}
+    return body([{"index": 0, "finish_reason": reason, "message": message}])
+
+
 def refusal(message: str, **more: Any) -> bytes:
     """An error as OpenAI words it."""
     return json.dumps({"error": {"message": message, **more}}).encode()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,28 @@ def test_wrong_values_name_their_trial(change: Any) -> None:
     study = _with(_search(None).study, 2, change)
     with pytest.raises(StorageError, match="Trial 2 of the study 'mpromptune' is damaged"):
         _search(study._storage)
+
+
+# What Optuna itself cannot read, in one row of each table of a database.
+ROWS = {
+    "an attribute": "UPDATE trial_user_attributes SET value_json = '['",
+    "a score": "UPDATE trial_values SET value = NULL",
+    "a param": "UPDATE trial_params SET param_value = 99",
+    "its choices": "UPDATE trial_params SET distribution_json = '{}'",
+    "a state": "UPDATE trials SET state = 'LOST'",
+}
+
+
+@pytest.mark.parametrize("run", [_search, _small_compile])
+@pytest.mark.parametrize("change", ROWS.values(), ids=ROWS)
+def test_damaged_rows_of_a_database(change: str, run: Any, tmp_path: Path) -> None:
+    """A search, and a compile, end with an error that names the study and its file."""
+    path = tmp_path / "run.db"
+    run(f"sqlite:///{path}")
+    with closing(sqlite3.connect(path)) as database, database:
+        assert database.execute(f"{change} WHERE trial_id = 2").rowcount
+    with pytest.raises(StorageError, match=re.escape(str(path))):
+        run(f"sqlite:///{path}")
 
 
 LOST = {"examples": _without(EXAMPLES), "scores": _without(SCORES), "a param": _lose_param}

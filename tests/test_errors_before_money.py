@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -280,12 +281,25 @@ def test_once_it_has_worked_what_a_metric_raises_is_the_candidates() -> None:
     assert -1.0 not in [score for example, score in scores.items() if example < len(VAL) - 1]
 
 
-def test_an_answer_that_cannot_be_read_is_no_mistake_of_the_metric() -> None:
-    """A ValueError, from the first example on, is a wrong answer as it has always been."""
+def cannot_convert(how: str) -> Any:
+    raise ValueError(f"cannot read {how!r}")
+
+
+def finds_nothing(how: str) -> Any:
+    return re.search("style", how).group()  # type: ignore[union-attr]
+
+
+def takes_nothing(how: str) -> Any:
+    return re.search("style", how)[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("fails", [cannot_convert, finds_nothing, takes_nothing])
+def test_an_answer_that_cannot_be_read_is_no_mistake_of_the_metric(fails: Any) -> None:
+    """What metrics raise over one, from the first example on, is a wrong answer as it has always been."""
 
     def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
         if "style" not in prediction.how:
-            raise ValueError(f"cannot read {prediction.how!r}")
+            fails(prediction.how)
         return right(example, prediction)
 
     class Styled(Adder):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import dspy
 import pytest
-from gateway import Answer, Messages, asks_for_sum, body, gateway, refusal, said
+from gateway import Answer, Messages, asks_for_sum, body, ended, gateway, refusal, said
 from lms import ScriptedLM, arithmetic_lm, digest
 from remote_scores import Distant
 from tasks import TRAIN, VAL, Adder
@@ -142,6 +143,9 @@ OF_THE_PROMPT = {
     "filtered": (400, refusal("triggering content management policy", code="content_filter")),
     "unprocessable": (422, refusal("no")),
     "unparsable": (200, said("four, I think")),
+    "empty, filtered": (200, ended("content_filter")),
+    "empty, refused": (200, ended("stop", refusal="I cannot help with that.")),
+    "empty, no token left": (200, ended("length")),
 }
 
 
@@ -195,7 +199,7 @@ class Erratic(ScriptedLM):
         lasting: Whether always, and not for the first request of one prompt in ten.
     """
 
-    def __init__(self, error: Callable[[], Exception] | None = None, lasting: bool = False) -> None:
+    def __init__(self, error: Callable[[], BaseException] | None = None, lasting: bool = False) -> None:
         super().__init__(arithmetic_lm()._answer)
         self._error = error
         self._lasting = lasting
@@ -220,7 +224,10 @@ def untroubled() -> Any:
     return _found(_compile(Erratic()))
 
 
-@pytest.mark.parametrize("error", [VendorError, ValueError, KeyError, AttributeError, OSError, TypeError])
+RAISED = [VendorError, ValueError, KeyError, AttributeError, OSError, TypeError, asyncio.CancelledError]
+
+
+@pytest.mark.parametrize("error", RAISED)
 def test_an_lm_of_the_users_own_raises_anything(error: Any, untroubled: Any) -> None:
     """It is the infrastructure's: the request is made again, and nothing of it is seen in the end."""
     lm = Erratic(error)
@@ -250,6 +257,66 @@ def test_a_program_may_wrap_what_its_lm_raised(chained: bool, untroubled: Any) -
     lm = Erratic(VendorError)
     assert _found(_compile(lm, Wrapping(chained))) == untroubled
     assert lm.failed > 3
+
+
+class BestOfOne(Adder):
+    """`dspy.BestOfN` prints what a call raises, and returns None where none is left."""
+
+    def forward(self, question: str) -> Any:
+        best = dspy.BestOfN(self.solve, N=1, reward_fn=lambda asked, prediction: 1.0, threshold=1.0)
+        return best(question=question)
+
+
+class Hiding(Adder):
+    """Raises an error of its own that says nothing of the LM's."""
+
+    def forward(self, question: str) -> Any:
+        try:
+            return super().forward(question)
+        except VendorError:
+            raise KeyError(question) from None
+
+
+class GivingUp(Adder):
+    """Raises an error of its own once the LM's is forgotten."""
+
+    def forward(self, question: str) -> Any:
+        try:
+            return super().forward(question)
+        except VendorError:
+            pass
+        raise KeyError(question)
+
+
+@pytest.mark.parametrize("program", [BestOfOne, Hiding, GivingUp])
+def test_a_program_fails_without_the_answer_that_it_went_on_without(program: Any) -> None:
+    """The LM's failure is the cause of what the program, or the metric, raises after it in the same call."""
+    untroubled = _found(_compile(Erratic(), program()))
+    assert _found(_compile(lm := Erratic(VendorError), program())) == untroubled
+    assert lm.failed > 3
+
+
+class TwoLMs(Adder):
+    """Asks another LM where the first is down, and cannot read one answer in three by itself."""
+
+    def forward(self, question: str) -> Any:
+        try:
+            with dspy.context(lm=Erratic(VendorError, lasting=True)):
+                prediction = super().forward(question)
+        except VendorError:
+            prediction = super().forward(question)
+        if digest(question, "unread") % 3 == 0:
+            raise KeyError(question)
+        return prediction
+
+
+def test_an_answer_that_was_asked_for_again_is_no_excuse() -> None:
+    """What the program raises once another LM has answered is its own, and scored."""
+    result = _compile(Erratic(), TwoLMs(), failure_score=-1.0).search_result
+    unread = {i for i, x in enumerate(VAL) if digest(x.question, "unread") % 3 == 0}
+    scored = {(i, score == -1.0) for m in result.configurations for i, score in m.scores.items()}
+    assert unread
+    assert scored == {(i, i in unread) for i in range(len(VAL))}
 
 
 class Careless(Adder):

@@ -10,7 +10,11 @@ from typing import Any
 import dspy
 from dspy.utils import exceptions as dspy_errors
 
-from mpromptune.errors import EmptyAnswerError
+from mpromptune.errors import AnswerRefusedError, EmptyAnswerError
+from mpromptune.lms.errors import note_failed
+
+# Reasons that providers give for the end of an answer, and that say something of its prompt.
+_OF_THE_PROMPT = ("content_filter", "refusal", "length")
 
 
 class PatientChatAdapter(dspy.ChatAdapter):
@@ -82,15 +86,36 @@ def strict(adapter: Any) -> Any:
     return own
 
 
-def _parsed(adapter: Any, processed: Any, original: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+def _parsed(
+    adapter: Any, processed: Any, original: Any, outputs: Any, lm: Any, *args: Any, **kwargs: Any
+) -> Any:
     """As the adapter's class does it, for all outputs of a request.
 
     Raises:
+        AnswerRefusedError: One of them says nothing, for a reason that is the prompt's.
         EmptyAnswerError: One of them says nothing, nor is there any.
     """
     if not outputs or any(map(_is_empty, outputs)):
-        raise EmptyAnswerError(f"The language model answered with nothing to parse: {outputs!r}.")
-    return type(adapter)._call_postprocess(adapter, processed, original, outputs, *args, **kwargs)
+        if (reason := _refusal(lm, outputs)) is not None:
+            raise AnswerRefusedError(f"The language model answered with nothing: {reason}.")
+        error = EmptyAnswerError(f"The language model answered with nothing to parse: {outputs!r}.")
+        note_failed(error)
+        raise error
+    return type(adapter)._call_postprocess(adapter, processed, original, outputs, lm, *args, **kwargs)
+
+
+def _refusal(lm: Any, outputs: Any) -> str | None:
+    """The reason of the prompt's for which an answer is empty, if the LM's history has one."""
+    entries = reversed(list(getattr(lm, "history", ())))
+    response = next((entry.get("response") for entry in entries if entry.get("outputs") is outputs), None)
+    for choice in getattr(response, "choices", None) or [response]:
+        message, reason = getattr(choice, "message", None), getattr(choice, "finish_reason", None)
+        parts = getattr(message, "parts", ())  # from DSPy 3.4 on
+        if getattr(message, "refusal", None) or any(getattr(part, "type", "") == "refusal" for part in parts):
+            reason = "refusal"
+        if reason in _OF_THE_PROMPT:
+            return str(reason)
+    return None
 
 
 def _is_empty(output: Any) -> bool:

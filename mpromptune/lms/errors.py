@@ -9,13 +9,16 @@ from __future__ import annotations
 import email.utils
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import dspy
 from dspy.utils import exceptions as dspy_errors
 
-from mpromptune.calls.attempts import Verdict
+from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.calls.execution import classify_builtin
-from mpromptune.errors import EmptyAnswerError, causes
+from mpromptune.errors import AnswerRefusedError, EmptyAnswerError, causes
 
 
 def _known(*names: str) -> tuple[type[BaseException], ...]:
@@ -36,6 +39,7 @@ _DSPY = (
         Verdict.RETRY,
     ),
     ((EmptyAnswerError,), Verdict.RETRY),
+    ((AnswerRefusedError,), Verdict.REFUSED),
     (
         _known("AdapterParseError", "ContextWindowExceededError", "LMCollectionLimitError"),
         Verdict.REFUSED,
@@ -110,15 +114,58 @@ _UNSENDABLE = ("surrogates not allowed", "lone surrogate")
 # good. An attribute, so that it goes to other processes with the error.
 _RAISED_BY_LM = "mpromptune_raised_by_lm"
 
+# What requests of one attempt have failed with, as a setting of DSPy's, whose own threads inherit these.
+_FAILURES = "mpromptune_failures"
 
-def note_raised_by_lm(error: Exception, is_new: bool) -> None:
+
+@contextmanager
+def blaming() -> Iterator[None]:
+    """One attempt of a program call and its metric, in which `blame` knows of requests that failed."""
+    with dspy.context(**{_FAILURES: []}):
+        try:
+            yield
+        except BaseException as error:
+            blame(error)
+            raise
+
+
+def blame(error: BaseException) -> None:
+    """Makes a failed request of this attempt the cause of an error, where the infrastructure failed it.
+
+    Programs, and modules of DSPy such as ``Parallel`` and ``BestOfN``, go on without its answer, and fail on
+    that later.
+    """
+    failures = [failure for _, failure in dspy.settings.get(_FAILURES) or ()]
+    links = list(causes(error))
+    failed = next((failure for failure in failures if classify(failure) in INFRASTRUCTURE), None)
+    if failed is not None and not any(link is failure for link in links for failure in failures):
+        links[-1].__cause__ = failed
+
+
+def note_failed(error: Exception, asked: Any = None) -> None:
+    """Has `blame` know of a request that failed, and of what was ``asked``."""
+    failures = dspy.settings.get(_FAILURES)
+    if failures is not None:
+        failures.append((asked, error))
+
+
+def note_answered(asked: Any) -> None:
+    """Has `blame` forget requests that failed and were made again, be it of another LM."""
+    failures = dspy.settings.get(_FAILURES)
+    if failures:
+        failures[:] = [(other, error) for other, error in failures if other is None or other != asked]
+
+
+def note_raised_by_lm(error: Exception, is_new: bool, asked: Any = None) -> None:
     """Marks what a request to an LM has ended with.
 
     Args:
         error: As it leaves the LM.
         is_new: Whether the LM has not answered anything yet, so that its name or address may be wrong.
+        asked: The messages.
     """
     vars(error)[_RAISED_BY_LM] = is_new
+    note_failed(error, asked)
 
 
 def classify(error: BaseException) -> Verdict:

@@ -19,8 +19,9 @@ from mpromptune.calls.interrupts import Stopped
 from mpromptune.calls.limits import Budget
 from mpromptune.calls.pace import Pace, Ticket
 from mpromptune.calls.usage import Meter, Usage, current_meter, metered
+from mpromptune.errors import CallCancelledError
 from mpromptune.lms.adapters import patient, strict
-from mpromptune.lms.errors import note_raised_by_lm
+from mpromptune.lms.errors import note_answered, note_raised_by_lm
 from mpromptune.lms.prices import Pricing, tokens_of
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ class Guard(BaseCallback):
         if request is None:
             return
         failed = exception is not None or outputs is None  # the latter is what DSPy says of a cancelled one
-        self._judge(_kind(request.lm), failed, exception)
+        self._judge(request, failed, exception)
         self._land(request, succeeded=not failed)
         request.context.__exit__(None, None, None)
         usage = self._usage(request, failed)
@@ -197,13 +198,17 @@ class Guard(BaseCallback):
         self._settle(request, usage)
         request.meter.add(usage)
 
-    def _judge(self, kind: tuple[str, str], failed: bool, exception: BaseException | None) -> None:
+    def _judge(self, request: _Request, failed: bool, exception: BaseException | None) -> None:
         """Marks what was raised below the LM."""
+        kind, asked = _kind(request.lm), request.inputs.get("messages")
         if not failed:
             self._answered.add(kind)
-        elif isinstance(exception, Exception):
+            note_answered(asked)
+        else:
             self._failures[kind] += kind not in self._answered
-            note_raised_by_lm(exception, self._is_new(kind))
+            if not isinstance(exception, Exception):
+                exception = CallCancelledError("a request to a language model was cancelled")
+            note_raised_by_lm(exception, self._is_new(kind), asked)
 
     def _is_new(self, kind: tuple[str, str]) -> bool:
         return kind not in self._answered and self._failures[kind] >= _FIRST_FAILURES

@@ -17,7 +17,7 @@ from mpromptune.lms.kept import Answer
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.studies.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
-from mpromptune.studies.damage import CRASHES, list_from, named, usage_from
+from mpromptune.studies.damage import CRASHES, list_from, named, readable, usage_from
 from mpromptune.studies.lease import Lease
 from mpromptune.studies.storage import reported
 
@@ -191,7 +191,7 @@ class Checkpoint:
 
     def measured(self, params: Mapping[str, int]) -> set[int]:
         """Validation examples of which the search has a score for a configuration."""
-        with reported():
+        with reported(), readable(f"A trial of {named(self.study)}"):
             trials = [t for t in self.study.get_trials(deepcopy=False) if t.params == params]
         told = (t.user_attrs.get(EXAMPLES, ()) for t in trials if SCORES in t.user_attrs)
         return {example for some in (*told, *(t.intermediate_values for t in trials)) for example in some}

@@ -19,7 +19,7 @@ from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.interrupts import contained
 from mpromptune.calls.usage import Usage, record
 from mpromptune.errors import CallCancelledError
-from mpromptune.lms.errors import classify
+from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import measured, note_call
 from mpromptune.lms.kept import Keeping
 from mpromptune.lms.threads import Threads
@@ -174,7 +174,7 @@ class ConcurrentBootstrap(BootstrapFewShot):
     def _once(self, index: int) -> tuple[ConcurrentBootstrap, bool]:
         alone = self._alone()
         try:
-            with measured() as meter, self._keep(index):
+            with measured() as meter, self._keep(index), blaming():
                 record(Usage(program_calls=1))
                 success = bool(contained(alone._bootstrap_one_example, self.trainset[index]))
         except Exception as error:

@@ -12,12 +12,14 @@ from mpromptune.calls.attempts import Verdict
 from mpromptune.calls.execution import check_stopped
 from mpromptune.calls.interrupts import SLICE, Stopped
 from mpromptune.errors import ScoreError
-from mpromptune.lms.errors import classify
+from mpromptune.lms.errors import blame, classify
 from mpromptune.programs.configurations import metric_value
 
 # What a correct metric may raise over an answer that it cannot read. Anything else (a name, a field or a
 # module that does not exist, a wrong call) is a mistake in it, if it comes before its first result.
 _OF_AN_ANSWER = (ValueError, IndexError, ArithmeticError, AssertionError)
+# As Python names it where nothing was found in an answer, as in ``re.search(...).group()``.
+_NOTHING = "NoneType"
 # NOTE: characters of an example that a message shows; enough to recognise it.
 _SHOWN = 500
 
@@ -90,7 +92,9 @@ class CheckedMetric:
         try:
             return self._metric(example, prediction, *trace)
         except Exception as error:
-            is_mistake = classify(error) is Verdict.CANDIDATE and not isinstance(error, _OF_AN_ANSWER)
+            blame(error)
+            is_answers = isinstance(error, _OF_AN_ANSWER) or _NOTHING in str(error)
+            is_mistake = classify(error) is Verdict.CANDIDATE and not is_answers
             if bool(trace) in self._has_worked or not is_mistake:
                 raise
             where = traceback.extract_tb(error.__traceback__)[-1]

@@ -16,7 +16,7 @@ from mpromptune.calls.attempts import FAILURES
 from mpromptune.calls.execution import Score, as_score
 from mpromptune.calls.interrupts import contained
 from mpromptune.calls.usage import Meter, current_meter
-from mpromptune.lms.errors import classify
+from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import measured, note_call
 from mpromptune.model.space import PromptSpace
 from mpromptune.programs.demos import encodable, encodable_demo
@@ -121,7 +121,7 @@ class ProgramRunner:
         item = valset[example]
         try:
             # A trace of its own, or every call of the run would be kept in the caller's.
-            with dspy.context(trace=[]), measured(current_meter()):
+            with dspy.context(trace=[]), measured(current_meter()), blaming():
                 prediction = built.program(**item.inputs())
                 self._keep(params, example, prediction)
                 return metric_value(metric(item, prediction))

@@ -51,7 +51,9 @@ def require_readable(study: Study, distributions: Mapping[str, BaseDistribution]
     Raises:
         StorageError: One of them holds something else; the message names it.
     """
-    for trial in study.get_trials(deepcopy=False):
+    with readable(f"A trial of {named(study)}"):
+        trials = study.get_trials(deepcopy=False)
+    for trial in trials:
         with readable(f"Trial {trial.number} of {named(study)}"):
             _check_numbers(trial, n_examples)
             for name, value in trial.params.items():
