@@ -124,9 +124,9 @@ def test_optuna_samplers_run_under_the_same_plan(sampler: str) -> None:
 # Who is confirmed.
 
 
-@pytest.mark.parametrize(("max_calls", "is_whole"), [(300, True), (200, True), (60, False)])
+@pytest.mark.parametrize(("max_calls", "is_whole"), [(300, True), (60, False)])
 def test_the_winner_is_completed_where_that_costs_little(max_calls: int, is_whole: bool) -> None:
-    """A fifth of 300 or 200 calls is a whole measurement; of 60 it is 12, and the winner lacks more."""
+    """A fifth of 300 calls is more than a whole measurement; of 60 it is 12, and the winner lacks more."""
     for seed in range(3):
         result = run(max_calls=max_calls, seed=seed, sampler=wide(seed))
         measured = scores_of(result, SPACE.row(result.best_params))

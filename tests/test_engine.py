@@ -407,7 +407,8 @@ def test_a_candidates_own_error_scores_failure_score() -> None:
             raise ValueError("cannot parse")
         return float(TABLE[SPACE.row(params)][example])
 
-    result = run(score, failure_score=-1.0, baseline={"0_predictor_instruction": 0, "0_predictor_demos": 0})
+    baseline = {"0_predictor_instruction": 0, "0_predictor_demos": 0}
+    result = run(score, failure_score=-1.0, baseline=baseline, confirm=True)
     assert result.baseline_score == -1.0
     assert is_spent(result, 300)
 

@@ -308,7 +308,8 @@ def test_an_answer_that_cannot_be_read_is_no_mistake_of_the_metric(fails: Any) -
             prediction.how = self.solve.signature.instructions
             return prediction
 
-    result = compiled(metric=metric, program=Styled(), init={"max_errors": 1000}).search_result
+    best = compiled(metric=metric, program=Styled(), init={"max_errors": 1000}, confirm=True)
+    result = best.search_result
     assert result.baseline_score == 0.0
     assert result.best_score > 0.0
 

@@ -42,8 +42,8 @@ def _compile(lm: Any, program: Any = None, **given: Any) -> Any:
     shots = {"max_bootstrapped_demos": 1, "max_labeled_demos": 1, "num_candidates": 3}
     search = {"num_trials": 4, "minibatch_size": 4, "minibatch_full_eval_steps": 2, "max_calls": 30}
     # Python 3.11 may fail to read a program's source while another thread parses anything.
-    steady = {"program_aware_proposer": False, "sampler": "random", "block_size": 4, "verbose": False}
-    run = {**search, **steady, **given}
+    steady = {"program_aware_proposer": False, "sampler": "random", "block_size": 4, "confirm": True}
+    run = {**search, **steady, "verbose": False, **given}
     with dspy.context(lm=lm):
         optimizer = MIPROv2(metric=_is_right, auto=None, num_threads=THREADS, **shots)
         return optimizer.compile(program or Adder(), trainset=TRAIN, valset=VAL, **run)

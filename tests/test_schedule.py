@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.plans.plan import Confirm
 from mpromptune.plans.schedule import (
+    Confirm,
     Minibatches,
     check_block_size,
     check_budget,

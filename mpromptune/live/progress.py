@@ -13,7 +13,7 @@ from mpromptune.calls.usage import Usage
 logger = logging.getLogger(__name__)
 
 # NOTE: the standard normal quantile of 97.5 %: the posterior of a mean score is normal.
-QUANTILE = 1.959964
+_QUANTILE = 1.959964
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Standing:
     @property
     def margin(self) -> float:
         """Half of the 95 % credible interval."""
-        return QUANTILE * self.std
+        return _QUANTILE * self.std
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -226,7 +226,8 @@ class SearchOptions:
         """
         order: list[int] = np.argsort(first_keys(n_examples, seed), kind="stable").tolist()
         size = self.block_size or default_block_size(n_examples, is_combined=n_predictors > 1)
-        return order if self.schedule == "mipro" or self.confirm is True else order[:size]
+        first = order if self.schedule == "mipro" or self.confirm is True else order[:size]
+        return first[: self.max_calls]
 
     def search_calls(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> int:
         """Program calls of the search, at most; arguments as in `check_run`, which has been passed."""

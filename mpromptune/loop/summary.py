@@ -10,7 +10,6 @@ from optuna.study import Study
 
 from mpromptune.calls.limits import Budget
 from mpromptune.errors import SearchStoppedError
-from mpromptune.live.progress import QUANTILE
 from mpromptune.loop.result import Measured, SearchResult
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.plans.knowledge import Knowledge
@@ -101,9 +100,9 @@ class Summary:
         return self.known.ledger.mean(row) if is_full else self.known.whole_score(row)[0]
 
     def _interval(self, row: Row) -> tuple[float, float]:
-        score, deviation = self.known.whole_score(row)
-        margin = 0.0 if self.plan.is_full(row, self.known.ledger) else QUANTILE * deviation
-        return score - margin, score + margin
+        if self.plan.is_full(row, self.known.ledger):
+            return self.known.ledger.mean(row), self.known.ledger.mean(row)
+        return self.known.whole_score(row)[1:]
 
     def _measured(self, rows: Sequence[Row]) -> list[Measured]:
         means, deviations = self.known.posterior(rows)

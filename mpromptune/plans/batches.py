@@ -151,10 +151,11 @@ class BatchPlan:
             left = until - self.pairs.spent
             if left <= 0:  # trials of an earlier run may be longer than was planned for them now
                 break
-            yield Request(row, partial(self._next, known, wanted * self.block_size, left))
+            if row is None or left >= self.pairs.price(row):
+                yield Request(row, partial(self._next, known, wanted * self.block_size, left))
 
     def _next(self, known: Knowledge, wanted: int, left: int, row: Row, number: int) -> Examples:
-        limit = min(wanted, math.floor(left / max(1.0, self.pairs.price(row))))
+        limit = min(wanted, max(1, math.floor(left / max(1.0, self.pairs.price(row)))))
         return self.pairs.open_of(row, self._order(known, number))[:limit]
 
     def _rows(self, known: Knowledge, blocks: int, available: int) -> Iterator[tuple[Row | None, int]]:

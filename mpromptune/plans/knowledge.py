@@ -19,6 +19,8 @@ from mpromptune.model.space import Row
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.studies.ledger import Ledger
 
+# NOTE: the standard normal quantile of 97.5 %: the posterior of a mean score is normal.
+QUANTILE = 1.959964
 # NOTE: the expected best of a few of so many differs from that of all by less than can be drawn.
 _DRAWN = 500
 
@@ -46,6 +48,7 @@ class Knowledge:
         self._beliefs = Beliefs(self.encoding.space, self.encoding.geometries)
         self._told = 0
         self._information: FloatArray | None = None
+        self._range = (-math.inf, math.inf)  # of all scores: nothing beyond them is foreseen
 
     @property
     def is_additive(self) -> bool:
@@ -62,6 +65,7 @@ class Knowledge:
                 by_example[list(means)] = list(means.values())
             self._beliefs.tell(rows, np.clip(scores, -LARGEST, LARGEST))
             self._told, self._information = self.ledger.calls, None
+            self._range = float(np.nanmin(scores)), float(np.nanmax(scores))
         return self._beliefs if self._told else None
 
     def posterior(self, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
@@ -71,20 +75,23 @@ class Knowledge:
             return np.zeros(len(rows)), np.ones(len(rows))
         return model.estimates(rows)
 
-    def whole_score(self, row: Row) -> tuple[float, float]:
-        """Mean score over all examples that can be answered, and its standard deviation.
+    def whole_score(self, row: Row) -> tuple[float, float, float]:
+        """Mean score over all examples that can be answered, and its 95 % credible interval.
 
-        What was not measured is foreseen; not a number where nothing was.
+        What was not measured is foreseen, within the range of all scores so far; not a number where nothing
+        was measured.
         """
         known, model = self.ledger.means(row), self._model()
         if model is None or not known:
-            return self.ledger.mean(row), math.inf
+            return self.ledger.mean(row), math.nan, math.nan
         left_out = known.keys() | self.ledger.refusals.unanswerable()
         rest = [example for example in range(self.n_examples) if example not in left_out]
         means, variances = model.skills([row])
         total, deviation = model.posterior.sum_of(rest, float(means[0]), float(variances[0]))
         n = len(known) + len(rest)
-        return (sum(known.values()) + total) / n, deviation / n
+        score, margin = (sum(known.values()) + total) / n, QUANTILE * deviation / n
+        low, middle, high = np.clip([score - margin, score, score + margin], *self._range).tolist()
+        return middle, low, high
 
     def best_first(self, rows: Sequence[Row]) -> list[Row]:
         """Configurations by their posterior means, the highest first."""
