@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+import optuna
 import pytest
 import torch
 from embedders import letters
-from test_knowledge import known
 
 from mpromptune import PromptSpace, qEISampler
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.loop.options import SearchOptions
 from mpromptune.model.devices import resolve_device
-from mpromptune.plans.knowledge import Knowledge
+from mpromptune.model.surrogate import posterior_mean_and_variance
+from mpromptune.sampling.encoding import encode_prompts
 from mpromptune.sampling.history import fit_history, read
+from mpromptune.sampling.sampler import resolve_embedder
 from mpromptune.sampling.samplers import distributions_of
 
 SPACE = PromptSpace({f"{i}_predictor_instruction": [f"{'a' * j} {i}" for j in range(9)] for i in range(2)})
@@ -20,9 +23,20 @@ SPACE = PromptSpace({f"{i}_predictor_instruction": [f"{'a' * j} {i}" for j in ra
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+def observed(n_trials: int) -> optuna.Study:
+    """A study of so many trials with values drawn at random."""
+    study = optuna.create_study(direction="maximize")
+    rng = np.random.default_rng(0)
+    for row in rng.integers(0, SPACE.sizes, size=(n_trials, len(SPACE.sizes))).tolist():
+        params, distributions = SPACE.params(row), distributions_of(SPACE)
+        value = float(rng.random())
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
+    return study
+
+
 def proposals(device: str | None, n_trials: int) -> list[dict]:
     """A round of four after so many trials."""
-    study = known(SPACE, n_trials).study
+    study = observed(n_trials)
     study.sampler = qEISampler(space=SPACE, embedder=letters, seed=0, batch_size=4, device=device)
     return [study.ask(distributions_of(SPACE)).params for _ in range(4)]
 
@@ -56,17 +70,18 @@ def test_the_cpu_by_name_is_the_default() -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_everything_of_the_model_is_on_its_device(device: str) -> None:
     """Parameters, tables and observations follow the geometries; what is asked comes back to the CPU."""
-    knowledge = known(SPACE, 12)
-    encoding = knowledge.encoding.on(resolve_device(device))
-    history = read(knowledge.study, knowledge.study.trials, encoding.row, len(encoding.names))
+    study, plain = observed(12), encode_prompts(SPACE, resolve_embedder(letters))
+    encoding = plain.on(resolve_device(device))
+    history = read(study, study.trials, encoding.row, len(encoding.names))
     model = fit_history(history, encoding.geometries)
     held = [*model.parameters(), *model.buffers(), *model.train_inputs, model.train_targets]
     assert {tensor.device.type for tensor in held} == {device}
-    there = Knowledge(knowledge.study, encoding, knowledge.ledger)
-    rows = [(0, 0), (3, 8)]
-    for ours, expected in zip(there.posterior(rows), knowledge.posterior(rows), strict=True):
+    here = fit_history(history, plain.geometries)
+    rows = torch.tensor([(0, 0), (3, 8)])
+    expected = posterior_mean_and_variance(here, rows)
+    for ours, theirs in zip(posterior_mean_and_variance(model, rows), expected, strict=True):
         assert ours.device.type == "cpu"
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @needs_cuda

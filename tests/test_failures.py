@@ -129,11 +129,9 @@ def test_metrics_may_not_return(value: Any, named: str) -> None:
         return value if trace is None else True
 
     with pytest.raises(SearchStoppedError, match="The metric returned") as caught:
-        _compile(metric, confirm=False)  # or the student is scored, and the compile ends, before the search
+        _compile(metric)
     assert named in str(caught.value)
-    trials = caught.value.study.trials  # type: ignore[attr-defined]
-    assert {t.state for t in trials} == {TrialState.FAIL}
-    assert not any(t.user_attrs.get(SCORES) for t in trials)
+    assert caught.value.study is None  # the student's first score shows it, before there is a search
 
 
 def test_what_a_candidate_cannot_answer_scores_failure_score(caplog: pytest.LogCaptureFixture) -> None:

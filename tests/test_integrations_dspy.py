@@ -19,7 +19,7 @@ QEI = {"sampler": "qei", "embedder": hashed}
 
 def _optimizer(**options: Any) -> MIPROv2:
     settings = {"auto": None, "num_candidates": 4, "num_threads": 4, **FEW_SHOT}
-    return MIPROv2(metric=Counted(), **{**settings, **QEI, **options})
+    return MIPROv2(metric=Counted(), **{**settings, **QEI, "confirm": True, **options})
 
 
 def _score(program: dspy.Module) -> float:

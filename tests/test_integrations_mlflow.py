@@ -81,7 +81,7 @@ def test_runs_hold_predictions(mlflow: Any, logged: Any) -> None:
     first = next(child for child in children if child.info.run_name == "eval_minibatch_1")
     table = mlflow.artifacts.load_dict(f"{first.info.artifact_uri}/result_table.json")
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    assert len(rows) == 6  # of 12 validation examples, one block
+    assert len(rows) == 5  # of 12 validation examples, one block
     assert all((row["pred_answer"] == row["example_answer"]) == bool(row["score"]) for row in rows)
 
 

@@ -540,9 +540,9 @@ def test_a_limit_covers_the_steps_before_the_search() -> None:
 
 def test_a_limit_ends_a_compile_with_its_best_program() -> None:
     """The budget of a compile, less a tenth: winner and baseline are fully measured all the same."""
-    free = _compile(arithmetic_lm(), shots=ZERO_SHOT)
+    free = _compile(arithmetic_lm(), shots=ZERO_SHOT, confirm=True)
     limit = int(0.9 * free.search_result.usage.total.tokens)
-    best = _compile(arithmetic_lm(), shots=ZERO_SHOT, max_tokens=limit)
+    best = _compile(arithmetic_lm(), shots=ZERO_SHOT, max_tokens=limit, confirm=True)
     assert best.search_result.stopped_by == "max_tokens"
     assert best.search_result.usage.total.tokens <= limit
     assert best.search_result.best_params in [m.params for m in best.search_result.configurations if m.fully]

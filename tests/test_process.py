@@ -388,6 +388,7 @@ def test_a_cancelled_score_of_a_search(kind: str) -> None:
             executor=executor,
             retry=retry,
             failure_score=-1.0,
+            confirm=True,
         )
     assert result.best_score == pytest.approx((7 - 1) / 8)
 

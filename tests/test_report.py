@@ -188,7 +188,7 @@ def test_failing_searches_are_reported(tmp_path: Path) -> None:
 
     outage = threading.Event()
     space = PromptSpace({"style": ["a", "b", "c"]})
-    arguments = {"n_examples": 6, "max_calls": 18, "sampler": "random", "block_size": 3, "num_threads": 1}
+    arguments = {"n_examples": 20, "max_calls": 60, "sampler": "random", "block_size": 3, "num_threads": 1}
     result = search(space, score, retry=RetryPolicy(attempts=1), **arguments)
     page = result.report(tmp_path / "page.html").read_text(encoding="utf-8")
     Checked(page)

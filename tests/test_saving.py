@@ -24,7 +24,7 @@ def _compile(program: dspy.Module, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def best() -> Any:
-    return _compile(Adder())
+    return _compile(Adder(), confirm=True)
 
 
 @pytest.mark.parametrize("suffix", ["json", "pkl"])
@@ -77,7 +77,7 @@ def test_copies_share_the_search_result(best: Any) -> None:
 
 def test_compiling_the_result_again(best: Any) -> None:
     """The result is a student like any other: its score is the new baseline, and nothing piles up."""
-    again = _compile(best)
+    again = _compile(best, confirm=True)
     assert again.search_result.baseline_score == pytest.approx(best.search_result.best_score)
     assert again.score >= best.score
     for entry in again.candidate_programs:

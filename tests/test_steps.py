@@ -78,7 +78,7 @@ def test_same_search_for_the_same_calls(shots: dict[str, int], monkeypatch: pyte
     """With the student scored ahead, trials, winner and LM calls are what they are without."""
     ahead_lm, plain_lm = _jittery_lm(), _jittery_lm()
     optimizer, ahead = _compile(Exact(), ahead_lm, shots)
-    monkeypatch.setattr(Steps, "score_ahead", lambda self, valset: None)
+    monkeypatch.setattr(Steps, "score_ahead", lambda self, *_: None)
     unaided, plain = _compile(Exact(), plain_lm, shots)
     assert _measured(ahead) == _measured(plain)
     assert (ahead.score, ahead.dump_state()) == (plain.score, plain.dump_state())
@@ -89,9 +89,9 @@ def test_same_search_for_the_same_calls(shots: dict[str, int], monkeypatch: pyte
 
 @pytest.mark.parametrize("confirm", ["auto", False])
 def test_nothing_is_scored_ahead_that_may_not_be_needed(confirm: Any) -> None:
-    """Without ``confirm=True``, the search may well leave examples of the student unmeasured."""
+    """Without ``confirm=True``, only the student's first block, which the search begins with, is."""
     optimizer, _ = _compile(Exact(), confirm=confirm)
-    assert optimizer.before == 0
+    assert 0 < optimizer.before <= 5
 
 
 def test_examples_of_the_bootstrap_are_not_asked_for_ahead() -> None:

@@ -24,7 +24,7 @@ class Standing:
         mean: Estimate of its mean score over all examples, by the surrogate once there is one; before,
             and with samplers that fit none, the mean of its scores.
         std: Standard deviation of that estimate.
-        measured: Mean of its scores so far.
+        measured: Mean of its scores so far; when the search has finished, its score in the result.
         examples: Validation examples that it has been measured on.
     """
 

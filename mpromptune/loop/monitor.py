@@ -70,7 +70,8 @@ class Monitor:
 
     def finish(self, result: Findings) -> None:
         """Tells how the search has ended."""
-        best, baseline = _found(result, result.best_params), _found(result, result.baseline_params)
+        best = _found(result, result.best_params, result.best_score)
+        baseline = _found(result, result.baseline_params, result.baseline_score)
         self._safely(lambda: self._tell(0.0, best, baseline, finished=True))
 
     def _safely(self, step: Callable[[], None]) -> None:
@@ -143,9 +144,9 @@ class Monitor:
         return Standing(mean, std, measured, len(scores))
 
 
-def _found(result: Findings, params: Mapping[str, int] | None) -> Standing | None:
+def _found(result: Findings, params: Mapping[str, int] | None, score: float) -> Standing | None:
     """What a result says of a configuration, if that was measured."""
     found = next((m for m in result.configurations if m.params == params), None)
     if found is None:
         return None
-    return Standing(found.posterior_mean, found.posterior_std, found.mean, len(found.scores))
+    return Standing(found.posterior_mean, found.posterior_std, score, len(found.scores))
