@@ -91,9 +91,9 @@ class Beliefs:
             self._refit = _GROWTH * number
             best = self._choose(distinct, design, scores, best)
         self._measured, self._data = Latents(distinct, best), (design, scores)
-        self._own = dict(
-            zip(rows, np.stack(best.own(design, scores, _INTERACTION), axis=1).tolist(), strict=True)
-        )
+        if self.is_additive:
+            own = np.stack(best.own(design, scores, _INTERACTION), axis=1)
+            self._own = dict(zip(rows, own.tolist(), strict=True))
 
     def _start(self, distinct: Sequence[IndexArray]) -> tuple[FloatArray, FloatArray] | None:
         """Where the last fit ended: few scores more change little."""
