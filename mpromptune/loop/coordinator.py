@@ -127,7 +127,7 @@ class Coordinator:
 
     def _fill(self) -> bool:
         """Starts rounds until enough are in flight; whether any is."""
-        while len(self.in_flight) < self.plan.rounds_now() and not self.budget.reached:
+        while len(self.in_flight) < self.plan.rounds_in_flight and not self.budget.reached:
             round_: list[_Running] = []
             self.in_flight.append(round_)  # before it is filled: what has started is never lost
             for request in self.plan.next_round(self.known, alone=len(self.in_flight) == 1):

@@ -75,10 +75,6 @@ class BatchPlan:
         """A fixed order for all: what one configuration is measured on, another one is too."""
         return first_keys(self.n_examples, self.seed)
 
-    def rounds_now(self) -> int:
-        """The same number throughout."""
-        return self.rounds_in_flight
-
     def is_open(self, row: Row) -> bool:
         """Whether measuring ``row`` further could matter: with ``confirm=True``, what can still win."""
         affordable = self.confirm is not True or self._left_beside([row]) >= 0

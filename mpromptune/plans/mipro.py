@@ -60,10 +60,6 @@ class MiproPlan:
         self._owed: dict[Row, Examples] = {self.baseline: tuple(range(self.n_examples))}
         self._running: set[Row] = set()  # of these
 
-    def rounds_now(self) -> int:
-        """The same number throughout."""
-        return self.rounds_in_flight
-
     def is_open(self, row: Row) -> bool:
         """Whether ``row`` could still be chosen for a full evaluation."""
         return row not in self._full and row not in self._owed and not self.is_dropped(row)

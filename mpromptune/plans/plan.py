@@ -41,9 +41,6 @@ class Plan(Protocol):
     def is_open(self, row: Row) -> bool:
         """Whether the sampler may propose ``row``."""
 
-    def rounds_now(self) -> int:
-        """How many rounds to have in flight at this point of the search."""
-
     def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
         """The trials of the next round; none when there is nothing to start now.
 
