@@ -19,8 +19,8 @@ from benchmarks.methods import METHODS
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import FloatArray, Table, load
 from mpromptune import PromptSpace
+from mpromptune.engine.schedule import stock_calls
 from mpromptune.model.space import IndexArray
-from mpromptune.plans.schedule import stock_calls
 
 Scores = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -86,8 +86,8 @@ def filled_study(sampler: BaseSampler, space: PromptSpace, trials: int, seed: in
     import optuna
 
     from mpromptune.sampling.samplers import distributions_of
-    from mpromptune.studies.attributes import EXAMPLES, SCORES
-    from mpromptune.studies.attributes import N_EXAMPLES as SIZE
+    from mpromptune.storage.attributes import EXAMPLES, SCORES
+    from mpromptune.storage.attributes import N_EXAMPLES as SIZE
 
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.set_user_attr(SIZE, N_EXAMPLES)

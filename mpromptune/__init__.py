@@ -9,30 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpromptune.calls.attempts import RetryPolicy
-    from mpromptune.calls.limits import Limits
-    from mpromptune.calls.usage import Usage
+    from mpromptune.engine.result import SearchResult
+    from mpromptune.engine.search import search
     from mpromptune.errors import MPromptuneError
-    from mpromptune.live.progress import Progress
-    from mpromptune.loop.engine import search
-    from mpromptune.loop.result import SearchResult
+    from mpromptune.execution.attempts import RetryPolicy
+    from mpromptune.execution.limits import Limits
+    from mpromptune.execution.usage import Usage
     from mpromptune.mipro.optimizer import MIPROv2
     from mpromptune.model.space import PromptSpace
     from mpromptune.sampling.sampler import qEISampler
+    from mpromptune.show.progress import Progress
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Limits": "calls.limits",
+    "Limits": "execution.limits",
     "MIPROv2": "mipro.optimizer",
     "MPromptuneError": "errors",
-    "Progress": "live.progress",
+    "Progress": "show.progress",
     "PromptSpace": "model.space",
-    "RetryPolicy": "calls.attempts",
-    "SearchResult": "loop.result",
-    "Usage": "calls.usage",
+    "RetryPolicy": "execution.attempts",
+    "SearchResult": "engine.result",
+    "Usage": "execution.usage",
     "qEISampler": "sampling.sampler",
-    "search": "loop.engine",
+    "search": "engine.search",
 }
 
 __all__ = [

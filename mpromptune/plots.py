@@ -1,6 +1,6 @@
 """Figures of a search, in the manner of ``optuna.visualization``; needs ``m-promptune[plots]``."""
 
-from mpromptune.reports.plots import (
+from mpromptune.show.plots import (
     plot_effects,
     plot_examples,
     plot_growth,

@@ -22,13 +22,13 @@ from embedders import hashed
 from lms import ScriptedLM, arithmetic_lm, completion, digest, requested_fields
 from tasks import FEW_SHOT, TRAIN, VAL, Counted, Planner
 
-import mpromptune.loop.engine
+import mpromptune.engine.search
 import mpromptune.sampling.sampler  # noqa: F401
 from mpromptune import MIPROv2
-from mpromptune.calls.execution import current_stop
-from mpromptune.calls.usage import Usage
-from mpromptune.studies.attributes import STUDENT, USAGE
-from mpromptune.studies.storage import open_study
+from mpromptune.execution.execution import current_stop
+from mpromptune.execution.usage import Usage
+from mpromptune.storage.attributes import STUDENT, USAGE
+from mpromptune.storage.storage import open_study
 
 THREADS = 4
 STEPS = ("bootstrap", "propose", "search")

@@ -12,9 +12,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from mpromptune import PromptSpace, SearchResult
-from mpromptune.calls.usage import StepUsage, Usage
-from mpromptune.studies.attributes import EXAMPLES, PLANNED, SCORES, SETTINGS
-from mpromptune.studies.findings import Measured
+from mpromptune.execution.usage import StepUsage, Usage
+from mpromptune.storage.attributes import EXAMPLES, PLANNED, SCORES, SETTINGS
+from mpromptune.storage.findings import Measured
 
 INSTRUCTION, DEMOS = "0_predictor_instruction", "0_predictor_demos"
 SPACE = PromptSpace(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from embedders import letters
 
-import mpromptune.studies.lease
+import mpromptune.storage.lease
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 
 N = 40
@@ -112,6 +112,6 @@ def search_and_die(path: Path, log: Path, last: int, delay: float, num_threads: 
 
 def search_elsewhere(storage: Any, log: Path, machine: str, beat: float) -> None:
     """A slow search on a host of that name, as far as its lease can tell; for whoever kills it."""
-    mpromptune.studies.lease._machine = lambda: machine
-    mpromptune.studies.lease.BEAT = beat
+    mpromptune.storage.lease._machine = lambda: machine
+    mpromptune.storage.lease.BEAT = beat
     run(storage, Logged(log, latency=0.4))

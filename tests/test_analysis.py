@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from handmade import BASELINE, DEMOS, INSTRUCTION, TRIALS, WINNER, findings, study_of
 
-from mpromptune.reports.analysis import (
+from mpromptune.show.analysis import (
     Effect,
     ExampleScores,
     Step,
@@ -21,7 +21,7 @@ from mpromptune.reports.analysis import (
     random_in_full,
     random_in_hindsight,
 )
-from mpromptune.studies.attributes import SETTINGS
+from mpromptune.storage.attributes import SETTINGS
 
 
 def test_growth_is_the_best_estimate_met_so_far() -> None:

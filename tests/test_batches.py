@@ -15,11 +15,11 @@ from embedders import letters
 from test_engine import SPACE, TABLE, N, Scores, run, trials_of
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
+from mpromptune.engine.batches import BatchPlan
+from mpromptune.engine.pairs import Pairs
 from mpromptune.model.space import Row
-from mpromptune.plans.batches import BatchPlan
-from mpromptune.plans.pairs import Pairs
-from mpromptune.studies.attributes import EXAMPLES
-from mpromptune.studies.ledger import Ledger
+from mpromptune.storage.attributes import EXAMPLES
+from mpromptune.storage.ledger import Ledger
 
 BASELINE, BEST = (0, 0), (4, 1)
 CONFIRM = [True, "auto", False]

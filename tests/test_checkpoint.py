@@ -23,8 +23,8 @@ from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Cou
 
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchStoppedError, StorageError, StudyMismatchError
-from mpromptune.studies.attributes import ANSWERS, DEMOS, INSTRUCTIONS, STUDENT
-from mpromptune.studies.storage import open_study
+from mpromptune.storage.attributes import ANSWERS, DEMOS, INSTRUCTIONS, STUDENT
+from mpromptune.storage.storage import open_study
 
 SHOTS = {"zero": ZERO_SHOT, "labelled": LABELLED_ONLY, "few": FEW_SHOT}
 
@@ -167,7 +167,7 @@ def test_killed_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mpromptune.loop.engine.search", killed)
+        patch.setattr("mpromptune.engine.search.search", killed)
         with pytest.raises(Killed):
             _compile(tmp_path / "run.log")
     students = sum(key.startswith(STUDENT) for key in open_study(tmp_path / "run.log").user_attrs)

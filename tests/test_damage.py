@@ -19,7 +19,7 @@ from test_checkpoint import _compile
 
 from mpromptune import PromptSpace, SearchResult, search
 from mpromptune.errors import StorageError, StudyMismatchError
-from mpromptune.studies.attributes import (
+from mpromptune.storage.attributes import (
     ANSWERS,
     DEMOS,
     EXAMPLES,
@@ -30,7 +30,7 @@ from mpromptune.studies.attributes import (
     USAGE,
     USED,
 )
-from mpromptune.studies.storage import open_study
+from mpromptune.storage.storage import open_study
 
 SPACE = PromptSpace({"0_predictor_instruction": ["a", "b", "c"], "0_predictor_demos": [[], ["x"]]})
 

@@ -15,10 +15,10 @@ from lms import requested_fields
 from tasks import Counted
 
 from mpromptune import PromptSpace, search
-from mpromptune.calls.limits import Limits
-from mpromptune.calls.usage import Usage, record
 from mpromptune.errors import SearchStoppedError
-from mpromptune.studies.attributes import SCORES
+from mpromptune.execution.limits import Limits
+from mpromptune.execution.usage import Usage, record
+from mpromptune.storage.attributes import SCORES
 
 SECONDS, GRACE = 1.0, 0.3
 # Of compiles that are to get as far as the search.

@@ -12,7 +12,7 @@ import pydantic
 import pytest
 from tasks import Adder
 
-from mpromptune.programs.demos import from_json, require_same_prompts, to_json
+from mpromptune.mipro.demos import from_json, require_same_prompts, to_json
 
 
 class Step(pydantic.BaseModel):

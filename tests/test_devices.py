@@ -9,8 +9,8 @@ import torch
 from embedders import letters
 
 from mpromptune import PromptSpace, qEISampler
+from mpromptune.engine.options import SearchOptions
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.loop.options import SearchOptions
 from mpromptune.model.devices import resolve_device
 from mpromptune.model.surrogate import posterior_mean_and_variance
 from mpromptune.sampling.encoding import encode_prompts

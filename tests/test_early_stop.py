@@ -11,9 +11,9 @@ from optuna.trial import TrialState
 from tasks import is_spent
 from test_engine import SPACE, TABLE, N, Scores, run, trials_of
 
-from mpromptune.calls.execution import RetryPolicy
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.studies.attributes import EXAMPLES
+from mpromptune.execution.execution import RetryPolicy
+from mpromptune.storage.attributes import EXAMPLES
 
 BUDGET = 500
 

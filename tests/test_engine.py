@@ -16,9 +16,9 @@ from optuna.trial import TrialState
 from tasks import is_spent
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.calls.execution import RetryPolicy, Verdict
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, ScoreError, SearchStoppedError
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.execution.execution import RetryPolicy, Verdict
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 N = 40
 SPACE = PromptSpace(

@@ -16,7 +16,7 @@ from lms import ScriptedLM, arithmetic_lm, completion, requested_fields
 from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.calls import execution
+from mpromptune.engine import options
 from mpromptune.errors import (
     EmbedderUnavailableError,
     InvalidArgumentError,
@@ -24,7 +24,7 @@ from mpromptune.errors import (
     SearchStoppedError,
     causes,
 )
-from mpromptune.loop import options
+from mpromptune.execution import execution
 from mpromptune.model.embedding import as_embedder
 
 # Instructions wanted, and so requests for one.

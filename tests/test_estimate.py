@@ -22,7 +22,7 @@ from tasks import (
 )
 
 from mpromptune import MIPROv2
-from mpromptune.calls.usage import StepUsage, Usage
+from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.estimate import Estimate, Plan, estimate
 
 

@@ -16,7 +16,7 @@ from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
 
 from mpromptune import MIPROv2
 from mpromptune.errors import TrialFailedError
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 QEI = {"sampler": "qei", "embedder": hashed}
 

@@ -16,8 +16,10 @@ from optuna.trial import TrialState
 from tenacity import RetryCallState, Retrying
 from test_engine import SPACE, TABLE, N, Scores, run, trials_of
 
-from mpromptune.calls.daemons import DaemonThreads
-from mpromptune.calls.execution import (
+from mpromptune.engine.batches import BatchPlan
+from mpromptune.errors import CallTimeoutError, SearchStoppedError
+from mpromptune.execution.daemons import DaemonThreads
+from mpromptune.execution.execution import (
     RetryPolicy,
     Verdict,
     Workers,
@@ -26,10 +28,8 @@ from mpromptune.calls.execution import (
     current_stop,
     stoppable,
 )
-from mpromptune.calls.interrupts import Stopped
-from mpromptune.errors import CallTimeoutError, SearchStoppedError
-from mpromptune.plans.batches import BatchPlan
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.execution.interrupts import Stopped
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 HASTY = RetryPolicy(attempts=3, max_wait=0.001)
 

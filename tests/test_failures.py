@@ -16,10 +16,10 @@ from optuna.trial import TrialState
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import MIPROv2
-from mpromptune.calls import execution
+from mpromptune.engine import options
 from mpromptune.errors import SearchStoppedError
-from mpromptune.loop import options
-from mpromptune.studies.attributes import SCORES
+from mpromptune.execution import execution
+from mpromptune.storage.attributes import SCORES
 
 
 @pytest.fixture(autouse=True)

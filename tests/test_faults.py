@@ -40,12 +40,12 @@ from faults import (
 )
 from tasks import VAL, Counted
 
-from mpromptune.calls.attempts import RetryPolicy
-from mpromptune.calls.usage import StepUsage, Usage
+from mpromptune.engine import options
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, StorageError
-from mpromptune.loop import options
-from mpromptune.studies.attributes import DEMOS, INSTRUCTIONS, SCORES
-from mpromptune.studies.storage import open_study
+from mpromptune.execution.attempts import RetryPolicy
+from mpromptune.execution.usage import StepUsage, Usage
+from mpromptune.storage.attributes import DEMOS, INSTRUCTIONS, SCORES
+from mpromptune.storage.storage import open_study
 
 # The student: what a program of two predictors comes with.
 BASELINE = {f"{i}_predictor_{what}": 0 for i in (0, 1) for what in ("instruction", "demos")}

@@ -17,7 +17,7 @@ from mpromptune.model.embedding import as_embedder
 from mpromptune.sampling.encoding import Encoding, encode_prompts
 from mpromptune.sampling.history import History, LastFit, read
 from mpromptune.sampling.samplers import distributions_of
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 A, B, C = (0,), (1,), (2,)
 SPACE = PromptSpace({"style": [f"{'a' * i} style" for i in range(4)]})

@@ -15,10 +15,10 @@ from remote_scores import Distant
 from tasks import TRAIN, VAL, Adder
 
 from mpromptune import MIPROv2
-from mpromptune.calls.attempts import RetryPolicy
+from mpromptune.engine import options
 from mpromptune.errors import SearchStoppedError
-from mpromptune.loop import options
-from mpromptune.studies.attributes import SCORES
+from mpromptune.execution.attempts import RetryPolicy
+from mpromptune.storage.attributes import SCORES
 
 THREADS = 4
 

@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, SearchResult, search
-from mpromptune.calls.attempts import RetryPolicy
+from mpromptune.execution.attempts import RetryPolicy
 
 SPACE = PromptSpace(
     {

@@ -24,11 +24,11 @@ from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 from test_engine import SPACE, TABLE, N, run, trials_of
 
 from mpromptune import MIPROv2
-from mpromptune.calls.execution import RetryPolicy, Verdict, check_stopped
-from mpromptune.calls.interrupts import Stopped, deferred, handled
+from mpromptune.engine import coordinator
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
-from mpromptune.loop import coordinator
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.execution.execution import RetryPolicy, Verdict, check_stopped
+from mpromptune.execution.interrupts import Stopped, deferred, handled
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 THREADS = 4
 
@@ -350,7 +350,7 @@ def test_an_interrupt_of_one_search_leaves_another_alone() -> None:
 SCRIPT = """
 import os, sys, threading
 from mpromptune import PromptSpace, search
-from mpromptune.calls.execution import current_stop
+from mpromptune.execution.execution import current_stop
 
 answered = []
 lock = threading.Lock()

@@ -8,9 +8,9 @@ import pytest
 from embedders import letters
 
 from mpromptune import PromptSpace
+from mpromptune.engine.knowledge import Knowledge
 from mpromptune.model.embedding import as_embedder
 from mpromptune.model.space import Row
-from mpromptune.plans.knowledge import Knowledge
 from mpromptune.sampling.encoding import encode_prompts
 
 N = 20

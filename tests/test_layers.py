@@ -18,8 +18,8 @@ PACKAGE = ROOT / "mpromptune"
 
 # From the bottom to the top: a subpackage imports only from those above its own in this table.
 MATHEMATICS = ("model",)
-SEARCH = ("calls", "studies", "sampling", "plans", "live", "reports", "loop")
-ADAPTER = ("lms", "programs", "mipro", "demo", "cli")
+SEARCH = ("execution", "storage", "sampling", "show", "engine")
+ADAPTER = ("lms", "mipro", "demo", "cli")
 LEVELS = {name: level for level, name in enumerate((*MATHEMATICS, *SEARCH, *ADAPTER))}
 # What stands beside them: errors are everybody's; nothing inside imports the rest, which users know.
 BESIDE = {"errors", "plots", "qEI", "__main__"}

@@ -22,9 +22,9 @@ from optuna.trial import TrialState
 from mpromptune import SearchResult
 from mpromptune.errors import MPromptuneError, SearchInterrupted, SearchStoppedError, StudyInUseError
 from mpromptune.mipro.reading import read_result
-from mpromptune.studies import lease
-from mpromptune.studies.attributes import LEASE, USAGE
-from mpromptune.studies.storage import open_study
+from mpromptune.storage import lease
+from mpromptune.storage.attributes import LEASE, USAGE
+from mpromptune.storage.storage import open_study
 
 SECONDS = 60  # that a run elsewhere may be silent
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mpromptune.studies.ledger import Ledger
+from mpromptune.storage.ledger import Ledger
 
 A, B = (0,), (1,)
 

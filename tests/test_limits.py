@@ -14,17 +14,17 @@ import pytest
 from clocks import Clock
 
 from mpromptune import PromptSpace, search
-from mpromptune.calls.execution import RetryPolicy
-from mpromptune.calls.flights import Flights
-from mpromptune.calls.limits import Budget, Limits
-from mpromptune.calls.pace import Pace
-from mpromptune.calls.usage import Usage, record
+from mpromptune.engine import coordinator
+from mpromptune.engine.minibatches import MiproPlan
+from mpromptune.engine.schedule import Minibatches
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
-from mpromptune.loop import coordinator
-from mpromptune.plans.mipro import MiproPlan
-from mpromptune.plans.schedule import Minibatches
-from mpromptune.studies.attributes import USAGE
-from mpromptune.studies.ledger import Ledger
+from mpromptune.execution.execution import RetryPolicy
+from mpromptune.execution.flights import Flights
+from mpromptune.execution.limits import Budget, Limits
+from mpromptune.execution.pace import Pace
+from mpromptune.execution.usage import Usage, record
+from mpromptune.storage.attributes import USAGE
+from mpromptune.storage.ledger import Ledger
 
 NAME = "0_predictor_instruction"
 SIX = PromptSpace({NAME: [f"style {i}" for i in range(6)]})

@@ -14,8 +14,8 @@ import dspy
 import pytest
 from dspy.utils import exceptions as dspy_errors
 
-from mpromptune.calls.execution import Verdict
 from mpromptune.errors import ScoreError
+from mpromptune.execution.execution import Verdict
 from mpromptune.lms.errors import classify, retry_after
 
 

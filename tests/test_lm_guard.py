@@ -22,15 +22,15 @@ from lms import ScriptedLM, arithmetic_lm, completion
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.calls import execution
-from mpromptune.calls.interrupts import Stopped
-from mpromptune.calls.limits import Budget, Limits
-from mpromptune.calls.pace import Pace
-from mpromptune.calls.usage import Usage, metered
 from mpromptune.errors import SearchStoppedError
+from mpromptune.execution import execution
+from mpromptune.execution.interrupts import Stopped
+from mpromptune.execution.limits import Budget, Limits
+from mpromptune.execution.pace import Pace
+from mpromptune.execution.usage import Usage, metered
 from mpromptune.lms.guard import Guard, measured
 from mpromptune.lms.prices import Pricing
-from mpromptune.studies.attributes import USAGE
+from mpromptune.storage.attributes import USAGE
 
 
 @pytest.fixture(autouse=True)

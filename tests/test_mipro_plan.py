@@ -15,10 +15,10 @@ from optuna.trial import TrialState
 from test_engine import SPACE, TABLE, N, Scores, trials_of
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.calls.execution import RetryPolicy
+from mpromptune.engine.schedule import Minibatches, stock_calls
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.plans.schedule import Minibatches, stock_calls
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.execution.execution import RetryPolicy
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 SIZE, STEPS, TRIALS = 8, 5, 12
 CALLS = stock_calls(TRIALS, N, True, SIZE, STEPS)

@@ -28,7 +28,7 @@ from tasks import (
 )
 
 from mpromptune import MIPROv2, MPromptuneError, qEISampler
-from mpromptune.studies.attributes import EXAMPLES
+from mpromptune.storage.attributes import EXAMPLES
 
 QEI = {"sampler": "qei", "embedder": hashed}
 PHOTO = dspy.Image("data:image/png;base64," + "QUJD" * 200)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.execution import Outcome
-from mpromptune.calls.health import Alarm, Health
-from mpromptune.calls.outage import Answer, Reliability, last_failures
+from mpromptune.execution.attempts import Verdict
+from mpromptune.execution.execution import Outcome
+from mpromptune.execution.health import Alarm, Health
+from mpromptune.execution.outage import Answer, Reliability, last_failures
 
 A, B, C, D = ((i,) for i in range(4))
 

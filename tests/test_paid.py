@@ -12,8 +12,8 @@ import pytest
 from lms import ScriptedLM, arithmetic_lm
 from paid import PROGRAMS, THREADS, LoggedLM, compile_and_die, kind_of, read, run
 
-from mpromptune.studies.attributes import ANSWERS
-from mpromptune.studies.storage import open_study
+from mpromptune.storage.attributes import ANSWERS
+from mpromptune.storage.storage import open_study
 
 KILLS = 6
 

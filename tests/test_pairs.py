@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpromptune.plans.pairs import Pairs
+from mpromptune.engine.pairs import Pairs
 
 A, B, C = (0,), (1,), (2,)
 ORDER = (2, 3, 4, 5, 0, 1)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from handmade import BASELINE, OTHER, SPACE, WINNER, findings, study_of
 
-from mpromptune.calls.usage import StepUsage, Usage
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
-from mpromptune.reports import plots
+from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.sampling.encoding import candidate_distances, encode_prompts
+from mpromptune.show import plots
 
 ALL = [
     plots.plot_growth,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpromptune.plans.pool import default_batch_size, default_rounds_in_flight
+from mpromptune.engine.pool import default_batch_size, default_rounds_in_flight
 
 
 @pytest.mark.parametrize(

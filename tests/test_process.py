@@ -25,7 +25,7 @@ from lms import ScriptedLM, always_right, arithmetic_lm, requested_fields
 from tasks import FEW_SHOT, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import Limits, MIPROv2, PromptSpace, RetryPolicy, Usage, qEISampler, search
-from mpromptune.calls.usage import record
+from mpromptune.execution.usage import record
 from mpromptune.model.embedding import as_embedder
 
 SPACE = PromptSpace({f"{i}_predictor_instruction": [f"{'a' * j} {i}" for j in range(5)] for i in range(2)})

@@ -11,7 +11,7 @@ from lms import arithmetic_lm
 from tasks import VAL, Adder, Planner
 
 from mpromptune.errors import ScoreError
-from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, demo_text, metric_value
+from mpromptune.mipro.configurations import ProgramScorer, ProgramSpace, demo_text, metric_value
 
 OWN = dspy.Predict("question -> answer").signature.instructions
 DEMO = dspy.Example(question="1+1", answer="2")

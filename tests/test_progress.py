@@ -15,17 +15,17 @@ from embedders import letters
 from killed import SPACE, N, Scores
 
 from mpromptune import Limits, SearchResult, qEISampler, search
-from mpromptune.calls.limits import Budget
-from mpromptune.calls.throttle import Load, Throttle
-from mpromptune.calls.usage import Usage, record
-from mpromptune.live.progress import Listeners, Progress, Standing
-from mpromptune.live.speed import Speed
-from mpromptune.loop.monitor import Monitor
+from mpromptune.engine.knowledge import Knowledge
+from mpromptune.engine.monitor import Monitor
+from mpromptune.execution.limits import Budget
+from mpromptune.execution.throttle import Load, Throttle
+from mpromptune.execution.usage import Usage, record
 from mpromptune.model.space import Row
-from mpromptune.plans.knowledge import Knowledge
 from mpromptune.sampling.encoding import encode_prompts
-from mpromptune.studies.attributes import EXAMPLES, SCORES
-from mpromptune.studies.ledger import Ledger
+from mpromptune.show.progress import Listeners, Progress, Standing
+from mpromptune.show.speed import Speed
+from mpromptune.storage.attributes import EXAMPLES, SCORES
+from mpromptune.storage.ledger import Ledger
 
 ARGUMENTS = {"n_examples": N, "max_calls": 240, "num_threads": 4, "batch_size": 2, "seed": 1}
 

@@ -16,7 +16,7 @@ from mpromptune import MIPROv2, PromptSpace, SearchResult, search
 from mpromptune.cli import main as cli
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.mipro.reading import read_result
-from mpromptune.studies.storage import open_study
+from mpromptune.storage.storage import open_study
 
 SPACE = PromptSpace({"style": ["secret a", "secret b", "secret c", "secret d"]})
 

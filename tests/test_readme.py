@@ -14,7 +14,7 @@ from lms import arithmetic_lm
 from tasks import Adder, Counted, additions
 
 from mpromptune import MIPROv2
-from mpromptune.loop.options import OPTION_NAMES
+from mpromptune.engine.options import OPTION_NAMES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

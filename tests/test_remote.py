@@ -21,9 +21,6 @@ from remote_scores import TEXTS, Distant, HangingOnce, N, Raising, Written, valu
 from tasks import is_spent
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.calls.attempts import RetryPolicy
-from mpromptune.calls.remote import RemoteScore, Workplace
-from mpromptune.calls.usage import Usage, metered, record
 from mpromptune.errors import (
     ExecutorBrokenError,
     InvalidArgumentError,
@@ -31,6 +28,9 @@ from mpromptune.errors import (
     SearchStoppedError,
     TravelError,
 )
+from mpromptune.execution.attempts import RetryPolicy
+from mpromptune.execution.remote import RemoteScore, Workplace
+from mpromptune.execution.usage import Usage, metered, record
 
 SPAWN = multiprocessing.get_context("spawn")
 SPACE = PromptSpace(TEXTS)
@@ -192,7 +192,7 @@ def test_a_score_travels_once(tmp_path: Path) -> None:
 
 def test_a_worker_that_lacks_the_score_is_sent_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that has lost it, or came later, says so; that is no attempt, and nothing is counted."""
-    from mpromptune.calls import worker
+    from mpromptune.execution import worker
 
     with Workplace(Distant()) as place, RemoteScore(place, value, {}) as remote, metered() as meter:
         first = remote({"0_predictor_instruction": 3, "0_predictor_demos": 2}, 0)
@@ -203,8 +203,8 @@ def test_a_worker_that_lacks_the_score_is_sent_it(monkeypatch: pytest.MonkeyPatc
 
 def test_a_worker_holds_few_scores() -> None:
     """Those of old searches make room."""
-    from mpromptune.calls import worker
-    from mpromptune.calls.travel import pack
+    from mpromptune.execution import worker
+    from mpromptune.execution.travel import pack
 
     shelf = worker._Shelf()
     for key in map(str, range(20)):

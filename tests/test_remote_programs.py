@@ -19,13 +19,13 @@ from remote_scores import Distant, write, written
 from tasks import FEW_SHOT, TRAIN, VAL, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.calls.pace import Pace
-from mpromptune.calls.travel import pack, unpack
-from mpromptune.calls.usage import Usage, record
 from mpromptune.errors import SearchStoppedError, TravelError, WorkerLostError
+from mpromptune.execution.pace import Pace
+from mpromptune.execution.travel import pack, unpack
+from mpromptune.execution.usage import Usage, record
 from mpromptune.lms.guard import Guard
-from mpromptune.programs.configurations import ProgramRunner, ProgramSpace
-from mpromptune.programs.remote import _Paced, _Run
+from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace
+from mpromptune.mipro.remote import _Paced, _Run
 
 CALLS = 60
 

@@ -15,9 +15,9 @@ from embedders import letters
 from handmade import BASELINE, OTHER, SPACE, TRIALS, WINNER, findings, study_of
 
 from mpromptune import PromptSpace, qEISampler, search
-from mpromptune.calls.execution import RetryPolicy
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
-from mpromptune.reports.page import render, write_report
+from mpromptune.execution.execution import RetryPolicy
+from mpromptune.show.page import render, write_report
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 

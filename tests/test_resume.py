@@ -18,12 +18,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.calls.execution import RetryPolicy
-from mpromptune.calls.limits import Limits
-from mpromptune.calls.usage import Usage, record
+from mpromptune.engine.schedule import stock_calls
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, StudyMismatchError
-from mpromptune.plans.schedule import stock_calls
-from mpromptune.studies.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE
+from mpromptune.execution.execution import RetryPolicy
+from mpromptune.execution.limits import Limits
+from mpromptune.execution.usage import Usage, record
+from mpromptune.storage.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE
 
 MIPRO = {
     "schedule": "mipro",

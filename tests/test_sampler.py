@@ -14,7 +14,7 @@ from optuna.trial import Trial, TrialState
 
 from mpromptune import PromptSpace, qEISampler
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.studies.attributes import PROPOSED
+from mpromptune.storage.attributes import PROPOSED
 
 TEXTS = [
     f"{verb} {manner}"

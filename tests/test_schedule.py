@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpromptune.errors import InvalidArgumentError
-from mpromptune.plans.schedule import (
+from mpromptune.engine.schedule import (
     Confirm,
     Minibatches,
     check_block_size,
@@ -14,6 +13,7 @@ from mpromptune.plans.schedule import (
     stock_calls,
     warn_of_little,
 )
+from mpromptune.errors import InvalidArgumentError
 
 
 @pytest.mark.parametrize("block_size", [0, 7])

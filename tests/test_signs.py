@@ -9,8 +9,8 @@ import pytest
 from handmade import BASELINE, OTHER, TRIALS, WINNER, findings, study_of
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.reports.analysis import growth, never_solved
-from mpromptune.reports.signs import warning_signs
+from mpromptune.show.analysis import growth, never_solved
+from mpromptune.show.signs import warning_signs
 
 
 def has(signs: list[str], fragment: str) -> bool:

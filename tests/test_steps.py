@@ -15,11 +15,11 @@ from lms import ScriptedLM, arithmetic_lm, digest
 from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.calls.execution import current_stop
-from mpromptune.calls.interrupts import Stopped
+from mpromptune.execution.execution import current_stop
+from mpromptune.execution.interrupts import Stopped
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro.steps import Steps
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 
 class Seen(MIPROv2):

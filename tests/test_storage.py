@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, search
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, StorageError, StudyMismatchError
-from mpromptune.studies.storage import DEFAULT_STUDY_NAME, open_storage, open_study
+from mpromptune.storage.storage import DEFAULT_STUDY_NAME, open_storage, open_study
 
 
 def _trial(study: optuna.Study, x: int) -> None:
@@ -300,7 +300,7 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.log"
     study = open_study(path)
     code = (
-        "import sys; from mpromptune.studies.storage import open_study\n"
+        "import sys; from mpromptune.storage.storage import open_study\n"
         "study = open_study(sys.argv[1])\n"
         "for i in range(20): study.set_user_attr(f'{sys.argv[2]}{i}', 'x' * 3000)\n"
     )

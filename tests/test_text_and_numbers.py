@@ -22,7 +22,7 @@ from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 from mpromptune import MIPROv2, PromptSpace, qEISampler, search
 from mpromptune.errors import ScoreError, SearchStoppedError
 from mpromptune.model.embedding import as_embedder
-from mpromptune.reports.page import write_report
+from mpromptune.show.page import write_report
 
 HALF = "\ud83d"  # of an emoji
 TEXTS = ["Sum.", f"Add {HALF}", f"{HALF}{HALF} Add.", "Think\0, then add.", "Go on. " * 150_000]

@@ -7,8 +7,8 @@ import threading
 import pytest
 from clocks import Clock
 
-from mpromptune.calls.interrupts import Stopped
-from mpromptune.calls.throttle import Throttle
+from mpromptune.execution.interrupts import Stopped
+from mpromptune.execution.throttle import Throttle
 
 
 def throttle(most: int = 16, **arguments: float) -> tuple[Throttle, Clock]:

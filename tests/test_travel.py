@@ -12,9 +12,9 @@ import openai
 import pytest
 from dspy.utils import exceptions as dspy_errors
 
-from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.travel import RemoteError, pack, pack_error, unpack, unpack_error
 from mpromptune.errors import ScoreError, TravelError, causes
+from mpromptune.execution.attempts import Verdict
+from mpromptune.execution.travel import RemoteError, pack, pack_error, unpack, unpack_error
 from mpromptune.lms.errors import classify, note_raised_by_lm, retry_after
 
 RESPONSE = httpx.Response(429, headers={"retry-after": "7"}, request=httpx.Request("POST", "http://lm"))

@@ -6,7 +6,7 @@ import contextvars
 import threading
 import time
 
-from mpromptune.calls.usage import Meter, StepUsage, Usage, current_meter, metered, record
+from mpromptune.execution.usage import Meter, StepUsage, Usage, current_meter, metered, record
 
 
 def test_usage_adds_up_field_by_field() -> None:

@@ -25,16 +25,16 @@ from rich.live import Live
 from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Counted, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.calls.interrupts import handled
-from mpromptune.calls.limits import Budget, Limits
-from mpromptune.calls.throttle import Load
-from mpromptune.calls.usage import Usage
-from mpromptune.live.frames import BarFrame, Frame, duration
-from mpromptune.live.progress import Progress, Standing
-from mpromptune.live.screens import Lines, Notebook, Screen, Terminal, choose
-from mpromptune.live.view import View
-from mpromptune.loop.options import resolve
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.engine.options import resolve
+from mpromptune.execution.interrupts import handled
+from mpromptune.execution.limits import Budget, Limits
+from mpromptune.execution.throttle import Load
+from mpromptune.execution.usage import Usage
+from mpromptune.show.frames import BarFrame, Frame, duration
+from mpromptune.show.progress import Progress, Standing
+from mpromptune.show.screens import Lines, Notebook, Screen, Terminal, choose
+from mpromptune.show.view import View
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 ROOT = Path(__file__).parent.parent
 FREE = Load(running=8, limit=16, most=16)
@@ -186,7 +186,7 @@ def test_a_terminal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     streams, screen = (sys.stdout, sys.stderr), io.StringIO()
     terminal = Terminal(Console(file=screen, width=80, force_terminal=True))
     view = View(lambda: terminal, Budget(), lambda: FREE)
-    monkeypatch.setattr("mpromptune.live.screens._drawn", lambda frame: 1 / 0)
+    monkeypatch.setattr("mpromptune.show.screens._drawn", lambda frame: 1 / 0)
     view.bar("Searching", 10, "calls")
     view.close()
     assert (sys.stdout, sys.stderr) == streams
@@ -443,7 +443,7 @@ def test_the_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(choose(), Lines)
-    monkeypatch.setattr("mpromptune.live.screens._Console.is_jupyter", True, raising=False)
+    monkeypatch.setattr("mpromptune.show.screens._Console.is_jupyter", True, raising=False)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert isinstance(choose(), Notebook)
     monkeypatch.undo()

@@ -8,8 +8,8 @@ from typing import Any
 import dspy
 
 from mpromptune.cli.targets import raising
+from mpromptune.engine.options import SearchOptions
 from mpromptune.errors import InvalidArgumentError, TargetError
-from mpromptune.loop.options import SearchOptions
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.mipro.interception import Interceptor, intercepting
 from mpromptune.mipro.optimizer import MIPROv2

@@ -167,7 +167,7 @@ def _add_report(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from mpromptune.mipro.reading import read_result
-    from mpromptune.reports.page import write_report
+    from mpromptune.show.page import write_report
 
     result, notes = read_result(args.storage, args.study_name)
     print(f"Wrote {write_report(result, args.output, notes)}")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from mpromptune.calls.usage import StepUsage, Usage
-from mpromptune.loop.result import SearchResult
+from mpromptune.engine.result import SearchResult
+from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.mipro.standing import Standing
 

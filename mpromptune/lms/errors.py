@@ -16,9 +16,9 @@ from typing import Any
 import dspy
 from dspy.utils import exceptions as dspy_errors
 
-from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
-from mpromptune.calls.execution import classify_builtin
 from mpromptune.errors import AnswerRefusedError, EmptyAnswerError, causes
+from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
+from mpromptune.execution.execution import classify_builtin
 
 
 def _known(*names: str) -> tuple[type[BaseException], ...]:

@@ -13,13 +13,13 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from mpromptune.calls.execution import check_stopped, current_stop
-from mpromptune.calls.flights import Flight, Flights
-from mpromptune.calls.interrupts import Stopped
-from mpromptune.calls.limits import Budget
-from mpromptune.calls.pace import Pace, Ticket
-from mpromptune.calls.usage import Meter, Usage, current_meter, metered
 from mpromptune.errors import CallCancelledError
+from mpromptune.execution.execution import check_stopped, current_stop
+from mpromptune.execution.flights import Flight, Flights
+from mpromptune.execution.interrupts import Stopped
+from mpromptune.execution.limits import Budget
+from mpromptune.execution.pace import Pace, Ticket
+from mpromptune.execution.usage import Meter, Usage, current_meter, metered
 from mpromptune.lms.adapters import patient, strict
 from mpromptune.lms.errors import note_answered, note_raised_by_lm
 from mpromptune.lms.prices import Pricing, tokens_of

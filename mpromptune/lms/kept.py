@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import dspy
 
-from mpromptune.calls.execution import Score
-from mpromptune.calls.usage import Meter, Usage, current_meter
+from mpromptune.execution.execution import Score
+from mpromptune.execution.usage import Meter, Usage, current_meter
 from mpromptune.lms.guard import METER, measured
 
 # `keeping`, in the scope of the attempt, proposal or example of the name that it is called with.

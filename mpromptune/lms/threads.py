@@ -10,11 +10,11 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from mpromptune.calls.attempts import Attempts, RetryPolicy
-from mpromptune.calls.daemons import DaemonThreads
-from mpromptune.calls.execution import stoppable
-from mpromptune.calls.interrupts import GRACE, Stopped
-from mpromptune.calls.throttle import Load
+from mpromptune.execution.attempts import Attempts, RetryPolicy
+from mpromptune.execution.daemons import DaemonThreads
+from mpromptune.execution.execution import stoppable
+from mpromptune.execution.interrupts import GRACE, Stopped
+from mpromptune.execution.throttle import Load
 from mpromptune.lms.errors import classify, retry_after
 
 T = TypeVar("T")

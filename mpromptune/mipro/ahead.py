@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from mpromptune.calls.attempts import FAILURES
-from mpromptune.calls.execution import Score
-from mpromptune.calls.usage import Usage, current_meter, record
+from mpromptune.execution.attempts import FAILURES
+from mpromptune.execution.execution import Score
+from mpromptune.execution.usage import Usage, current_meter, record
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import measured
 from mpromptune.lms.kept import Keeping

@@ -15,11 +15,11 @@ from dspy.teleprompt.mipro_optimizer_v2 import (
     LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT,
 )
 
-from mpromptune.calls.interrupts import result_of
+from mpromptune.execution.interrupts import result_of
 from mpromptune.lms.kept import Keeping, keep_nothing
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro.concurrent_bootstrap import ConcurrentBootstrap, Turns
-from mpromptune.programs.demos import DemoSets
+from mpromptune.mipro.demos import DemoSets
 
 
 def max_errors(own: int | None) -> int:

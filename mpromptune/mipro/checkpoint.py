@@ -8,18 +8,18 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.execution import as_score
-from mpromptune.calls.usage import Usage
 from mpromptune.errors import StorageError, StudyMismatchError
+from mpromptune.execution.attempts import Verdict
+from mpromptune.execution.execution import as_score
+from mpromptune.execution.usage import Usage
 from mpromptune.lms.errors import classify
 from mpromptune.lms.kept import Answer
+from mpromptune.mipro.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.mipro.fingerprint import Part, differences
-from mpromptune.programs.demos import DemoSets, from_json, require_same_prompts, to_json
-from mpromptune.studies.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
-from mpromptune.studies.damage import CRASHES, list_from, named, readable, usage_from
-from mpromptune.studies.lease import Lease
-from mpromptune.studies.storage import reported
+from mpromptune.storage.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
+from mpromptune.storage.damage import CRASHES, list_from, named, readable, usage_from
+from mpromptune.storage.lease import Lease
+from mpromptune.storage.storage import reported
 
 logger = logging.getLogger(__name__)
 

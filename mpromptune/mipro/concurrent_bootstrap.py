@@ -15,10 +15,10 @@ from typing import Any
 
 from dspy.teleprompt import BootstrapFewShot
 
-from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.interrupts import contained
-from mpromptune.calls.usage import Usage, record
 from mpromptune.errors import CallCancelledError
+from mpromptune.execution.attempts import Verdict
+from mpromptune.execution.interrupts import contained
+from mpromptune.execution.usage import Usage, record
 from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import measured, note_call
 from mpromptune.lms.kept import Keeping

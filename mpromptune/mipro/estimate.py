@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mpromptune.calls.usage import StepUsage, Usage
+from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.lms.prices import PerMillion
 from mpromptune.mipro.bootstrap import demos_wanted
 

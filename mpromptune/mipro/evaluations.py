@@ -12,12 +12,12 @@ from dspy.utils.callback import BaseCallback, with_callbacks
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mpromptune.calls.interrupts import deferred
 from mpromptune.errors import TrialFailedError
+from mpromptune.execution.interrupts import deferred
+from mpromptune.mipro.configurations import ProgramSpace
 from mpromptune.mipro.records import percent
-from mpromptune.programs.configurations import ProgramSpace
-from mpromptune.studies.attributes import EXAMPLES, PLANNED, SCORES
-from mpromptune.studies.ledger import Ledger
+from mpromptune.storage.attributes import EXAMPLES, PLANNED, SCORES
+from mpromptune.storage.ledger import Ledger
 
 _HANDLERS = ("on_evaluate_start", "on_evaluate_end")
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from mpromptune.loop.options import SearchOptions
+from mpromptune.engine.options import SearchOptions
 from mpromptune.mipro.estimate import Estimate
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dspy.teleprompt import LabeledFewShot
 
-from mpromptune.programs.demos import DemoSets
+from mpromptune.mipro.demos import DemoSets
 
 
 def is_labelled_only(given: Mapping[str, Any]) -> bool:

@@ -8,12 +8,12 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from mpromptune.calls.attempts import Verdict
-from mpromptune.calls.execution import check_stopped
-from mpromptune.calls.interrupts import SLICE, Stopped
 from mpromptune.errors import ScoreError
+from mpromptune.execution.attempts import Verdict
+from mpromptune.execution.execution import check_stopped
+from mpromptune.execution.interrupts import SLICE, Stopped
 from mpromptune.lms.errors import blame, classify
-from mpromptune.programs.configurations import metric_value
+from mpromptune.mipro.configurations import metric_value
 
 # What a correct metric may raise over an answer that it cannot read. Anything else (a name, a field or a
 # module that does not exist, a wrong call) is a mistake in it, if it comes before its first result.

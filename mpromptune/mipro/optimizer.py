@@ -17,28 +17,28 @@ import dspy
 from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from optuna.samplers import BaseSampler
 
-from mpromptune.calls.execution import Score
-from mpromptune.calls.interrupts import handled, interrupted
-from mpromptune.calls.limits import Budget
+from mpromptune.engine.arguments import extending, split
+from mpromptune.engine.options import SearchOptions, gather, resolve
+from mpromptune.engine.schedule import Minibatches
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
-from mpromptune.live.progress import Listeners
+from mpromptune.execution.execution import Score
+from mpromptune.execution.interrupts import handled, interrupted
+from mpromptune.execution.limits import Budget
 from mpromptune.lms.errors import classify, retry_after
 from mpromptune.lms.guard import Guard
 from mpromptune.lms.prices import Pricing
-from mpromptune.loop.arguments import extending, split
-from mpromptune.loop.options import SearchOptions, gather, resolve
 from mpromptune.mipro.checks import check_arguments
 from mpromptune.mipro.compatibility import incompatible, require_compatible
+from mpromptune.mipro.configurations import ProgramScorer, ProgramSpace, wants_traceback
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.mipro.evaluations import Evaluations
 from mpromptune.mipro.fingerprint import fingerprint
 from mpromptune.mipro.interception import interceptor
 from mpromptune.mipro.records import attach_statistics, forget_statistics, percent, trial_logs
+from mpromptune.mipro.remote import Elsewhere
 from mpromptune.mipro.steps import Steps
-from mpromptune.plans.schedule import Minibatches
-from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, wants_traceback
-from mpromptune.programs.remote import Elsewhere
-from mpromptune.studies.storage import open_study
+from mpromptune.show.progress import Listeners
+from mpromptune.storage.storage import open_study
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class MIPROv2(StockMIPROv2):
 
     Args:
         *args: As ``dspy.MIPROv2``.
-        sampler_config: Options of the search (see `mpromptune.loop.options.SearchOptions`), among them
+        sampler_config: Options of the search (see `mpromptune.engine.options.SearchOptions`), among them
             ``"sampler"``: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"`` or an Optuna sampler.
         **kwargs: As ``dspy.MIPROv2``; or single options, as in ``sampler_config``.
 
@@ -282,7 +282,7 @@ class MIPROv2(StockMIPROv2):
         seed: int,
     ) -> Any:
         # Torch is loaded here, once the bootstrap has shown that the program runs at all.
-        from mpromptune.loop.engine import search
+        from mpromptune.engine.search import search
 
         view = _STEPS.get().view
         view.bar("Searching", max_calls, "calls")

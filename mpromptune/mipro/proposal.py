@@ -18,13 +18,13 @@ from dspy.teleprompt.mipro_optimizer_v2 import BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_
 from dspy.teleprompt.utils import get_signature
 from dspy.utils.callback import BaseCallback
 
-from mpromptune.calls.attempts import INFRASTRUCTURE, Verdict
-from mpromptune.calls.interrupts import contained, result_of
 from mpromptune.errors import EmptyInstructionError
+from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
+from mpromptune.execution.interrupts import contained, result_of
 from mpromptune.lms.errors import classify
 from mpromptune.lms.kept import Keeping, keep_nothing
 from mpromptune.lms.threads import Threads
-from mpromptune.programs.demos import encodable
+from mpromptune.mipro.demos import encodable
 
 logger = logging.getLogger(__name__)
 

@@ -11,18 +11,18 @@ from typing import Any
 import optuna
 from optuna.study import Study
 
-from mpromptune.calls.usage import StepUsage, Usage
+from mpromptune.engine.knowledge import Knowledge
+from mpromptune.engine.result import Measured, SearchResult
+from mpromptune.engine.settings import recorded_settings
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
-from mpromptune.loop.result import Measured, SearchResult
-from mpromptune.loop.settings import recorded_settings
+from mpromptune.execution.usage import StepUsage, Usage
+from mpromptune.mipro.configurations import demo_text
 from mpromptune.model.space import Candidate, PromptSpace, Row
-from mpromptune.plans.knowledge import Knowledge
-from mpromptune.programs.configurations import demo_text
 from mpromptune.sampling.encoding import encode_prompts
-from mpromptune.studies.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, USED
-from mpromptune.studies.ledger import Ledger
-from mpromptune.studies.record import Record, read_record
-from mpromptune.studies.storage import StorageSpec, check_storage, open_storage, reported
+from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, USED
+from mpromptune.storage.ledger import Ledger
+from mpromptune.storage.record import Record, read_record
+from mpromptune.storage.storage import StorageSpec, check_storage, open_storage, reported
 
 _COMPONENT = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
 _OWN = "(the program's own, whose text the study does not keep)"

@@ -9,10 +9,10 @@ from typing import Any
 from dspy.teleprompt.utils import save_candidate_program
 from optuna.trial import FrozenTrial, TrialState
 
-from mpromptune.calls.usage import Usage
-from mpromptune.loop.result import Measured, SearchResult
-from mpromptune.programs.configurations import ProgramSpace
-from mpromptune.studies.attributes import EXAMPLES, SCORES
+from mpromptune.engine.result import Measured, SearchResult
+from mpromptune.execution.usage import Usage
+from mpromptune.mipro.configurations import ProgramSpace
+from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 logger = logging.getLogger(__name__)
 

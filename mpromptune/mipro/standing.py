@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 from optuna.study import Study
 
-from mpromptune.calls.usage import StepUsage, Usage
-from mpromptune.loop.result import SearchResult
-from mpromptune.loop.settings import recorded_settings
+from mpromptune.engine.result import SearchResult
+from mpromptune.engine.settings import recorded_settings
+from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.mipro.reading import load_study, result_of, steps_used
-from mpromptune.studies.attributes import DEMOS, INSTRUCTIONS, STUDENT
-from mpromptune.studies.record import Record, read_record
-from mpromptune.studies.storage import DEFAULT_STUDY_NAME, StorageSpec, reported
+from mpromptune.storage.attributes import DEMOS, INSTRUCTIONS, STUDENT
+from mpromptune.storage.record import Record, read_record
+from mpromptune.storage.storage import DEFAULT_STUDY_NAME, StorageSpec, reported
 
 # What a study has of a step once that has ended.
 _STEPS = {"bootstrap": DEMOS, "propose": INSTRUCTIONS}

@@ -18,14 +18,13 @@ from dspy.teleprompt.utils import get_signature
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from mpromptune.calls.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
-from mpromptune.calls.execution import Score
-from mpromptune.calls.interrupts import GRACE, Stopped, is_over, result_of
-from mpromptune.calls.limits import SEARCH, patience
-from mpromptune.calls.usage import Usage, record
+from mpromptune.engine.schedule import Minibatches
 from mpromptune.errors import SearchStoppedError
-from mpromptune.live.screens import choose
-from mpromptune.live.view import Bar, View
+from mpromptune.execution.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
+from mpromptune.execution.execution import Score
+from mpromptune.execution.interrupts import GRACE, Stopped, is_over, result_of
+from mpromptune.execution.limits import SEARCH, patience
+from mpromptune.execution.usage import Usage, record
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import Guard, measured
 from mpromptune.lms.kept import keeping, reusing
@@ -33,16 +32,17 @@ from mpromptune.lms.threads import Threads
 from mpromptune.mipro import bootstrap, concurrent_bootstrap, proposal
 from mpromptune.mipro.ahead import Ahead
 from mpromptune.mipro.checkpoint import Checkpoint
+from mpromptune.mipro.configurations import ProgramScorer, ProgramSpace, wants_traceback
 from mpromptune.mipro.estimate import Estimate, Plan, estimate
 from mpromptune.mipro.evaluations import Predictions
 from mpromptune.mipro.fingerprint import Part
 from mpromptune.mipro.labelled import is_labelled_only, labelled_demo_sets
 from mpromptune.mipro.metric import CheckedMetric
+from mpromptune.mipro.remote import Elsewhere
 from mpromptune.mipro.stock import bind, serially
-from mpromptune.plans.schedule import Minibatches
-from mpromptune.programs.configurations import ProgramScorer, ProgramSpace, wants_traceback
-from mpromptune.programs.remote import Elsewhere
-from mpromptune.studies.lease import Lease, held
+from mpromptune.show.screens import choose
+from mpromptune.show.view import Bar, View
+from mpromptune.storage.lease import Lease, held
 
 logger = logging.getLogger(__name__)
 

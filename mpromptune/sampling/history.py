@@ -18,7 +18,7 @@ from mpromptune.model.geometry import Geometry
 from mpromptune.model.noise import LARGEST
 from mpromptune.model.space import Row
 from mpromptune.model.surrogate import Surrogate, fit
-from mpromptune.studies.attributes import PROPOSED
+from mpromptune.storage.attributes import PROPOSED
 
 RowOf = Callable[[dict[str, object]], Row | None]
 

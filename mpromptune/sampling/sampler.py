@@ -17,8 +17,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from mpromptune.calls.daemons import in_time
 from mpromptune.errors import require_count
+from mpromptune.execution.daemons import in_time
 from mpromptune.model.acquisition import log_expected_improvement, propose, ranked
 from mpromptune.model.candidates import LISTED, choice_set
 from mpromptune.model.devices import plain_torch, resolve_device
@@ -26,7 +26,7 @@ from mpromptune.model.embedding import CachedEmbedder, FloatArray, as_embedder
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.sampling.encoding import Encoding, encode_distributions, encode_prompts
 from mpromptune.sampling.history import History, proposed_params, read
-from mpromptune.studies.attributes import PLAN, PROPOSED
+from mpromptune.storage.attributes import PLAN, PROPOSED
 
 _BATCH_SIZE = 4
 

@@ -1,0 +1,152 @@
+"""Tells whoever watches a search how it is getting on; nothing here can change or end it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mpromptune.engine.knowledge import Knowledge
+from mpromptune.engine.plan import Plan
+from mpromptune.engine.trials import Trials
+from mpromptune.execution.execution import Workers
+from mpromptune.execution.interrupts import contained
+from mpromptune.execution.limits import Budget
+from mpromptune.model.space import Row
+from mpromptune.show.progress import OnProgress, Progress, Standing
+from mpromptune.show.speed import Speed
+from mpromptune.storage.findings import Findings
+
+logger = logging.getLogger(__name__)
+
+# NOTE: seconds from one report to the next while a round is awaited; no eye wants more.
+_BEAT = 0.5
+
+
+@dataclass
+class Monitor:
+    """Reports before and after every round, now and then while one is awaited, and at the end.
+
+    No surrogate is fitted for it: estimates are those of the last proposal, or of the last decision of
+    the plan. Everything happens in the coordinator's thread.
+
+    Attributes:
+        on_progress: Whom to tell; None for nobody, and after it has raised an error.
+        plan: Has budget and baseline.
+        known: Has the scores, and says when its surrogate has ranked them.
+        budget: What is used.
+        workers: Have the calls in flight.
+        trials: Those told, and whether earlier runs still have some.
+        answered: Calls of open trials that have come back.
+        clock: Says the time, in seconds.
+    """
+
+    on_progress: OnProgress | None
+    plan: Plan
+    known: Knowledge
+    budget: Budget
+    workers: Workers
+    trials: Trials
+    answered: Callable[[], int]
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._began = self._last = self.clock()
+        self._speed = Speed(self.clock)
+        self._leader: Row | None = None  # by a surrogate
+        self._estimates: dict[Row, tuple[float, float]] = {}  # its mean and standard deviation, by row
+        if self.on_progress is not None:
+            self.known.on_ranked = self._note
+
+    def report(self) -> None:
+        """Tells how the search stands."""
+        self._safely(lambda: self._tell(self._seconds_left(), *self._standings()))
+
+    def beat(self) -> None:
+        """The same, if it is time."""
+        if self.clock() - self._last >= _BEAT:
+            self.report()
+
+    def finish(self, result: Findings) -> None:
+        """Tells how the search has ended."""
+        best = _found(result, result.best_params, result.best_score)
+        baseline = _found(result, result.baseline_params, result.baseline_score)
+        self._safely(lambda: self._tell(0.0, best, baseline, finished=True))
+
+    def _safely(self, step: Callable[[], None]) -> None:
+        """Nobody watches any more once anything went wrong here."""
+        if self.on_progress is None:
+            return
+        try:
+            contained(step)
+        except Exception:
+            self.on_progress = None
+            logger.exception("Progress is not reported any more; the search goes on.")
+
+    def _tell(
+        self, left: float | None, best: Standing | None, baseline: Standing | None, finished: bool = False
+    ) -> None:
+        assert self.on_progress is not None
+        self._last = self.clock()
+        progress = Progress(
+            calls=self._calls(),
+            max_calls=self.plan.max_calls,
+            trials=self.trials.told,
+            rounds=self.known.ledger.rounds,
+            n_examples=self.plan.n_examples,
+            best=best,
+            baseline=baseline,
+            load=self.workers.load,
+            usage=self.budget.usage.total,
+            limits=self.budget.limits,
+            seconds=self._last - self._began,
+            seconds_left=left,
+            finished=finished,
+        )
+        self.on_progress(progress)
+
+    def _calls(self) -> int:
+        return self.known.ledger.calls + self.answered()
+
+    def _seconds_left(self) -> float | None:
+        if self.trials.record:  # answers of earlier runs take no time, and say nothing of new ones
+            self._speed = Speed(self.clock)
+        self._speed.note(self._calls())
+        rest, ledger = self.plan.max_calls - self._calls(), self.known.ledger
+        affordable = self.budget.calls_left(ledger.usage, ledger.calls)
+        if affordable is not None:
+            rest = min(rest, affordable[1] - self.answered())
+        return self._speed.seconds_for(rest)
+
+    def _note(self, leader: Row) -> None:
+        self._safely(lambda: self._rank(leader))
+
+    def _rank(self, leader: Row) -> None:
+        """The posterior ranks ``leader`` first; the baseline may not have been among the others."""
+        rows = [leader, self.plan.baseline]
+        normal = zip(*(values.tolist() for values in self.known.posterior(rows)), strict=True)
+        self._estimates = dict(zip(rows, normal, strict=True))
+        measured = [row for row in rows if self.known.ledger.scores.get(row)]
+        self._leader = max(measured, key=lambda row: self._estimates[row][0], default=None)
+
+    def _standings(self) -> tuple[Standing | None, Standing | None]:
+        rows = self.known.ledger.rows()
+        leader = self._leader or max(rows, key=self.known.ledger.mean, default=None)
+        return self._standing(leader), self._standing(self.plan.baseline)
+
+    def _standing(self, row: Row | None) -> Standing | None:
+        scores = {} if row is None else self.known.ledger.means(row)
+        if row is None or not scores:
+            return None
+        measured = sum(scores.values()) / len(scores)
+        mean, std = self._estimates.get(row) or (measured, self.known.standard_error(len(scores)))
+        return Standing(mean, std, measured, len(scores))
+
+
+def _found(result: Findings, params: Mapping[str, int] | None, score: float) -> Standing | None:
+    """What a result says of a configuration, if that was measured."""
+    found = next((m for m in result.configurations if m.params == params), None)
+    if found is None:
+        return None
+    return Standing(found.posterior_mean, found.posterior_std, score, len(found.scores))

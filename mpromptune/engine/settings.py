@@ -1,0 +1,152 @@
+"""The arguments on which the trials of a study depend; studies of another search are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from optuna.study import Study
+
+from mpromptune import __version__
+from mpromptune.engine.plan import Plan
+from mpromptune.errors import StudyMismatchError
+from mpromptune.model.space import PromptSpace
+from mpromptune.sampling.encoding import Encoding
+from mpromptune.storage.attributes import GEOMETRY, N_EXAMPLES, SETTINGS
+
+logger = logging.getLogger(__name__)
+
+Settings = dict[str, Any]
+
+# Of the attributes that a search leaves in a study; raised when an older version could misread them.
+_FORMAT = 1
+_ADVICE = "Give another study_name or storage. No call was made."
+# NOTE: distances are divided by their median. The same model on another machine differs by 1e-6 of
+# that, another model by a tenth and more.
+_TOLERANCE = 1e-2
+
+
+def settings_of(space: PromptSpace, arguments: Mapping[str, Any], plan: Plan) -> Settings:
+    """What is written down of a search, with hashes in the place of texts.
+
+    Args:
+        space: The configurations.
+        arguments: What must stay as it is, as the space must.
+        plan: Its rounds are as large as ever unless the user says otherwise.
+    """
+    listed = None if space.combinations is None else _sha256(space.combinations.tolist())
+    candidates = {name: [len(texts), _sha256(texts)] for name, texts in space.components.items()}
+    return {
+        "format": _FORMAT,
+        "version": __version__,
+        "components": list(space.names),
+        "candidates": candidates,
+        "arguments": {**arguments, "combinations": listed},
+        "batch_size": plan.batch_size,
+        "rounds_in_flight": plan.rounds_in_flight,
+    }
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def recorded_settings(study: Study) -> Settings:
+    """The settings of the search that a study belongs to; empty for one without any trials.
+
+    Raises:
+        StudyMismatchError: It was written by another version.
+    """
+    settings = study.user_attrs.get(SETTINGS)
+    name = f"The study {study.study_name!r}"
+    if settings is not None and settings.get("format") != _FORMAT:
+        raise StudyMismatchError(
+            f"{name} was written by m-promptune {settings.get('version')} in format "
+            f"{settings.get('format')}; version {__version__} reads format {_FORMAT}. {_ADVICE}"
+        )
+    return dict(settings) if settings and study.get_trials(deepcopy=False) else {}
+
+
+def require_same(study: Study, before: Settings, now: Settings) -> None:
+    """Refuses to go on with a study under arguments that would make its trials those of another search.
+
+    Raises:
+        StudyMismatchError: What has changed, from what to what.
+    """
+    if not before:
+        return
+    changes = _changed_candidates(before, now)
+    for name, value in now["arguments"].items():
+        if (old := before["arguments"].get(name, value)) != value:
+            changes.append(_change(name, old, value))
+    if changes:
+        raise StudyMismatchError(
+            f"The study {study.study_name!r} belongs to a search with other arguments: {'; '.join(changes)}. "
+            "Give the arguments that it was made with to go on, or another study_name or storage to start "
+            "anew. No call was made."
+        )
+
+
+def _changed_candidates(before: Settings, now: Settings) -> list[str]:
+    if before.get("components") != now["components"]:
+        return [_change("the components", before.get("components"), now["components"])]
+    changes = []
+    for name, (count, digest) in now["candidates"].items():
+        old_count, old_digest = before["candidates"][name]
+        if old_count != count:
+            changes.append(_change(f"the number of candidates of {name!r}", old_count, count))
+        elif old_digest != digest:
+            changes.append(f"the texts of the candidates of {name!r} have changed")
+    return changes
+
+
+def _change(what: str, before: Any, now: Any) -> str:
+    if what == "combinations":
+        return "the combinations that exist have changed"
+    verb = "were" if what == "the components" else "was"
+    return f"{what} {verb} {before!r} and now {now!r}"
+
+
+def write_settings(study: Study, settings: Settings) -> None:
+    """Keeps the settings with the study."""
+    if settings != study.user_attrs.get(SETTINGS):
+        study.set_user_attr(N_EXAMPLES, settings["arguments"]["n_examples"])
+        study.set_user_attr(SETTINGS, settings)
+
+
+def compare_geometry(study: Study, encoding: Encoding) -> None:
+    """Warns when an embedder sees the candidates otherwise than in the run that the study goes on from.
+
+    What was measured holds whatever the embedder, so this is no reason to refuse; but the trials to
+    come are not those of a search that was never interrupted.
+    """
+    now = _geometry(encoding)
+    before = study.user_attrs.get(GEOMETRY)
+    if now is None or (before is not None and _is_close(before, now)):
+        return
+    if before is not None:
+        logger.warning(
+            "The embedder gives other vectors than in the run that study %r goes on from. What was "
+            "measured still counts, but the trials to come are not those of a search in one go.",
+            study.study_name,
+        )
+    study.set_user_attr(GEOMETRY, now)
+
+
+def _geometry(encoding: Encoding) -> dict[str, list[list[float]]] | None:
+    """Of each candidate, by component and view, the mean distance to the others; None without texts."""
+    found = {
+        name: [[round(float(d), 4) for d in view.mean(dim=1)] for view in geometry.views]
+        for name, geometry in zip(encoding.names, encoding.geometries, strict=True)
+    }
+    return found if any(found.values()) else None
+
+
+def _is_close(before: Mapping[str, Any], now: Mapping[str, list[list[float]]]) -> bool:
+    if {name: np.shape(views) for name, views in before.items()} != {n: np.shape(v) for n, v in now.items()}:
+        return False
+    return all(np.allclose(before[name], views, atol=_TOLERANCE) for name, views in now.items())

@@ -1,0 +1,188 @@
+"""Programs run by workers of other processes: what goes there with them, and what stays here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import dspy
+from dspy.clients import DISK_CACHE_DIR
+
+from mpromptune.errors import WorkerLostError
+from mpromptune.execution.execution import Score
+from mpromptune.execution.interrupts import Stopped
+from mpromptune.execution.pace import Pace, Ticket
+from mpromptune.execution.remote import ExecutorSpec, RemoteScore, Workplace
+from mpromptune.execution.usage import Meter, current_meter, metered
+from mpromptune.lms.adapters import given_adapter
+from mpromptune.lms.guard import METER, Guard, measured
+from mpromptune.lms.prices import Pricing
+from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace
+
+# Settings of DSPy's that belong to one thread or one call, and are made anew for each.
+_OF_A_CALL = frozenset(
+    {"trace", "caller_predict", "caller_modules", "usage_tracker", "send_stream", "stream_listeners", METER}
+)
+# Of a cache; its size may be another one on every machine.
+_CACHE = ("enable_disk_cache", "enable_memory_cache", "disk_cache_dir")
+
+
+class Elsewhere:
+    """The executor of a compile: tried before anything is paid for, and used in the search.
+
+    Args:
+        executor: As given.
+        timeout: Seconds after which a program call is given up.
+        guard: Watches the LM requests of this process; in every worker another one counts them.
+        optimizer: The ``dspy.MIPROv2``, whose metric and task model go to the workers.
+    """
+
+    def __init__(self, executor: ExecutorSpec, timeout: float | None, guard: Guard, optimizer: Any) -> None:
+        self._place = Workplace(executor)
+        self._timeout = timeout
+        self._guard = guard
+        self._optimizer = optimizer
+        self._open = ExitStack()
+
+    def __enter__(self) -> Elsewhere:
+        self._open.enter_context(self._place)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._open.close()
+
+    @property
+    def threads(self) -> Executor | None:
+        """The executor, where it is one of threads."""
+        return self._place.threads
+
+    def check(self, program: Any, valset: Sequence[Any]) -> None:
+        """Sends a worker what the search will need.
+
+        Raises:
+            TravelError: It cannot be sent, or not be used there; the message says what of it.
+            ExecutorBrokenError: The executor runs nothing.
+        """
+        if self._place.is_remote:
+            bare = ProgramSpace(program, {i: [] for i, _ in enumerate(program.predictors())}, None)
+            with dspy.context(lm=self._optimizer.task_model), self._remote(bare, valset):
+                pass
+
+    def runner(self, programs: ProgramSpace, valset: Sequence[Any]) -> Score | None:
+        """What runs a configuration on an example; None where that is a matter of this process."""
+        if not self._place.is_remote:
+            return None
+        remote: Score = self._open.enter_context(self._remote(programs, valset))
+        if self._guard.pace is None:
+            return remote
+        return _Paced(remote, self._guard, self._guard.pace, len(programs.program.predictors()))
+
+    def _remote(self, programs: ProgramSpace, valset: Sequence[Any]) -> RemoteScore:
+        metric, pricing = self._optimizer.metric, self._guard.pricing
+        run = _Run(ProgramRunner(programs, valset, metric), pricing)
+        parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
+        parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
+        parts["the option 'prices'"] = pricing
+        return RemoteScore(self._place, run, parts, self._timeout, self._guard.stopped)
+
+
+class _Run:
+    """A run of a program as it is sent to a worker: with the settings and the cache of where it came from.
+
+    Args:
+        run: Runs a configuration on an example.
+        pricing: What answers cost.
+        settings: DSPy's, by default those of this context.
+    """
+
+    def __init__(
+        self,
+        run: ProgramRunner,
+        pricing: Pricing | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.settings = _settings() if settings is None else settings
+        self._run = run
+        self._pricing = pricing or Pricing()
+        self._guard = Guard(pricing=self._pricing)
+
+    def __reduce__(self) -> Any:
+        return _arrived, (self._run, self._pricing, self.settings, _cache())
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        meter = current_meter()
+        with dspy.context(**self.settings), self._guard.watching(), measured(meter):
+            return self._run(params, example)
+
+
+def _arrived(
+    run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any], cache: Mapping[str, Any]
+) -> _Run:
+    """The same in a worker, once in each."""
+    if any(getattr(dspy.cache, name) != value for name, value in cache.items()):
+        dspy.configure_cache(**cache)
+    return _Run(run, pricing, settings)
+
+
+def _settings() -> dict[str, Any]:
+    """DSPy's settings in this context, without what is of this process."""
+    settings = {name: value for name, value in dspy.settings.copy().items() if name not in _OF_A_CALL}
+    settings["callbacks"] = [c for c in settings.get("callbacks") or [] if not isinstance(c, Guard)]
+    settings["adapter"] = given_adapter(settings.get("adapter"))  # what stands for it is made there
+    if getattr(settings.get("lm"), "history", None):
+        settings["lm"] = copy.copy(settings["lm"])
+        settings["lm"].history = []
+    return settings
+
+
+def _cache() -> dict[str, Any]:
+    """What is different about the cache; the usual folder may be another one on every machine."""
+    found = {name: getattr(dspy.cache, name) for name in _CACHE if hasattr(dspy.cache, name)}
+    if found.get("disk_cache_dir") == str(DISK_CACHE_DIR):
+        del found["disk_cache_dir"]
+    return found
+
+
+class _Paced:
+    """A remote score that is given leave for all requests of a call before it is sent.
+
+    Workers cannot ask for leave: so many requests are kept free for a call as any call before it has
+    made, from before it begins until a minute after it has ended. Only a call that makes more than any
+    before it, or takes longer than a minute, can exceed a cap.
+
+    Args:
+        score: The remote score.
+        guard: Has the caps, and says when no request may be sent any more.
+        expected: Requests of a call, as far as that can be foreseen.
+    """
+
+    def __init__(self, score: Score, guard: Guard, pace: Pace, expected: int) -> None:
+        self._score = score
+        self._guard = guard
+        self._pace = pace
+        self._most = max(1, expected)
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        ticket = self._leave()
+        with metered() as meter:
+            try:
+                return self._score(params, example)
+            except (Stopped, WorkerLostError):  # what it has used is not known: its leave stands
+                ticket = None
+                raise
+            finally:
+                if ticket is not None:
+                    self._most = max(self._most, meter.total.lm_calls)
+                    self._pace.settle_all(ticket, meter.total.tokens, meter.total.lm_calls)
+
+    def _leave(self) -> Ticket | None:
+        with (current_meter() or Meter()).waiting():
+            return self._pace.take(self._sleep, self._most)
+
+    def _sleep(self, seconds: float) -> None:
+        self._guard.stopped.wait(seconds)
+        self._guard.check()

@@ -1,1 +1,0 @@
-"""Evaluation plans: which examples a trial is measured on, when to stop, and who wins."""

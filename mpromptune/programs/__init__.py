@@ -1,1 +1,0 @@
-"""DSPy programs as configurations, scored here or in other processes."""

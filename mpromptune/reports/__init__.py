@@ -1,1 +1,0 @@
-"""Reports: a finished search in numbers, figures and one page."""

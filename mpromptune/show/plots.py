@@ -1,0 +1,247 @@
+"""Figures of a search, in the manner of ``optuna.visualization``; needs ``m-promptune[plots]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpromptune.errors import InvalidArgumentError, MissingExtraError
+from mpromptune.model.embedding import FloatArray
+from mpromptune.show.analysis import (
+    example_scores,
+    growth,
+    label,
+    main_effects,
+    never_solved,
+    random_in_full,
+    random_in_hindsight,
+    title,
+)
+from mpromptune.storage.findings import Findings, Measured
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+_BLUE, _ORANGE, _GREY, _GREEN = "#3b6fb6", "#d9822b", "#8a8f98", "#1b7f5c"  # apart for colour-blind eyes
+_WIDTH = 6.4
+# NOTE: the eigenvectors of a distance matrix of this size take a second.
+_MAPPED = 1000
+# NOTE: part of the trials at either end that the figure of growth need not have room for: on blocks of
+# ten, they are trials of which two or more examples went otherwise than expected.
+_FAR_OFF = 0.1
+# NOTE: numbers of two digits that fit side by side under a figure.
+_NUMBERED = 30
+
+
+def plot_growth(findings: Findings) -> Figure:
+    """Score against program calls: each trial's own, and the best configuration's met so far.
+
+    The line is the highest of the posterior means, as they are at the end of the search; a trial's
+    own score is that on its examples alone (those far off are not shown). Beside it, what random
+    choice could expect: of configurations that are all measured in full, as many as the calls allow
+    (dashed), and of as many as the search had met, known in hindsight as the line's are (dotted).
+    """
+    steps = _some(growth(findings), "trial with a score")
+    figure, axes = _panel(4.2)
+    calls = [step.calls for step in steps]
+    axes.plot(calls, [s.score for s in steps], ".", color=_GREY, alpha=0.6, label="trial, on its examples")
+    best = [step.best if np.isfinite(step.best) else np.nan for step in steps]
+    axes.step(calls, best, where="post", color=_BLUE, label="best met so far, in hindsight")
+    _random_lines(axes, findings, calls)
+    _baseline_line(axes.axhline, findings)
+    axes.set(xlabel="program calls", ylabel="score", ylim=_range_of(axes.lines))
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def _range_of(lines: Sequence[Line2D]) -> tuple[float, float]:
+    """What is shown of the dots and lines of a growth: single trials far off would flatten the rest."""
+    trials, *others = (np.asarray(line.get_ydata(), dtype=np.float64) for line in lines)
+    values = np.concatenate([np.quantile(trials, [_FAR_OFF, 1.0 - _FAR_OFF]), *others])
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
+    """What random choice could expect, as far as the result says what there is to choose from."""
+    style: dict[str, Any] = {"where": "post", "color": _GREEN}
+    if hindsight := random_in_hindsight(findings):
+        axes.step(calls, hindsight, linestyle=":", label="as many at random, in hindsight", **style)
+    if full := random_in_full(findings):
+        known = [findings.n_examples * (k + 1) for k in range(len(full))]
+        axes.step(
+            [*known, findings.calls],
+            [*full, full[-1]],
+            linestyle="--",
+            label="at random, each measured in full",
+            **style,
+        )
+
+
+def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
+    """The configurations with the highest posterior means, ± one standard deviation.
+
+    Args:
+        findings: Of the search.
+        limit: How many at most.
+    """
+    leaders = _some(findings.configurations[:limit], "configuration that was measured")
+    figure, axes = _panel(1.2 + 0.28 * len(leaders))
+    places = range(len(leaders))
+    axes.errorbar(
+        [m.posterior_mean for m in leaders],
+        places,
+        xerr=[m.posterior_std for m in leaders],
+        fmt="o",
+        color=_BLUE,
+        ecolor=_GREY,
+    )
+    axes.set_yticks(places, [_plain(f"{label(m.params)} ({len(m.scores)})") for m in leaders])
+    for tick, measured in zip(axes.get_yticklabels(), leaders, strict=True):
+        tick.set_fontweight("bold" if measured.params == findings.best_params else "normal")
+    axes.invert_yaxis()
+    _baseline_line(axes.axvline, findings)
+    axes.set_xlabel("posterior mean ± std (in brackets: examples measured)")
+    return figure
+
+
+def plot_map(findings: Findings) -> Figure:
+    """The configurations in two dimensions: the nearer, the more alike their prompts.
+
+    Classical scaling of the distances that the model saw, summed over components.
+
+    Raises:
+        InvalidArgumentError: The search did not embed texts, or measured fewer than three.
+    """
+    shown = findings.configurations[:_MAPPED]
+    if findings.distances is None or len(shown) < 3:
+        raise InvalidArgumentError(
+            f"A map needs three configurations and the distances between their texts; got {len(shown)}"
+            f"{' and no distances' if findings.distances is None else ''}."
+        )
+    points = classical_scaling(distances_between(shown, findings.distances))
+    figure, axes = _panel(4.4)
+    drawn = axes.scatter(
+        points[:, 0],
+        points[:, 1],
+        c=[m.posterior_mean for m in shown],
+        s=[12 + 60 * len(m.scores) / findings.n_examples for m in shown],
+        cmap="viridis",
+        alpha=0.85,
+    )
+    figure.colorbar(drawn, ax=axes, label="posterior mean")
+    for params, name in ((findings.baseline_params, "baseline"), (findings.best_params, "winner")):
+        for place in (i for i, m in enumerate(shown) if m.params == params):
+            axes.annotate(name, points[place], xytext=(6, 6), textcoords="offset points")
+    axes.set(xticks=[], yticks=[], xlabel="larger dots: measured on more examples")
+    return figure
+
+
+def plot_effects(findings: Findings) -> Figure:
+    """For each component, the mean of the posterior means of the configurations with each candidate."""
+    effects = main_effects(findings)
+    _some(list(effects), "configuration that was measured")
+    rows = [max(2, len(candidates)) for candidates in effects.values()]
+    figure = _figure(0.9 * len(rows) + 0.24 * sum(rows))
+    panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
+    for axes, (name, candidates) in zip(panels, effects.items(), strict=True):
+        places = range(len(candidates))
+        axes.plot([c.mean for c in candidates], places, "o", color=_BLUE)
+        axes.set_yticks(places, [f"{c.candidate} ({c.count})" for c in candidates])
+        axes.set_ylim(len(candidates) - 0.5, -0.5)
+        axes.set_title(_plain(title(name)), loc="left", fontsize="medium")
+        axes.grid(axis="y", alpha=0.3)
+        _baseline_line(axes.axvline, findings)
+    panels[-1].set_xlabel("mean of posterior means (in brackets: configurations)")
+    return figure
+
+
+def plot_examples(findings: Findings) -> Figure:
+    """The mean score of every validation example over the configurations measured on it, hardest first."""
+    examples = _some(example_scores(findings), "example that was measured")
+    hard = {one.example for one in never_solved(findings)}
+    figure, axes = _panel(3.0)
+    places = np.arange(len(examples))
+    is_hard = np.array([one.example in hard for one in examples])
+    means = np.array([one.mean for one in examples])
+    axes.plot(places[~is_hard], means[~is_hard], ".", color=_BLUE, label="some configuration solves it")
+    if hard:
+        axes.plot(places[is_hard], means[is_hard], "x", color=_ORANGE, label="none does")
+        axes.legend(frameon=False)
+    axes.set(xlabel="validation examples, the hardest first", ylabel="mean score")
+    return figure
+
+
+def plot_usage(findings: Findings) -> Figure:
+    """What each step cost: in US dollars if any are known, otherwise in tokens, or in program calls."""
+    measures = (("US dollars", "cost"), ("tokens", "tokens"), ("program calls", "program_calls"))
+    unit, attribute = next((m for m in measures if getattr(findings.usage.total, m[1])), ("", ""))
+    if not unit:
+        raise InvalidArgumentError("Nothing is known of what the search used: its usage is empty.")
+    figure, axes = _panel(0.9 + 0.35 * len(findings.usage))
+    axes.barh(list(findings.usage), [getattr(u, attribute) for u in findings.usage.values()], color=_BLUE)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    return figure
+
+
+def distances_between(configurations: Sequence[Measured], distances: dict[str, FloatArray]) -> FloatArray:
+    """Squared distances between configurations, ``n x n``: the sum of those of their components."""
+    n = len(configurations)
+    total = np.zeros((n, n))
+    for name, between in distances.items():
+        chosen = [m.params[name] for m in configurations]
+        total += between[np.ix_(chosen, chosen)]
+    return total
+
+
+def classical_scaling(squared: FloatArray) -> FloatArray:
+    """Points in the plane, ``n x 2``, whose squared distances are near the given ones.
+
+    Torgerson's method: the leading eigenvectors of the doubly centred matrix.
+    """
+    centred = squared - squared.mean(axis=0) - squared.mean(axis=1)[:, None] + squared.mean()
+    values, vectors = np.linalg.eigh(-0.5 * centred)
+    vectors = vectors[:, ::-1][:, :2]
+    signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), [0, 1]])  # which eigh leaves open
+    points: FloatArray = vectors * signs * np.sqrt(np.maximum(values[::-1][:2], 0.0))
+    return points
+
+
+def _figure(height: float) -> Figure:
+    """One that no global state knows of."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(
+            "Figures need matplotlib, which is not installed: pip install 'm-promptune[plots]'"
+        ) from error
+    return Figure(figsize=(_WIDTH, height), layout="constrained")
+
+
+def _panel(height: float) -> tuple[Figure, Axes]:
+    figure = _figure(height)
+    axes: Axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _baseline_line(draw: Any, findings: Findings) -> None:
+    if np.isfinite(findings.baseline_score):
+        draw(findings.baseline_score, color=_ORANGE, linestyle="--", label="baseline")
+
+
+def _some(items: Sequence[Any], what: str) -> Sequence[Any]:
+    if not items:
+        raise InvalidArgumentError(f"There is nothing to draw: the result has no {what}.")
+    return items
+
+
+def _plain(text: str) -> str:
+    """Text in which no dollar sign begins a formula."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,108 @@
+"""Damaged studies, whatever storage they are in: a StorageError says what cannot be read of one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from mpromptune.errors import MPromptuneError, StorageError
+from mpromptune.execution.usage import Usage
+from mpromptune.storage.attributes import EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
+
+# What values of the wrong kind end in, here or in Optuna's own replay of a journal.
+CRASHES = (AssertionError, AttributeError, LookupError, TypeError, ValueError, OverflowError)
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """A crash on what was read of a storage as a `StorageError` that says what is damaged."""
+    try:
+        yield
+    except MPromptuneError:
+        raise
+    except CRASHES as error:
+        raise StorageError(
+            f"{what} is damaged and cannot be read ({type(error).__name__}: {error}). Mend it, or give "
+            "another storage or study_name. Nothing was written to it."
+        ) from error
+
+
+def named(study: Study) -> str:
+    """A study by its name and, where it has one, its file or the URL of its database, without a password."""
+    backend = getattr(study._storage, "_backend", None)
+    url = getattr(getattr(backend, "engine", None), "url", None)
+    place = getattr(backend, "_file_path", url)
+    return f"the study {study.study_name!r}" + (f" in {place}" if place else "")
+
+
+def require_readable(study: Study, distributions: Mapping[str, BaseDistribution], n_examples: int) -> None:
+    """Checks that the trials of a study hold what a search of this space leaves there.
+
+    What is missing is no damage: a search goes on without it.
+
+    Raises:
+        StorageError: One of them holds something else; the message names it.
+    """
+    with readable(f"A trial of {named(study)}"):
+        trials = study.get_trials(deepcopy=False)
+    for trial in trials:
+        with readable(f"Trial {trial.number} of {named(study)}"):
+            _check_numbers(trial, n_examples)
+            for name, value in trial.params.items():
+                if name in distributions and trial.distributions[name] != distributions[name]:
+                    raise ValueError(f"{name} = {value!r} of {trial.distributions[name]}")
+
+
+def _check_numbers(trial: FrozenTrial, n_examples: int) -> None:
+    attributes = trial.user_attrs
+    examples, scores, planned = (
+        list_from(name, attributes.get(name, [])) for name in (EXAMPLES, SCORES, PLANNED)
+    )
+    for example in (*examples, *planned, *trial.intermediate_values):
+        _check_index("an example", example, n_examples)
+    told = [trial.value] if trial.state == TrialState.COMPLETE else []
+    for score in (*scores, *trial.intermediate_values.values(), *told):
+        if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
+            raise ValueError(f"a score is {score!r}")
+    if {EXAMPLES, SCORES} <= attributes.keys() and len(examples) != len(scores):
+        raise ValueError(f"there are {len(examples)} examples, and {len(scores)} scores")
+    if RESUMES in attributes:
+        _check_index(RESUMES, attributes[RESUMES], trial.number)
+    for name in (USAGE, *(name for name in attributes if name.startswith(f"{USAGE}:"))):
+        usage_from(json.loads(attributes.get(name, "{}")))
+
+
+def usage_from(kept: Any) -> Usage:
+    """What `Usage.as_dict` made.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    usage = Usage(**kept)
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in kept.values()):
+        raise TypeError(f"what was used is {kept!r}")
+    return usage
+
+
+def list_from(name: str, value: Any) -> list[Any]:
+    """``value`` as a list.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} is {value!r}")
+    return list(value)
+
+
+def _check_index(name: str, value: Any, size: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
+        raise ValueError(f"{name} is {value!r}, not one of 0 to {size - 1}")

@@ -1,0 +1,299 @@
+"""The lease of a study: one search or compile at a time writes to it.
+
+No library has one for every storage: file locks know one host, and advisory locks one database.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import InMemoryStorage
+from optuna.study import Study
+
+from mpromptune.errors import StudyInUseError
+from mpromptune.execution.daemons import started
+from mpromptune.execution.interrupts import deferred, is_over, pause
+from mpromptune.storage.attributes import LEASE
+from mpromptune.storage.damage import CRASHES
+from mpromptune.storage.storage import reported
+
+logger = logging.getLogger(__name__)
+
+# NOTE: seconds from one renewal to the next; each is a row of a database or a line of a journal. The
+# first comes sooner, for two runs that began at the same moment.
+BEAT, FIRST_BEAT = 10.0, 1.0
+# NOTE: seconds without a renewal after which a run on another host is taken for dead: six renewals,
+# and as long as a run waits for a lost connection to its database (`reconnecting.PATIENCE`).
+SILENCE = 60.0
+# NOTE: seconds between two looks at a lease whose holder may be dead.
+_LOOK = 1.0
+# NOTE: seconds from writing a lease to reading it back: many times what another start takes from
+# finding the study free to writing its own, a few milliseconds.
+_SETTLE = 0.1
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A run that has a lease, as the storage shows it.
+
+    Attributes:
+        host: Name of its host, for people.
+        machine: The host, or container, whose processes can be told apart by ``pid``.
+        pid: Its process.
+        began: When that process began, as its system counts; None where that cannot be read.
+        token: Of this run alone.
+        beats: Renewals so far.
+        time: Of the last renewal, by the clock of its host.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    began: str | None
+    token: str
+    beats: int
+    time: float
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Holder:
+        """What was stored."""
+        holder = cls(**value)
+        return replace(holder, pid=int(holder.pid), time=float(holder.time))
+
+    def lives(self) -> bool | None:
+        """Whether the run still goes on; None where that cannot be told from here."""
+        if self.machine != _machine() or os.name != "posix":
+            return None
+        if self.pid == os.getpid():
+            return self.token in _TOKENS
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):  # there is none, or can be none
+            return False
+        except PermissionError:  # it is another user's
+            pass
+        began = _began(self.pid)
+        # Without the time of its start it could be another process that was given the same number.
+        return None if None in (began, self.began) else began == self.began
+
+
+# Of the leases that this process holds.
+_TOKENS: set[str] = set()
+
+
+class Lease:
+    """The right of one run to write to a study.
+
+    It is renewed by a thread for as long as it is held. Clocks of different hosts are not compared:
+    whoever waits for a run elsewhere looks whether the lease still changes.
+
+    Args:
+        study: The study.
+        stopped: Set when the lease is lost.
+
+    Attributes:
+        lost: Why the run may not write any more; None while it may.
+    """
+
+    def __init__(self, study: Study, stopped: threading.Event) -> None:
+        self.study = study
+        self.lost: StudyInUseError | None = None
+        self._stopped = [stopped]
+        self._token = secrets.token_hex(8)
+        self._beats = 0
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def covers(self, study: Study) -> bool:
+        """Whether ``study`` is its study."""
+        return study._storage is self.study._storage and study._study_id == self.study._study_id
+
+    def share(self, stopped: threading.Event) -> None:
+        """Stops a further part of the run too when the lease is lost."""
+        self._stopped.append(stopped)
+        if self.lost is not None:
+            stopped.set()
+
+    def require(self) -> None:
+        """Makes sure that the run may still write.
+
+        Raises:
+            StudyInUseError: Another run has taken over.
+        """
+        if self.lost is not None:
+            raise self.lost
+
+    def take(self) -> None:
+        """Returns once the lease is this run's.
+
+        Raises:
+            StudyInUseError: Another run has it.
+            StorageError: The storage cannot be read and written.
+        """
+        while True:
+            self._await_free()
+            self._write()
+            pause(_SETTLE)  # where two start at the same moment, the last one to write has it
+            holder = self._read()
+            if holder is not None and holder.token == self._token:
+                break
+        self._thread = started(self._keep_renewing, "mpromptune-lease")
+
+    def give_back(self) -> None:
+        """Leaves the study to the next run; where the storage fails, that will notice by itself."""
+        self._over.set()
+        try:
+            if self._thread is not None:
+                self._thread.join(timeout=BEAT)
+            if self.lost is None and self._beats:
+                holder = self._read()
+                if holder is not None and holder.token == self._token:
+                    self._store(None)
+        except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run ends as it does
+            logger.warning("The lease of %r could not be given back: %s", self.study.study_name, error)
+        finally:
+            _TOKENS.discard(self._token)
+
+    def renew(self) -> None:
+        """Shows that the run still goes on, or learns that another one has taken over."""
+        began = time.monotonic()
+        holder = self._read()
+        if holder is not None and holder.token != self._token:
+            self._lose(f"process {holder.pid} on {holder.host} has taken it over")
+            return
+        self._write()
+        if time.monotonic() - began > SILENCE - BEAT:  # another run may have begun in between
+            self._lose("it could not be renewed in time")
+
+    def _keep_renewing(self) -> None:
+        wait = FIRST_BEAT
+        while not self._over.wait(wait) and self.lost is None:
+            wait = BEAT
+            try:
+                self.renew()
+            except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run will see it too
+                logger.debug("The lease could not be renewed: %s", error)
+
+    def _lose(self, why: str) -> None:
+        self.lost = StudyInUseError(
+            f"This run has no right to write to the study {self.study.study_name!r} any more: {why}"
+        )
+        for event in self._stopped:
+            event.set()
+
+    def _await_free(self) -> None:
+        holder = self._read()
+        lives = False if holder is None else holder.lives()
+        if holder is None or lives is False:
+            return
+        if lives:
+            raise self._in_use(holder, time.time() - holder.time)
+        logger.warning(
+            "Process %d on %s has not given back the study %r. If it does not renew its lease within %g s, "
+            "this run goes on in its place.",
+            *(holder.pid, holder.host, self.study.study_name, SILENCE),
+        )
+        for second in range(round(SILENCE / _LOOK)):
+            pause(_LOOK)
+            now = self._read()
+            if now is None:
+                return
+            if now != holder or is_over() or any(event.is_set() for event in self._stopped):
+                raise self._in_use(now, 0.0 if now != holder else (second + 1) * _LOOK)
+
+    def _in_use(self, holder: Holder, seconds: float) -> StudyInUseError:
+        return StudyInUseError(
+            f"The study {self.study.study_name!r} is in use by process {holder.pid} on {holder.host}, last "
+            f"heard of {max(seconds, 0.0):.0f} s ago. One run at a time: wait for that one, or end it, and "
+            "make the same call again to go on; or give another study_name or storage."
+        )
+
+    def _read(self) -> Holder | None:
+        # An attribute of the system's: those of users hold all answers of LMs, and are read as a whole.
+        with reported():
+            value = self.study._storage.get_study_system_attrs(self.study._study_id).get(LEASE)
+        try:
+            return None if value is None else Holder.of(value)
+        except CRASHES:  # it is damaged
+            return None
+
+    def _write(self) -> None:
+        _TOKENS.add(self._token)
+        self._beats += 1
+        pid = os.getpid()
+        mine = socket.gethostname(), _machine(), pid, _began(pid), self._token, self._beats, time.time()
+        self._store(Holder(*mine))
+
+    def _store(self, holder: Holder | None) -> None:
+        value = None if holder is None else asdict(holder)
+        with reported():
+            self.study._storage.set_study_system_attr(self.study._study_id, LEASE, value)
+
+
+# The lease of whatever runs in this context: the search of a compile goes on with that one's.
+_CURRENT: ContextVar[Lease | None] = ContextVar("mpromptune_lease", default=None)
+
+
+@contextlib.contextmanager
+def held(study: Study, stopped: threading.Event) -> Iterator[Lease]:
+    """The lease of a study, for as long as a run takes; a study in memory needs none.
+
+    Args:
+        study: The study.
+        stopped: Set when the lease is lost.
+
+    Raises:
+        StudyInUseError: Another run has it.
+        StorageError: The storage cannot be read and written.
+    """
+    outer = _CURRENT.get()
+    if outer is not None and outer.covers(study):
+        outer.share(stopped)
+        yield outer
+        return
+    lease = Lease(study, stopped)
+    if isinstance(study._storage, InMemoryStorage):
+        yield lease
+        return
+    try:
+        lease.take()
+        token = _CURRENT.set(lease)
+        try:
+            yield lease
+        finally:
+            _CURRENT.reset(token)
+    finally:
+        with deferred():
+            lease.give_back()
+
+
+@functools.cache
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return f"{socket.gethostname()} {uuid.getnode()}"
+
+
+def _began(pid: int) -> str | None:
+    """When a process began, and "" for one that has ended and is only still listed; None if unknown."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return "" if state in "ZX" else fields[18]
