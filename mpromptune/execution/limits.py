@@ -125,8 +125,9 @@ class Budget:
         limited = self.limits.max_tokens is not None or self.limits.max_cost is not None
         if limited and used.program_calls and self.starts_unseen(used):
             logger.warning(
-                "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do "
-                "not hold. Call mpromptune.execution.usage.record in it, in its thread or in a copy of its context."
+                "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do not "
+                "hold. Call mpromptune.execution.usage.record in `score`, in its thread or in a copy of "
+                "its context."
             )
 
     @property
