@@ -15,12 +15,11 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 
-import mpromptune.storage.reconnecting
 from mpromptune import SearchResult
 from mpromptune.errors import SearchStoppedError, StorageError
+from mpromptune.storage import storage
 from mpromptune.storage.attributes import SCORES
-from mpromptune.storage.reconnecting import ReconnectingStorage, is_lost
-from mpromptune.storage.storage import open_study
+from mpromptune.storage.storage import ReconnectingStorage, is_lost, open_study
 
 
 def lost() -> StorageInternalError:
@@ -177,7 +176,7 @@ def test_a_connection_that_stays_lost_ends_a_search(
     server: postgres.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a plain error; all that was saved is there for the next call."""
-    monkeypatch.setattr(mpromptune.storage.reconnecting, "PATIENCE", 1.0)
+    monkeypatch.setattr(storage, "PATIENCE", 1.0)
     url, score = server.url_of("lost"), Cutting(server, at=60, back_after=None)
     with pytest.raises(SearchStoppedError, match="connection to the storage was lost"):
         run(url, score)

@@ -68,7 +68,9 @@ def _check_numbers(trial: FrozenTrial, n_examples: int) -> None:
     )
     for example in (*examples, *planned, *trial.intermediate_values):
         _check_index("an example", example, n_examples)
-    told = [trial.value] if trial.state == TrialState.COMPLETE else []
+    told: Any = trial.values if trial.state == TrialState.COMPLETE else ()
+    if trial.state == TrialState.COMPLETE and len(told) != 1:
+        raise ValueError(f"its values are {told!r}")
     for score in (*scores, *trial.intermediate_values.values(), *told):
         if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
             raise ValueError(f"a score is {score!r}")

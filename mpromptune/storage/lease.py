@@ -1,6 +1,7 @@
 """The lease of a study: one search or compile at a time writes to it.
 
-No library has one for every storage: file locks know one host, and advisory locks one database.
+No library has one for every storage: file locks know one host, and advisory locks one database. Optuna's
+heartbeats are of trials, and of databases only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 # first comes sooner, for two runs that began at the same moment.
 BEAT, FIRST_BEAT = 10.0, 1.0
 # NOTE: seconds without a renewal after which a run on another host is taken for dead: six renewals,
-# and as long as a run waits for a lost connection to its database (`reconnecting.PATIENCE`).
+# and as long as a run waits for a lost connection to its database (`storage.PATIENCE`).
 SILENCE = 60.0
 # NOTE: seconds between two looks at a lease whose holder may be dead.
 _LOOK = 1.0
@@ -67,12 +68,6 @@ class Holder:
     beats: int
     time: float
 
-    @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Holder:
-        """What was stored."""
-        holder = cls(**value)
-        return replace(holder, pid=int(holder.pid), time=float(holder.time))
-
     def lives(self) -> bool | None:
         """Whether the run still goes on; None where that cannot be told from here."""
         if self.machine != _machine() or os.name != "posix":
@@ -95,10 +90,10 @@ _TOKENS: set[str] = set()
 
 
 class Lease:
-    """The right of one run to write to a study.
+    """The right of one run to write to a study, renewed by a thread for as long as it is held.
 
-    It is renewed by a thread for as long as it is held. Clocks of different hosts are not compared:
-    whoever waits for a run elsewhere looks whether the lease still changes.
+    Clocks of different hosts are not compared: whoever waits for a run elsewhere looks whether the lease
+    still changes.
 
     Args:
         study: The study.
@@ -112,10 +107,11 @@ class Lease:
         self.study = study
         self.lost: StudyInUseError | None = None
         self._stopped = [stopped]
-        self._token = secrets.token_hex(8)
-        self._beats = 0
+        pid = os.getpid()
+        self._own = Holder(
+            socket.gethostname(), _machine(), pid, _began(pid), secrets.token_hex(8), 0, time.time()
+        )
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def covers(self, study: Study) -> bool:
         """Whether ``study`` is its study."""
@@ -136,56 +132,55 @@ class Lease:
         if self.lost is not None:
             raise self.lost
 
-    def take(self) -> None:
-        """Returns once the lease is this run's.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Has the lease for as long as this takes.
 
         Raises:
             StudyInUseError: Another run has it.
             StorageError: The storage cannot be read and written.
         """
-        while True:
-            self._await_free()
-            self._write()
-            pause(_SETTLE)  # where two start at the same moment, the last one to write has it
-            holder = self._read()
-            if holder is not None and holder.token == self._token:
-                break
-        self._thread = started(self._keep_renewing, "mpromptune-lease")
+        renewing: threading.Thread | None = None
+        _TOKENS.add(self._own.token)
+        try:
+            while not self._is_own(self._read()):
+                self._await_free()
+                self._renew()
+                pause(_SETTLE)  # where two start at the same moment, the last one to write has it
+            renewing = started(self._keep_renewing, "mpromptune-lease")
+            yield
+        finally:
+            with deferred():
+                self._give_back(renewing)
 
-    def give_back(self) -> None:
+    def _give_back(self, renewing: threading.Thread | None) -> None:
         """Leaves the study to the next run; where the storage fails, that will notice by itself."""
         self._over.set()
         try:
-            if self._thread is not None:
-                self._thread.join(timeout=BEAT)
-            if self.lost is None and self._beats:
-                holder = self._read()
-                if holder is not None and holder.token == self._token:
-                    self._store(None)
+            if renewing is not None:
+                renewing.join(timeout=BEAT)
+            if self._own.beats and self.lost is None and self._is_own(self._read()):
+                self._write(None)
         except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run ends as it does
             logger.warning("The lease of %r could not be given back: %s", self.study.study_name, error)
         finally:
-            _TOKENS.discard(self._token)
-
-    def renew(self) -> None:
-        """Shows that the run still goes on, or learns that another one has taken over."""
-        began = time.monotonic()
-        holder = self._read()
-        if holder is not None and holder.token != self._token:
-            self._lose(f"process {holder.pid} on {holder.host} has taken it over")
-            return
-        self._write()
-        if time.monotonic() - began > SILENCE - BEAT:  # another run may have begun in between
-            self._lose("it could not be renewed in time")
+            _TOKENS.discard(self._own.token)
 
     def _keep_renewing(self) -> None:
         wait = FIRST_BEAT
         while not self._over.wait(wait) and self.lost is None:
-            wait = BEAT
+            wait, began = BEAT, time.monotonic()
             try:
-                self.renew()
+                holder = self._read()
+                if holder is not None and not self._is_own(holder):
+                    self._lose(f"process {holder.pid} on {holder.host} has taken it over")
+                    return
+                self._renew()
             except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run will see it too
                 logger.debug("The lease could not be renewed: %s", error)
+            else:
+                if time.monotonic() - began > SILENCE - BEAT:  # another run may have begun in between
+                    self._lose("it could not be renewed in time")
 
     def _lose(self, why: str) -> None:
         self.lost = StudyInUseError(
@@ -196,8 +191,7 @@ class Lease:
 
     def _await_free(self) -> None:
         holder = self._read()
-        lives = False if holder is None else holder.lives()
-        if holder is None or lives is False:
+        if holder is None or (lives := holder.lives()) is False:
             return
         if lives:
             raise self._in_use(holder, time.time() - holder.time)
@@ -221,23 +215,24 @@ class Lease:
             "make the same call again to go on; or give another study_name or storage."
         )
 
+    def _is_own(self, holder: Holder | None) -> bool:
+        return holder is not None and holder.token == self._own.token
+
     def _read(self) -> Holder | None:
         # An attribute of the system's: those of users hold all answers of LMs, and are read as a whole.
         with reported():
-            value = self.study._storage.get_study_system_attrs(self.study._study_id).get(LEASE)
+            value: Any = self.study._storage.get_study_system_attrs(self.study._study_id).get(LEASE)
         try:
-            return None if value is None else Holder.of(value)
-        except CRASHES:  # it is damaged
+            holder = Holder(**value)
+            return replace(holder, pid=int(holder.pid), time=float(holder.time))
+        except CRASHES:  # there is none, or it is damaged
             return None
 
-    def _write(self) -> None:
-        _TOKENS.add(self._token)
-        self._beats += 1
-        pid = os.getpid()
-        mine = socket.gethostname(), _machine(), pid, _began(pid), self._token, self._beats, time.time()
-        self._store(Holder(*mine))
+    def _renew(self) -> None:
+        self._own = replace(self._own, beats=self._own.beats + 1, time=time.time())
+        self._write(self._own)
 
-    def _store(self, holder: Holder | None) -> None:
+    def _write(self, holder: Holder | None) -> None:
         value = None if holder is None else asdict(holder)
         with reported():
             self.study._storage.set_study_system_attr(self.study._study_id, LEASE, value)
@@ -260,7 +255,10 @@ def held(study: Study, stopped: threading.Event) -> Iterator[Lease]:
         StorageError: The storage cannot be read and written.
     """
     outer = _CURRENT.get()
-    if outer is not None and outer.covers(study):
+    if outer is not None and (outer.study._storage, outer.study._study_id) == (
+        study._storage,
+        study._study_id,
+    ):
         outer.share(stopped)
         yield outer
         return
@@ -268,16 +266,12 @@ def held(study: Study, stopped: threading.Event) -> Iterator[Lease]:
     if isinstance(study._storage, InMemoryStorage):
         yield lease
         return
-    try:
-        lease.take()
+    with lease.held():
         token = _CURRENT.set(lease)
         try:
             yield lease
         finally:
             _CURRENT.reset(token)
-    finally:
-        with deferred():
-            lease.give_back()
 
 
 @functools.cache

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, RDBStorage
 from optuna.storages import get_storage as as_optuna_does
 from optuna.study import Study, StudyDirection
-from tenacity import retry, stop_after_attempt, wait_random
+from optuna.trial import FrozenTrial
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_random,
+    wait_random_exponential,
+)
 
 from mpromptune.errors import InvalidArgumentError, StorageError, StudyMismatchError
+from mpromptune.execution.interrupts import deferred
 from mpromptune.storage.attributes import FORMAT
 from mpromptune.storage.damage import readable
 from mpromptune.storage.journal import TolerantJournal
-from mpromptune.storage.reconnecting import ReconnectingStorage
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_STUDY_NAME = "mpromptune"
 FORMAT_VERSION = 1
@@ -28,7 +43,13 @@ StorageSpec = str | os.PathLike[str] | BaseStorage | None
 # NOTE: processes that open an empty database at the same time create its tables at the same time, and
 # all but one fail; a second later they are there.
 _OPENINGS = 3
-
+# NOTE: seconds that a server may be away: a database that is started again takes a few, one that fails
+# over to another host about half a minute.
+PATIENCE = 60.0
+# NOTE: seconds between two attempts, at most: short beside what a takeover waits (`lease.SILENCE`).
+_LONGEST_WAIT = 2.0
+# Of gRPC, by name: its package need not be installed. UNKNOWN is what a proxy makes of its database's errors.
+_LOST_CODES = {"UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED"}
 _PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
 
 
@@ -46,11 +67,14 @@ def open_storage(spec: StorageSpec) -> BaseStorage:
     if spec is None:
         return InMemoryStorage()
     if isinstance(spec, BaseStorage):
-        return _reconnecting(spec) if _is_remote(spec) else spec
+        return _reconnecting(spec)
     path = os.fspath(spec)
-    if "://" in path:
-        return _open_database(path)
-    return JournalStorage(TolerantJournal(path))
+    if "://" not in path:
+        return TolerantJournal(path)
+    try:
+        return _reconnecting(_database(path))
+    except Exception as error:  # any of SQLAlchemy's, of its drivers', of Optuna's
+        raise StorageError(f"The database {_public(path)} cannot be opened: {_public(error)}") from error
 
 
 def check_storage(spec: object, study_name: object = None) -> None:
@@ -75,7 +99,7 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
     Raises:
         InvalidArgumentError: ``storage`` is of no kind that is known, or the name is no string.
         StorageError: It cannot be read and written.
-        StudyMismatchError: The study is none of ours.
+        StudyMismatchError: The study is none of ours, or another version's.
     """
     check_storage(storage, study_name)
     opened = open_storage(storage)
@@ -119,12 +143,9 @@ def _require_ours(study: Study) -> None:
         )
 
 
-def _open_database(url: str) -> BaseStorage:
-    try:
-        storage = _database(url)
-        return _reconnecting(storage) if _is_remote(storage) else storage
-    except Exception as error:  # any of SQLAlchemy's, of its drivers', of Optuna's
-        raise StorageError(f"The database {_public(url)} cannot be opened: {_public(error)}") from error
+def _public(text: object) -> str:
+    """A message without the password that a URL in it may hold."""
+    return _PASSWORD.sub(r"\1:***@", str(text))
 
 
 @retry(stop=stop_after_attempt(_OPENINGS), wait=wait_random(0.2, 1.0), reraise=True)
@@ -133,17 +154,102 @@ def _database(url: str) -> RDBStorage:
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
 
 
-def _is_remote(storage: BaseStorage) -> bool:
-    """Whether there is a connection that may be lost."""
-    if isinstance(storage, RDBStorage):
-        return bool(storage.engine.dialect.name != "sqlite")
-    return isinstance(storage, GrpcStorageProxy)
-
-
 def _reconnecting(storage: BaseStorage) -> BaseStorage:
-    return ReconnectingStorage(as_optuna_does(storage))
+    """``storage``, or what waits for its connection where it has one that may be lost."""
+    over_network = isinstance(storage, RDBStorage) and storage.engine.dialect.name != "sqlite"
+    if over_network or isinstance(storage, GrpcStorageProxy):
+        return cast("BaseStorage", ReconnectingStorage(as_optuna_does(storage)))
+    return storage
 
 
-def _public(text: object) -> str:
-    """A message without the password that a URL in it may hold."""
-    return _PASSWORD.sub(r"\1:***@", str(text))
+@BaseStorage.register
+class ReconnectingStorage:
+    """Does with another storage what it is asked to, as soon as there is a connection.
+
+    What was done before its answer was lost is not done twice, which no general retry can know. For studies
+    whose trials are created and changed in state by one process at a time, as those of a search are.
+
+    Args:
+        inner: The storage.
+        patience: Seconds for which a lost connection is waited for.
+    """
+
+    def __init__(self, inner: BaseStorage, patience: float | None = None) -> None:
+        self._inner = inner
+        self._patience = PATIENCE if patience is None else patience
+        self._created: set[int] = set()
+        self._is_down = False  # then nothing is waited for any more, until something works
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self._inner, name)
+        return partial(self._persistently, value) if callable(value) else value
+
+    def _persistently(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        attempts = Retrying(
+            retry=retry_if_exception(is_lost),
+            stop=stop_after_delay(0.0 if self._is_down else self._patience),
+            wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_WAIT),
+            before_sleep=_warn,
+            reraise=True,
+        )
+        name, again = method.__name__, False
+
+        def attempt() -> Any:
+            nonlocal again
+            if again and (done := self._done(name, (*args, *kwargs.values()))) is not None:
+                return done
+            again = True
+            with deferred():  # within a question, an interrupt would leave its connection useless
+                return method(*args, **kwargs)
+
+        try:
+            value = attempts(attempt)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self._is_down = True
+            raise StorageError(
+                f"The connection to the storage was lost and did not come back within {self._patience:g} s: "
+                f"{type(error.__cause__ or error).__name__}. What was told before is kept there."
+            ) from error
+        self._is_down = False
+        if name == "create_new_trial":
+            self._created.add(value)
+        return value
+
+    def _done(self, name: str, args: tuple[Any, ...]) -> int | None:
+        """What an attempt would have returned that did what it was to do, but whose answer was lost."""
+        if name == "set_trial_state_values":
+            trial_id, state = args[:2]
+            return self._inner.get_trial(trial_id).state == state or None
+        if name == "create_new_trial":
+            study_id, template = (*args, None)[:2]
+            for trial in self._inner.get_all_trials(study_id, deepcopy=False)[-1:]:
+                if trial._trial_id not in self._created and _is_like(trial, template):
+                    return trial._trial_id
+        return None
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether it was the connection that failed, rather than what was asked for."""
+    from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
+
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    code = getattr(error, "code", None)
+    # The last is what Optuna's second way of reading trials meets, in the session that the first has lost.
+    if isinstance(cause, OperationalError | InterfaceError | PendingRollbackError):
+        return True
+    return callable(code) and getattr(code(), "name", None) in _LOST_CODES
+
+
+def _is_like(trial: FrozenTrial, template: FrozenTrial | None) -> bool:
+    if template is None:
+        return not (trial.params or trial.user_attrs or trial.system_attrs)
+    return (trial.user_attrs, trial.system_attrs) == (template.user_attrs, template.system_attrs)
+
+
+def _warn(state: RetryCallState) -> None:
+    if state.attempt_number == 1:
+        logger.warning("The connection to the storage is lost; waiting for it to come back.")
