@@ -22,8 +22,7 @@ from mpromptune.execution.throttle import Load, Throttle
 from mpromptune.execution.usage import Usage, record
 from mpromptune.model.space import Row
 from mpromptune.sampling.encoding import encode_prompts
-from mpromptune.show.progress import Listeners, Progress, Standing
-from mpromptune.show.speed import Speed
+from mpromptune.show.progress import Progress, Speed, Standing, together
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 from mpromptune.storage.ledger import Ledger
 
@@ -232,13 +231,13 @@ def test_one_listeners_error_leaves_the_others(caplog: pytest.LogCaptureFixture)
         told.append(-1)
         raise ValueError("no")
 
-    both = Listeners.of(broken, None, told.append)
+    both = together(broken, None, told.append)
     assert both is not None
     for number in (1, 2):
         both(number)  # type: ignore[arg-type]
     assert told == [-1, 1, 2]
     assert len(caplog.records) == 1
-    assert Listeners.of(None, None) is None
+    assert together(None, None) is None
 
 
 def test_usage_and_limits_are_told() -> None:

@@ -10,7 +10,9 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,9 @@ from mpromptune.execution.interrupts import handled
 from mpromptune.execution.limits import Budget, Limits
 from mpromptune.execution.throttle import Load
 from mpromptune.execution.usage import Usage
-from mpromptune.show.frames import BarFrame, Frame, duration
 from mpromptune.show.progress import Progress, Standing
-from mpromptune.show.screens import Lines, Notebook, Screen, Terminal, choose
-from mpromptune.show.view import View
+from mpromptune.show.screens import Lines, Notebook, Terminal, choose
+from mpromptune.show.view import Screen, View
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 ROOT = Path(__file__).parent.parent
@@ -60,24 +61,31 @@ def report(**changes: Any) -> Progress:
     return Progress(**{**numbers, **changes})
 
 
-def bar(done: int = 512, seconds: float = 200.0, **changes: Any) -> BarFrame:
-    numbers: dict[str, Any] = {"title": "Searching", "unit": "calls", "total": 1630, "seconds_left": 430.0}
-    return BarFrame(**{"done": done, "seconds": seconds, "ended": False, **numbers, **changes})
+def view_on(
+    screen: Screen | None = None,
+    *,
+    usage: Usage | None = None,
+    limits: Limits | None = None,
+    load: Load = FREE,
+    clock: Clock | None = None,
+) -> View:
+    budget = Budget(limits)
+    budget.step("search").add(usage or Usage(lm_calls=530))
+    return View(lambda: screen, budget, lambda: load, clock or Clock())
 
 
-def frame(*bars: BarFrame, **changes: Any) -> Frame:
-    parts: dict[str, Any] = {"usage": Usage(lm_calls=530), "limits": Limits(), "load": FREE}
-    return Frame(bars=bars or (bar(),), **{**parts, **changes})
-
-
-SHOWN = frame(
-    bar(6, 12.0, title="Bootstrapping", unit="demo sets", total=6, ended=True),
-    bar(),
-    usage=Usage(lm_calls=530, cache_hits=12, prompt_tokens=1_000_000, completion_tokens=234_000, cost=0.3112),
-    limits=Limits(max_cost=5.0),
-    load=Load(running=4, limit=4, most=16, pause=12.4),
-    search=report(),
-)
+def shown() -> View:
+    """The search, 200 seconds after a bootstrap of 12."""
+    usage = Usage(530, 12, prompt_tokens=1_000_000, completion_tokens=234_000, cost=0.3112)
+    slowed, clock = Load(running=4, limit=4, most=16, pause=12.4), Clock()
+    view = view_on(usage=usage, limits=Limits(max_cost=5.0), load=slowed, clock=clock)
+    sets = view.bar("Bootstrapping", 6, "demo sets")
+    clock.sleep(12.0)
+    sets.advance(6)
+    view.bar("Searching", 1630, "calls")
+    clock.sleep(200.0)
+    view.on_progress(report(load=slowed))
+    return view
 
 
 class Tty(io.StringIO):
@@ -87,8 +95,8 @@ class Tty(io.StringIO):
         return True
 
 
-class Recorded:
-    """A screen that keeps its frames; it may fail.
+class Recorded(Screen):
+    """Keeps what it was shown: steps and status; it may fail.
 
     Args:
         error: Raised by the second frame.
@@ -97,22 +105,23 @@ class Recorded:
     interval = 0.001
 
     def __init__(self, error: BaseException | None = None) -> None:
-        self.frames: list[Frame] = []
+        self.frames: list[tuple[list[tuple[str, int, int, bool]], list[str]]] = []
         self.closed = 0
         self._error = error
 
-    def show(self, frame: Frame) -> None:
-        self.frames.append(frame)
-        if self._error is not None and len(self.frames) > 1:
+    def show(self, view: View) -> None:
+        self.frames.append(([(b.title, b.done, b.total, b.ended) for b in view.bars], view.status))
+        if self._error is not None and len(self.frames) == 2:
             raise self._error
 
-    def close(self, frame: Frame) -> None:
-        self.frames.append(frame)
+    def close(self, view: View) -> None:
+        self.show(view)
         self.closed += 1
 
 
-def view_on(screen: Screen | None, clock: Callable[[], float] | None = None) -> View:
-    return View(lambda: screen, Budget(Limits(max_cost=5.0)), lambda: FREE, clock or Clock())
+def terminal() -> tuple[Terminal, io.StringIO]:
+    screen = io.StringIO()
+    return Terminal(Console(file=screen, width=80, force_terminal=True, color_system=None)), screen
 
 
 def compiled(lm: Any = None, **options: Any) -> Any:
@@ -135,7 +144,7 @@ def dspy_is_silent() -> Iterator[None]:
 
 def test_status_while_the_search_runs() -> None:
     """Estimates in percent with 1.96 deviations, expenses with their limits, calls with what lowers them."""
-    assert SHOWN.status == [
+    assert shown().status == [
         "best 84.2 ± 3.9 % (95 % interval), baseline 78.5 %, 13 trials",
         "530 LM calls, 12 cache hits, 1.2M tokens, $0.3112 of $5.00",
         "4 of 16 calls in flight, 4 allowed because of rate limits, pausing for 12 s",
@@ -144,33 +153,38 @@ def test_status_while_the_search_runs() -> None:
 
 def test_status_at_the_end() -> None:
     """What was measured, as `best.score` has it; of fewer examples than all, on how many."""
-    partial = Standing(mean=0.84, std=0.02, measured=0.86, examples=40)
-    search = report(best=partial, finished=True, calls=1600)
-    assert frame(search=search, ended=True).status == [
-        "best 86.00 % on 40 examples, baseline 79.00 %, 13 trials",
-        "530 LM calls",
-    ]
+    view = view_on()
+    view.bar("Searching", 1630, "calls")
+    view.on_progress(report(best=replace(BEST, examples=40), finished=True))
+    view.close()
+    assert view.status == ["best 86.00 % on 40 examples, baseline 79.00 %, 13 trials", "530 LM calls"]
 
 
-def test_money_and_tokens_are_shown_where_they_are_known() -> None:
+@pytest.mark.parametrize(
+    ("usage", "limits", "line"),
+    [
+        (Usage(lm_calls=530), None, "530 LM calls"),
+        (
+            Usage(lm_calls=530),
+            Limits(max_cost=0.5, max_tokens=20_000),
+            "530 LM calls, 0 of 20.0k tokens, $0.00 of $0.5000",
+        ),
+        (Usage(cost=31.2), None, "0 LM calls, $31.20"),
+    ],
+)
+def test_money_and_tokens_are_shown_where_they_are_known(
+    usage: Usage, limits: Limits | None, line: str
+) -> None:
     """Neither is, for a model without prices that reports none; with a limit it is what matters."""
-    assert frame().status[0] == "530 LM calls"
-    limited = frame(limits=Limits(max_cost=0.5, max_tokens=20_000)).status
-    assert limited[0] == "530 LM calls, 0 of 20.0k tokens, $0.00 of $0.5000"
-    assert frame(usage=Usage(cost=31.2)).status[0] == "0 LM calls, $31.20"
-
-
-def test_durations() -> None:
-    """Hours, minutes and seconds; days where there are any."""
-    assert (duration(0.9), duration(3725.2), duration(90061)) == ("0:00:00", "1:02:05", "1 day, 1:01:01")
+    assert view_on(usage=usage, limits=limits).status[0] == line
 
 
 def test_a_terminal_of_80_columns_holds_it() -> None:
     """Bars of one length below each other, and no line is broken or cut off."""
-    screen = io.StringIO()
-    terminal = Terminal(Console(file=screen, width=80, force_terminal=True, color_system=None))
-    terminal.show(SHOWN)
-    terminal.close(SHOWN)
+    drawing, screen = terminal()
+    view = shown()
+    drawing.show(view)
+    drawing.close(view)
     drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()[-5:]
     bars, status = drawn[:2], drawn[2:]
     assert [line.split()[0] for line in bars] == ["Bootstrapping", "Searching"]
@@ -178,15 +192,14 @@ def test_a_terminal_of_80_columns_holds_it() -> None:
     assert bars[1].split()[2:] == ["512/1630", "calls", "0:03:20", "0:07:10", "left"]
     assert bars[0].index("demo sets") + len("demo sets") == bars[1].index("calls") + len("calls")
     assert max(map(len, drawn)) <= 80
-    assert [line.strip() for line in status] == SHOWN.status
+    assert [line.strip() for line in status] == view.status
 
 
 def test_a_terminal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a frame that cannot be drawn: streams are back, and the cursor is seen again."""
-    streams, screen = (sys.stdout, sys.stderr), io.StringIO()
-    terminal = Terminal(Console(file=screen, width=80, force_terminal=True))
-    view = View(lambda: terminal, Budget(), lambda: FREE)
-    monkeypatch.setattr("mpromptune.show.screens._drawn", lambda frame: 1 / 0)
+    streams, (drawing, screen) = (sys.stdout, sys.stderr), terminal()
+    monkeypatch.setattr("mpromptune.show.screens._drawn", lambda view: 1 / 0)
+    view = view_on(drawing)
     view.bar("Searching", 10, "calls")
     view.close()
     assert (sys.stdout, sys.stderr) == streams
@@ -196,37 +209,44 @@ def test_a_terminal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("piped", [True, False])
 def test_what_a_script_prints_goes_where_it_went(piped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into a pipe, while the terminal shows bars; above the bars, where both are the terminal."""
-    out, screen = io.StringIO() if piped else Tty(), io.StringIO()
+    out = io.StringIO() if piped else Tty()
     monkeypatch.setattr(sys, "stdout", out)
-    terminal = Terminal(Console(file=screen, width=80, force_terminal=True))
-    terminal.show(SHOWN)
+    drawing, screen = terminal()
+    drawing.show(shown())
     print("a result")  # noqa: T201 - what is tested
-    terminal.close(SHOWN)
+    drawing.close(shown())
     assert ("a result" in out.getvalue(), "a result" in screen.getvalue()) == (piped, not piped)
 
 
 def test_log_lines_appear_above_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of handlers too that were made before, as by `logging.basicConfig`; then they are given back."""
-    stream, screen = Tty(), io.StringIO()
+    stream = Tty()
     monkeypatch.setattr(sys, "stderr", stream)
     handler, own = logging.StreamHandler(), logging.getLogger("somebody's")
     monkeypatch.setattr(own, "handlers", [handler])
-    terminal = Terminal(Console(file=screen, width=80, force_terminal=True))
-    terminal.show(SHOWN)
+    drawing, screen = terminal()
+    drawing.show(shown())
     own.error("a line")
-    terminal.close(SHOWN)
+    drawing.close(shown())
     assert (stream.getvalue(), screen.getvalue().count("a line")) == ("", 1)
     own.error("another")
     assert (stream.getvalue(), handler.stream) == ("another\n", stream)
 
 
 def test_lines_begin_and_end_each_step() -> None:
-    """Steps that were over before anybody looked are there too."""
-    stream = io.StringIO()
-    lines = Lines(stream)
-    sets = bar(6, 12.0, title="Bootstrapping", unit="demo sets", total=6, ended=True)
-    lines.show(frame(sets, bar(0, 0.0)))
-    lines.close(frame(sets, bar(1630, 640.0, ended=True), search=report(finished=True), ended=True))
+    """Steps that were over before anybody looked are there too; a log can be read with anything."""
+    stream, clock = io.StringIO(), Clock()
+    lines, view = Lines(stream), view_on(clock=clock)
+    sets = view.bar("Bootstrapping", 6, "demo sets")
+    clock.sleep(12.0)
+    sets.advance(6)
+    view.bar("Searching", 1630, "calls")
+    lines.show(view)
+    clock.sleep(640.0)
+    view.on_progress(report(calls=1630, finished=True))
+    view.close()
+    lines.close(view)
+    assert not re.search(r"[\x1b\r]", stream.getvalue())
     assert [line.removeprefix("mpromptune: ") for line in stream.getvalue().splitlines()] == [
         "Bootstrapping: 6 demo sets",
         "Bootstrapping 6/6 demo sets (100 %) after 0:00:12; 530 LM calls; 8 of 16 calls in flight",
@@ -236,66 +256,54 @@ def test_lines_begin_and_end_each_step() -> None:
     ]
 
 
-def written(*bars: BarFrame) -> list[str]:
-    """The counts of the lines that these frames of one bar give, after the first line."""
-    stream = io.StringIO()
-    lines = Lines(stream)
-    for one in bars:
-        lines.show(frame(one))
+def written(moments: Iterable[tuple[float, int]]) -> list[str]:
+    """The counts of the lines of one bar, after the first one, with so many done at these times."""
+    stream, clock = io.StringIO(), Clock()
+    lines, view = Lines(stream), view_on(clock=clock)
+    bar = view.bar("Searching", 1630, "calls")
+    for clock.now, done in moments:
+        bar.advance(done - bar.done)
+        lines.show(view)
     return [line.split()[2].split("/")[0] for line in stream.getvalue().splitlines()[1:]]
 
 
 def test_lines_come_with_every_tenth() -> None:
     """Of 1630 calls: 163, 326, and so on; not twice."""
-    done = [0, 100, 162, 163, 164, 325, 500, 501]
-    assert written(*(bar(n, i) for i, n in enumerate(done))) == ["163", "500"]
+    assert written(enumerate([0, 100, 162, 163, 164, 325, 500, 501])) == ["163", "500"]
 
 
 def test_lines_come_every_half_minute_and_more_rarely_later() -> None:
     """In ten minutes without a tenth twenty; after five hours, one a quarter of an hour later."""
-    assert len(written(*(bar(1, s) for s in range(601)))) == 20
-    late = [bar(1, 5 * 3600.0 + s) for s in range(0, 1800, 60)]
-    assert len(written(*late)) == len(["at once", "after 960 s"])
-
-
-def test_lines_have_no_escapes_and_no_carriage_returns() -> None:
-    """A log can be read with anything."""
-    stream = io.StringIO()
-    lines = Lines(stream)
-    lines.show(SHOWN)
-    lines.close(SHOWN)
-    assert not re.search(r"[\x1b\r]", stream.getvalue())
+    assert len(written((s, 1) for s in range(601))) == 20
+    late = [(5 * 3600.0 + s, 1) for s in range(0, 1800, 60)]
+    assert len(written(late)) == len(["at once", "after 960 s"])
 
 
 def test_steps_follow_each_other() -> None:
     """A step ends where the next one begins; the last one shows what the search says."""
     clock = Clock()
-    view = view_on(None, clock)
+    view = view_on(clock=clock)
     first = view.bar("Bootstrapping", 4, "demo sets")
     clock.sleep(10.0)
     first.advance(2)
-    assert view.frame().bars[0].seconds_left == 10.0
+    assert first.seconds_left == 10.0
     second = view.bar("Searching", 1630, "calls")
     clock.sleep(5.0)
     second.advance(0)
     view.on_progress(report())
-    bars = view.frame().bars
-    assert [(b.done, b.seconds, b.ended) for b in bars] == [(2, 10.0, True), (512, 5.0, False)]
-    assert bars[1].seconds_left == 430.0
+    assert [(b.done, b.seconds, b.ended) for b in view.bars] == [(2, 10.0, True), (512, 5.0, False)]
+    assert second.seconds_left == 430.0
     view.close()
-    assert all(b.ended for b in view.frame().bars)
+    assert all(b.ended for b in view.bars)
 
 
 def test_bars_count_from_any_thread() -> None:
     """No step is lost where many report at once."""
-    view = view_on(None)
-    counted = view.bar("Bootstrapping", 4000, "demo sets")
-    threads = [threading.Thread(target=lambda: [counted.advance() for _ in range(500)]) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert view.frame().bars[0].done == 4000
+    counted = view_on().bar("Bootstrapping", 4000, "demo sets")
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(lambda: [counted.advance() for _ in range(500)])
+    assert counted.done == 4000
 
 
 def test_the_last_frame_is_shown_once_all_is_over() -> None:
@@ -306,8 +314,7 @@ def test_the_last_frame_is_shown_once_all_is_over() -> None:
     view.on_progress(report(finished=True))
     view.close()
     assert screen.closed == 1
-    assert screen.frames[-1].ended
-    assert screen.frames[-1].limits == Limits(max_cost=5.0)
+    assert screen.frames[-1][0] == [("Searching", 512, 1630, True)]
 
 
 def test_an_interrupt_while_the_view_begins_leaves_one_that_closes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +331,7 @@ def test_an_interrupt_while_the_view_begins_leaves_one_that_closes(monkeypatch: 
         view.bar("Searching", 1630, "calls")
     view.close()
     assert screen.closed == 1
-    assert screen.frames[-1].ended
+    assert screen.frames[-1][0][-1][-1]
 
 
 @pytest.mark.parametrize(
@@ -355,14 +362,14 @@ def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch
         for best in (seen, alone)
     ]
     assert trials[0] == trials[1]
-    last = screen.frames[-1]
-    assert [(b.title, b.done, b.total, b.ended) for b in last.bars] == [
+    bars, status = screen.frames[-1]
+    assert bars == [
         ("Bootstrapping", 3, 3, True),
         ("Proposing", 6, 6, True),
         ("Searching", seen.search_result.calls, SMALL_RUN_CALLS, True),
     ]
-    assert last.status[0].startswith(f"best {seen.score:.2f} %, baseline ")
-    assert last.usage == seen.search_result.usage.total
+    assert status[0].startswith(f"best {seen.score:.2f} %, baseline ")
+    assert status[1].startswith(f"{seen.search_result.usage.total.lm_calls} LM calls, ")
 
 
 def test_what_an_interrupted_run_has_made_is_shown_as_done(
@@ -373,7 +380,7 @@ def test_what_an_interrupted_run_has_made_is_shown_as_done(
     screen, lm = Recorded(), arithmetic_lm()
     monkeypatch.setattr("mpromptune.mipro.steps.choose", lambda: screen)
     compiled(lm, storage=tmp_path / "run.log")
-    assert [(b.title, b.done, b.total) for b in screen.frames[-1].bars] == [
+    assert [bar[:3] for bar in screen.frames[-1][0]] == [
         ("Bootstrapping", 3, 3),
         ("Proposing", 6, 6),
         ("Searching", SMALL_RUN_CALLS, SMALL_RUN_CALLS),
@@ -443,7 +450,6 @@ def test_the_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(choose(), Lines)
-    monkeypatch.setattr("mpromptune.show.screens._Console.is_jupyter", True, raising=False)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert isinstance(choose(), Notebook)
     monkeypatch.undo()
@@ -552,5 +558,5 @@ def test_a_notebook_has_one_output_that_is_replaced() -> None:
     assert score in data["text/plain"]
     assert done in data["text/html"]
     assert done in data["text/plain"]
-    assert data["text/html"].count("<progress ") == 3
+    assert all(step in data["text/html"] for step in ("Bootstrapping", "Proposing", "Searching"))
     assert silent == []

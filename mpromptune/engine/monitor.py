@@ -14,8 +14,7 @@ from mpromptune.execution.execution import Workers
 from mpromptune.execution.interrupts import contained
 from mpromptune.execution.limits import Budget
 from mpromptune.model.space import Row
-from mpromptune.show.progress import OnProgress, Progress, Standing
-from mpromptune.show.speed import Speed
+from mpromptune.show.progress import OnProgress, Progress, Speed, Standing
 from mpromptune.storage.findings import Findings
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from mpromptune.mipro.interception import interceptor
 from mpromptune.mipro.records import attach_statistics, forget_statistics, percent, trial_logs
 from mpromptune.mipro.remote import Elsewhere
 from mpromptune.mipro.steps import Steps
-from mpromptune.show.progress import Listeners
+from mpromptune.show.progress import together
 from mpromptune.storage.storage import open_study
 
 logger = logging.getLogger(__name__)
@@ -314,7 +314,7 @@ class MIPROv2(StockMIPROv2):
             retry_after=retry_after,
             grace=options.grace,
             failure_score=options.failure_score,
-            on_progress=Listeners.of(view.on_progress if options.verbose else None, options.on_progress),
+            on_progress=together(view.on_progress if options.verbose else None, options.on_progress),
             limits=_STEPS.get().guard.budget,
             stopped=_STEPS.get().guard.stopped,
         )

@@ -1,9 +1,11 @@
-"""How far a search has got, as plain numbers for whoever watches it."""
+"""How far a search has got, as plain numbers for whoever watches it, and how long the rest takes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpromptune.execution.limits import Limits
@@ -14,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 # NOTE: the standard normal quantile of 97.5 %: the posterior of a mean score is normal.
 _QUANTILE = 1.959964
+# NOTE: the speed is that of the last quarter of the time, so that an estimate is as steady as the run is long
+# and still follows a provider that slows down; and of a minute at least, in which most LM calls come back.
+_SHARE, _LEAST = 0.25, 60.0
+# NOTE: counts kept of that time: enough that dropping the oldest is not noticed.
+_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -83,27 +90,48 @@ class Progress:
 OnProgress = Callable[[Progress], object]
 
 
-class Listeners:
-    """Several as one; each is left alone once it has raised an error.
+def together(*listeners: OnProgress | None) -> OnProgress | None:
+    """Several listeners as one, each left out once it has raised an error; None where there are none."""
+    active = [listener for listener in listeners if listener is not None]
 
-    Args:
-        listeners: Whom to tell, in this order.
-    """
-
-    def __init__(self, listeners: Sequence[OnProgress]) -> None:
-        self._listeners = list(listeners)
-
-    @classmethod
-    def of(cls, *listeners: OnProgress | None) -> Listeners | None:
-        """Those that there are; None for none."""
-        given = [listener for listener in listeners if listener is not None]
-        return cls(given) if given else None
-
-    def __call__(self, progress: Progress) -> None:
-        """Tells all of them."""
-        for listener in tuple(self._listeners):
+    def tell(progress: Progress) -> None:
+        for listener in tuple(active):
             try:
                 listener(progress)
             except Exception:
-                self._listeners.remove(listener)
+                active.remove(listener)
                 logger.exception("Progress is not reported to %r any more; the search goes on.", listener)
+
+    return tell if active else None
+
+
+class Speed:
+    """How fast something has been done of late.
+
+    Args:
+        clock: Says the time, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = clock()
+        self._counts: deque[tuple[float, int]] = deque()
+
+    def note(self, done: int) -> None:
+        """So many are done by now; the time begins with the first count."""
+        now = self._clock()
+        window = max(_LEAST, _SHARE * (now - self._began))
+        while len(self._counts) > 1 and self._counts[1][0] <= now - window:
+            self._counts.popleft()
+        if len(self._counts) > 1 and now - self._counts[-2][0] < window / _KEPT:
+            self._counts.pop()
+        self._counts.append((now, done))
+
+    def seconds_for(self, rest: int) -> float | None:
+        """Seconds that so many more will take; None where that is not known."""
+        if rest <= 0:
+            return 0.0
+        if not self._counts:
+            return None
+        (began, before), (_, done) = self._counts[0], self._counts[-1]
+        return rest * (self._clock() - began) / (done - before) if done > before else None
