@@ -14,7 +14,7 @@ from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Adder, Count
 
 from mpromptune import MIPROv2
 from mpromptune.cli import main as cli
-from mpromptune.cli.targets import load_target
+from mpromptune.cli.compiles import load_target
 from mpromptune.errors import SearchStoppedError
 from mpromptune.mipro.interception import interceptor
 from mpromptune.mipro.standing import read_standing

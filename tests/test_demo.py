@@ -14,7 +14,7 @@ from lms import ScriptedLM
 from rich.console import Console
 
 from mpromptune.cli import main as cli
-from mpromptune.demo.problems import same_number, word_problems
+from mpromptune.demo.live import live_task, same_number, word_problems
 from mpromptune.demo.replay import (
     RIGHT,
     WRONG,
@@ -24,9 +24,9 @@ from mpromptune.demo.replay import (
     examples,
     latency_of,
     prompt_of,
+    replay_task,
 )
-from mpromptune.demo.run import DemoOptions, DemoResult, Task, live_task, replay_task, run_demo
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.demo.run import DemoResult, Task, run_demo
 
 legacy_lm = pytest.mark.filterwarnings("ignore:.*BaseLM.forward:DeprecationWarning")
 
@@ -37,9 +37,9 @@ def recording() -> Recording:
 
 
 def run(task: Task, tmp_path: Path, **options: Any) -> DemoResult:
-    options = {"num_threads": 8, "output": tmp_path / "program.json", **options}
     with (tmp_path / "screen.txt").open("w") as screen:
-        return run_demo(task, DemoOptions(**options), Console(file=screen, width=200))
+        console = Console(file=screen, width=200)
+        return run_demo(task, console, tmp_path / "program.json", **{"num_threads": 8, **options})
 
 
 def ask(lm: dspy.BaseLM, recording: Recording, prompt: int, example: int) -> str:
@@ -60,7 +60,7 @@ def test_student_is_the_median_of_the_pool(recording: Recording) -> None:
     own = recording.mean(recording.pool[0])
     means = sorted(recording.mean(prompt) for prompt in recording.pool)
     assert own == means[36]
-    assert recording.best_mean() == means[-1] > own
+    assert means[-1] > own
 
 
 @legacy_lm
@@ -70,8 +70,7 @@ def test_replayed_answers_equal_the_table(recording: Recording) -> None:
     pairs = [(prompt, example) for prompt in recording.pool[:6] for example in range(0, 300, 10)]
     answers = [ask(lm, recording, *pair) for pair in pairs]
     assert answers == [RIGHT if recording.scores[pair] else WRONG for pair in pairs]
-    assert lm.ledger.answered == dict.fromkeys(pairs, 1)
-    assert lm.ledger.calls == len(pairs)
+    assert lm.answered == dict.fromkeys(pairs, 1)
 
 
 def test_metric_compares_with_the_right_answer() -> None:
@@ -123,8 +122,7 @@ def test_ledger_equals_the_calls_reported(tmp_path: Path, recording: Recording, 
     """The LM counts as many validation answers as the search reports, none of them twice."""
     task = replay_task(0.0, recording)
     result = run(task, tmp_path, sampler=sampler, calls=440)
-    assert isinstance(task.lm, ReplayLM)
-    answered = task.lm.ledger.answered
+    answered = task.lm.answered
     spent = {pair: n for pair, n in answered.items() if pair[1] in recording.validation}
     assert sum(spent.values()) == len(spent) == result.calls
     assert 400 < result.calls <= 440  # what is left over could finish no other prompt
@@ -145,22 +143,23 @@ def test_stock_spends_what_is_compared(tmp_path: Path, recording: Recording) -> 
     """DSPy's own search spends the 1630 calls that the default budget copies."""
     task = replay_task(0.0, recording)
     result = run(task, tmp_path, sampler="stock")
-    assert isinstance(task.lm, ReplayLM)
-    answered = task.lm.ledger.answered
+    answered = task.lm.answered
     assert sum(n for (_, example), n in answered.items() if example in recording.validation) == 1630
     assert result.calls == 1630
     assert result.best_score >= result.baseline_score
 
 
-def test_demo_leaves_logging_as_it_was(tmp_path: Path, recording: Recording) -> None:
-    """Neither levels nor filters of DSPy's and Optuna's loggers are changed by a run."""
+def test_a_command_leaves_logging_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither levels nor filters of the libraries' loggers are changed by a run."""
 
     def state() -> list[Any]:
-        loggers = [logging.getLogger(name) for name in ("dspy", "optuna")]
-        return [(log.level, [list(handler.filters) for handler in log.handlers]) for log in loggers]
+        loggers = [logging.getLogger(name) for name in ("dspy", "optuna", "LiteLLM")]
+        return [
+            (log.level, log.filters[:], [handler.filters[:] for handler in log.handlers]) for log in loggers
+        ]
 
     before = state()
-    run(replay_task(0.0, recording), tmp_path, calls=410)
+    assert cli.main(["report", "none.log"]) == 1
     assert state() == before
 
 
@@ -204,13 +203,11 @@ def test_bad_command_lines_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     target = str(tmp_path / "program.json")
     assert cli.main(["demo", "--sampler", "stock", "--calls", "900", "--output", target]) == 1
     assert "calls=900" in capsys.readouterr().err
-    assert cli.main(["demo", "--output", str(tmp_path / "missing" / "program.json")]) == 1
-    assert "missing" in capsys.readouterr().err
-    with pytest.raises(InvalidArgumentError, match=r"program\.txt"):
-        DemoOptions(output=tmp_path / "program.txt")
-    for wrong in (["--calls", "0"], ["--latency", "-1"], ["--sampler", "magic"]):
+    missing, text = str(tmp_path / "missing" / "program.json"), str(tmp_path / "program.txt")
+    for wrong in ("--output", missing), ("--output", text), ("--calls", "0"), ("--latency", "-1"):
         with pytest.raises(SystemExit):
             cli.main(["demo", *wrong])
+        assert wrong[1] in capsys.readouterr().err
 
 
 def test_help_says_what_is_replayed(capsys: pytest.CaptureFixture[str]) -> None:

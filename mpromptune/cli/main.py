@@ -1,17 +1,26 @@
-"""The ``mpromptune`` command."""
+"""The ``mpromptune`` command: what it takes, and what it prints."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mpromptune
 from mpromptune.errors import InvalidArgumentError, MPromptuneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mpromptune.engine.result import SearchResult
+    from mpromptune.mipro.estimate import Estimate
+    from mpromptune.mipro.standing import Standing
 
 _DEMO = """\
 Compiles a DSPy program with mpromptune.MIPROv2, through all of its steps.
@@ -44,35 +53,27 @@ stands under `if __name__ == "__main__"` is not run. For example, in run.py:
         return optimizer.compile(program, trainset=trainset, sampler="qei", storage="run.log")
 """
 
-_ESTIMATE = (
-    """\
+_ESTIMATE = f"""\
 Says what a compile takes: program calls and LM calls of each step, at most. No LM is asked.
 
   mpromptune estimate run.py:compile
   mpromptune estimate run.py:compile --prompt-tokens 1000 --completion-tokens 200
   mpromptune estimate --auto medium --trainset 100 --valset 200 --predictors 2
 
+{_TARGET}
+The function is left at its first compile, with dry_run=True. Without TARGET, it is a compile of the size
+that --auto, --trainset, --valset and --predictors give.
 """
-    + _TARGET
-    + """
-The function is left at its first compile, with dry_run=True. Without TARGET, a compile of the size that
---auto, --trainset, --valset and --predictors say is reckoned with.
-"""
-)
 
-_RESUME = (
-    """\
+_RESUME = f"""\
 Goes on with a compile that was interrupted, and saves its program. Nothing that was paid is paid again.
 
   mpromptune resume run.py:compile --output best.json
 
-"""
-    + _TARGET
-    + """
+{_TARGET}
 Its compile has to have storage=, as it had when it was interrupted. Where it stands, and what is left to
 pay, is printed first; then it goes on. One that has ended gives its program again without an LM call.
 """
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        with _quiet_libraries():
+            args.run(args)
+        return 0
     except MPromptuneError as error:
         if getattr(args, "traceback", False):
             traceback.print_exc()
@@ -97,24 +100,62 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Leaves of what libraries log only warnings and errors of DSPy and Optuna, and errors of LiteLLM.
+
+    Levels are left alone: the loggers and handlers get a filter, and lose it again.
+    """
+    filtered: list[tuple[logging.Filterer, Any]] = [(logging.getLogger("LiteLLM"), _is_error)]
+    filtered[0][0].addFilter(_is_error)  # LiteLLM warns while it is imported, of a list of prices on the web
+    import dspy  # noqa: F401 - here, and in the next line, for the handlers that they make
+    import optuna
+
+    optuna.logging.get_verbosity()
+    for name in ("dspy", "optuna"):
+        filtered += [(handler, _is_news) for handler in logging.getLogger(name).handlers]
+    for where, test in filtered:
+        where.addFilter(test)
+    try:
+        yield
+    finally:
+        for where, test in filtered:
+            where.removeFilter(test)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not DSPy's narration, nor what its own proposer makes it warn of twice for every instruction."""
+    own_doing = record.getMessage().startswith("Input contains fields not in signature")
+    return record.levelno >= logging.WARNING and not own_doing
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpromptune", description="Batch Bayesian optimisation of the prompts of DSPy programs."
     )
     parser.add_argument("--version", action="version", version=f"mpromptune {mpromptune.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in _COMMANDS:
-        add(commands)
+    raw = partial(commands.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_demo(raw("demo", help="compile a program against recorded answers, or live", description=_DEMO))
+    _add_estimate(
+        raw("estimate", help="say what a compile takes, without asking an LM", description=_ESTIMATE)
+    )
+    _add_resume(raw("resume", help="go on with a compile that was interrupted", description=_RESUME))
+    _add_report(
+        raw(
+            "report",
+            help="write an HTML page about a search, finished or running, from its study",
+            description=_REPORT,
+        )
+    )
     return parser
 
 
-def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="compile a program against recorded answers, or live",
-        description=_DEMO,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--model", help="run live: any LiteLLM name, e.g. openai/gpt-4o-mini or ollama_chat/llama3.2"
     )
@@ -130,57 +171,36 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument(
         "--latency", type=_amount, default=0.2, help="mean seconds of a simulated call (default: 0.2)"
     )
-    demo.add_argument(
-        "--output",
-        type=Path,
-        default=Path("mpromptune-demo.json"),
-        help="where to save the program (default: ./mpromptune-demo.json)",
-    )
+    _add_output(demo, "the program", "mpromptune-demo.json", _program_file)
     demo.set_defaults(run=_demo)
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from rich.console import Console
+def _demo(args: argparse.Namespace) -> None:
+    from mpromptune.demo.live import live_task
+    from mpromptune.demo.replay import replay_task
+    from mpromptune.demo.run import run_demo
 
-    from mpromptune.demo.run import DemoOptions, live_task, replay_task, run_demo
-
-    options = DemoOptions(args.sampler, args.num_threads, args.seed, args.calls, args.output)
     task = live_task(args.model) if args.model else replay_task(args.latency)
-    run_demo(task, options, Console(file=sys.stdout))
-    return 0
+    options = {name: getattr(args, name) for name in ("sampler", "num_threads", "seed", "calls")}
+    run_demo(task, _console(), args.output, **options)
 
 
-def _add_report(commands: Any) -> None:
-    report = commands.add_parser(
-        "report",
-        help="write an HTML page about a search, finished or running, from its study",
-        description=_REPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("storage", metavar="STORAGE", help="path of a journal file, or URL of a database")
     report.add_argument("--study-name", help="which study; not needed where the storage has only one")
-    report.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="where to write it (default: ./report.html)"
-    )
+    _add_output(report, "it", "report.html", Path)
     report.set_defaults(run=_report)
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> None:
     from mpromptune.mipro.reading import read_result
     from mpromptune.show.page import write_report
 
     result, notes = read_result(args.storage, args.study_name)
     print(f"Wrote {write_report(result, args.output, notes)}")
-    return 0
 
 
-def _add_estimate(commands: Any) -> None:
-    estimate = commands.add_parser(
-        "estimate",
-        help="say what a compile takes, without asking an LM",
-        description=_ESTIMATE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_estimate(estimate: argparse.ArgumentParser) -> None:
     _add_target(estimate, nargs="?")
     tokens = estimate.add_argument_group("tokens and dollars, of a typical LM call")
     tokens.add_argument("--prompt-tokens", type=_positive, metavar="N", help="tokens sent")
@@ -202,58 +222,95 @@ def _add_estimate(commands: Any) -> None:
     estimate.set_defaults(run=_estimate)
 
 
-def _estimate(args: argparse.Namespace) -> int:
+def _estimate(args: argparse.Namespace) -> None:
     sizes = args.auto, args.trainset, args.valset
     if (args.target is None) != all(sizes) or (args.target and any(sizes)):
         raise InvalidArgumentError("Give either TARGET, or --auto, --trainset and --valset; see --help.")
     tokens = args.prompt_tokens, args.completion_tokens
     if any(tokens) != all(tokens) or (args.price and not all(tokens)):
         raise InvalidArgumentError("Dollars need both --prompt-tokens and --completion-tokens.")
-    from rich.console import Console
-
     from mpromptune.cli.compiles import estimate_by_numbers, estimate_of
-    from mpromptune.cli.output import show_estimate
-    from mpromptune.cli.targets import load_target
 
     if args.target:
-        estimate = estimate_of(args.target, load_target(args.target))
+        estimate = estimate_of(args.target)
     else:
         estimate = estimate_by_numbers(*sizes, args.predictors, args.zero_shot, args.model)
     if args.price:
         estimate = estimate.with_price(*args.price)
-    show_estimate(Console(file=sys.stdout), estimate.with_tokens(*tokens) if all(tokens) else estimate)
-    return 0
+    _show_estimate(estimate.with_tokens(*tokens) if all(tokens) else estimate)
 
 
-def _add_resume(commands: Any) -> None:
-    resume = commands.add_parser(
-        "resume",
-        help="go on with a compile that was interrupted",
-        description=_RESUME,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _show_estimate(estimate: Estimate) -> None:
+    """A row for each step, and one for all; tokens and dollars where tokens were given."""
+    rows = [["at most", "program calls", "LM calls"]]
+    if estimate.usage.total.tokens:
+        rows[0] += ["tokens", "US dollars"]
+    for step, usage in [*estimate.usage.items(), ("in total", estimate.usage.total)]:
+        rows.append([step, f"{usage.program_calls:,}", f"{usage.lm_calls:,}"])
+        if estimate.usage.total.tokens:
+            asking = [name for name, one in estimate.usage.items() if one.lm_calls]
+            unknown = any(not estimate.prices.get(name) for name in asking if step in (name, "in total"))
+            rows[-1] += [f"{usage.tokens:,}", "price not known" if unknown else f"{usage.cost:.2f}"]
+    _print_table(rows)
+    print("Retries apart. No LM was asked.")
+
+
+def _add_resume(resume: argparse.ArgumentParser) -> None:
     _add_target(resume)
-    resume.add_argument(
-        "--output",
-        type=_program_file,
-        default=Path("best.json"),
-        help="where to save the program (default: ./best.json)",
-    )
+    _add_output(resume, "the program", "best.json", _program_file)
     resume.set_defaults(run=_resume)
 
 
-def _resume(args: argparse.Namespace) -> int:
+def _resume(args: argparse.Namespace) -> None:
+    from mpromptune.cli.compiles import resume
+
+    program = resume(args.target, _show_standing)
+    program.save(str(args.output))
+    result = program.search_result
+    print(f"Best: {_best(result)}; {result.calls:,} program calls in all")
+    print(f"Saved {args.output}")
+
+
+def _show_standing(standing: Standing, estimate: Estimate) -> None:
+    """What is paid, what is left to pay, and the best so far."""
+    print(f"Study {standing.study.study_name!r}: {standing.trials} trials are over.")
+    left = standing.left(estimate)
+    rows = [["", "program calls", "LM calls", "US dollars", "left: program calls", "LM calls"]]
+    for step, due in [*left.items(), ("in total", left.total)]:
+        paid = standing.used.get(step) or (standing.used.total if step == "in total" else type(due)())
+        cost = f"{paid.cost:.4f}" if paid.cost else ""
+        counts = [f"{n:,}" for n in (paid.program_calls, paid.lm_calls, due.program_calls, due.lm_calls)]
+        rows.append([step, *counts[:2], cost, *counts[2:]])
+    _print_table(rows)
+    if standing.result is not None:
+        print(f"Best so far: {_best(standing.result)}")
+    print("Left is at most, retries apart; what DSPy's cache answers is free.")
+
+
+def _best(result: SearchResult) -> str:
+    measured = {str(m.params): len(m.scores) for m in result.configurations}
+    best, own = (measured.get(str(params), 0) for params in (result.best_params, result.baseline_params))
+    return (
+        f"{result.best_score:.4g} on {best} of {result.n_examples} validation examples "
+        f"(your own program: {result.baseline_score:.4g} on {own})"
+    )
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
+    for row in rows[1:]:
+        table.add_row(*row)
+    _console().print(table, highlight=False)
+
+
+def _console() -> Console:
     from rich.console import Console
 
-    from mpromptune.cli.compiles import resume
-    from mpromptune.cli.output import show_program, show_standing
-    from mpromptune.cli.targets import load_target
-
-    console = Console(file=sys.stdout)
-    program = resume(args.target, load_target(args.target), partial(show_standing, console))
-    program.save(str(args.output))
-    show_program(console, program.search_result, str(args.output))
-    return 0
+    return Console(file=sys.stdout)
 
 
 def _add_target(command: argparse.ArgumentParser, **settings: Any) -> None:
@@ -261,6 +318,11 @@ def _add_target(command: argparse.ArgumentParser, **settings: Any) -> None:
         "target", metavar="TARGET", help="FILE.py:FUNCTION or MODULE:FUNCTION, see above", **settings
     )
     command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+
+
+def _add_output(command: argparse.ArgumentParser, what: str, default: str, kind: Any) -> None:
+    text = f"where to save {what} (default: ./{default})"
+    command.add_argument("--output", type=kind, default=Path(default), help=text)
 
 
 def _program_file(text: str) -> Path:
@@ -282,6 +344,3 @@ def _amount(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be 0 or more; got {text}")
     return value
-
-
-_COMMANDS = (_add_demo, _add_estimate, _add_resume, _add_report)

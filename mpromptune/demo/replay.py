@@ -1,9 +1,10 @@
-"""A recorded LM: Llama-3.3-70B's right and wrong answers to GSM8K, prompt by prompt."""
+"""The demo's recorded task: Llama-3.3-70B's right and wrong answers to GSM8K, prompt by prompt."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import re
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import dspy
 import numpy as np
 
+from mpromptune.demo.run import Task
 from mpromptune.model.embedding import FloatArray
 from mpromptune.model.space import IndexArray
 
@@ -30,6 +32,9 @@ TABLE = "gsm8k_llama33_70b_s43.npz"
 _POOL_SEED = 43
 _POOL_SIZE = 72
 _N_TRAIN = 100
+# NOTE: 18 trials on minibatches of 35 and four full evaluations, as in DSPy's "medium" zero-shot runs,
+# come to 1630 program calls on 200 validation examples.
+_NUM_TRIALS = 18
 # NOTE: spread of the simulated latency. At 0.5 one call in twenty takes over twice the mean: without
 # stragglers, waiting for a whole minibatch would look cheaper than it is.
 _LATENCY_SIGMA = 0.5
@@ -93,10 +98,6 @@ class Recording:
         """Share of all recorded examples that a prompt got right."""
         return float(self.scores[prompt].mean())
 
-    def best_mean(self) -> float:
-        """The highest `mean` of the pool."""
-        return max(self.mean(prompt) for prompt in self.pool)
-
     def embed(self, texts: list[str]) -> FloatArray:
         """The recorded embeddings of stand-in texts, ``len(texts) x d``."""
         return self.features[[prompt_of(text) for text in texts]]
@@ -159,38 +160,6 @@ def answered_right(example: dspy.Example, prediction: Any, trace: Any = None) ->
     return bool(prediction.answer == example.answer)
 
 
-@dataclass
-class Ledger:
-    """What an LM and all its copies were asked, counted under one lock.
-
-    Attributes:
-        calls: Calls of any kind.
-        answered: (prompt, example) to the number of times it was answered.
-        proposed: Instructions proposed.
-    """
-
-    calls: int = 0
-    answered: Counter[tuple[int, int]] = field(default_factory=Counter)
-    proposed: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def count_call(self) -> None:
-        """One more call of any kind."""
-        with self.lock:
-            self.calls += 1
-
-    def count_answer(self, prompt: int, example: int) -> None:
-        """One more answer to an example under a prompt."""
-        with self.lock:
-            self.answered[prompt, example] += 1
-
-    def next_proposal(self) -> int:
-        """How many instructions were proposed before this one."""
-        with self.lock:
-            self.proposed += 1
-            return self.proposed - 1
-
-
 class ReplayLM(dspy.BaseLM):
     """Answers as recorded, and as a prompt model proposes the recorded prompts one after another.
 
@@ -198,29 +167,35 @@ class ReplayLM(dspy.BaseLM):
         recording: The answers.
         latency: Mean seconds that a validation question takes. Everything else is answered at
             once: the demo is about the search, and DSPy's bootstrap asks one question at a time.
+
+    Attributes:
+        answered: (prompt, example) to the number of times that it was answered.
     """
 
     def __init__(self, recording: Recording, latency: float = 0.0) -> None:
         super().__init__("replay/llama-3.3-70b", temperature=0.0, max_tokens=1000, cache=False)
-        self.ledger = Ledger()
+        self.answered: Counter[tuple[int, int]] = Counter()
+        self._proposals = itertools.count()
+        self._lock = threading.Lock()
         self._recording = recording
         self._latency = latency
         self._slow = frozenset(recording.validation)
 
     def forward(
-        self,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **kwargs: Any,
+        self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None, **kwargs: Any
     ) -> Any:
         """One completion, in the shape of the OpenAI API."""
         messages = messages or [{"role": "user", "content": prompt}]
-        self.ledger.count_call()
-        replies = [f"[[ ## {name} ## ]]\n{self._reply(name, messages)}" for name in _requested(messages)]
-        return _completion("\n\n".join([*replies, "[[ ## completed ## ]]"]), self.model)
+        # The output fields that DSPy's ChatAdapter asks for at the end of its last message.
+        tail = str(messages[-1]["content"]).rsplit("Respond with the corresponding output fields", 1)[-1]
+        fields = [name for name in _FIELD.findall(tail) if name != "completed"]
+        replies = [f"[[ ## {name} ## ]]\n{self._reply(name, messages)}" for name in fields]
+        message = SimpleNamespace(content="\n\n".join([*replies, "[[ ## completed ## ]]"]), tool_calls=None)
+        choice = SimpleNamespace(message=message, finish_reason="stop", logprobs=None)
+        return SimpleNamespace(choices=[choice], usage={}, model=self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplayLM:
-        """DSPy 3.2 copies an LM so for each proposal; copies share recording and ledger."""
+        """DSPy 3.2 copies an LM so for each proposal; copies share the recording and the counts."""
         twin = copy.copy(self)
         twin.kwargs, twin.history = dict(self.kwargs), []
         return twin
@@ -230,24 +205,58 @@ class ReplayLM(dspy.BaseLM):
             return self._answer(str(messages[0]["content"]), str(messages[-1]["content"]))
         if name == "proposed_instruction":
             texts = self._recording.texts
-            return texts[self.ledger.next_proposal() % len(texts)]
+            return texts[next(self._proposals) % len(texts)]
         return f"(The recording holds no {name.replace('_', ' ')}.)"
 
     def _answer(self, system: str, user: str) -> str:
         prompt, example = prompt_of(system), _number(_QUESTION, user)
         if self._latency > 0 and example in self._slow:
             time.sleep(latency_of(prompt, example, self._latency))
-        self.ledger.count_answer(prompt, example)
+        with self._lock:
+            self.answered[prompt, example] += 1
         return RIGHT if self._recording.scores[prompt, example] else WRONG
 
 
-def _requested(messages: list[dict[str, Any]]) -> list[str]:
-    """The output fields that DSPy's ChatAdapter asks for at the end of its last message."""
-    tail = str(messages[-1]["content"]).rsplit("Respond with the corresponding output fields", 1)[-1]
-    return [name for name in _FIELD.findall(tail) if name != "completed"]
+def replay_task(latency: float, recording: Recording | None = None) -> Task:
+    """GSM8K as Llama-3.3-70B was recorded to answer it; zero-shot, a candidate per recorded prompt."""
+    recording = recording or Recording.load()
+    prompts, total = len(recording.pool), recording.scores.shape[1]
 
+    def truth(best: dspy.Module) -> list[tuple[str, str]]:
+        winner = prompt_of(best.predictors()[0].signature.instructions)
+        best_mean = max(recording.mean(prompt) for prompt in recording.pool)
+        return [
+            (f"Baseline, all {total} recorded examples", f"{100 * recording.mean(recording.pool[0]):.2f} %"),
+            (f"Winner, all {total} recorded examples", f"{100 * recording.mean(winner):.2f} %"),
+            (f"Best of the {prompts} prompts, all {total} examples", f"{100 * best_mean:.2f} %"),
+        ]
 
-def _completion(text: str, model: str) -> Any:
-    message = SimpleNamespace(content=text, tool_calls=None)
-    choice = SimpleNamespace(message=message, finish_reason="stop", logprobs=None)
-    return SimpleNamespace(choices=[choice], usage={}, model=model)
+    split = f"{len(recording.train)} for training, {len(recording.validation)} for validation"
+    spread = f"lognormal, mean {latency:g} s per validation call; the rest answers at once"
+    return Task(
+        title="m-promptune demo: a replayed LM",
+        notes=[
+            ("Task", f"choose among {prompts} prompts for GSM8K; examples: {split}"),
+            ("Recorded", "the answers: right or wrong as Llama-3.3-70B was on each (prompt, example) pair"),
+            ("Recorded", "the prompts' embeddings by all-MiniLM-L6-v2"),
+            ("Stand-in", "the texts of prompts and examples: the recording holds only numbers"),
+            ("Stand-in", "the proposer: it hands out the recorded prompts one after the other"),
+            ("Simulated", f"latency: {spread}"),
+            ("Real", "DSPy, the program, MIPROv2's three steps, and the search"),
+            ("Caution", "one run is one draw of luck: compare samplers over several seeds (--seed)"),
+        ],
+        program=dspy.Predict(dspy.Signature("question -> answer", recording.texts[0])),
+        trainset=examples(recording.train),
+        valset=examples(recording.validation),
+        metric=answered_right,
+        lm=ReplayLM(recording, latency),
+        arguments={
+            "auto": None,
+            "num_candidates": prompts,
+            "max_bootstrapped_demos": 0,
+            "max_labeled_demos": 0,
+        },
+        compile_arguments={"num_trials": _NUM_TRIALS},
+        embedder=recording.embed,
+        truth=truth,
+    )

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import dspy
+from optuna.exceptions import ExperimentalWarning
 from rich.console import Console
+from rich.table import Table
 
-from mpromptune.demo.console import SteppedMIPROv2, quiet_libraries, show_header, show_results
-from mpromptune.demo.problems import same_number, word_problems
-from mpromptune.demo.replay import Recording, ReplayLM, answered_right, examples, prompt_of
 from mpromptune.errors import InvalidArgumentError
+from mpromptune.mipro.optimizer import MIPROv2
 
 STOCK = "stock"
-
-# NOTE: 18 trials on minibatches of 35 and four full evaluations, as in DSPy's "medium" zero-shot runs,
-# come to 1630 program calls on 200 validation examples.
-_NUM_TRIALS = 18
-_LIVE_TRAIN, _LIVE_VALIDATION = 50, 100
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """What the command line asks for.
-
-    Attributes:
-        sampler: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"``, or ``"stock"`` for DSPy's own search.
-        num_threads: Program calls in flight.
-        seed: Of the compile.
-        calls: Program calls to spend; by default what DSPy would.
-        output: Where the compiled program is saved.
-    """
-
-    sampler: str = "qei"
-    num_threads: int = 16
-    seed: int = 9
-    calls: int | None = None
-    output: Path = Path("mpromptune-demo.json")
-
-    def __post_init__(self) -> None:
-        if self.sampler == STOCK and self.calls is not None:
-            raise InvalidArgumentError(f"calls={self.calls} needs a sampler; DSPy's own search sets its own.")
-        if self.output.suffix != ".json" or not self.output.absolute().parent.is_dir():
-            raise InvalidArgumentError(
-                f"output must be a .json file in a folder that exists; got {str(self.output)!r}."
-            )
 
 
 @dataclass(frozen=True)
@@ -84,158 +55,104 @@ class Task:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What came of a demo.
-
-    Attributes:
-        program: The compiled program.
-        baseline_score: Of the student on the whole validation set, in percent.
-        best_score: The same of the compiled program.
-        calls: Program calls of the search.
-        seconds: Wall-clock of the whole compile.
-    """
+    """The compiled program, scores on the whole validation set in percent, and the search's program calls."""
 
     program: dspy.Module
     baseline_score: float
     best_score: float
     calls: int
-    seconds: float
 
 
-def run_demo(task: Task, options: DemoOptions, console: Console) -> DemoResult:
-    """Compiles a task, saves the winner, and prints header, progress and results."""
-    budget = f"{options.calls} program calls" if options.calls else "the calls DSPy's own search would spend"
-    search = f"sampler {options.sampler}, {options.num_threads} threads, {budget}"
-    show_header(console, task.title, [*task.notes, ("Search", search)])
-    start = time.monotonic()
-    with quiet_libraries(console):
-        best = _compile(task, options, console)
-    result = _summed_up(best, time.monotonic() - start)
-    best.save(str(options.output))
-    show_results(console, _rows(task, result), str(options.output.absolute()))
-    return result
+class _SortedMIPROv2(MIPROv2):
+    """Its instructions are asked for concurrently, and a replay hands them out as they are asked for."""
+
+    def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
+        proposed = super()._propose_instructions(*args, **kwargs)
+        return {i: [own, *sorted(others)] for i, (own, *others) in proposed.items()}
 
 
-def _compile(task: Task, options: DemoOptions, console: Console) -> Any:
-    optimizer = SteppedMIPROv2(
-        console if options.sampler == STOCK else None,
+def run_demo(
+    task: Task,
+    console: Console,
+    output: Path,
+    *,
+    sampler: str = "qei",
+    num_threads: int = 16,
+    seed: int = 9,
+    calls: int | None = None,
+) -> DemoResult:
+    """Compiles a task, saves the winner, and prints what is about to run and what came of it.
+
+    Args:
+        task: The task.
+        console: Where to print.
+        output: Where the program is saved.
+        sampler: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"``, or ``"stock"`` for DSPy's own search.
+        num_threads: Program calls in flight.
+        seed: Of the compile.
+        calls: Program calls to spend; by default what DSPy would.
+
+    Raises:
+        InvalidArgumentError: DSPy's own search is given a number of calls.
+    """
+    if sampler == STOCK and calls is not None:
+        raise InvalidArgumentError(f"calls={calls} needs a sampler; DSPy's own search sets its own.")
+    budget = f"{calls} program calls" if calls else "the calls DSPy's own search would spend"
+    search = ("Search", f"sampler {sampler}, {num_threads} threads, {budget}")
+    console.rule(task.title, align="left")
+    _print_rows(console, Table.grid(padding=(0, 2)), [*task.notes, search])
+    console.rule()
+    config = {"sampler": sampler, "max_calls": calls, "confirm": True}
+    optimizer = _SortedMIPROv2(
         metric=task.metric,
         prompt_model=task.lm,
         task_model=task.lm,
-        num_threads=options.num_threads,
-        seed=options.seed,
-        sampler_config=_sampler_config(task, options),
+        num_threads=num_threads,
+        seed=seed,
+        sampler_config=None
+        if sampler == STOCK
+        else config | ({"embedder": task.embedder} if sampler == "qei" else {}),
         **task.arguments,
     )
-    return optimizer.compile(
-        task.program, trainset=task.trainset, valset=task.valset, **task.compile_arguments
-    )
-
-
-def _sampler_config(task: Task, options: DemoOptions) -> dict[str, Any] | None:
-    """Nothing at all for DSPy's own search."""
-    if options.sampler == STOCK:
-        return None
-    config: dict[str, Any] = {"sampler": options.sampler, "max_calls": options.calls, "confirm": True}
-    if options.sampler == "qei":
-        config["embedder"] = task.embedder
-    return config
-
-
-def _summed_up(best: Any, seconds: float) -> DemoResult:
-    result = getattr(best, "search_result", None)
-    if result is not None:
-        return DemoResult(best, 100 * result.baseline_score, 100 * result.best_score, result.calls, seconds)
-    logs = best.trial_logs
-    calls = max(log["total_eval_calls_so_far"] for log in logs.values())
-    return DemoResult(best, logs[1]["full_eval_score"], best.score, calls, seconds)
-
-
-def _rows(task: Task, result: DemoResult) -> list[tuple[str, str]]:
+    began = time.monotonic()
+    data: dict[str, Any] = {"trainset": task.trainset, "valset": task.valset, **task.compile_arguments}
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        # The replayed LM is of the kind that DSPy 3.2 knows, which 3.4 deprecates.
+        warnings.filterwarnings("ignore", message=".*BaseLM.forward", category=DeprecationWarning)
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        if sampler == STOCK:  # which has no view, and prints much
+            stack.enter_context(console.status("DSPy's own MIPROv2"))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        best = optimizer.compile(task.program, **data)
+    result, seconds = _result(best), time.monotonic() - began
+    best.save(str(output))
     n = len(task.valset)
-    return [
+    rows = [
         (f"Baseline, {n} validation examples", f"{result.baseline_score:.2f} %"),
         (f"Winner, {n} validation examples", f"{result.best_score:.2f} %"),
-        *task.truth(result.program),
+        *task.truth(best),
         ("Program calls spent on the search", str(result.calls)),
-        ("Wall-clock, all steps", f"{result.seconds:.1f} s"),
+        ("Wall-clock, all steps", f"{seconds:.1f} s"),
     ]
-
-
-def replay_task(latency: float, recording: Recording | None = None) -> Task:
-    """GSM8K as Llama-3.3-70B was recorded to answer it; zero-shot, a candidate per recorded prompt."""
-    recording = recording or Recording.load()
-    prompts, total = len(recording.pool), recording.scores.shape[1]
-
-    def truth(best: dspy.Module) -> list[tuple[str, str]]:
-        winner = prompt_of(best.predictors()[0].signature.instructions)
-        return [
-            (f"Baseline, all {total} recorded examples", _percent(recording.mean(recording.pool[0]))),
-            (f"Winner, all {total} recorded examples", _percent(recording.mean(winner))),
-            (f"Best of the {prompts} prompts, all {total} examples", _percent(recording.best_mean())),
-        ]
-
-    return Task(
-        title="m-promptune demo: a replayed LM",
-        notes=_replay_notes(latency, recording),
-        program=dspy.Predict(dspy.Signature("question -> answer", recording.texts[0])),
-        trainset=examples(recording.train),
-        valset=examples(recording.validation),
-        metric=answered_right,
-        lm=ReplayLM(recording, latency),
-        arguments={
-            "auto": None,
-            "num_candidates": prompts,
-            "max_bootstrapped_demos": 0,
-            "max_labeled_demos": 0,
-        },
-        compile_arguments={"num_trials": _NUM_TRIALS},
-        embedder=recording.embed,
-        truth=truth,
+    _print_rows(console, Table(show_header=False), rows)
+    console.print(
+        f"Compiled program saved to {output.absolute()}", soft_wrap=True, highlight=False, markup=False
     )
+    return result
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _result(best: Any) -> DemoResult:
+    found = getattr(best, "search_result", None)
+    if found is not None:
+        return DemoResult(best, 100 * found.baseline_score, 100 * found.best_score, found.calls)
+    logs = best.trial_logs
+    calls = max(log["total_eval_calls_so_far"] for log in logs.values())
+    return DemoResult(best, logs[1]["full_eval_score"], best.score, calls)
 
 
-def _replay_notes(latency: float, recording: Recording) -> list[tuple[str, str]]:
-    split = f"{len(recording.train)} for training, {len(recording.validation)} for validation"
-    return [
-        ("Task", f"choose among {len(recording.pool)} prompts for GSM8K; examples: {split}"),
-        ("Recorded", "the answers: right or wrong as Llama-3.3-70B was on each (prompt, example) pair"),
-        ("Recorded", "the prompts' embeddings by all-MiniLM-L6-v2"),
-        ("Stand-in", "the texts of prompts and examples: the recording holds only numbers"),
-        ("Stand-in", "the proposer: it hands out the recorded prompts one after the other"),
-        (
-            "Simulated",
-            f"latency: lognormal, mean {latency:g} s per validation call; the rest answers at once",
-        ),
-        ("Real", "DSPy, the program, MIPROv2's three steps, and the search"),
-        ("Caution", "one run is one draw of luck: compare samplers over several seeds (--seed)"),
-    ]
-
-
-def live_task(model: str | dspy.BaseLM) -> Task:
-    """Generated word problems for a real LM, with chain of thought and few-shot demos.
-
-    Args:
-        model: A LiteLLM name, or an LM object.
-    """
-    problems = word_problems(_LIVE_TRAIN + _LIVE_VALIDATION)
-    lm = dspy.LM(model) if isinstance(model, str) else model
-    return Task(
-        title=f"m-promptune demo: live on {lm.model}",
-        notes=[
-            (
-                "Task",
-                f"generated word problems: {_LIVE_TRAIN} for training, {_LIVE_VALIDATION} for validation",
-            ),
-            ("Live", "every answer and every proposal comes from the model; nothing is replayed"),
-        ],
-        program=dspy.ChainOfThought("question -> answer"),
-        trainset=problems[:_LIVE_TRAIN],
-        valset=problems[_LIVE_TRAIN:],
-        metric=same_number,
-        lm=lm,
-        arguments={"auto": "light"},
-    )
+def _print_rows(console: Console, table: Table, rows: list[tuple[str, str]]) -> None:
+    table.add_column(style="bold", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False)

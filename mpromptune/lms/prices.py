@@ -89,9 +89,14 @@ def _listed(lm: Any, model: str) -> PerMillion | None:
     if not isinstance(lm, dspy.LM):
         return None
     try:
-        from litellm import cost_per_token
+        import litellm
 
-        prompt, completion = cost_per_token(model=model, prompt_tokens=1_000_000, completion_tokens=1_000_000)
+        litellm.suppress_debug_info = (
+            True  # as DSPy sets it: it prints a link for names that it does not know
+        )
+        prompt, completion = litellm.cost_per_token(
+            model=model, prompt_tokens=1_000_000, completion_tokens=1_000_000
+        )
     except Exception:  # noqa: BLE001 - it has errors of many kinds for a name that it does not know
         return None
     return float(prompt), float(completion)
