@@ -25,7 +25,7 @@ from tasks import FEW_SHOT, TRAIN, VAL, Counted, Planner
 import mpromptune.engine.search
 import mpromptune.sampling.sampler  # noqa: F401
 from mpromptune import MIPROv2
-from mpromptune.execution.execution import current_stop
+from mpromptune.execution.interrupts import current_stop
 from mpromptune.execution.usage import Usage
 from mpromptune.storage.attributes import STUDENT, USAGE
 from mpromptune.storage.storage import open_study

@@ -10,8 +10,8 @@ from concurrent.futures import Future
 import pytest
 from faults import press_ctrl_c
 
-from mpromptune.execution.daemons import DaemonThreads, in_daemon
 from mpromptune.execution.interrupts import handled
+from mpromptune.execution.pool import DaemonThreads, in_daemon
 
 
 def test_calls_run_at_the_same_time_in_so_many_threads() -> None:
@@ -65,7 +65,7 @@ def test_a_call_in_a_thread_of_its_own() -> None:
 def test_a_hanging_call_does_not_hold_up_the_interpreter() -> None:
     """A process ends with one of its pool's calls still waiting for ever."""
     code = (
-        "import threading\nfrom mpromptune.execution.daemons import DaemonThreads\n"
+        "import threading\nfrom mpromptune.execution.pool import DaemonThreads\n"
         "pool, began = DaemonThreads(2), threading.Event()\n"
         "pool.submit(lambda: (began.set(), threading.Event().wait()))\n"
         "began.wait()\npool.shutdown(wait=False)"

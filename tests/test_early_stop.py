@@ -12,7 +12,7 @@ from tasks import is_spent
 from test_engine import SPACE, TABLE, N, Scores, run, trials_of
 
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.execution.execution import RetryPolicy
+from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.storage.attributes import EXAMPLES
 
 BUDGET = 500

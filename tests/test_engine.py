@@ -17,7 +17,7 @@ from tasks import is_spent
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, ScoreError, SearchStoppedError
-from mpromptune.execution.execution import RetryPolicy, Verdict
+from mpromptune.execution.attempts import RetryPolicy, Verdict
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 N = 40

@@ -24,7 +24,7 @@ from mpromptune.errors import (
     SearchStoppedError,
     causes,
 )
-from mpromptune.execution import execution
+from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.model.embedding import as_embedder
 
 # Instructions wanted, and so requests for one.
@@ -35,8 +35,8 @@ WANTED = 6
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backoff of a hundredth of a second, and two attempts."""
 
-    def hasty(attempts: int, **given: Any) -> execution.RetryPolicy:
-        return execution.RetryPolicy(attempts=min(attempts, 2), **{"max_wait": 0.01, **given})
+    def hasty(attempts: int, **given: Any) -> RetryPolicy:
+        return RetryPolicy(attempts=min(attempts, 2), **{"max_wait": 0.01, **given})
 
     monkeypatch.setattr(options, "RetryPolicy", hasty)
 

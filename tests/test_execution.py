@@ -18,17 +18,9 @@ from test_engine import SPACE, TABLE, N, Scores, run, trials_of
 
 from mpromptune.engine.batches import BatchPlan
 from mpromptune.errors import CallTimeoutError, SearchStoppedError
-from mpromptune.execution.daemons import DaemonThreads
-from mpromptune.execution.execution import (
-    RetryPolicy,
-    Verdict,
-    Workers,
-    check_stopped,
-    classify_builtin,
-    current_stop,
-    stoppable,
-)
-from mpromptune.execution.interrupts import Stopped
+from mpromptune.execution.attempts import RetryPolicy, Verdict
+from mpromptune.execution.interrupts import Stopped, check_stopped, current_stop, stoppable
+from mpromptune.execution.pool import DaemonThreads, Workers, classify_builtin
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 HASTY = RetryPolicy(attempts=3, max_wait=0.001)
@@ -62,7 +54,7 @@ def test_refusals_are_no_attempts(pool: DaemonThreads) -> None:
     workers = Workers(score, pool, classify, HASTY)
     assert workers.submit({}, 7).result(60).score == 1.0
     assert len(calls) == 101
-    assert workers.limit == 2  # of 8, it was 1 before the success
+    assert workers.load.limit == 2  # of 8, it was 1 before the success
 
 
 def test_refusals_for_too_long_are_infrastructure(pool: DaemonThreads) -> None:
@@ -144,7 +136,7 @@ def test_whoever_runs_for_nobody_can_know(pool: DaemonThreads) -> None:
         return 1.0
 
     around, own = threading.Event(), Workers(score, pool)
-    with stoppable(around):
+    with stoppable(around.is_set):
         own.submit({}, 0).result(60)
     other = Workers(score, pool)
     other.submit({}, 0).result(60)

@@ -18,7 +18,7 @@ from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 from mpromptune import MIPROv2
 from mpromptune.engine import options
 from mpromptune.errors import SearchStoppedError
-from mpromptune.execution import execution
+from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.storage.attributes import SCORES
 
 
@@ -26,8 +26,8 @@ from mpromptune.storage.attributes import SCORES
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backoff of a hundredth of a second, and three attempts."""
 
-    def hasty(attempts: int, **given: Any) -> execution.RetryPolicy:
-        return execution.RetryPolicy(attempts=min(attempts, 3), **{"max_wait": 0.01, **given})
+    def hasty(attempts: int, **given: Any) -> RetryPolicy:
+        return RetryPolicy(attempts=min(attempts, 3), **{"max_wait": 0.01, **given})
 
     monkeypatch.setattr(options, "RetryPolicy", hasty)
 

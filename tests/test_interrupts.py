@@ -26,8 +26,8 @@ from test_engine import SPACE, TABLE, N, run, trials_of
 from mpromptune import MIPROv2
 from mpromptune.engine import coordinator
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
-from mpromptune.execution.execution import RetryPolicy, Verdict, check_stopped
-from mpromptune.execution.interrupts import Stopped, deferred, handled
+from mpromptune.execution.attempts import RetryPolicy, Verdict
+from mpromptune.execution.interrupts import Stopped, check_stopped, deferred, handled
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 THREADS = 4
@@ -350,7 +350,7 @@ def test_an_interrupt_of_one_search_leaves_another_alone() -> None:
 SCRIPT = """
 import os, sys, threading
 from mpromptune import PromptSpace, search
-from mpromptune.execution.execution import current_stop
+from mpromptune.execution.interrupts import current_stop
 
 answered = []
 lock = threading.Lock()

@@ -18,10 +18,9 @@ from mpromptune.engine import coordinator
 from mpromptune.engine.minibatches import MiproPlan
 from mpromptune.engine.schedule import Minibatches
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
-from mpromptune.execution.execution import RetryPolicy
-from mpromptune.execution.flights import Flights
+from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.limits import Budget, Limits
-from mpromptune.execution.pace import Pace
+from mpromptune.execution.pace import Flights, Pace
 from mpromptune.execution.usage import Usage, record
 from mpromptune.storage.attributes import USAGE
 from mpromptune.storage.ledger import Ledger

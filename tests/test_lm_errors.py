@@ -15,7 +15,7 @@ import pytest
 from dspy.utils import exceptions as dspy_errors
 
 from mpromptune.errors import ScoreError
-from mpromptune.execution.execution import Verdict
+from mpromptune.execution.attempts import Verdict
 from mpromptune.lms.errors import classify, retry_after
 
 

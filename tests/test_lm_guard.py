@@ -23,7 +23,7 @@ from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted, Pl
 
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchStoppedError
-from mpromptune.execution import execution
+from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.interrupts import Stopped
 from mpromptune.execution.limits import Budget, Limits
 from mpromptune.execution.pace import Pace
@@ -489,8 +489,8 @@ def test_the_ledger_is_what_the_lm_counted(shots: dict[str, int]) -> None:
 
 def test_the_ledger_is_true_when_requests_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fourth answer to a question is lost on its way: each attempt counts, tokens once they arrive."""
-    patient = execution.RetryPolicy(attempts=20, max_wait=0.001)
-    monkeypatch.setattr(execution, "RetryPolicy", lambda: patient)
+    patient = RetryPolicy(attempts=20, max_wait=0.001)
+    monkeypatch.setattr("mpromptune.execution.pool.RetryPolicy", lambda: patient)
     sound, asked, lost = arithmetic_lm()._answer, itertools.count(), itertools.count()
 
     def answer(field: str, messages: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from test_engine import SPACE, TABLE, N, Scores, trials_of
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.engine.schedule import Minibatches, stock_calls
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.execution.execution import RetryPolicy
+from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 SIZE, STEPS, TRIALS = 8, 5, 12

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mpromptune.execution.attempts import Verdict
-from mpromptune.execution.execution import Outcome
 from mpromptune.execution.health import Alarm, Health
 from mpromptune.execution.outage import Answer, Reliability, last_failures
+from mpromptune.execution.pool import Outcome
 
 A, B, C, D = ((i,) for i in range(4))
 

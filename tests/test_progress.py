@@ -17,8 +17,8 @@ from killed import SPACE, N, Scores
 from mpromptune import Limits, SearchResult, qEISampler, search
 from mpromptune.engine.knowledge import Knowledge
 from mpromptune.engine.monitor import Monitor
+from mpromptune.execution.attempts import Load, Throttle
 from mpromptune.execution.limits import Budget
-from mpromptune.execution.throttle import Load, Throttle
 from mpromptune.execution.usage import Usage, record
 from mpromptune.model.space import Row
 from mpromptune.sampling.encoding import encode_prompts

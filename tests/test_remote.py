@@ -190,13 +190,13 @@ def test_a_score_travels_once(tmp_path: Path) -> None:
     assert 1_000_000 < executor.sent < 1_200_000
 
 
-def test_a_worker_that_lacks_the_score_is_sent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_lacks_the_score_is_sent_it() -> None:
     """One that has lost it, or came later, says so; that is no attempt, and nothing is counted."""
     from mpromptune.execution import worker
 
     with Workplace(Distant()) as place, RemoteScore(place, value, {}) as remote, metered() as meter:
         first = remote({"0_predictor_instruction": 3, "0_predictor_demos": 2}, 0)
-        monkeypatch.setattr(worker, "_SHELF", worker._Shelf())
+        worker._HELD.clear()
         assert remote({"0_predictor_instruction": 3, "0_predictor_demos": 2}, 0) == first
         assert meter.total == Usage()
 
@@ -204,12 +204,11 @@ def test_a_worker_that_lacks_the_score_is_sent_it(monkeypatch: pytest.MonkeyPatc
 def test_a_worker_holds_few_scores() -> None:
     """Those of old searches make room."""
     from mpromptune.execution import worker
-    from mpromptune.execution.travel import pack
+    from mpromptune.execution.worker import pack
 
-    shelf = worker._Shelf()
     for key in map(str, range(20)):
-        assert shelf.find(key, pack(value, {})) is not None
-    held = [key for key in map(str, range(20)) if shelf.find(key, None) is not None]
+        assert worker.hold(key, pack(value, {})) is None
+    held = [key for key in map(str, range(20)) if key in worker._HELD]
     assert held == [str(key) for key in range(12, 20)]
 
 

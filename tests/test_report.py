@@ -16,7 +16,7 @@ from handmade import BASELINE, OTHER, SPACE, TRIALS, WINNER, findings, study_of
 
 from mpromptune import PromptSpace, qEISampler, search
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
-from mpromptune.execution.execution import RetryPolicy
+from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.show.page import render, write_report
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.engine.schedule import stock_calls
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, StudyMismatchError
-from mpromptune.execution.execution import RetryPolicy
+from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.limits import Limits
 from mpromptune.execution.usage import Usage, record
 from mpromptune.storage.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE

@@ -15,8 +15,7 @@ from lms import ScriptedLM, arithmetic_lm, digest
 from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.execution.execution import current_stop
-from mpromptune.execution.interrupts import Stopped
+from mpromptune.execution.interrupts import Stopped, current_stop
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro.steps import Steps
 from mpromptune.storage.attributes import EXAMPLES, SCORES

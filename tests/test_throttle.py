@@ -7,13 +7,12 @@ import threading
 import pytest
 from clocks import Clock
 
-from mpromptune.execution.interrupts import Stopped
-from mpromptune.execution.throttle import Throttle
+from mpromptune.execution.attempts import RetryPolicy, Throttle
 
 
 def throttle(most: int = 16, **arguments: float) -> tuple[Throttle, Clock]:
     clock = Clock()
-    return Throttle(most, clock=clock, sleep=clock.sleep, **arguments), clock
+    return Throttle(most, RetryPolicy(**arguments), clock.sleep, clock), clock
 
 
 def test_nothing_is_held_back_without_refusals() -> None:
@@ -21,18 +20,18 @@ def test_nothing_is_held_back_without_refusals() -> None:
     limiter, clock = throttle(4)
     assert [limiter.enter() for _ in range(4)] == [0] * 4
     limiter.succeeded()
-    assert (limiter.limit, clock.now) == (4, 0)
+    assert (limiter.load.limit, clock.now) == (4, 0)
 
 
 def test_the_refusals_of_one_round_trip_halve_the_limit_once() -> None:
     """Sixteen calls in flight, all refused: the limit is eight; one more round trip: four."""
     limiter, _ = throttle()
     for expected in (8, 4):
-        tickets = [limiter.enter() for _ in range(limiter.limit)]
+        tickets = [limiter.enter() for _ in range(limiter.load.limit)]
         for ticket in tickets:
             assert limiter.refused(ticket)
             limiter.leave()
-        assert limiter.limit == expected
+        assert limiter.load.limit == expected
 
 
 def test_the_limit_never_falls_below_one() -> None:
@@ -41,20 +40,20 @@ def test_the_limit_never_falls_below_one() -> None:
     for _ in range(100):
         assert limiter.refused(limiter.enter())
         limiter.leave()
-    assert limiter.limit == 1
+    assert limiter.load.limit == 1
 
 
 def test_the_limit_grows_by_one_in_a_round_trip_up_to_the_pool() -> None:
     """Each success raises it by its reciprocal."""
     limiter, _ = throttle(5)
     limiter.refused(limiter.enter())
-    assert limiter.limit == 2
+    assert limiter.load.limit == 2
     for _ in range(3):
         limiter.succeeded()
-    assert limiter.limit == 3  # 2.5 + 0.4 + 0.34 + 0.31
+    assert limiter.load.limit == 3  # 2.5 + 0.4 + 0.34 + 0.31
     for _ in range(20):
         limiter.succeeded()
-    assert limiter.limit == 5
+    assert limiter.load.limit == 5
 
 
 def test_retry_after_is_honoured_by_all() -> None:
@@ -63,7 +62,7 @@ def test_retry_after_is_honoured_by_all() -> None:
     first, second = limiter.enter(), limiter.enter()
     limiter.refused(first, retry_after=20)
     limiter.refused(second, retry_after=30)  # of the same round trip, but a wish all the same
-    assert limiter.limit == 8
+    assert limiter.load.limit == 8
     limiter.enter()
     assert clock.now == 30
 
@@ -122,21 +121,3 @@ def test_a_pause_that_is_too_long_is_an_outage_at_once() -> None:
     limiter.leave()
     limiter.enter()
     assert clock.now == 0
-
-
-def test_waiting_ends_when_the_run_is_stopped() -> None:
-    """A thread in a pause of an hour gives up as soon as the event is set."""
-    stopped = threading.Event()
-    limiter = Throttle(4, stopped=stopped)
-    limiter.refused(limiter.enter(), retry_after=3000)
-    ended = threading.Event()
-
-    def wait_in_vain() -> None:
-        with pytest.raises(Stopped):
-            limiter.enter()
-        ended.set()
-
-    threading.Thread(target=wait_in_vain, daemon=True).start()
-    assert not ended.wait(0.05)
-    stopped.set()
-    assert ended.wait(30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from typing import Any
 
@@ -14,7 +15,7 @@ from dspy.utils import exceptions as dspy_errors
 
 from mpromptune.errors import ScoreError, TravelError, causes
 from mpromptune.execution.attempts import Verdict
-from mpromptune.execution.travel import RemoteError, pack, pack_error, unpack, unpack_error
+from mpromptune.execution.worker import RemoteError, pack, pack_error, unpack_error
 from mpromptune.lms.errors import classify, note_raised_by_lm, retry_after
 
 RESPONSE = httpx.Response(429, headers={"retry-after": "7"}, request=httpx.Request("POST", "http://lm"))
@@ -141,4 +142,4 @@ def test_the_part_that_cannot_travel_is_named() -> None:
     parts = {"the program": 3, "the metric": threading.Lock(), "the validation set": [1]}
     with pytest.raises(TravelError, match=r"^The metric cannot travel.*lock"):
         pack(list(parts.values()), parts)
-    assert unpack(pack([lambda: 5], {}))[0]() == 5
+    assert pickle.loads(pack([lambda: 5], {}))[0]() == 5

@@ -28,9 +28,9 @@ from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Counted, Pla
 
 from mpromptune import MIPROv2
 from mpromptune.engine.options import resolve
+from mpromptune.execution.attempts import Load
 from mpromptune.execution.interrupts import handled
 from mpromptune.execution.limits import Budget, Limits
-from mpromptune.execution.throttle import Load
 from mpromptune.execution.usage import Usage
 from mpromptune.show.progress import Progress, Standing
 from mpromptune.show.screens import Lines, Notebook, Terminal, choose

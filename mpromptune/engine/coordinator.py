@@ -20,11 +20,11 @@ from mpromptune.engine.summary import Summary
 from mpromptune.engine.trials import Asked, Trials
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution.attempts import FAILURES, Verdict
-from mpromptune.execution.execution import Outcome, Workers, is_cut_short, outcome_of, scores_of
 from mpromptune.execution.health import Health
 from mpromptune.execution.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.execution.limits import MEASURE, Budget, patience
 from mpromptune.execution.outage import Answer
+from mpromptune.execution.pool import Outcome, Workers, is_cut_short, outcome_of, scores_of
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.show.progress import OnProgress
 from mpromptune.storage.ledger import Examples

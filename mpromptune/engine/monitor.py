@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from mpromptune.engine.knowledge import Knowledge
 from mpromptune.engine.plan import Plan
 from mpromptune.engine.trials import Trials
-from mpromptune.execution.execution import Workers
 from mpromptune.execution.interrupts import contained
 from mpromptune.execution.limits import Budget
+from mpromptune.execution.pool import Workers
 from mpromptune.model.space import Row
 from mpromptune.show.progress import OnProgress, Progress, Speed, Standing
 from mpromptune.storage.findings import Findings

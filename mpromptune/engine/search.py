@@ -29,9 +29,9 @@ from mpromptune.engine.setup import Setup
 from mpromptune.engine.trials import Trials
 from mpromptune.errors import require_count, require_finite
 from mpromptune.execution.attempts import Classify, RetryAfter, RetryPolicy, no_hint
-from mpromptune.execution.execution import Score, Workers, as_score, classify_builtin
 from mpromptune.execution.interrupts import GRACE, handled
 from mpromptune.execution.limits import SEARCH, Budget, Limits
+from mpromptune.execution.pool import Score, Workers, as_score, classify_builtin
 from mpromptune.execution.remote import ExecutorSpec, Workplace, measuring
 from mpromptune.execution.usage import Usage, metered
 from mpromptune.model.space import PromptSpace, Row

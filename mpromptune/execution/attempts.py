@@ -1,7 +1,11 @@
-"""Attempts of a call: verdicts on errors, backoff, and what rate limits cost."""
+"""Attempts of a call: verdicts on errors, backoff (by tenacity), and what rate limits cost.
+
+The throttle is by hand: how many calls may be in flight depends on the answers to all of them.
+"""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -14,13 +18,17 @@ from tenacity import (
     Retrying,
     retry_if_exception,
     stop_after_attempt,
+    stop_when_event_set,
     wait_random_exponential,
 )
 
 from mpromptune.execution.interrupts import SLICE, Stopped
-from mpromptune.execution.throttle import Load, Throttle
 
 T = TypeVar("T")
+
+# NOTE: seconds between two looks at whether a slot is free; small against the seconds of an LM call,
+# and only paid by threads that are held back.
+_TICK = 0.05
 
 
 class Verdict(Enum):
@@ -65,6 +73,112 @@ class RetryPolicy:
     give_up_after: float = 3600.0
 
 
+@dataclass(frozen=True)
+class Load:
+    """How busy a pool is.
+
+    Attributes:
+        running: Calls in flight now.
+        limit: Calls that may be; fewer than ``most`` while a provider refuses some.
+        most: Workers.
+        pause: Seconds until another call may begin, where a provider asked to be left alone.
+    """
+
+    running: int
+    limit: int
+    most: int
+    pause: float = 0.0
+
+
+class Throttle:
+    """Additive increase, multiplicative decrease of the calls in flight (as in TCP, Jacobson 1988).
+
+    A refusal halves the limit and begins a pause for all; the refusals of calls that were in flight
+    at that moment say nothing new. Each success raises the limit by its reciprocal, so by one in a
+    round trip, up to the whole pool. When something runs changes; what runs does not.
+
+    Args:
+        most: Calls in flight without refusals.
+        retry: Has the longest pause, and when to give up.
+        sleep: Waits for so many seconds; raises to end all waiting.
+        clock: Says the time, in seconds.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        retry: RetryPolicy,
+        sleep: Callable[[float], object],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._most = most
+        self._retry = retry
+        self._sleep = sleep
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._limit = float(most)
+        self._running = 0
+        self._decreases = 0
+        self._streak = 0  # of them, since the last success
+        self._until = -float("inf")  # when the pause ends
+        self._since: float | None = None  # of refusals only
+
+    @property
+    def load(self) -> Load:
+        """What is in flight now, and what may be."""
+        return Load(self._running, int(self._limit), self._most, max(0.0, self._until - self._clock()))
+
+    def enter(self) -> int:
+        """Waits until a call may begin, which ends with `leave`.
+
+        Returns:
+            A ticket for `refused`.
+        """
+        while True:
+            with self._lock:
+                delay = self._until - self._clock()
+                if delay <= 0 and self._running < int(self._limit):
+                    self._running += 1
+                    return self._decreases
+            self._sleep(delay if delay > 0 else _TICK)
+
+    def leave(self) -> None:
+        """The call is over."""
+        with self._lock:
+            self._running -= 1
+
+    def succeeded(self) -> None:
+        """The call was answered."""
+        with self._lock:
+            self._limit = min(self._most, self._limit + 1 / self._limit)
+            self._streak, self._since = 0, None
+
+    def refused(self, ticket: int, retry_after: float | None = None) -> bool:
+        """The call was refused as one too many.
+
+        Args:
+            ticket: What `enter` returned.
+            retry_after: Seconds that the provider wants to be left alone.
+
+        Returns:
+            Whether another attempt makes sense.
+        """
+        with self._lock:
+            now = self._clock()
+            self._since = now if self._since is None else self._since
+            if max(now - self._since, retry_after or 0.0) >= self._retry.give_up_after:
+                return False
+            pause = retry_after or 0.0
+            if ticket == self._decreases:
+                self._limit = max(1.0, self._limit / 2)
+                self._decreases += 1
+                self._streak += 1
+                if retry_after is None:
+                    pause = random.uniform(0, min(self._retry.max_wait, 2.0 ** min(self._streak, 32)))
+            self._until = max(self._until, now + pause)
+            return True
+
+
 class Attempts:
     """Makes a call again where another attempt may succeed.
 
@@ -94,14 +208,8 @@ class Attempts:
         self._retry_after = retry_after
         self._stopped = stopped
         self._admits = admits
-        waits = retry.max_wait, retry.give_up_after
-        self._throttle = Throttle(num_threads, *waits, stopped, sleep=self._sleep)
+        self._throttle = Throttle(num_threads, retry, self._sleep)
         self.down: Exception | None = None
-
-    @property
-    def limit(self) -> int:
-        """Attempts that may be in flight now; fewer than threads while calls are refused."""
-        return self._throttle.limit
 
     @property
     def load(self) -> Load:
@@ -114,8 +222,15 @@ class Attempts:
         Raises:
             Stopped: Nothing is to begin any more.
         """
+        retrying = Retrying(
+            retry=retry_if_exception(lambda e: isinstance(e, Exception) and self._judge(e) is Verdict.RETRY),
+            stop=stop_after_attempt(self._retry.attempts) | stop_when_event_set(self._stopped),
+            wait=self._pause,
+            sleep=self._sleep,
+            reraise=True,
+        )
         try:
-            result: T = self._retrying()(self._unrefused, call)
+            result: T = retrying(self._unrefused, call)
         except Exception as error:
             if self._judge(error) in INFRASTRUCTURE:
                 self.down = error
@@ -125,7 +240,7 @@ class Attempts:
 
     def _unrefused(self, call: Callable[[], T]) -> T:
         """An attempt that was not refused: those that are cost waiting, and count for nothing."""
-        while True:
+        while not self._stopped.is_set():
             ticket = self._throttle.enter()
             try:
                 result = call()
@@ -138,27 +253,16 @@ class Attempts:
                 return result
             finally:
                 self._throttle.leave()
-
-    def _retrying(self) -> Retrying:
-        return Retrying(
-            retry=retry_if_exception(lambda e: isinstance(e, Exception) and self._judge(e) is Verdict.RETRY),
-            stop=self._give_up,
-            wait=self._pause,
-            sleep=self._sleep,
-            reraise=True,
-        )
+        raise Stopped
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self._stopped.wait(min(SLICE, left)):
-            if not self._admits():
+        while (left := until - time.monotonic()) > 0:
+            if self._stopped.wait(min(SLICE, left)) or not self._admits():
                 raise Stopped
 
-    def _give_up(self, state: RetryCallState) -> bool:
-        return self._stopped.is_set() or stop_after_attempt(self._retry.attempts)(state)
-
     def _pause(self, state: RetryCallState) -> float:
-        backoff = wait_random_exponential(max=self._retry.max_wait)(state)
         error = state.outcome.exception() if state.outcome else None
         asked = (self._retry_after(error) if error else None) or 0.0
+        backoff = wait_random_exponential(max=self._retry.max_wait)(state)
         return max(backoff, min(asked, self._retry.give_up_after))

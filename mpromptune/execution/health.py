@@ -7,8 +7,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
-from mpromptune.execution.execution import Outcome
 from mpromptune.execution.outage import Answer, Reliability, are_several, last_failures
+from mpromptune.execution.pool import Outcome
 from mpromptune.model.space import Row
 
 # Small rounds in a row without a single answer that are read as an outage.

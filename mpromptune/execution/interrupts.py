@@ -1,4 +1,7 @@
-"""Waits for calls: when they end, and when Ctrl-C and SIGTERM interrupt them or are deferred."""
+"""How calls end early: Ctrl-C and SIGTERM, stops that a context obeys, and waits that obey both.
+
+By hand, because ``concurrent.futures.wait`` can neither be ended by an event nor, everywhere, by a signal.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ GRACE = 5.0
 SLICE = 0.2
 
 T = TypeVar("T")
+Stop = Callable[[], bool]
 
 
 class Stopped(BaseException):
@@ -49,20 +53,57 @@ def contained(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         raise CallCancelledError(f"the call ended with {type(error).__name__}: {error}") from error
 
 
-class Terminated(KeyboardInterrupt, SystemExit):
-    """SIGTERM, raised where the main thread is: an interrupt that ends the process with status 143."""
+# The stops that this context obeys.
+_STOPS: ContextVar[tuple[Stop, ...]] = ContextVar("mpromptune_stops", default=())
 
-    code = SearchTerminated.code
+
+@contextlib.contextmanager
+def stoppable(*stops: Stop) -> Iterator[None]:
+    """Once any stop says so, nothing more begins in this context, and nothing is waited for there."""
+    token = _STOPS.set((*_STOPS.get(), *stops))
+    try:
+        yield
+    finally:
+        _STOPS.reset(token)
+
+
+def current_stop() -> Stop:
+    """Says, now and from any thread later on, whether nobody waits any more for what runs here.
+
+    That is so once the run has stopped, and for an attempt that was given up after its timeout. Both
+    go on in their threads, which nothing can end from outside: whatever is about to spend something,
+    an LM call above all, asks first, or calls `check_stopped`.
+    """
+    stops = _STOPS.get()
+    return lambda: any(stop() for stop in stops)
+
+
+def is_over() -> bool:
+    """Whether nobody waits any more for what runs in this context."""
+    return current_stop()()
+
+
+def may_end() -> bool:
+    """Whether this context may be over before what it waits for is done."""
+    return bool(_STOPS.get())
+
+
+def check_stopped() -> None:
+    """Ends a chain of calls that nobody waits for any more.
+
+    Raises:
+        Stopped: As `current_stop` says.
+    """
+    if is_over():
+        raise Stopped
 
 
 class _Signals:
     """The handlers. Signals reach the main thread alone, so only that one has any of this."""
 
-    def __init__(self) -> None:
-        self._masks = 0
-        self._seen = 0
-        self._pending: BaseException | None = None
-        self._raised: BaseException | None = None
+    _masks = _seen = 0
+    _pending: BaseException | None = None
+    _raised: BaseException | None = None
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -70,7 +111,7 @@ class _Signals:
         defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         mine = [number for number, handler in defaults.items() if signal.getsignal(number) is handler]
         if mine:
-            self._seen = self._masks = 0
+            self._masks = self._seen = 0
             self._pending = self._raised = None
         try:
             for number in mine:
@@ -96,7 +137,8 @@ class _Signals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._seen += 1
-        error = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        is_term = number == signal.SIGTERM
+        error = SearchTerminated("Interrupted by SIGTERM.") if is_term else KeyboardInterrupt()
         if self._masks and self._seen == 1:
             self._pending = error
             return
@@ -129,41 +171,24 @@ def deferred() -> contextlib.AbstractContextManager[None]:
     return _SIGNALS.deferred() if _is_main() else contextlib.nullcontext()
 
 
-# Whether nothing is waited for any longer in this context; None where that never happens.
-_IS_OVER: ContextVar[Callable[[], bool] | None] = ContextVar("mpromptune_is_over", default=None)
+def interrupted(signalled: BaseException) -> type[SearchInterrupted]:
+    """The class of error that an interrupt ends a search with."""
+    return SearchTerminated if isinstance(signalled, SystemExit) else SearchInterrupted
 
 
-@contextlib.contextmanager
-def ending(is_over: Callable[[], bool]) -> Iterator[None]:
-    """In this context nothing is waited for any longer once ``is_over``, whatever hangs."""
-    outer = _IS_OVER.get()
-    token = _IS_OVER.set(is_over if outer is None else lambda: is_over() or outer())
-    try:
-        yield
-    finally:
-        _IS_OVER.reset(token)
-
-
-def may_end() -> bool:
-    """Whether waiting may end in this context before what is waited for is done (`ending`)."""
-    return _IS_OVER.get() is not None
-
-
-def is_over() -> bool:
-    """Whether nothing is waited for any longer in this context (`ending`)."""
-    over = _IS_OVER.get()
-    return over is not None and over()
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def wait_for(
     futures: Iterable[Future[Any]],
     timeout: float = math.inf,
-    unless: Callable[[], bool] = lambda: False,
+    unless: Stop = lambda: False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Waits until all are done, where an interrupt may come, or until ``unless`` says to stop waiting.
 
-    It ends as well when this context is over (`ending`). Now and then it calls ``meanwhile``.
+    It ends as well once this context is over. Now and then it calls ``meanwhile``.
     """
     pending, deadline = set(futures), time.monotonic() + timeout
     while pending and not unless() and not is_over() and (left := deadline - time.monotonic()) > 0:
@@ -173,29 +198,13 @@ def wait_for(
         meanwhile()
 
 
-def pause(seconds: float) -> None:
-    """Sleeps, where an interrupt may come."""
-    if _is_main():
-        _SIGNALS.check()
-    time.sleep(seconds)
-
-
 def result_of(future: Future[T]) -> T:
     """Its result, awaited where an interrupt may come.
 
     Raises:
-        Stopped: It is not waited for any longer (`ending`).
+        Stopped: It is not waited for any longer: this context is over.
     """
     wait_for([future])
     if not future.done():
         raise Stopped
     return future.result()
-
-
-def interrupted(signalled: BaseException) -> type[SearchInterrupted]:
-    """The class of error that an interrupt ends a search with."""
-    return SearchTerminated if isinstance(signalled, SystemExit) else SearchInterrupted
-
-
-def _is_main() -> bool:
-    return threading.current_thread() is threading.main_thread()

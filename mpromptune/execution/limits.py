@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from mpromptune.errors import SearchStoppedError, require_count, require_positive
-from mpromptune.execution.interrupts import GRACE, Stopped, ending
+from mpromptune.execution.interrupts import GRACE, Stopped, stoppable
 from mpromptune.execution.usage import Meter, StepUsage, Usage, current_meter
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ class Limits:
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
 
-
-LIMIT_NAMES = tuple(field.name for field in fields(Limits))
 
 # NOTE: a call that takes this many times as long as the mean call is taken for one that hangs; answers
 # of the same LM to the same program seldom differ by more than their lengths do.
@@ -78,6 +76,7 @@ class Budget:
     Attributes:
         reached: The limit that is used up, once nothing more may be begun for it.
         patience: Seconds that they are left once tokens or money are used up; ``grace`` until it is set.
+        meter: Counts what all steps use.
     """
 
     def __init__(
@@ -103,6 +102,11 @@ class Budget:
         with self._lock:
             return self._steps.setdefault(name, Meter(self.meter))
 
+    def begin_search(self) -> Meter:
+        """The meter of the search, whose calls per second count from now on."""
+        self._search_began = self._clock()
+        return self.step(SEARCH)
+
     @property
     def usage(self) -> StepUsage:
         """Everything used so far, by step."""
@@ -110,25 +114,8 @@ class Budget:
 
     def admits(self) -> bool:
         """Whether anything more may be begun; once it may not, `reached` says why."""
-        if self.reached is None:
-            self.reached = self._used_up()
+        self.reached = self.reached or self._used_up()
         return self.reached is None
-
-    def starts_unseen(self, used: Usage) -> bool:
-        """Whether this call is the first of all, and nothing was counted that it has used."""
-        with self._lock:
-            is_first, self._has_seen_a_call = not self._has_seen_a_call, True
-        return is_first and not (used.lm_calls or used.cache_hits or used.tokens or used.cost)
-
-    def note_trial(self, used: Usage) -> None:
-        """Warns, once, where limits cannot hold because scores do not say what they use."""
-        limited = self.limits.max_tokens is not None or self.limits.max_cost is not None
-        if limited and used.program_calls and self.starts_unseen(used):
-            logger.warning(
-                "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do not "
-                "hold. Call mpromptune.execution.usage.record in `score`, in its thread or in a copy of "
-                "its context."
-            )
 
     @property
     def is_late(self) -> bool:
@@ -158,7 +145,7 @@ class Budget:
             yield
             return
         try:
-            with ending(self.is_over):
+            with stoppable(self.is_over):
                 yield
         except Stopped as stop:
             if self.reached is None:
@@ -173,13 +160,7 @@ class Budget:
     @property
     def overspent(self) -> float:
         """By how much the limit that was reached is exceeded, in its own unit."""
-        rows = self._rows(self.meter.total)
-        return next((used - limit for name, limit, used in rows if name == self.reached), 0.0)
-
-    def begin_search(self) -> Meter:
-        """The meter of the search, whose calls per second count from now on."""
-        self._search_began = self._clock()
-        return self.step(SEARCH)
+        return -self._left(self.meter.total).get(self.reached or "", 0.0)
 
     def calls_left(self, told: Usage, calls: int) -> tuple[str, int] | None:
         """How many program calls can still be paid, and the limit that says so; None if none does.
@@ -191,23 +172,36 @@ class Budget:
             told: What the trials told so far have used.
             calls: Their program calls.
         """
-        steps = [usage for name, usage in self.usage.items() if name != SEARCH]
-        before = sum(steps, Usage())
+        before = sum((usage for name, usage in self.usage.items() if name != SEARCH), Usage())
         found: dict[str, int] = {}
-        for name, limit, used in self._rows(before + told):
+        for name, left in self._left(before + told).items():
             took = MEASURE[name](told) if name != "max_seconds" else self._clock() - self._search_began
             if calls and took > 0:
-                found[name] = max(0, math.floor((limit - used) * calls / took))
+                found[name] = max(0, math.floor(left * calls / took))
         return min(found.items(), key=lambda item: item[1]) if found else None
 
-    def _used_up(self) -> str | None:
-        used = self._rows(self.meter.total)
-        return next((name for name, limit, amount in used if amount >= limit), None)
+    def starts_unseen(self, used: Usage) -> bool:
+        """Whether this call is the first of all, and nothing was counted that it has used."""
+        with self._lock:
+            is_first, self._has_seen_a_call = not self._has_seen_a_call, True
+        return is_first and not (used.lm_calls or used.cache_hits or used.tokens or used.cost)
 
-    def _rows(self, usage: Usage) -> Iterator[tuple[str, float, float]]:
-        """Of every limit given: its name, its size, and what is used of it."""
-        for name in LIMIT_NAMES:
-            limit = getattr(self.limits, name)
-            if limit is not None:
-                elapsed = self._clock() - self._began
-                yield name, limit, elapsed if name == "max_seconds" else MEASURE[name](usage)
+    def note_trial(self, used: Usage) -> None:
+        """Warns, once, where limits cannot hold because scores do not say what they use."""
+        limited = self.limits.max_tokens is not None or self.limits.max_cost is not None
+        if limited and used.program_calls and self.starts_unseen(used):
+            logger.warning(
+                "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do not "
+                "hold. Call mpromptune.execution.usage.record in `score`, in its thread or in a copy of "
+                "its context."
+            )
+
+    def _used_up(self) -> str | None:
+        return next((name for name, left in self._left(self.meter.total).items() if left <= 0), None)
+
+    def _left(self, usage: Usage) -> dict[str, float]:
+        """What is left of every limit given, in its unit."""
+        used = {name: measure(usage) for name, measure in MEASURE.items()}
+        used["max_seconds"] = self._clock() - self._began
+        limits = {name: getattr(self.limits, name) for name in MEASURE}
+        return {name: limit - used[name] for name, limit in limits.items() if limit is not None}

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-from mpromptune.execution.execution import Outcome
+from mpromptune.execution.pool import Outcome
 from mpromptune.execution.refusals import Refusals
 from mpromptune.model.space import Row
 

@@ -1,71 +1,31 @@
-"""Caps on requests and tokens per minute, kept in every window of sixty seconds."""
+"""Why a request waits by our own will: for a cap per minute, or for an equal request that is under way."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 _WINDOW = 60.0
-# NOTE: longest sleep between two looks, in seconds: what is given back early is noticed that soon.
-_LOOK = 0.25
+# NOTE: longest sleep between two looks, in seconds: what is given back early, or given up, is noticed
+# that soon.
+_LOOK = 0.2
 
 
-@dataclass
-class _Entry:
-    """So much was taken at that time."""
+@dataclass(eq=False)
+class Ticket:
+    """Leave for requests, or for all those of a program call: so much was taken at that time."""
 
     at: float
-    amount: float
-
-
-@dataclass
-class _Window:
-    """What was taken within the last minute."""
-
-    cap: float
-    entries: deque[_Entry] = field(default_factory=deque)
-    total: float = 0.0
-
-    def delay(self, amount: float, now: float) -> float:
-        """Seconds until ``amount`` more stays within the cap; more than the cap waits for an empty window."""
-        while self.entries and self.entries[0].at <= now - _WINDOW:
-            self.total -= self.entries.popleft().amount
-        excess = self.total + min(amount, self.cap) - self.cap
-        for entry in self.entries:
-            if excess <= 0:
-                break
-            excess -= entry.amount
-            if excess <= 0:
-                return entry.at + _WINDOW - now
-        return 0.0
-
-    def take(self, amount: float, now: float) -> _Entry:
-        self.entries.append(_Entry(now, amount))
-        self.total += amount
-        return self.entries[-1]
-
-    def correct(self, entry: _Entry, amount: float, now: float) -> None:
-        """What was really used, which counts from now on."""
-        if entry.at > now - _WINDOW and entry in self.entries:
-            self.entries.remove(entry)
-            self.total -= entry.amount
-        if amount:
-            self.take(amount, now)
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """Leave for one request, or for all of a program call."""
-
-    request: _Entry
-    tokens: _Entry
+    requests: float
+    tokens: float
 
 
 class Pace:
-    """Makes requests wait so that no minute holds more of them, or of their tokens, than allowed.
+    """Makes requests wait so that no sixty seconds hold more of them, or of their tokens, than allowed.
 
     How many tokens a request takes is known when it is answered: until then it counts with the mean
     of those before.
@@ -79,33 +39,34 @@ class Pace:
     def __init__(
         self, requests: int | None, tokens: int | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._requests = _Window(float("inf") if requests is None else requests)
-        self._tokens = _Window(float("inf") if tokens is None else tokens)
+        self._caps = {"requests": requests or math.inf, "tokens": tokens or math.inf}
         self._clock = clock
         self._lock = threading.Lock()
-        self._answered = 0
-        self._used = 0
+        self._taken: deque[Ticket] = deque()  # of the last minute, oldest first
+        self._answered = self._used = 0
 
     def take(self, sleep: Callable[[float], object], requests: int = 1) -> Ticket:
         """Leave for so many requests, once they fit; ``sleep`` may raise to give up waiting."""
         while True:
             with self._lock:
-                now, expected = self._clock(), requests * self._used / max(self._answered, 1)
-                delay = max(self._requests.delay(requests, now), self._tokens.delay(expected, now))
+                wanted = {"requests": requests, "tokens": requests * self._used / max(self._answered, 1)}
+                delay = max(self._delay(what, amount) for what, amount in wanted.items())
                 if delay <= 0:
-                    return Ticket(self._requests.take(requests, now), self._tokens.take(expected, now))
+                    return self._take(**wanted)
             sleep(min(delay, _LOOK))
 
     def owe(self) -> Ticket:
         """For a request that was sent without leave: it counts all the same."""
         with self._lock:
-            now = self._clock()
-            return Ticket(self._requests.take(1, now), self._tokens.take(0, now))
+            return self._take(requests=1, tokens=0)
 
     def settle(self, ticket: Ticket, tokens: int) -> None:
-        """The request was answered with that use of tokens."""
+        """The request was answered with that use of tokens, which count from now on."""
         with self._lock:
-            self._note(ticket, tokens, 1)
+            ticket.tokens = 0
+            self._take(requests=0, tokens=tokens)
+            self._answered += 1
+            self._used += tokens
 
     def settle_all(self, ticket: Ticket, tokens: int, requests: int) -> None:
         """So many requests were made somewhere between `take` and now, with that use of tokens in all.
@@ -113,16 +74,104 @@ class Pace:
         They count from now on, the latest that any of them can have been sent.
         """
         with self._lock:
-            self._requests.correct(ticket.request, requests, self._clock())
-            self._note(ticket, tokens, requests)
-
-    def _note(self, ticket: Ticket, tokens: int, requests: int) -> None:
-        self._answered += requests
-        self._used += tokens
-        self._tokens.correct(ticket.tokens, tokens, self._clock())
+            ticket.requests = ticket.tokens = 0
+            self._take(requests, tokens)
+            self._answered += requests
+            self._used += tokens
 
     def refund(self, ticket: Ticket) -> None:
         """No request was sent after all: a cache answered."""
+        ticket.requests = ticket.tokens = 0
+
+    def _take(self, requests: float, tokens: float) -> Ticket:
+        self._taken.append(Ticket(self._clock(), requests, tokens))
+        return self._taken[-1]
+
+    def _delay(self, what: str, amount: float) -> float:
+        """Seconds until ``amount`` more stays within the cap; more than the cap waits for an empty window."""
+        now, cap = self._clock(), self._caps[what]
+        while self._taken and self._taken[0].at <= now - _WINDOW:
+            self._taken.popleft()
+        excess = sum(getattr(ticket, what) for ticket in self._taken) + min(amount, cap) - cap
+        delay = 0.0
+        for ticket in self._taken:
+            if excess <= 0:
+                break
+            excess -= getattr(ticket, what)
+            delay = ticket.at + _WINDOW - now
+        return delay
+
+
+@dataclass(eq=False)
+class Flight:
+    """A request that others may be waiting for.
+
+    Attributes:
+        key: What makes requests equal.
+        owner: The thread that sent it.
+        began: When.
+        is_given_up: Whether whoever sent it does not wait for it any more.
+        landed: Set when it has ended.
+        succeeded: Whether with an answer.
+    """
+
+    key: Hashable
+    owner: int
+    began: float
+    is_given_up: Callable[[], bool]
+    landed: threading.Event = field(default_factory=threading.Event)
+    succeeded: bool = False
+
+
+class Flights:
+    """Has requests wait for an equal one under way, whose answer is then in the cache; never for good.
+
+    A thread that has a request under way itself does not wait (so no two wait for each other), nor
+    does anybody for a request that was given up or is older than ``patience`` seconds: it may hang.
+
+    Args:
+        patience: Age of a request that nobody waits for.
+        clock: Says the time, in seconds.
+    """
+
+    def __init__(self, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._patience = patience
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._flights: dict[Hashable, Flight] = {}
+
+    def join(
+        self, key: Hashable, check: Callable[[], None], is_given_up: Callable[[], bool] = lambda: False
+    ) -> Flight | None:
+        """Waits for an equal request, if there is one.
+
+        Args:
+            key: What makes requests equal.
+            check: Called while waiting; may raise to end it.
+            is_given_up: Says from any thread whether this request has been given up.
+
+        Returns:
+            The flight to `land` when the request has ended; one that has succeeded, where another
+            request's answer is there; None where nobody is waited for.
+        """
+        me = threading.get_ident()
+        while True:
+            with self._lock:
+                flight = self._flights.get(key)
+                if flight is None:
+                    return self._flights.setdefault(key, Flight(key, me, self._clock(), is_given_up))
+                if any(other.owner == me for other in self._flights.values()):
+                    return None
+            while not flight.landed.wait(_LOOK):
+                check()
+                if flight.is_given_up() or self._clock() - flight.began > self._patience:
+                    return None
+            if flight.succeeded:
+                return flight
+
+    def land(self, flight: Flight, succeeded: bool) -> None:
+        """The request has ended: an answer is in the cache, or the next in line sends it again."""
         with self._lock:
-            self._requests.correct(ticket.request, 0, self._clock())
-            self._tokens.correct(ticket.tokens, 0, self._clock())
+            del self._flights[flight.key]
+            flight.succeeded = succeeded
+        flight.landed.set()

@@ -9,28 +9,22 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 from mpromptune.errors import CallTimeoutError, ExecutorBrokenError, InvalidArgumentError, WorkerLostError
 from mpromptune.execution import worker
 from mpromptune.execution.attempts import RetryPolicy
-from mpromptune.execution.daemons import DaemonThreads, in_daemon
-from mpromptune.execution.execution import Score, current_stop
-from mpromptune.execution.interrupts import Stopped, result_of
-from mpromptune.execution.travel import cannot_travel, pack, unpack_error
+from mpromptune.execution.interrupts import SLICE, Stopped, current_stop, result_of
+from mpromptune.execution.pool import DaemonThreads, Score, in_daemon
 from mpromptune.execution.usage import record
-from mpromptune.execution.worker import Call
+from mpromptune.execution.worker import cannot_travel, pack, unpack_error
 
 T = TypeVar("T")
 
 ExecutorSpec = Executor | Callable[[], Executor] | None
 
-# NOTE: seconds between two looks at whether a call is still wanted: by each of the threads that wait, of
-# which there may be hundreds, and by the one that watches for all of them.
-_SLICE = 1.0
-_WATCH = 0.2
 _FACTORY = "executor=lambda: ProcessPoolExecutor(4)"
 
 
@@ -40,9 +34,7 @@ def check_executor(given: Any) -> None:
     Raises:
         InvalidArgumentError: It is not.
     """
-    if given is None or isinstance(given, Executor):
-        return
-    if callable(given):
+    if given is None or isinstance(given, Executor) or callable(given):
         return
     hint = " A Dask client has one: client.get_executor()." if hasattr(given, "get_executor") else ""
     raise InvalidArgumentError(
@@ -63,7 +55,6 @@ class Workplace:
 
     def __init__(self, given: ExecutorSpec = None) -> None:
         check_executor(given)
-        self._given = given
         self._make = given if given is not None and not isinstance(given, Executor) else None
         self._executor = given if isinstance(given, Executor) else None
         self._lock = threading.Lock()
@@ -72,7 +63,7 @@ class Workplace:
 
     def __enter__(self) -> Workplace:
         if self._make is not None:
-            self._executor = self._made(self._make)
+            self._executor = _made(self._make)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -104,15 +95,21 @@ class Workplace:
             WorkerLostError: Its worker was lost, and another one may answer.
             ExecutorBrokenError: The executor makes no more calls.
         """
-        executor = self._executor
+        executor, unwanted = self._executor, current_stop()
         assert executor is not None
         try:
             future = executor.submit(function, *args)
         except Exception as error:
-            raise self._lost(executor, error, broken=True) from error
+            raise self._lost(executor, error, is_broken=True) from error
         self._pending.add(future)
         try:
-            self._await(future, unwanted := current_stop())
+            while not future.done():
+                if self._closed.is_set():
+                    raise Stopped
+                # Dask's futures do not say which calls are under way; its workers are told (`tell`).
+                if unwanted() and not hasattr(executor, "_client"):
+                    future.cancel()  # unless it has begun: what is paid for is waited for
+                wait([future], SLICE)
         finally:
             self._pending.discard(future)
         if future.cancelled() and unwanted():
@@ -121,11 +118,6 @@ class Workplace:
         if failed is not None:
             raise self._lost(executor, failed, isinstance(failed, BrokenExecutor)) from failed
         return future.result()
-
-    def withdraw(self) -> None:
-        """Cancels calls that have not begun."""
-        for future in tuple(self._pending):
-            self._cancel(future)
 
     def tell(self, function: Callable[..., T], *args: Any) -> list[T]:
         """What a call in every worker there is now returns, where the executor can do that: Dask's can."""
@@ -138,22 +130,9 @@ class Workplace:
             return []
         return [said for said in told.values() if not isinstance(said, BaseException)]
 
-    def _await(self, future: Future[Any], unwanted: Callable[[], bool]) -> None:
-        while not future.done():
-            if self._closed.is_set():
-                raise Stopped
-            if unwanted():
-                self._cancel(future)
-            wait([future], _SLICE)
-
-    def _cancel(self, future: Future[Any]) -> None:
-        """Spares calls under way; Dask's futures do not say which these are, but its workers are told."""
-        if not hasattr(self._executor, "_client"):
-            future.cancel()
-
-    def _lost(self, executor: Executor, error: BaseException, broken: bool) -> Exception:
+    def _lost(self, executor: Executor, error: BaseException, is_broken: bool) -> Exception:
         said = f"{type(error).__name__}: {error}".rstrip(": ")
-        if not broken:
+        if not is_broken:
             return WorkerLostError(f"A worker of the executor was lost ({said}).")
         if self._make is None:
             return ExecutorBrokenError(
@@ -163,15 +142,15 @@ class Workplace:
         with self._lock:
             if self._executor is executor and not self._closed.is_set():
                 _close(executor, False)
-                self._executor = self._made(self._make)
+                self._executor = _made(self._make)
         return WorkerLostError(f"The executor broke ({said}), and another one was made.")
 
-    @staticmethod
-    def _made(make: Callable[[], Executor]) -> Executor:
-        made = make()
-        if not isinstance(made, Executor):
-            raise InvalidArgumentError(f"executor must make a concurrent.futures.Executor; it made {made!r}.")
-        return made
+
+def _made(make: Callable[[], Executor]) -> Executor:
+    made = make()
+    if not isinstance(made, Executor):
+        raise InvalidArgumentError(f"executor must make a concurrent.futures.Executor; it made {made!r}.")
+    return made
 
 
 def _close(executor: Executor, hangs: bool) -> None:
@@ -223,13 +202,13 @@ class RemoteScore:
             TravelError: It cannot be used there; the message names the part.
             ExecutorBrokenError: The executor runs nothing.
         """
-        said = self._place.tell(worker.receive, self._key, self._payload)
-        if not said:
-            said = [self._ask(worker.take, self._key, self._payload)]
+        told = self._place.tell(worker.hold, self._key, self._payload)
+        said = told or [self._ask(self._key, self._payload)]
         wrong = next((answer for answer in said if answer is not None), None)
         if wrong is not None:
             raise self._unreadable(wrong)
-        in_daemon(self._watch)
+        if told:
+            in_daemon(self._tell_stop)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -237,52 +216,42 @@ class RemoteScore:
 
     def __call__(self, params: dict[str, int], example: int) -> float:
         """The score of a configuration on an example."""
-        call = Call(self._key, params, example, self._timeout, next(self._numbers))
-        answer = self._place.run(worker.perform, call)
-        if answer.lacks:
-            answer = self._place.run(worker.perform, replace(call, payload=self._payload))
-        record(answer.usage)
-        if answer.unreadable is not None:
-            raise cannot_travel("the score", answer.unreadable)
-        if answer.stopped:
-            self._raise_stopped()
-        if answer.error is not None:
-            raise unpack_error(answer.error)
-        assert answer.score is not None
-        return answer.score
+        call = self._key, params, example, self._timeout, next(self._numbers)
+        answer = self._place.run(worker.perform, *call) or self._place.run(
+            worker.perform, *call, self._payload
+        )
+        assert answer is not None
+        score, packed, usage = answer
+        record(usage)
+        if score is not None:
+            return score
+        assert packed is not None
+        error = unpack_error(packed)
+        if isinstance(error, Stopped) and self._timeout is not None and not self._stopped.is_set():
+            raise CallTimeoutError(f"no answer within {self._timeout:g} s")
+        raise error
 
-    def _watch(self) -> None:
-        """Once nothing is to begin any more, says so wherever something still might."""
-        while not self._over.wait(_WATCH):
+    def _tell_stop(self) -> None:
+        """Tells all workers when nothing is to begin any more, and when the score is needed no more."""
+        while not self._over.wait(SLICE):
             if self._stopped.is_set():
-                self._place.withdraw()
                 self._place.tell(worker.stop, self._key)
-                break
-        self._over.wait()
+                self._over.wait()
         self._place.tell(worker.stop, self._key, True)
 
-    def _raise_stopped(self) -> None:
-        if self._stopped.is_set() or self._timeout is None:
-            raise Stopped
-        raise CallTimeoutError(f"no answer within {self._timeout:g} s")
-
-    def _ask(self, function: Callable[..., T], *args: Any) -> T:
-        """A call before the search, awaited where an interrupt may come."""
-        threads = DaemonThreads(1)
+    def _ask(self, key: str | None, payload: bytes) -> str | None:
+        """Has a worker unpack something; awaited where an interrupt may come."""
         try:
-            asked: Future[T] = threads.submit(self._place.run, function, *args)
-            return result_of(asked)
+            return result_of(in_daemon(partial(self._place.run, worker.hold, key, payload)))
         except (WorkerLostError, ExecutorBrokenError) as error:
             raise ExecutorBrokenError(
                 f"The executor's workers cannot run m-promptune: {error} It has to be installed where they "
                 "run; a script that starts processes needs `if __name__ == '__main__':`. No call was made."
             ) from error
-        finally:
-            threads.shutdown(wait=False)
 
     def _unreadable(self, wrong: str) -> Exception:
         for name, part in self._parts.items():
-            said = self._ask(worker.read, pack(part, {}))
+            said = self._ask(None, pack(part, {}))
             if said is not None:
                 return cannot_travel(name, said)
         return cannot_travel("the score", wrong)
@@ -307,11 +276,11 @@ def measuring(
             return
         pool = DaemonThreads(num_threads)
         try:
-            if place.is_remote:
-                timeout = None if retry is None else retry.timeout
-                with RemoteScore(place, score, {"the score": score}, timeout, stopped) as remote:
-                    yield remote, pool
-            else:
+            if not place.is_remote:
                 yield score, pool
+                return
+            timeout = None if retry is None else retry.timeout
+            with RemoteScore(place, score, {"the score": score}, timeout, stopped) as remote:
+                yield remote, pool
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

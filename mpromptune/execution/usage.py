@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, astuple, dataclass
-from functools import reduce
-from operator import add
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,17 @@ class Usage:
     program_calls: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return self._each(operator.add, other)
 
     def __sub__(self, other: Usage) -> Usage:
-        return Usage(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return self._each(operator.sub, other)
 
     def at_least(self, other: Usage) -> Usage:
         """The larger of each."""
-        return Usage(*(max(a, b) for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return self._each(max, other)
+
+    def _each(self, function: Callable[..., Any], other: Usage) -> Usage:
+        return Usage(*map(function, astuple(self), astuple(other)))
 
     @property
     def tokens(self) -> int:
@@ -66,7 +69,7 @@ class StepUsage(dict[str, Usage]):
     @property
     def total(self) -> Usage:
         """All steps together."""
-        return reduce(add, self.values(), Usage())
+        return sum(self.values(), Usage())
 
 
 class Meter:
@@ -79,11 +82,11 @@ class Meter:
 
     def __init__(self, parent: Meter | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._parent = parent
+        self._clock = clock
         self._lock = threading.Lock()
         self._total = Usage()
-        self._clock = clock
-        self._waiting = 0
-        self._waiting_since = self._waited = 0.0
+        self._waiting = 0  # how many wait now
+        self._waited = 0.0  # seconds; less the time at which the present wait began, if there is one
 
     @property
     def total(self) -> Usage:
@@ -104,24 +107,27 @@ class Meter:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """For the time that something waits by our own will, which no timeout should hold against it."""
-        with self._lock:
-            self._waiting += 1
-            if self._waiting == 1:
-                self._waiting_since = self._clock()
+        self._count_waiting(1)
         try:
-            with nullcontext() if self._parent is None else self._parent.waiting():
-                yield
+            yield
         finally:
-            with self._lock:
-                self._waiting -= 1
-                if not self._waiting:
-                    self._waited += self._clock() - self._waiting_since
+            self._count_waiting(-1)
 
     @property
     def waited(self) -> float:
-        """Seconds of such waiting up to now."""
+        """Seconds of such waiting up to now, counted once where several wait at the same time."""
         with self._lock:
-            return self._waited + (self._clock() - self._waiting_since if self._waiting else 0.0)
+            return self._waited + (self._clock() if self._waiting else 0.0)
+
+    def _count_waiting(self, change: int) -> None:
+        with self._lock:
+            before, self._waiting = self._waiting, self._waiting + change
+            if not before:
+                self._waited -= self._clock()
+            elif not self._waiting:
+                self._waited += self._clock()
+        if self._parent is not None:
+            self._parent._count_waiting(change)
 
 
 _METER: ContextVar[Meter | None] = ContextVar("mpromptune_meter", default=None)

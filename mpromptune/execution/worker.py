@@ -1,134 +1,51 @@
-"""What runs in a worker of another process: a score that is sent there once, and called there."""
+"""What runs in a worker of another process, and what travels there and back: scores, and errors.
+
+Errors are packed by hand: constructors of SDKs' errors take what pickle does not give them, and the
+verdict on an error depends on its type, its attributes and its causes.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import threading
 import time
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from mpromptune.execution.execution import as_score, check_stopped, stoppable
-from mpromptune.execution.interrupts import Stopped, contained
-from mpromptune.execution.travel import pack_error, unpack
+import cloudpickle
+
+from mpromptune.errors import TravelError, causes
+from mpromptune.execution.interrupts import Stopped, check_stopped, contained, stoppable
+from mpromptune.execution.pool import Score, as_score
 from mpromptune.execution.usage import Meter, Usage, metered
 
 # NOTE: scores that a worker holds, the least recently used of which makes room: one for each search
 # that runs on it now, with some to spare.
-_HELD = 8
+_MOST = 8
+
+# A call's score, or what it raised, packed; and what it used.
+Answer = tuple[float | None, bytes | None, Usage]
+
+_LOCK = threading.Lock()
+_HELD: OrderedDict[str, tuple[Score, threading.Event]] = OrderedDict()  # with what is set at a search's end
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a score.
-
-    Attributes:
-        key: Of the score; every search has its own.
-        params: The configuration.
-        example: The example.
-        timeout: Seconds after which nobody waits for it any more.
-        number: Tells it from others: to Dask, equal calls are one.
-        payload: The score itself, for a worker that has said that it lacks it.
-    """
-
-    key: str
-    params: dict[str, int]
-    example: int
-    timeout: float | None = None
-    number: int = 0
-    payload: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What became of a call.
-
-    Attributes:
-        score: Its score.
-        error: What it raised, packed.
-        usage: What it used.
-        lacks: Whether the worker has never been sent the score; nothing was called.
-        unreadable: What the worker cannot make of what it was sent; nothing was called.
-        stopped: Whether it was cut short because nobody waits for it.
-    """
-
-    score: float | None = None
-    error: bytes | None = None
-    usage: Usage = field(default_factory=Usage)
-    lacks: bool = False
-    unreadable: str | None = None
-    stopped: bool = False
-
-
-class _Deadline(threading.Event):
-    """Set by the clock."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._at = time.monotonic() + seconds
-
-    def is_set(self) -> bool:
-        return time.monotonic() >= self._at
-
-
-@dataclass
-class _Held:
-    """A score, and whether its search is over."""
-
-    score: Callable[[dict[str, int], int], Any]
-    stopped: threading.Event = field(default_factory=threading.Event)
-
-
-class _Shelf:
-    """The scores that this process has been sent."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: OrderedDict[str, _Held] = OrderedDict()
-
-    def find(self, key: str, payload: bytes | None) -> _Held | None:
-        """The score of that key, unpacked by the first that needs it."""
-        with self._lock:
-            if key not in self._held and payload is not None:
-                self._held[key] = _Held(unpack(payload))
-            if key in self._held:
-                self._held.move_to_end(key)
-            while len(self._held) > _HELD:
-                self._held.popitem(last=False)
-            return self._held.get(key)
-
-    def stop(self, key: str, forget: bool) -> None:
-        with self._lock:
-            held = self._held.pop(key, None) if forget else self._held.get(key)
-        if held is not None:
-            held.stopped.set()
-
-
-_SHELF = _Shelf()
-
-
-def receive(key: str, payload: bytes) -> str | None:
-    """Keeps a score; what is wrong with it, if anything is."""
-    try:
-        _SHELF.find(key, payload)
-    except Exception as error:  # noqa: BLE001 - whatever unpickling runs into
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def take(key: str, payload: bytes) -> str | None:
-    """As `receive`, as the first call of a search."""
+def hold(key: str | None, payload: bytes) -> str | None:
+    """Unpacks a score and holds it, if there is a key; returns what is wrong with it, if anything is."""
     _leave_interrupts_to_parent()
-    return receive(key, payload)
-
-
-def read(packed: bytes) -> str | None:
-    """What is wrong with a part of a score, if anything is."""
     try:
-        unpack(packed)
+        with _LOCK:
+            if key in _HELD:
+                return None
+            score = pickle.loads(payload)
+            if key is not None:
+                _HELD[key] = score, threading.Event()
+            while len(_HELD) > _MOST:
+                _HELD.popitem(last=False)
     except Exception as error:  # noqa: BLE001 - whatever unpickling runs into
         return f"{type(error).__name__}: {error}"
     return None
@@ -136,31 +53,49 @@ def read(packed: bytes) -> str | None:
 
 def stop(key: str, forget: bool = False) -> None:
     """No call of that score begins any more, nor does one under way ask an LM again."""
-    _SHELF.stop(key, forget)
+    with _LOCK:
+        held = _HELD.pop(key, None) if forget else _HELD.get(key)
+    if held is not None:
+        held[1].set()
 
 
-def perform(call: Call) -> Answer:
-    """One call. What it raises is part of the answer: an error of this function is the infrastructure's."""
+def perform(
+    key: str,
+    params: dict[str, int],
+    example: int,
+    timeout: float | None,
+    number: int,
+    payload: bytes | None = None,
+) -> Answer | None:
+    """One call. What it raises is part of the answer: an error of this function is the infrastructure's.
+
+    Args:
+        key: Of the score; every search has its own.
+        params: The configuration.
+        example: The example.
+        timeout: Seconds after which nobody waits for it any more.
+        number: Tells it from others: to Dask, equal calls are one.
+        payload: The score itself, for a worker that lacks it.
+
+    Returns:
+        None where this worker lacks the score.
+    """
     _leave_interrupts_to_parent()
-    if call.payload is not None and (wrong := receive(call.key, call.payload)) is not None:
-        return Answer(unreadable=wrong)
-    held = _SHELF.find(call.key, None)
-    if held is None:
-        return Answer(lacks=True)
-    events = [held.stopped] if call.timeout is None else [held.stopped, _Deadline(call.timeout)]
-    with metered(Meter()) as meter, stoppable(*events):
-        answer = _answer(held, call)
-    return Answer(answer.score, answer.error, meter.total, stopped=answer.stopped)
-
-
-def _answer(held: _Held, call: Call) -> Answer:
-    try:
-        check_stopped()
-        return Answer(as_score(contained(held.score, call.params, call.example)))
-    except Stopped:
-        return Answer(stopped=True)
-    except Exception as error:  # noqa: BLE001 - judged where the call came from
-        return Answer(error=pack_error(error))
+    if payload is not None and (wrong := hold(key, payload)) is not None:
+        return None, pack_error(cannot_travel("the score", wrong)), Usage()
+    with _LOCK:
+        if key not in _HELD:
+            return None
+        _HELD.move_to_end(key)
+        score, stopped = _HELD[key]
+    until = time.monotonic() + (float("inf") if timeout is None else timeout)
+    with metered(Meter()) as meter, stoppable(stopped.is_set, lambda: time.monotonic() >= until):
+        try:
+            check_stopped()
+            value, error = as_score(contained(score, params, example)), None
+        except (Exception, Stopped) as raised:  # noqa: BLE001 - judged where the call came from
+            value, error = None, pack_error(raised)
+    return value, error, meter.total
 
 
 def _leave_interrupts_to_parent() -> None:
@@ -168,3 +103,97 @@ def _leave_interrupts_to_parent() -> None:
     is_child = multiprocessing.parent_process() is not None
     if is_child and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def pack(whole: Any, parts: Mapping[str, Any]) -> bytes:
+    """An object as bytes.
+
+    Args:
+        whole: The object.
+        parts: What it is made of, by the names that an error is to call it.
+
+    Raises:
+        TravelError: It cannot be pickled; the message names the part, and what it says of it.
+    """
+    try:
+        return bytes(cloudpickle.dumps(whole))
+    except Exception as error:
+        for name, part in parts.items():
+            try:
+                cloudpickle.dumps(part)
+            except Exception as found:
+                raise cannot_travel(name, found) from found
+        raise cannot_travel("the score", error) from error
+
+
+def cannot_travel(name: str, why: object) -> TravelError:
+    """The error for a part that no worker of another process can be given."""
+    said = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
+    return TravelError(
+        f"{name[:1].upper()}{name[1:]} cannot travel to the workers of the executor ({said}). Leave locks, "
+        "open files and connections out of it (`__getstate__`), define it in a module that the workers can "
+        "import, or use threads. No call was made with it."
+    )
+
+
+class RemoteError(Exception):
+    """Where in the worker an error came from, as text: the last cause of what is raised here."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f'\n"""\n{text}"""')
+
+
+def pack_error(error: BaseException) -> bytes:
+    """An error with all that it was raised from, as bytes; what of it cannot travel is left out."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return pickle.dumps(([_pack_one(link) for link in causes(error)], text))
+
+
+def unpack_error(packed: bytes) -> BaseException:
+    """The error again, of the same type wherever that can be had; its last cause says where it was raised."""
+    links, text = pickle.loads(packed)
+    errors: list[BaseException] = [_rebuilt(*pickle.loads(link)) for link in links]
+    for error, cause in zip(errors, [*errors[1:], RemoteError(text)], strict=True):
+        error.__cause__ = cause
+    return errors[0]
+
+
+def _pack_one(error: BaseException) -> bytes:
+    """The first that comes back saying the same: the error as pickle has it, or made anew from what travels.
+
+    Otherwise its module, its name and its text, for whoever judges errors by name.
+    """
+    cls, text = type(error), _try(lambda: str(error)) or ""
+    state = {name: value for name, value in vars(error).items() if _travels(value)}
+    args = tuple(arg if _travels(arg) else repr(arg) for arg in error.args)
+    ways: Iterable[tuple[Any, ...]] = ((error, (), state), (cls, args, state))
+    for way in ways:
+        packed: bytes | None = _try(lambda way=way: cloudpickle.dumps(way))  # type: ignore[misc]
+        if packed and _try(lambda packed=packed: str(_rebuilt(*pickle.loads(packed)))) == text:  # type: ignore[misc]
+            return packed
+    return bytes(cloudpickle.dumps(((cls.__module__, cls.__qualname__), (text,), state)))
+
+
+def _rebuilt(what: Any, args: tuple[Any, ...], state: Mapping[str, Any]) -> BaseException:
+    """An error from itself, from its class, or from the name of that, whose constructor is not called."""
+    if isinstance(what, tuple):
+        module, name = what
+        what = type(name, (Exception,), {"__module__": module})
+    error: BaseException = what
+    if isinstance(what, type):
+        error = what.__new__(what, *args)
+        error.args = args
+    vars(error).update(state)
+    return error
+
+
+def _travels(value: Any) -> bool:
+    return _try(lambda: (pickle.loads(cloudpickle.dumps(value)),)) is not None
+
+
+def _try(call: Callable[[], Any]) -> Any:
+    """What a call returns; None where it raises, as what is pickled, or made again, may do in any way."""
+    try:
+        return call()
+    except Exception:  # noqa: BLE001
+        return None

@@ -18,7 +18,7 @@ from dspy.utils import exceptions as dspy_errors
 
 from mpromptune.errors import AnswerRefusedError, EmptyAnswerError, causes
 from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
-from mpromptune.execution.execution import classify_builtin
+from mpromptune.execution.pool import classify_builtin
 
 
 def _known(*names: str) -> tuple[type[BaseException], ...]:

@@ -14,11 +14,9 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from mpromptune.errors import CallCancelledError
-from mpromptune.execution.execution import check_stopped, current_stop
-from mpromptune.execution.flights import Flight, Flights
-from mpromptune.execution.interrupts import Stopped
+from mpromptune.execution.interrupts import Stopped, check_stopped, current_stop
 from mpromptune.execution.limits import Budget
-from mpromptune.execution.pace import Pace, Ticket
+from mpromptune.execution.pace import Flight, Flights, Pace, Ticket
 from mpromptune.execution.usage import Meter, Usage, current_meter, metered
 from mpromptune.lms.adapters import patient, strict
 from mpromptune.lms.errors import note_answered, note_raised_by_lm

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import dspy
 
-from mpromptune.execution.execution import Score
+from mpromptune.execution.pool import Score
 from mpromptune.execution.usage import Meter, Usage, current_meter
 from mpromptune.lms.guard import METER, measured
 

@@ -10,11 +10,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from mpromptune.execution.attempts import Attempts, RetryPolicy
-from mpromptune.execution.daemons import DaemonThreads
-from mpromptune.execution.execution import stoppable
-from mpromptune.execution.interrupts import GRACE, Stopped
-from mpromptune.execution.throttle import Load
+from mpromptune.execution.attempts import Attempts, Load, RetryPolicy
+from mpromptune.execution.interrupts import GRACE, Stopped, stoppable
+from mpromptune.execution.pool import DaemonThreads
 from mpromptune.lms.errors import classify, retry_after
 
 T = TypeVar("T")
@@ -24,7 +22,7 @@ class Threads:
     """A pool of threads; leaving it stops what has not begun and waits for what has.
 
     After an error or an interrupt the wait is short: what is still under way then makes no further
-    LM call (see `execution.current_stop`), and does not hold up the interpreter's end.
+    LM call (see `interrupts.current_stop`), and does not hold up the interpreter's end.
 
     Args:
         number: Calls at a time.
@@ -137,7 +135,7 @@ class Threads:
         try:
             if self._ending.is_set():
                 raise Stopped
-            with stoppable(self._stopped):
+            with stoppable(self._stopped.is_set):
                 return function(*args, **kwargs)
         finally:
             with self._lock:

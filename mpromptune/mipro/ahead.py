@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from mpromptune.execution.attempts import FAILURES
-from mpromptune.execution.execution import Score
+from mpromptune.execution.pool import Score
 from mpromptune.execution.usage import Usage, current_meter, record
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import measured

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mpromptune.errors import StorageError, StudyMismatchError
 from mpromptune.execution.attempts import Verdict
-from mpromptune.execution.execution import as_score
+from mpromptune.execution.pool import as_score
 from mpromptune.execution.usage import Usage
 from mpromptune.lms.errors import classify
 from mpromptune.lms.kept import Answer

@@ -13,8 +13,8 @@ import dspy
 from dspy.teleprompt.utils import get_signature, set_signature
 
 from mpromptune.execution.attempts import FAILURES
-from mpromptune.execution.execution import Score, as_score
 from mpromptune.execution.interrupts import contained
+from mpromptune.execution.pool import Score, as_score
 from mpromptune.execution.usage import Meter, current_meter
 from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import measured, note_call

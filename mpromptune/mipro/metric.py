@@ -10,8 +10,7 @@ from typing import Any
 
 from mpromptune.errors import ScoreError
 from mpromptune.execution.attempts import Verdict
-from mpromptune.execution.execution import check_stopped
-from mpromptune.execution.interrupts import SLICE, Stopped
+from mpromptune.execution.interrupts import SLICE, Stopped, check_stopped
 from mpromptune.lms.errors import blame, classify
 from mpromptune.mipro.configurations import metric_value
 

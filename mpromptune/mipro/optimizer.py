@@ -21,9 +21,9 @@ from mpromptune.engine.arguments import extending, split
 from mpromptune.engine.options import SearchOptions, gather, resolve
 from mpromptune.engine.schedule import Minibatches
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
-from mpromptune.execution.execution import Score
 from mpromptune.execution.interrupts import handled, interrupted
 from mpromptune.execution.limits import Budget
+from mpromptune.execution.pool import Score
 from mpromptune.lms.errors import classify, retry_after
 from mpromptune.lms.guard import Guard
 from mpromptune.lms.prices import Pricing

@@ -13,9 +13,9 @@ import dspy
 from dspy.clients import DISK_CACHE_DIR
 
 from mpromptune.errors import WorkerLostError
-from mpromptune.execution.execution import Score
 from mpromptune.execution.interrupts import Stopped
 from mpromptune.execution.pace import Pace, Ticket
+from mpromptune.execution.pool import Score
 from mpromptune.execution.remote import ExecutorSpec, RemoteScore, Workplace
 from mpromptune.execution.usage import Meter, current_meter, metered
 from mpromptune.lms.adapters import given_adapter

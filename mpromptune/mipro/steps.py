@@ -21,9 +21,9 @@ from optuna.study import Study
 from mpromptune.engine.schedule import Minibatches
 from mpromptune.errors import SearchStoppedError
 from mpromptune.execution.attempts import INFRASTRUCTURE, RetryPolicy, Verdict
-from mpromptune.execution.execution import Score
 from mpromptune.execution.interrupts import GRACE, Stopped, is_over, result_of
 from mpromptune.execution.limits import SEARCH, patience
+from mpromptune.execution.pool import Score
 from mpromptune.execution.usage import Usage, record
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import Guard, measured

@@ -10,7 +10,7 @@ from typing import Any
 
 import dspy
 
-from mpromptune.execution.daemons import in_time
+from mpromptune.execution.pool import in_time
 
 logger = logging.getLogger(__name__)
 

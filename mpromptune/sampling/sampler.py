@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from mpromptune.errors import require_count
-from mpromptune.execution.daemons import in_time
+from mpromptune.execution.pool import in_time
 from mpromptune.model.acquisition import log_expected_improvement, propose, ranked
 from mpromptune.model.candidates import LISTED, choice_set
 from mpromptune.model.devices import plain_torch, resolve_device

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mpromptune.execution.attempts import Load
 from mpromptune.execution.limits import Limits
-from mpromptune.execution.throttle import Load
 from mpromptune.execution.usage import Usage
 
 logger = logging.getLogger(__name__)

@@ -12,14 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 
 from rich.filesize import pick_unit_and_suffix
 
-from mpromptune.execution.daemons import started
+from mpromptune.execution.attempts import Load
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.limits import Budget
-from mpromptune.execution.throttle import Load
 from mpromptune.show.progress import Progress, Speed, Standing
 
 logger = logging.getLogger(__name__)
@@ -129,7 +127,10 @@ class View:
         if self._thread is None:
             run = contextvars.copy_context().run  # in which a notebook's kernel finds the cell
             with deferred():  # a thread whose start is interrupted cannot be joined
-                self._thread = started(partial(run, self._run), "mpromptune-view")
+                self._thread = threading.Thread(
+                    target=run, args=(self._run,), name="mpromptune-view", daemon=True
+                )
+                self._thread.start()
         self._news.set()
         return bar
 

@@ -1,4 +1,4 @@
-"""Work items on any executor: scores, timeouts, and cancellation."""
+"""Threads that score (configuration, example) pairs: attempts with timeouts, and what became of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import contextvars
 import itertools
 import logging
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Executor, Future, wait
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from mpromptune.errors import (
     CallTimeoutError,
@@ -25,29 +26,128 @@ from mpromptune.errors import (
     WorkerLostError,
     as_real,
 )
-from mpromptune.execution.attempts import Attempts, Classify, RetryAfter, RetryPolicy, Verdict, no_hint
-from mpromptune.execution.daemons import in_daemon
-from mpromptune.execution.interrupts import Stopped, contained
-from mpromptune.execution.throttle import Load
+from mpromptune.execution.attempts import Attempts, Classify, Load, RetryAfter, RetryPolicy, Verdict, no_hint
+from mpromptune.execution.interrupts import (
+    SLICE,
+    Stopped,
+    contained,
+    deferred,
+    is_over,
+    may_end,
+    result_of,
+    stoppable,
+)
 from mpromptune.execution.usage import Meter, Usage, current_meter, metered, record
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Score = Callable[[dict[str, int], int], float]
 Keep = Callable[["Outcome"], None]
-
 
 # The same class from Python 3.11 on.
 _TIMEOUTS = TimeoutError | futures.TimeoutError | asyncio.TimeoutError
 
 
-def classify_builtin(error: BaseException) -> Verdict:
-    """The default verdict: network and timeout errors are retried, a bad score stops the run."""
-    if isinstance(error, ConnectionError | _TIMEOUTS):
-        return Verdict.RETRY
-    if isinstance(error, ScoreError):
-        return Verdict.STOP
-    return Verdict.CANDIDATE
+class DaemonThreads(Executor):
+    """A pool of daemon threads, each started when it is first needed.
+
+    By hand, because the interpreter waits at its end for every thread of a `ThreadPoolExecutor`, so
+    that one call that hangs would keep a process alive that the user has long interrupted.
+
+    Args:
+        number: Threads.
+        name: Prefix of their names.
+    """
+
+    def __init__(self, number: int, name: str = "mpromptune") -> None:
+        self._number = number
+        self._name = name
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Queues a call."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self._queue.put((future, partial(fn, *args, **kwargs)))
+            if len(self._threads) < self._number:
+                with deferred():  # a thread that is not in the list would never be told to end
+                    self._threads.append(_start(self._work, f"{self._name}_{len(self._threads)}"))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Takes no more calls; ``cancel_futures`` cancels those that have not begun."""
+        with self._lock:
+            already, self._closed = self._closed, True
+            for future in self._waiting() if cancel_futures else ():
+                future.cancel()
+            for _ in self._threads if not already or cancel_futures else ():
+                self._queue.put(None)
+        if wait:
+            self.join()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for the threads to end, at most ``timeout`` seconds, where an interrupt may come.
+
+        It ends as well once this context is over (`interrupts.stoppable`).
+        """
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        for thread in self._threads:
+            while thread.is_alive() and not is_over() and (left := deadline - time.monotonic()) > 0:
+                thread.join(min(SLICE, left))
+
+    def _waiting(self) -> Iterator[Future[Any]]:
+        """Takes what has not begun out of the queue."""
+        with suppress(queue.Empty):
+            while True:
+                if (item := self._queue.get_nowait()) is not None:
+                    yield item[0]
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            _settle(*item)
+            del item  # or the last call's result would be kept until the next one
+
+
+def in_daemon(call: Callable[[], T]) -> Future[T]:
+    """Begins a call in a daemon thread of its own."""
+    future: Future[T] = Future()
+    _start(partial(_settle, future, call), "mpromptune-call")
+    return future
+
+
+def in_time(call: Callable[[], T]) -> T:
+    """The result of a call that may hang; where waiting may end, the call is made in another thread.
+
+    Raises:
+        Stopped: It is not waited for any longer: this context is over (`interrupts.stoppable`).
+    """
+    if not may_end():
+        return call()
+    return result_of(in_daemon(partial(contextvars.copy_context().run, call)))
+
+
+def _settle(future: Future[T], call: Callable[[], T]) -> None:
+    """Makes the call that a future stands for, unless that was cancelled."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _start(target: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 @dataclass(frozen=True)
@@ -58,7 +158,7 @@ class Outcome:
         example: The example.
         score: Its score.
         error: What the last attempt raised.
-        order: The how-manieth item this was to come to an end; -1 for one known before the run.
+        order: Its place among all items in the order in which they ended; -1 for one known before the run.
         usage: What all attempts used.
     """
 
@@ -85,43 +185,6 @@ def scores_of(calls: Iterable[Future[Outcome]]) -> dict[int, float]:
     return {outcome.example: outcome.score for outcome in done if outcome.score is not None}
 
 
-# What ends the attempt that runs in this context.
-_STOPS: contextvars.ContextVar[tuple[threading.Event, ...]] = contextvars.ContextVar(
-    "mpromptune_stops", default=()
-)
-
-
-@contextmanager
-def stoppable(*events: threading.Event) -> Iterator[None]:
-    """What runs in this context is to begin nothing more once any of these events is set."""
-    token = _STOPS.set((*_STOPS.get(), *events))
-    try:
-        yield
-    finally:
-        _STOPS.reset(token)
-
-
-def current_stop() -> Callable[[], bool]:
-    """Says, now and from any thread later on, whether nobody waits any more for what runs here.
-
-    That is so once the run has stopped, and for an attempt that was given up after its timeout. Both
-    go on in their threads, which nothing can end from outside: whatever is about to spend something,
-    an LM call above all, asks first, or calls `check_stopped`.
-    """
-    events = _STOPS.get()
-    return lambda: any(event.is_set() for event in events)
-
-
-def check_stopped() -> None:
-    """Ends a chain of calls that nobody waits for any more.
-
-    Raises:
-        Stopped: As `current_stop` says.
-    """
-    if current_stop()():
-        raise Stopped
-
-
 class Workers:
     """Scores (configuration, example) pairs on an executor.
 
@@ -135,15 +198,19 @@ class Workers:
         retry: How often and how patiently infrastructure errors are retried.
         retry_after: Seconds that an exception of ``score`` asks to wait.
         num_threads: Attempts in flight at once, unless calls are refused.
-        stopped: Set when nothing more may begin.
         admits: Whether another attempt may be made, asked before each.
+        stopped: Set when nothing more may begin.
+
+    Attributes:
+        stopped: As given.
+        fatal: What has stopped them, if it was an error of ``score``.
     """
 
     def __init__(
         self,
         score: Score,
         executor: Executor,
-        classify: Classify = classify_builtin,
+        classify: Classify | None = None,
         retry: RetryPolicy | None = None,
         retry_after: RetryAfter = no_hint,
         num_threads: int = 8,
@@ -152,19 +219,14 @@ class Workers:
     ) -> None:
         self._score = partial(contained, score)
         self._executor = executor
-        self._classify = classify
+        self._classify = classify or classify_builtin
         self._retry = retry or RetryPolicy()
-        self.stopped = stopped or threading.Event()
-        self.fatal: Exception | None = None  # what has stopped them, if it was an error
         self._admits = admits
+        self.stopped = stopped or threading.Event()
+        self.fatal: Exception | None = None
         judged = self._judge, self._retry, retry_after
         self._attempts = Attempts(*judged, num_threads, self.stopped, admits)
         self._ended = itertools.count()
-
-    @property
-    def limit(self) -> int:
-        """Attempts that may be in flight now; fewer than threads while calls are refused."""
-        return self._attempts.limit
 
     @property
     def load(self) -> Load:
@@ -180,7 +242,7 @@ class Workers:
             keep: Called with the outcome, in the worker, before anybody else sees it.
         """
         context = contextvars.copy_context()
-        return self._executor.submit(context.run, self._kept, keep, dict(params), example)
+        return self._executor.submit(context.run, self._measure, keep, dict(params), example)
 
     def verdict(self, outcome: Outcome) -> Verdict | None:
         """The verdict on a failed outcome; None for a scored or a skipped one."""
@@ -193,19 +255,16 @@ class Workers:
             return Verdict.STOP
         return self._classify(error)
 
-    def _kept(self, keep: Keep | None, params: dict[str, int], example: int) -> Outcome:
-        outcome = self._measure(params, example)
-        if keep is not None:
-            keep(outcome)
-        return outcome
-
-    def _measure(self, params: dict[str, int], example: int) -> Outcome:
+    def _measure(self, keep: Keep | None, params: dict[str, int], example: int) -> Outcome:
         began = time.monotonic()
         with metered() as meter:
             outcome = self._outcome(params, example)
             if meter.total.program_calls:
                 record(Usage(seconds=time.monotonic() - began))
-        return replace(outcome, usage=meter.total)
+        outcome = replace(outcome, usage=meter.total)
+        if keep is not None:
+            keep(outcome)
+        return outcome
 
     def _outcome(self, params: dict[str, int], example: int) -> Outcome:
         try:
@@ -224,11 +283,10 @@ class Workers:
             raise Stopped
         record(Usage(program_calls=1))
         timeout, given_up = self._retry.timeout, threading.Event()
-        with stoppable(self.stopped, given_up):
+        with stoppable(self.stopped.is_set, given_up.is_set):
             if timeout is None:
                 return as_score(self._score(params, example))
-            call = partial(contextvars.copy_context().run, self._score, params, example)
-            future = in_daemon(call)
+            future = in_daemon(partial(contextvars.copy_context().run, self._score, params, example))
         if _is_done_within(timeout, future):
             return as_score(future.result())
         given_up.set()
@@ -250,6 +308,15 @@ def _is_done_within(timeout: float, future: Future[float]) -> bool:
             return False
         wait([future], left)
     return True
+
+
+def classify_builtin(error: BaseException) -> Verdict:
+    """The default verdict: network and timeout errors are retried, a bad score stops the run."""
+    if isinstance(error, ConnectionError | _TIMEOUTS):
+        return Verdict.RETRY
+    if isinstance(error, ScoreError):
+        return Verdict.STOP
+    return Verdict.CANDIDATE
 
 
 def as_score(value: Any) -> float:
