@@ -198,6 +198,13 @@ def wait_for(
         meanwhile()
 
 
+def pause(seconds: float) -> None:
+    """Sleeps, where an interrupt may come."""
+    if _is_main():
+        _SIGNALS.check()
+    time.sleep(seconds)
+
+
 def result_of(future: Future[T]) -> T:
     """Its result, awaited where an interrupt may come.
 

@@ -25,7 +25,7 @@ from optuna.storages import InMemoryStorage
 from optuna.study import Study
 
 from mpromptune.errors import StudyInUseError
-from mpromptune.execution.interrupts import deferred, is_over
+from mpromptune.execution.interrupts import deferred, is_over, pause
 from mpromptune.storage.attributes import LEASE
 from mpromptune.storage.damage import CRASHES
 from mpromptune.storage.storage import reported
@@ -145,7 +145,7 @@ class Lease:
             while not self._is_own(self._read()):
                 self._await_free()
                 self._renew()
-                time.sleep(_SETTLE)  # where two start at the same moment, the last one to write has it
+                pause(_SETTLE)  # where two start at the same moment, the last one to write has it
             renewing = threading.Thread(target=self._keep_renewing, name="mpromptune-lease", daemon=True)
             renewing.start()
             yield
@@ -201,7 +201,7 @@ class Lease:
             *(holder.pid, holder.host, self.study.study_name, SILENCE),
         )
         for second in range(round(SILENCE / _LOOK)):
-            time.sleep(_LOOK)
+            pause(_LOOK)
             now = self._read()
             if now is None:
                 return
