@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import threading
 import time
 from collections import Counter
 from typing import Any
@@ -16,7 +15,7 @@ from lms import ScriptedLM, digest
 from tasks import Adder, Planner, additions
 
 from mpromptune.lms.threads import Threads
-from mpromptune.mipro.bootstrap import DemoSetPlan
+from mpromptune.mipro.bootstrap import prepared_demo_sets
 
 TRAIN = additions(20)
 
@@ -67,17 +66,33 @@ def _luck(share: float) -> Any:
     return metric
 
 
+GIVEN = {
+    "student": Adder(),
+    "teacher": None,
+    "trainset": TRAIN,
+    "num_candidate_sets": 6,
+    "max_labeled_demos": 2,
+    "max_bootstrapped_demos": 3,
+    "metric": None,
+    "metric_threshold": None,
+    "max_errors": 100,
+    "teacher_settings": {},
+}
+
+
+def _prepared(pool: Threads, **given: Any) -> Any:
+    return prepared_demo_sets(random.Random(0), pool, **{**GIVEN, **given})
+
+
 def _compare(
     program: dspy.Module, metric: Any, threads: int = 8, lms: Any = (_lm, _lm), **settings: Any
 ) -> tuple[list[Any], ...]:
     """Demos (or the error), generator state and LM calls: of DSPy's serial loop and of ours."""
-    given = {"num_candidate_sets": 6, "max_labeled_demos": 2, "max_bootstrapped_demos": 3, **settings}
-    given = {"teacher": None, "max_errors": 100, "teacher_settings": {}, "metric_threshold": None, **given}
-    given = {"student": program, "trainset": TRAIN, "metric": metric, **given}
+    given = {**GIVEN, "student": program, "metric": metric, **settings}
 
     def concurrent(rng: random.Random) -> Any:
         with Threads(threads) as pool:
-            return DemoSetPlan(**given).prepared(rng, pool)()
+            return prepared_demo_sets(rng, pool, **given)()
 
     return tuple(
         _outcome(build, make())
@@ -183,45 +198,22 @@ def test_metric_whose_verdict_has_no_truth_value() -> None:
 def test_calls_overlap() -> None:
     """Twelve sets that need three successes each take the time of a few calls, not of all."""
     lm = ScriptedLM(lambda field, messages: field, latency=0.05)
-    plan = DemoSetPlan(Adder(), None, TRAIN, 12, 2, 3, None, None, 10, {})
     with dspy.context(lm=lm), Threads(64) as pool:
         start = time.perf_counter()
-        plan.prepared(random.Random(0), pool)()
+        _prepared(pool, num_candidate_sets=12)()
     assert time.perf_counter() - start < 0.5 * 0.05 * len(lm.calls)
-
-
-def test_equal_requests_wait_for_each_other() -> None:
-    """Sets whose teachers are equal ask for the same example in turn, so that a cache can answer."""
-    running: Counter[str] = Counter()
-    most: Counter[str] = Counter()
-    lock = threading.Lock()
-
-    def answer(field: str, messages: list[Any]) -> str:
-        key = repr(messages)
-        with lock:
-            running[key] += 1
-            most[key] = max(most[key], running[key])
-        time.sleep(0.005)
-        with lock:
-            running[key] -= 1
-        return field
-
-    plan = DemoSetPlan(Adder(), None, TRAIN[:4], 8, 0, 3, None, None, 10, {})
-    with dspy.context(lm=ScriptedLM(answer)), Threads(32) as pool:
-        plan.prepared(random.Random(0), pool)()
-    assert set(most.values()) == {1}
 
 
 def test_interrupt_starts_no_further_calls() -> None:
     """Ctrl-C ends the bootstrap with the calls that are under way, though hundreds are queued."""
     lm = ScriptedLM(lambda field, messages: field, latency=0.05)
-    plan = DemoSetPlan(Adder(), None, additions(200), 12, 2, 50, lambda *_: True, None, 10, {})
+    sets = {"num_candidate_sets": 12, "max_bootstrapped_demos": 50, "trainset": additions(200)}
 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
     with dspy.context(lm=lm), Threads(4) as pool, contextlib.suppress(KeyboardInterrupt):
-        plan.prepared(random.Random(0), pool, on_set=interrupted)()
+        _prepared(pool, on_set=interrupted, **sets)()
     done = len(lm.calls)
     assert done < 50  # those under way, and what begins until the main thread gets its turn
     time.sleep(0.1)

@@ -363,7 +363,7 @@ def test_demos_that_are_no_json(
     def refuse(demos: Any) -> Any:
         raise TypeError("Object of type Opaque is not JSON serializable")
 
-    monkeypatch.setattr("mpromptune.mipro.checkpoint.to_json", refuse)
+    monkeypatch.setattr("mpromptune.mipro.checkpoint.demos_to_json", refuse)
     with caplog.at_level(logging.WARNING):
         optimizer, best = _compile(tmp_path / "run.log")
     assert "The demo sets cannot be kept in the study (TypeError: Object of type Opaque" in caplog.text

@@ -16,8 +16,8 @@ from mpromptune import MIPROv2
 from mpromptune.cli import main as cli
 from mpromptune.cli.compiles import load_target
 from mpromptune.errors import SearchStoppedError
-from mpromptune.mipro.interception import interceptor
-from mpromptune.mipro.standing import read_standing
+from mpromptune.mipro.estimate import interceptor
+from mpromptune.mipro.reading import read_standing
 
 # The user's file: `shared` holds what the test hands to it, and what it has done.
 FILE = """

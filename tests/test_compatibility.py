@@ -13,7 +13,7 @@ from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import MIPROv2
 from mpromptune.errors import IncompatibleDSPyError, MPromptuneError
-from mpromptune.mipro.compatibility import _PARAMETERS, TESTED_DSPY
+from mpromptune.mipro.checks import _PARAMETERS, TESTED_DSPY
 
 ROOT = Path(__file__).parent.parent
 

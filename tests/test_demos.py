@@ -12,7 +12,7 @@ import pydantic
 import pytest
 from tasks import Adder
 
-from mpromptune.mipro.demos import from_json, require_same_prompts, to_json
+from mpromptune.mipro.checkpoint import demos_from_json, demos_to_json, require_same_prompts
 
 
 class Step(pydantic.BaseModel):
@@ -49,7 +49,7 @@ def test_same_prompts(signature: Any, types: Any, fields: dict[str, Any], adapte
     """Text, numbers, lists, models, dates and images are prompted with as before."""
     program = _program(signature, **types)
     demos = [dspy.Example(fields)]
-    loaded = from_json(json.loads(json.dumps(to_json(demos))))
+    loaded = demos_from_json(json.loads(json.dumps(demos_to_json(demos))))
     with dspy.context(adapter=adapter):
         require_same_prompts(program, {0: [demos]}, {0: [loaded]})
     assert set(loaded[0].keys()) == fields.keys()
@@ -57,13 +57,13 @@ def test_same_prompts(signature: Any, types: Any, fields: dict[str, Any], adapte
 
 def test_demos_of_an_empty_set() -> None:
     """A set without demos stays one."""
-    assert from_json(to_json([])) == []
+    assert demos_from_json(demos_to_json([])) == []
 
 
 def test_plain_demos_are_equal() -> None:
     """Demos of text and numbers come back as they were, augmented or not."""
     demos = [dspy.Example(augmented=True, question="1+1", answer=2), dspy.Example(question="q", answer=0.5)]
-    assert from_json(to_json(demos)) == demos
+    assert demos_from_json(demos_to_json(demos)) == demos
 
 
 def test_other_prompts_are_noticed() -> None:

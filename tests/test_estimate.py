@@ -23,7 +23,7 @@ from tasks import (
 
 from mpromptune import MIPROv2
 from mpromptune.execution.usage import StepUsage, Usage
-from mpromptune.mipro.estimate import Estimate, Plan, estimate
+from mpromptune.mipro.estimate import Estimate, estimate
 
 
 def _optimizer(shots: Any, **options: Any) -> MIPROv2:
@@ -75,22 +75,22 @@ def test_an_estimate_can_be_asked_for_in_the_constructor() -> None:
     assert lm.calls == []
 
 
-PLAN = Plan(
-    predictors=2,
-    train_size=25,
-    demo_sets=5,
-    bootstrapped=True,
-    labelled=True,
-    instructions=4,
-    describes_program=True,
-    summary_batch=10,
-    search_calls=100,
-)
+def _by_hand(*prices: Any) -> Estimate:
+    """Two predictors, 25 examples, 5 demo sets, 4 instructions, 100 calls."""
+    given = {
+        "program": Planner(),
+        "trainset": [None] * 25,
+        "num_fewshot_candidates": 5,
+        "max_bootstrapped_demos": 1,
+        "max_labeled_demos": 1,
+    }
+    flags = {"program_aware_proposer": True, "data_aware_proposer": True, "view_data_batch_size": 10}
+    return estimate(given, flags, 4, 100, *prices)
 
 
 def test_an_estimate_by_hand() -> None:
     """Three sets of 25 runs; 4 x 2 instructions of three requests and a summary of 1 + 2 + 1."""
-    usage = estimate(PLAN, None, None).usage
+    usage = _by_hand(None, None).usage
     assert usage == StepUsage(
         bootstrap=Usage(program_calls=75, lm_calls=150),
         propose=Usage(lm_calls=28),
@@ -100,7 +100,7 @@ def test_an_estimate_by_hand() -> None:
 
 def test_tokens_and_dollars_of_typical_requests() -> None:
     """378 requests of 1000 + 100 tokens; the prompt model costs ten times as much as the task model."""
-    expected = estimate(PLAN, (1.0, 10.0), (10.0, 100.0)).with_tokens(1000, 100)
+    expected = _by_hand((1.0, 10.0), (10.0, 100.0)).with_tokens(1000, 100)
     assert expected.usage.total.tokens == 378 * 1100
     assert expected.usage["search"].cost == pytest.approx(200 * 0.002)
     assert expected.usage["propose"].cost == pytest.approx(28 * 0.02)
@@ -111,8 +111,8 @@ def test_tokens_and_dollars_of_typical_requests() -> None:
 
 def test_an_unknown_price_is_not_passed_off_as_nothing() -> None:
     """The lines that lack one say so, the sum among them."""
-    lines = str(estimate(PLAN, (1.0, 10.0), None).with_tokens(1000, 100)).splitlines()
+    lines = str(_by_hand((1.0, 10.0), None).with_tokens(1000, 100)).splitlines()
     assert lines[1].endswith("price of propose not known")
     assert lines[2].endswith("$0.40")
     assert lines[3].endswith("price of propose not known")
-    assert "$" not in str(estimate(PLAN, None, None))
+    assert "$" not in str(_by_hand(None, None))

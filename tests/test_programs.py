@@ -11,7 +11,7 @@ from lms import arithmetic_lm
 from tasks import VAL, Adder, Planner
 
 from mpromptune.errors import ScoreError
-from mpromptune.mipro.configurations import ProgramScorer, ProgramSpace, demo_text, metric_value
+from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, demo_text, metric_value, scorer
 
 OWN = dspy.Predict("question -> answer").signature.instructions
 DEMO = dspy.Example(question="1+1", answer="2")
@@ -24,8 +24,7 @@ def _space(demos: Any = None, student: dspy.Module | None = None) -> ProgramSpac
 def test_candidates_that_occur_twice_count_once() -> None:
     """Equal instructions and equal demo sets are one candidate each, in the order of first occurrence."""
     programs = ProgramSpace(Adder(), {0: [OWN, "Add.", OWN, "Add."]}, {0: [[], [DEMO], [DEMO.copy()], []]})
-    assert programs.instructions == {0: [OWN, "Add."]}
-    assert programs.demos == {0: [[], [DEMO]]}
+    assert list(programs.candidates.values()) == [[OWN, "Add."], [[], [DEMO]]]
     assert programs.prompt_space().size == 4
 
 
@@ -50,7 +49,7 @@ def test_without_demo_candidates_the_students_demos_stay() -> None:
 def test_demos_that_hold_arrays_are_compared_by_identity() -> None:
     """Demos whose equality has no single truth value are kept apart instead of failing."""
     demo_sets = [[dspy.Example(x=np.zeros(3))], [dspy.Example(x=np.zeros(3))], []]
-    assert len(_space({0: demo_sets}).demos[0]) == 3
+    assert len(_space({0: demo_sets}).candidates["0_predictor_demos"]) == 3
 
 
 def test_builds_are_independent() -> None:
@@ -81,10 +80,10 @@ def test_scoring_keeps_no_history_and_no_trace() -> None:
     built: list[Any] = []
     build = programs.build
     programs.build = lambda params: built.append(build(params)) or built[-1]  # type: ignore[method-assign,func-returns-value]
-    scorer = ProgramScorer(programs, VAL, lambda example, prediction: 1.0)
+    score = scorer(ProgramRunner(programs, VAL, lambda example, prediction: 1.0))
     trace: list[Any] = []
     with dspy.context(lm=arithmetic_lm(), trace=trace):
-        assert [scorer({"0_predictor_instruction": 1}, i) for i in range(5)] == [1.0] * 5
+        assert [score({"0_predictor_instruction": 1}, i) for i in range(5)] == [1.0] * 5
     assert trace == []
     assert len(built) == 1
     assert all(module.history == [] for _, module in built[0].named_sub_modules())

@@ -15,8 +15,6 @@ from typing import Any
 
 import dspy
 import pytest
-from dspy.propose import GroundedProposer
-from dspy.propose.grounded_proposer import GenerateModuleInstruction
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import ContextWindowExceededError
 from embedders import hashed
@@ -26,7 +24,7 @@ from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, VAL, ZERO_SHOT, Adder, Pla
 from mpromptune import MIPROv2
 from mpromptune.lms.adapters import patient
 from mpromptune.lms.threads import Threads
-from mpromptune.mipro import concurrent_bootstrap, proposal
+from mpromptune.mipro import checks, proposal
 
 TRAIN = additions(24)
 Call = tuple[str, Any, str]  # messages, rollout, what was asked for
@@ -217,12 +215,24 @@ def test_proposals_overlap() -> None:
     proposer_calls = itertools.count()
     with dspy.context(lm=lm), Threads(32) as threads:
         proposer = proposal.ConcurrentProposer(
-            threads, prompt_model=lm, program=Planner(), trainset=TRAIN, use_dataset_summary=False,
-            rng=random.Random(0), use_instruct_history=False, set_history_randomly=False,
-        )  # fmt: skip
+            threads,
+            prompt_model=lm,
+            program=Planner(),
+            trainset=TRAIN,
+            view_data_batch_size=10,
+            use_dataset_summary=False,
+            rng=random.Random(0),
+            use_instruct_history=False,
+            set_history_randomly=False,
+        )
         start = time.perf_counter()
         proposed = proposer.propose_instructions_for_program(
-            TRAIN, Planner(), None, {}, 5, on_instruction=lambda: next(proposer_calls)
+            TRAIN,
+            program=Planner(),
+            demo_candidates=None,
+            trial_logs={},
+            N=5,
+            on_instruction=lambda: next(proposer_calls),
         )
     assert time.perf_counter() - start < 0.5 * 30 * 0.03
     assert next(proposer_calls) == 10 == sum(map(len, proposed.values()))
@@ -241,38 +251,15 @@ def test_summary_stops_when_the_bootstrap_fails() -> None:
     assert len(lm.calls) <= 2
 
 
-@pytest.mark.parametrize("module", [concurrent_bootstrap, proposal])
 def test_unknown_dspy_runs_serially(
-    module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where DSPy's internals are not those that were counted on, its own serial step runs, with a warning."""
-    monkeypatch.setattr(module, "is_supported", lambda: False)
+    monkeypatch.setattr(checks, "_OF_BOOTSTRAP", ("_what_is_gone",))
     serial = _handed(Stock, Planner(), RolloutLM(), FEW_SHOT)
     with caplog.at_level(logging.WARNING, "mpromptune"):
         assert _handed(Ours, Planner(), RolloutLM(), FEW_SHOT, sampler="qei") == serial
-    assert "running it serially" in caplog.text
-
-
-def test_support_is_read_from_dspy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proposer that draws or reads anything more, or cannot be read, is left to DSPy."""
-    assert proposal.is_supported()
-    assert concurrent_bootstrap.is_supported()
-
-    def drawing_twice(self: Any) -> None:
-        self.rng.randint(0, 10**9)
-        self.rng.random()
-
-    def reading_twice(self: Any, data_summary: str) -> None:
-        self.describe_program(summary=data_summary)
-        self.generate_module_instruction(dataset_description=data_summary)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GenerateModuleInstruction, "forward", reading_twice)
-        assert not proposal.is_supported()
-    monkeypatch.setattr(GroundedProposer, "propose_instruction_for_predictor", drawing_twice)
-    assert not proposal.is_supported()
-    monkeypatch.delattr(GroundedProposer, "propose_instruction_for_predictor")
-    assert not proposal.is_supported()
+    assert "running them serially" in caplog.text
 
 
 def test_a_whole_compile_repeats_itself() -> None:

@@ -17,7 +17,7 @@ from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, P
 from mpromptune import MIPROv2
 from mpromptune.execution.interrupts import Stopped, current_stop
 from mpromptune.lms.threads import Threads
-from mpromptune.mipro.steps import Steps
+from mpromptune.mipro.run import Run
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 
@@ -77,7 +77,7 @@ def test_same_search_for_the_same_calls(shots: dict[str, int], monkeypatch: pyte
     """With the student scored ahead, trials, winner and LM calls are what they are without."""
     ahead_lm, plain_lm = _jittery_lm(), _jittery_lm()
     optimizer, ahead = _compile(Exact(), ahead_lm, shots)
-    monkeypatch.setattr(Steps, "score_ahead", lambda self, *_: None)
+    monkeypatch.setattr(Run, "want_scores", lambda self, *_: None)
     unaided, plain = _compile(Exact(), plain_lm, shots)
     assert _measured(ahead) == _measured(plain)
     assert (ahead.score, ahead.dump_state()) == (plain.score, plain.dump_state())

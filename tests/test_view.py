@@ -342,7 +342,7 @@ def test_a_view_that_fails_ends_no_compile(
 ) -> None:
     """It is logged once, and the compile returns what it does without a view."""
     screen = Recorded(error)
-    monkeypatch.setattr("mpromptune.mipro.steps.choose", lambda: screen)
+    monkeypatch.setattr("mpromptune.mipro.run.choose", lambda: screen)
     with caplog.at_level(logging.WARNING, "mpromptune"):
         best = compiled(arithmetic_lm(latency=0.002))
     assert best.search_result.calls == SMALL_RUN_CALLS
@@ -355,7 +355,7 @@ def test_a_view_that_fails_ends_no_compile(
 def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking changes nothing; and what is shown at the end is the result."""
     screen = Recorded()
-    monkeypatch.setattr("mpromptune.mipro.steps.choose", lambda: screen)
+    monkeypatch.setattr("mpromptune.mipro.run.choose", lambda: screen)
     seen, alone = compiled(confirm=True), compiled(confirm=True, verbose=False)
     trials = [
         [(t.params, t.user_attrs[EXAMPLES], t.user_attrs[SCORES]) for t in best.search_result.study.trials]
@@ -378,7 +378,7 @@ def test_what_an_interrupted_run_has_made_is_shown_as_done(
     """The same call again: three full bars, and no call."""
     compiled(storage=tmp_path / "run.log", verbose=False)
     screen, lm = Recorded(), arithmetic_lm()
-    monkeypatch.setattr("mpromptune.mipro.steps.choose", lambda: screen)
+    monkeypatch.setattr("mpromptune.mipro.run.choose", lambda: screen)
     compiled(lm, storage=tmp_path / "run.log")
     assert [bar[:3] for bar in screen.frames[-1][0]] == [
         ("Bootstrapping", 3, 3),

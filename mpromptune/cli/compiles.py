@@ -15,10 +15,9 @@ import dspy
 
 from mpromptune.engine.options import SearchOptions
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, TargetError
-from mpromptune.mipro.estimate import Estimate
-from mpromptune.mipro.interception import Interceptor, intercepting
+from mpromptune.mipro.estimate import Estimate, Interceptor, intercepting
 from mpromptune.mipro.optimizer import MIPROv2
-from mpromptune.mipro.standing import Standing, read_standing
+from mpromptune.mipro.reading import Standing, read_standing
 
 # Not the file's own name, which another module may have.
 _NAME = "mpromptune_target"

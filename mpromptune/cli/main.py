@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mpromptune.engine.result import SearchResult
     from mpromptune.mipro.estimate import Estimate
-    from mpromptune.mipro.standing import Standing
+    from mpromptune.mipro.reading import Standing
 
 _DEMO = """\
 Compiles a DSPy program with mpromptune.MIPROv2, through all of its steps.

@@ -1,12 +1,20 @@
-"""What a compile keeps in its study besides the search: who it is, and what its first steps ended with."""
+"""What a compile keeps in its study besides the search: who it is, and what its first steps have paid for.
+
+LMs' answers are kept as they come in (`mpromptune.lms.kept`), so a step that was cut off is made again from
+them. Demo sets, instructions and scores of the student are kept as well, once they are there: indices of the
+search stand for just these, and what a program or a metric pays for besides LMs is not paid again.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+import dspy
+from dspy.adapters.utils import serialize_for_json
+from dspy.teleprompt.utils import get_signature
 
 from mpromptune.errors import StorageError, StudyMismatchError
 from mpromptune.execution.attempts import Verdict
@@ -14,7 +22,6 @@ from mpromptune.execution.pool import as_score
 from mpromptune.execution.usage import Usage
 from mpromptune.lms.errors import classify
 from mpromptune.lms.kept import Answer
-from mpromptune.mipro.demos import DemoSets, from_json, require_same_prompts, to_json
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.storage.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
 from mpromptune.storage.damage import CRASHES, list_from, named, readable, usage_from
@@ -23,6 +30,8 @@ from mpromptune.storage.storage import reported
 
 logger = logging.getLogger(__name__)
 
+# Per predictor, its candidates.
+DemoSets = dict[int, list[list[Any]]]
 Instructions = dict[int, list[str]]
 T = TypeVar("T")
 
@@ -32,8 +41,6 @@ _PIECE = 5000
 
 class Checkpoint:
     """The steps of one compile before its search, in the attributes of its study.
-
-    A step is there as a whole or not at all: its parts are written first, and what they are last.
 
     Args:
         lease: Of its study; once that is lost, nothing is written any more.
@@ -57,28 +64,20 @@ class Checkpoint:
         if self._kept.get(RUN) != run:
             self._set(RUN, dict(run))
 
-    def demo_sets(self, rng: random.Random) -> DemoSets | None:
-        """Those of the bootstrap, if it has ended; ``rng`` is then left as it was at that time."""
+    # Candidates.
 
-        def read(head: dict[str, Any], parts: dict[str, Any]) -> DemoSets:
-            version, state, gauss = head["rng"]
-            numbers = enumerate(head["numbers"])
-            demos = {i: [from_json(parts[f"{i}:{j}"]) for j in range(number)] for i, number in numbers}
-            rng.setstate((version, tuple(state), gauss))
-            return demos
+    def demo_sets(self) -> DemoSets | None:
+        """Those of the bootstrap, if it has ended."""
+        return self._candidates(DEMOS, "The demo sets", demos_from_json)
 
-        return self._read(DEMOS, "The demo sets", read)
-
-    def keep_demo_sets(self, program: Any, demos: DemoSets, rng: random.Random) -> DemoSets:
+    def keep_demo_sets(self, program: Any, demos: DemoSets) -> DemoSets:
         """Keeps what the bootstrap ended with; returns it as it will be loaded.
 
         Should that give other prompts, a warning says that nothing was kept.
         """
         try:
-            plain = {f"{i}:{j}": to_json(one) for i, sets in demos.items() for j, one in enumerate(sets)}
-            loaded = {
-                i: [from_json(plain[f"{i}:{j}"]) for j, _ in enumerate(sets)] for i, sets in demos.items()
-            }
+            plain = {i: [*map(demos_to_json, sets)] for i, sets in demos.items()}
+            loaded = {i: [*map(demos_from_json, sets)] for i, sets in plain.items()}
             require_same_prompts(program, demos, loaded)
         except Exception as error:  # noqa: BLE001 - of adapters, of types of fields: the demos are paid for
             logger.warning(
@@ -88,28 +87,34 @@ class Checkpoint:
                 error,
             )
             return demos
-        version, state, gauss = rng.getstate()
-        numbers = [len(demos[i]) for i in range(len(demos))]
-        self._keep(DEMOS, {"numbers": numbers, "rng": [version, list(state), gauss]}, plain)
+        self._keep_candidates(DEMOS, plain)
         return loaded
-
-    @property
-    def has_instructions(self) -> bool:
-        """Whether the proposal has ended."""
-        return self._load(INSTRUCTIONS) is not None
 
     def instructions(self) -> Instructions | None:
         """Those of the proposal, if it has ended."""
-
-        def read(head: dict[str, Any], parts: dict[str, Any]) -> Instructions:
-            return {int(i): [str(text) for text in list_from(i, texts)] for i, texts in parts.items()}
-
-        return self._read(INSTRUCTIONS, "The instructions", read)
+        return self._candidates(INSTRUCTIONS, "The instructions", _text)
 
     def keep_instructions(self, instructions: Instructions) -> None:
         """Keeps what the proposal ended with."""
-        texts = {str(i): [str(text) for text in texts] for i, texts in instructions.items()}
-        self._keep(INSTRUCTIONS, {}, texts)
+        self._keep_candidates(INSTRUCTIONS, {i: [*map(str, texts)] for i, texts in instructions.items()})
+
+    def _candidates(self, kind: str, what: str, read: Callable[[Any], T]) -> dict[int, list[T]] | None:
+        if self._kept.get(kind) is None:
+            return None
+        try:
+            return {i: [*map(read, some)] for i, some in read_candidates(self._kept, kind).items()}
+        except CRASHES as error:
+            _warn_of_damage(what, error)
+            return None
+
+    def _keep_candidates(self, kind: str, candidates: Mapping[int, Sequence[Any]]) -> None:
+        """How many there are is written last: they are there as a whole or not at all."""
+        for i, some in candidates.items():
+            for j, candidate in enumerate(some):
+                self._set(f"{kind}:{i}:{j}", candidate)
+        self._set(kind, {"numbers": [len(candidates[i]) for i in range(len(candidates))]})
+
+    # Answers of LMs, and what they took.
 
     def answer(self, scope: str, digest: str, number: int, cached: bool) -> Answer | None:
         """As `mpromptune.lms.kept.Answers`."""
@@ -126,12 +131,11 @@ class Checkpoint:
             return
         key = f"{ANSWERS}:{scope}:{digest}:{number}"
         first, *more = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
-        try:
-            for i, piece in enumerate(more):
-                self._set(f"{key}/{i}", piece)
-            self._set(key, {"text": first, "more": len(more)})
-        except StorageError as error:  # which the search cannot do without, and will report
-            logger.warning("An answer of a language model could not be kept: %s", error)
+        pieces = {
+            **{f"{key}/{i}": piece for i, piece in enumerate(more)},
+            key: {"text": first, "more": len(more)},
+        }
+        self._try_to_keep("An answer of a language model", pieces)
 
     def _answer(self, key: str) -> Answer | None:
         kept: Any = self._kept.get(key)
@@ -152,8 +156,7 @@ class Checkpoint:
         """What the steps before the search have used so far, in interrupted runs too."""
         if not self._has_steps():  # nothing that another run could go on with, so this may be another
             return {}
-        kept = {key: value for key, value in self._kept.items() if key.startswith(f"{USED}:")}
-        used = {key.removeprefix(f"{USED}:"): usage_from(value) for key, value in kept.items()}
+        used = kept_usage(self._kept)
         for key, answer in self._answers().items():  # of a run that was killed, which has kept nothing else
             step = key.removeprefix(f"{ANSWERS}:").partition(":")[0]
             if answer.total != Usage():
@@ -163,6 +166,8 @@ class Checkpoint:
     def keep_usage(self, step: str, usage: Usage) -> None:
         """Keeps what a step has used."""
         self._set(f"{USED}:{step}", usage.as_dict())
+
+    # The student's scores.
 
     def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
         """Per validation example, the student's score or what it failed with, and what it used."""
@@ -177,17 +182,15 @@ class Checkpoint:
 
     def keep_student_outcome(self, example: int, outcome: float | Exception, usage: Usage) -> None:
         """Keeps it, unless it says nothing about the student; may be called by any thread."""
-        kept: dict[str, Any] = {"usage": usage.as_dict()}
         if not isinstance(outcome, Exception):
-            kept["score"] = outcome
+            kept: dict[str, Any] = {"score": outcome}
         elif classify(outcome) is Verdict.CANDIDATE:
-            kept["error"] = type(outcome).__name__  # not its message: nobody knows what is in it
+            kept = {"error": type(outcome).__name__}  # not its message: nobody knows what is in it
         else:
             return
-        try:
-            self._set(f"{STUDENT}:{example}", kept)
-        except StorageError as error:  # which the search cannot do without, and will report
-            logger.warning("The student's score on example %d could not be kept: %s", example, error)
+        self._try_to_keep(
+            "A score of the student", {f"{STUDENT}:{example}": {**kept, "usage": usage.as_dict()}}
+        )
 
     def measured(self, params: Mapping[str, int]) -> set[int]:
         """Validation examples of which the search has a score for a configuration."""
@@ -195,6 +198,8 @@ class Checkpoint:
             trials = [t for t in self.study.get_trials(deepcopy=False) if t.params == params]
         told = (t.user_attrs.get(EXAMPLES, ()) for t in trials if SCORES in t.user_attrs)
         return {example for some in (*told, *(t.intermediate_values for t in trials)) for example in some}
+
+    # Whose study it is.
 
     def _require_same(self, run: Mapping[str, Part]) -> None:
         then = self._kept.get(RUN)
@@ -219,32 +224,74 @@ class Checkpoint:
         """Whether anything has been paid for before a search."""
         return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT, ANSWERS)) for key in self._kept)
 
-    def _read(self, step: str, what: str, read: Callable[[dict[str, Any], dict[str, Any]], T]) -> T | None:
-        """What a step ended with; None, after a warning, where it is damaged."""
-        kept = self._load(step)
-        try:
-            return None if kept is None else read(*kept)
-        except CRASHES as error:
-            _warn_of_damage(what, error)
-            return None
-
-    def _load(self, step: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        head = self._kept.get(step)
-        try:
-            return None if head is None else (head, {p: self._kept[f"{step}:{p}"] for p in head["parts"]})
-        except CRASHES:  # a part that was lost
-            return None
-
-    def _keep(self, step: str, head: Mapping[str, Any], parts: Mapping[str, Sequence[Any]]) -> None:
-        for part, value in parts.items():
-            self._set(f"{step}:{part}", value)
-        self._set(step, {**head, "parts": list(parts)})
-
     def _set(self, key: str, value: Any) -> None:
         if self._lease.lost is None:
             with reported():
                 self.study.set_user_attr(key, value)
         self._kept[key] = value
+
+    def _try_to_keep(self, what: str, values: Mapping[str, Any]) -> None:
+        try:
+            for key, value in values.items():
+                self._set(key, value)
+        except StorageError as error:  # which the search cannot do without, and will report
+            logger.warning("%s could not be kept: %s", what, error)
+
+
+def read_candidates(kept: Mapping[str, Any], kind: str) -> dict[int, list[Any]]:
+    """Per predictor, its candidates as they are kept: instructions, or demo sets as JSON.
+
+    Args:
+        kept: The attributes of a study.
+        kind: `INSTRUCTIONS` or `DEMOS`.
+
+    Raises:
+        LookupError: Something is missing; of what is damaged, any of `CRASHES`.
+    """
+    return {i: [kept[f"{kind}:{i}:{j}"] for j in range(n)] for i, n in enumerate(kept[kind]["numbers"])}
+
+
+def kept_usage(kept: Mapping[str, Any]) -> dict[str, Usage]:
+    """Per step before the search, what it has used, by the attributes of a study."""
+    keys = [key for key in kept if key.startswith(f"{USED}:")]
+    return {key.removeprefix(f"{USED}:"): usage_from(kept[key]) for key in keys}
+
+
+def demos_to_json(demos: Sequence[Any]) -> list[dict[str, Any]]:
+    """The fields of each demo, as DSPy saves programs; what is no JSON as it stands in prompts.
+
+    Raises:
+        TypeError: A demo is no JSON all the same.
+        ValueError: The same.
+    """
+    plain = [{str(name): serialize_for_json(value) for name, value in demo.items()} for demo in demos]
+    loaded: list[dict[str, Any]] = json.loads(json.dumps(plain))
+    return loaded
+
+
+def demos_from_json(demos: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The demos that `demos_to_json` was given."""
+    return [dspy.Example(dict(fields)) for fields in demos]
+
+
+def require_same_prompts(program: Any, demos: DemoSets, loaded: DemoSets) -> None:
+    """Checks that predictors are prompted with the loaded demos as they are with the others.
+
+    Raises:
+        ValueError: They are not.
+    """
+    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    for i, predictor in enumerate(program.predictors()):
+        signature = get_signature(predictor)
+        for own, other in zip(demos[i], loaded[i], strict=True):
+            if adapter.format_demos(signature, own) != adapter.format_demos(signature, other):
+                raise ValueError("a demo would be formatted differently")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"an instruction is {value!r}")
+    return value
 
 
 def _warn_of_damage(what: str, error: Exception) -> None:

@@ -1,16 +1,72 @@
-"""What a compile is called with, checked before any LM call is paid for."""
+"""What is checked before any LM call is paid for: what a compile is called with, and the DSPy it runs on."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dspy
+from dspy.propose import grounded_proposer
+from dspy.teleprompt import BootstrapFewShot
+from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from dspy.teleprompt.utils import get_signature
 
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import IncompatibleDSPyError, InvalidArgumentError
+
+logger = logging.getLogger(__name__)
+
+# NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest that may be installed.
+TESTED_DSPY = ("3.2.0", "3.3.1", "3.4.1")
+
+# Parameters after `self`, by position. A last "..." says that others may follow: those methods are handed
+# on what they are given, and where it is not understood, DSPy's own serial step is run.
+_PARAMETERS = {
+    "_set_random_seeds": ("seed",),
+    "_set_hyperparams_from_run_mode": (
+        "program",
+        "num_trials",
+        "minibatch",
+        "zeroshot_opt",
+        "valset",
+        "num_instruct_candidates",
+        "num_fewshot_candidates",
+    ),
+    "_bootstrap_fewshot_examples": ("program", "trainset", "..."),
+    "_propose_instructions": ("program", "trainset", "..."),
+    "_optimize_prompt_parameters": (
+        "program",
+        "instruction_candidates",
+        "demo_candidates",
+        "evaluate",
+        "valset",
+        "num_trials",
+        "minibatch",
+        "minibatch_size",
+        "minibatch_full_eval_steps",
+        "seed",
+    ),
+}
+# Those of `compile` that are read; it may have any others.
+_OF_COMPILE = ("trainset", "seed", "minibatch_size", "minibatch_full_eval_steps")
+_ATTRIBUTES = (
+    "init_temperature",
+    "log_dir",
+    "max_bootstrapped_demos",
+    "max_errors",
+    "max_labeled_demos",
+    "metric",
+    "metric_threshold",
+    "num_threads",
+    "prompt_model",
+    "seed",
+    "task_model",
+    "teacher_settings",
+    "track_stats",
+    "verbose",
+)
 
 
 def check_arguments(optimizer: Any, student: Any, given: Mapping[str, Any]) -> None:
@@ -123,3 +179,92 @@ def _has_inputs(example: dspy.Example) -> bool:
         return bool(example.inputs().keys())
     except ValueError:  # they have not been set
         return False
+
+
+def require_compatible(optimizer: StockMIPROv2) -> None:
+    """Refuses a DSPy that has changed what the search relies on; called before any LM call.
+
+    Args:
+        optimizer: What is about to compile with a sampler.
+
+    Raises:
+        IncompatibleDSPyError: What has changed, and what can be done.
+    """
+    changes = [change for name, expected in _PARAMETERS.items() if (change := _changed(name, expected))]
+    missing = [name for name in _OF_COMPILE if name not in _parameters("compile")]
+    if missing:
+        changes.append(f"compile has no parameters {missing}")
+    gone = [name for name in _ATTRIBUTES if not hasattr(optimizer, name)]
+    if gone:
+        changes.append(f"it has no attributes {gone}")
+    if changes:
+        raise incompatible("; ".join(changes))
+
+
+def incompatible(change: str) -> IncompatibleDSPyError:
+    """The error for what has changed in ``dspy.MIPROv2``."""
+    tested = f"{', '.join(TESTED_DSPY[:-1])} and {TESTED_DSPY[-1]}"
+    return IncompatibleDSPyError(
+        f"DSPy {dspy.__version__} has another MIPROv2 than the search of m-promptune is made for: {change}. "
+        f"It is tested with DSPy {tested}. Install one of these (pip install 'dspy=={TESTED_DSPY[-1]}'), or "
+        "compile without a sampler and other options of m-promptune, which is DSPy's own search and works."
+    )
+
+
+def _changed(name: str, expected: tuple[str, ...]) -> str | None:
+    """What has become of a method, if it is not what it was."""
+    if not hasattr(StockMIPROv2, name):
+        return f"{name}({', '.join(expected)}) is gone"
+    found = _parameters(name)
+    known = (*found[: len(expected) - 1], "...") if expected[-1] == "..." else found
+    return None if known == expected else f"{name}({', '.join(expected)}) is now {name}({', '.join(found)})"
+
+
+def _parameters(name: str) -> tuple[str, ...]:
+    """Names of a method's parameters, without ``self``."""
+    parameters: Any = inspect.signature(getattr(StockMIPROv2, name)).parameters
+    return tuple(parameters)[1:]
+
+
+# What the concurrent first steps use of DSPy: parameters of MIPROv2's methods and of what proposals are made
+# of, and methods of the bootstrap.
+_FLAGS = (
+    "view_data_batch_size",
+    "program_aware_proposer",
+    "data_aware_proposer",
+    "tip_aware_proposer",
+    "fewshot_aware_proposer",
+)
+_STEPS: dict[str, tuple[str, ...]] = {
+    "compile": _FLAGS,
+    "_bootstrap_fewshot_examples": (
+        "teacher",
+        "num_fewshot_candidates",
+        "max_bootstrapped_demos",
+        "max_labeled_demos",
+        "max_errors",
+        "metric_threshold",
+    ),
+    "_propose_instructions": ("demo_candidates", "num_instruct_candidates"),
+}
+_FIELDS = ("use_dataset_summary", "program_aware", "use_task_demos", "use_instruct_history", "use_tip")
+_OF_BOOTSTRAP = (
+    "_prepare_student_and_teacher",
+    "_prepare_predictor_mappings",
+    "_bootstrap",
+    "_bootstrap_one_example",
+    "_train",
+)
+
+
+def knows_steps() -> bool:
+    """Whether DSPy's first steps are those that are made concurrent here; a warning says if they are not."""
+    known = all(set(names) <= set(_parameters(method)) for method, names in _STEPS.items())
+    known = known and all(hasattr(BootstrapFewShot, name) for name in _OF_BOOTSTRAP)
+    known = known and hasattr(grounded_proposer.GroundedProposer, "propose_instruction_for_predictor")
+    proposer = grounded_proposer.generate_instruction_class, grounded_proposer.GenerateModuleInstruction
+    for maker in (proposer[0], proposer[1].__init__):
+        known = known and set(_FIELDS) <= set(inspect.signature(maker).parameters)
+    if not known:
+        logger.warning("The first steps of DSPy %s are not known; running them serially.", dspy.__version__)
+    return known

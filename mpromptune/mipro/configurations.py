@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import dspy
 from dspy.teleprompt.utils import get_signature, set_signature
@@ -18,12 +18,10 @@ from mpromptune.execution.pool import Score, as_score
 from mpromptune.execution.usage import Meter, current_meter
 from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import measured, note_call
-from mpromptune.mipro.demos import encodable, encodable_demo
 from mpromptune.model.space import PromptSpace
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Keep = Callable[[Mapping[str, int], int, Any], None]
 
 # Long runs of base64, as in data URLs of images and audio: digested, not embedded.
@@ -43,48 +41,49 @@ class ProgramSpace:
         program: The student; configuration `baseline` is exactly this program.
         instructions: Per predictor, its candidate instructions.
         demos: Per predictor, its candidate demo sets, or None when demos are not optimised.
+
+    Attributes:
+        candidates: Per component, under MIPROv2's name for it, what its indices stand for.
     """
 
     def __init__(
         self,
         program: dspy.Module,
         instructions: Mapping[int, Sequence[str]],
-        demos: Mapping[int, Sequence[Sequence[Any]]] | None,
+        demos: Mapping[int, Sequence[Sequence[Any]]] | None = None,
     ) -> None:
         self.program = program
-        self.instructions: dict[int, list[str]] = {}
-        self.demos: dict[int, list[list[Any]]] = {}
+        self.candidates: dict[str, list[Any]] = {}
         self.baseline: dict[str, int] = {}
         for i, predictor in enumerate(program.predictors()):
-            own = get_signature(predictor).instructions
-            self.instructions[i] = _distinct([*map(encodable, instructions[i]), own])
-            self.baseline[f"{i}_predictor_instruction"] = _position(own, self.instructions[i])
+            texts = map(encodable, instructions.get(i, ()))
+            self._add(f"{i}_predictor_instruction", texts, get_signature(predictor).instructions)
             if demos:
-                own_demos = list(predictor.demos)
-                self.demos[i] = _distinct(
-                    [*(list(map(encodable_demo, some)) for some in demos[i]), own_demos]
-                )
-                self.baseline[f"{i}_predictor_demos"] = _position(own_demos, self.demos[i])
+                sets = ([encodable_demo(demo) for demo in some] for some in demos[i])
+                self._add(f"{i}_predictor_demos", sets, list(predictor.demos))
+
+    def _add(self, component: str, candidates: Iterable[Any], own: Any) -> None:
+        found: list[Any] = []
+        for candidate in (*candidates, own):
+            if not any(_equal(candidate, other) for other in found):
+                found.append(candidate)
+        self.candidates[component] = found
+        self.baseline[component] = next(j for j, one in enumerate(found) if _equal(own, one))
 
     def prompt_space(self) -> PromptSpace:
-        """The texts of all candidates, under MIPROv2's parameter names."""
-        components: dict[str, Sequence[Any]] = {}
-        for i, instructions in self.instructions.items():
-            components[f"{i}_predictor_instruction"] = instructions
-            if i in self.demos:
-                sets = [[demo_text(demo) for demo in demos] for demos in self.demos[i]]
-                components[f"{i}_predictor_demos"] = sets
-        return PromptSpace(components)
+        """The texts of all candidates."""
+        return PromptSpace({name: [*map(candidate_text, some)] for name, some in self.candidates.items()})
 
     def build(self, params: Mapping[str, int]) -> dspy.Module:
         """A fresh program with the chosen instructions and demos."""
         program = self.program.deepcopy()
+        chosen = {name: self.candidates[name][index] for name, index in params.items()}
         for i, predictor in enumerate(program.predictors()):
-            text = self.instructions[i][params[f"{i}_predictor_instruction"]]
+            text = chosen[f"{i}_predictor_instruction"]
             if text != get_signature(predictor).instructions:
                 set_signature(predictor, get_signature(predictor).with_instructions(text))
-            if i in self.demos:
-                predictor.demos = list(self.demos[i][params[f"{i}_predictor_demos"]])
+            if (demos := chosen.get(f"{i}_predictor_demos")) is not None:
+                predictor.demos = list(demos)
         return program
 
 
@@ -98,10 +97,9 @@ class ProgramRunner:
     Args:
         programs: The configurations.
         valset: The validation examples.
-        metric: ``metric(example, prediction)`` returning a number, a bool, or a prediction with
-            ``.score``.
-        keep: Called as ``keep(params, example, prediction)``, in the thread that has it; not in others'
-            processes.
+        metric: ``metric(example, prediction)`` returning a number, a bool, or a prediction with ``.score``.
+        keep: Called as ``keep(params, example, prediction)``, in the thread that made the prediction; in
+            no other process.
     """
 
     def __init__(
@@ -109,7 +107,7 @@ class ProgramRunner:
     ) -> None:
         self._parts = programs, valset, metric
         self._keep = keep
-        self._built = lru_cache(maxsize=_BUILT)(lambda items: _Built(programs.build(dict(items))))
+        self._build = lru_cache(maxsize=_BUILT)(lambda items: programs.build(dict(items)))
 
     def __reduce__(self) -> Any:  # without what has been built
         return ProgramRunner, self._parts
@@ -117,78 +115,42 @@ class ProgramRunner:
     def __call__(self, params: Mapping[str, int], example: int) -> float:
         """The metric's value; an exception of the program or of the metric is passed on."""
         _, valset, metric = self._parts
-        built = self._built(tuple(sorted(params.items())))
-        item = valset[example]
+        program, item = self._build(tuple(sorted(params.items()))), valset[example]
         try:
             # A trace of its own, or every call of the run would be kept in the caller's.
             with dspy.context(trace=[]), measured(current_meter()), blaming():
-                prediction = built.program(**item.inputs())
+                prediction = program(**item.inputs())
                 self._keep(params, example, prediction)
                 return metric_value(metric(item, prediction))
         finally:
-            built.forget()
+            for _, module in program.named_sub_modules():
+                if history := getattr(module, "history", None):
+                    history.clear()
 
 
-class ProgramScorer:
-    """The score of a search: a run of a program, and a line in the log for what a candidate failed on.
+def scorer(run: Score, show_traceback: bool = False) -> Score:
+    """The score of a search: runs of programs, and a line in the log for what a candidate failed on.
 
     Args:
-        programs: The configurations.
-        valset: The validation examples.
-        metric: As a `ProgramRunner` takes it.
+        run: Runs a configuration on an example, in this process or elsewhere.
         show_traceback: Log where in the program a candidate's own errors come from.
-        keep: As a `ProgramRunner` takes it.
-        run: Runs a configuration on an example, where that is not to be done in this process.
     """
 
-    def __init__(
-        self,
-        programs: ProgramSpace,
-        valset: Sequence[Any],
-        metric: Any,
-        show_traceback: bool = False,
-        keep: Keep = _keep_nothing,
-        run: Score | None = None,
-    ) -> None:
-        self._run = run or ProgramRunner(programs, valset, metric, keep)
-        self._show_traceback = show_traceback
-
-    def __call__(self, params: dict[str, int], example: int) -> float:
-        """The metric's value; an exception of the program or of the metric is passed on."""
+    def score(params: dict[str, int], example: int) -> float:
         meter = current_meter() or Meter()
         before = meter.total
         try:
-            score = contained(self._run, params, example)
+            value = contained(run, params, example)
         except Exception as error:
-            self._log(error, params, example)
+            if classify(error) in FAILURES:  # the other errors leave traces of their own
+                said = example, dict(params), type(error).__name__, error
+                exc_info = error if show_traceback else None
+                logger.warning("Validation example %d failed with %s: %s: %s", *said, exc_info=exc_info)
             raise
         note_call(meter.total - before)
-        return score
+        return value
 
-    def _log(self, error: Exception, params: Mapping[str, int], example: int) -> None:
-        """What scores ``failure_score`` would otherwise leave no trace; the other errors do."""
-        if classify(error) in FAILURES:
-            message = "Validation example %d failed with %s: %s: %s"
-            exc_info = error if self._show_traceback else None
-            logger.warning(message, example, dict(params), type(error).__name__, error, exc_info=exc_info)
-
-
-class _Built:
-    """A program and the modules whose LM history it would otherwise pile up."""
-
-    def __init__(self, program: dspy.Module) -> None:
-        self.program = program
-        self._modules = [module for _, module in program.named_sub_modules()]
-
-    def forget(self) -> None:
-        for module in self._modules:
-            if history := getattr(module, "history", None):
-                history.clear()
-
-
-def wants_traceback(own: bool | None) -> bool:
-    """DSPy's ``provide_traceback``, which its settings decide unless it is given."""
-    return bool(dspy.settings.provide_traceback if own is None else own)
+    return score
 
 
 def metric_value(value: Any) -> float:
@@ -202,6 +164,11 @@ def metric_value(value: Any) -> float:
     return as_score(value)
 
 
+def candidate_text(candidate: str | Sequence[Any]) -> Any:
+    """An instruction as it is; a demo set as the texts of its demos."""
+    return candidate if isinstance(candidate, str) else [demo_text(demo) for demo in candidate]
+
+
 def demo_text(demo: Any) -> str:
     """All fields of a demo as text, whatever its signature; binary content is digested."""
     fields = demo.items() if hasattr(demo, "items") else [("demo", demo)]
@@ -213,16 +180,22 @@ def _digest(match: re.Match[str]) -> str:
     return hashlib.sha256(match.group().encode()).hexdigest()[:16]
 
 
-def _distinct(items: Iterable[T]) -> list[T]:
-    found: list[T] = []
-    for item in items:
-        if not any(_equal(item, other) for other in found):
-            found.append(item)
-    return found
+def encodable(value: Any) -> Any:
+    """A text with ``?`` for every half of a surrogate pair; anything else as it is.
+
+    LMs return halves where they cut an emoji in two. No request can be made with one, no class can have it
+    in its docstring, as DSPy's signatures do, and no file can be written with it.
+    """
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def _position(item: T, items: Sequence[T]) -> int:
-    return next(i for i, other in enumerate(items) if _equal(item, other))
+def encodable_demo(demo: Any) -> Any:
+    """A demo with such texts for its fields; the very same one where they are so already."""
+    if not isinstance(demo, dspy.Example):
+        return demo
+    texts = {name: encodable(value) for name, value in demo.items()}
+    changed = {name: text for name, text in texts.items() if text is not demo[name] and text != demo[name]}
+    return demo.copy(**changed) if changed else demo
 
 
 def _equal(a: Any, b: Any) -> bool:

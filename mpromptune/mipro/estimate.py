@@ -1,82 +1,25 @@
-"""What a compile will use, said before it asks an LM anything."""
+"""What a compile will use, said before it asks an LM anything; and who may ask for that, and end it there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dspy.teleprompt.mipro_optimizer_v2 import (
+    BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT,
+    LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT,
+)
+
+from mpromptune.engine.options import SearchOptions
 from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.lms.prices import PerMillion
-from mpromptune.mipro.bootstrap import demos_wanted
 
 # DSPy shows its dataset summariser this many batches of examples after the first one, at most.
 _MORE_BATCHES = 9
-# Whose requests these are; the others go to the task model.
-_PROMPT_MODEL = "propose"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What determines the requests of a compile.
-
-    Attributes:
-        predictors: Predictors of the program.
-        train_size: Examples for the bootstrap.
-        demo_sets: Demo sets of each predictor, the empty one and the labelled one included.
-        bootstrapped: Whether demos are bootstrapped at all.
-        labelled: Whether one set holds labelled examples only.
-        instructions: Instructions wanted for each predictor.
-        describes_program: Whether each proposal has program and module described first.
-        summary_batch: Examples in a batch for the dataset summary; 0 for no summary.
-        search_calls: Program calls of the search.
-    """
-
-    predictors: int
-    train_size: int
-    demo_sets: int
-    bootstrapped: bool
-    labelled: bool
-    instructions: int
-    describes_program: bool
-    summary_batch: int
-    search_calls: int
-
-    @classmethod
-    def of(
-        cls, given: Mapping[str, Any], flags: Mapping[str, Any], instructions: int, search_calls: int
-    ) -> Plan:
-        """From what DSPy passes to its bootstrap, and the flags of ``compile`` for its proposer."""
-        bootstrapped, labelled = demos_wanted(given)
-        batch = flags["view_data_batch_size"] if flags["data_aware_proposer"] else None
-        return cls(
-            predictors=len(given["program"].predictors()),
-            train_size=len(given["trainset"]),
-            demo_sets=given["num_fewshot_candidates"],
-            bootstrapped=bootstrapped > 0,
-            labelled=labelled > 0,
-            instructions=instructions,
-            describes_program=bool(flags["program_aware_proposer"]),
-            summary_batch=batch or 0,
-            search_calls=search_calls,
-        )
-
-    @property
-    def bootstrap_runs(self) -> int:
-        """At most all examples for each set that is bootstrapped."""
-        sets = self.demo_sets - 1 - self.labelled if self.bootstrapped else 0
-        return max(sets, 0) * self.train_size
-
-    @property
-    def proposal_requests(self) -> int:
-        """One for each instruction, two more to describe program and module; and the summary's."""
-        each = min(self.instructions, max(self.demo_sets, 1))
-        requests = each * self.predictors * (3 if self.describes_program else 1)
-        if not self.summary_batch:
-            return requests
-        batches = math.ceil(self.train_size / self.summary_batch) - 1
-        return requests + 2 + min(batches, _MORE_BATCHES)
 
 
 @dataclass(frozen=True)
@@ -137,19 +80,78 @@ class Estimate:
         return line
 
 
-def estimate(plan: Plan, task_price: PerMillion | None, prompt_price: PerMillion | None) -> Estimate:
-    """Of the requests that ``plan`` determines.
+def demo_numbers(given: Mapping[str, Any]) -> tuple[int, int]:
+    """Bootstrapped and labelled demos of a set; a zero-shot run has some too, for the proposer to look at."""
+    numbers = given["max_bootstrapped_demos"], given["max_labeled_demos"]
+    zero_shot = BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT, LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
+    return zero_shot if numbers == (0, 0) else numbers
+
+
+def estimate(
+    given: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    instructions: int,
+    search_calls: int,
+    task_price: PerMillion | None = None,
+    prompt_price: PerMillion | None = None,
+) -> Estimate:
+    """What a compile will use.
 
     Args:
-        plan: The compile.
+        given: What DSPy passes to its bootstrap, by name.
+        flags: Of ``compile``, for DSPy's proposer.
+        instructions: Instructions wanted for each predictor.
+        search_calls: Program calls of the search.
         task_price: US dollars per million prompt and completion tokens of the task model, if known.
         prompt_price: Those of the prompt model.
     """
-    runs, calls = plan.bootstrap_runs, plan.search_calls
+    n, train_size = len(given["program"].predictors()), len(given["trainset"])
+    sets, (bootstrapped, labelled) = given["num_fewshot_candidates"], demo_numbers(given)
+    # Each set but the empty one and that of labelled examples takes the whole trainset at most.
+    runs = max(sets - 1 - (labelled > 0), 0) * train_size if bootstrapped else 0
+    # A request for each instruction, two more to describe program and module; and the summary's.
+    requests = min(instructions, max(sets, 1)) * n * (3 if flags["program_aware_proposer"] else 1)
+    if flags["data_aware_proposer"]:
+        requests += 2 + min(math.ceil(train_size / flags["view_data_batch_size"]) - 1, _MORE_BATCHES)
     usage = StepUsage(
-        bootstrap=Usage(program_calls=runs, lm_calls=runs * plan.predictors),
-        propose=Usage(lm_calls=plan.proposal_requests),
-        search=Usage(program_calls=calls, lm_calls=calls * plan.predictors),
+        bootstrap=Usage(program_calls=runs, lm_calls=runs * n),
+        propose=Usage(lm_calls=requests),
+        search=Usage(program_calls=search_calls, lm_calls=search_calls * n),
     )
-    prices = {step: prompt_price if step == _PROMPT_MODEL else task_price for step in usage}
-    return Estimate(usage, prices)
+    return Estimate(usage, {"bootstrap": task_price, "propose": prompt_price, "search": task_price})
+
+
+class Interceptor:
+    """Told of a compile before its first LM call, and may end it by raising; this one does nothing.
+
+    It is how a command looks at the compile that a function of the user's performs.
+
+    Attributes:
+        options: Options that take the place of those given to the compile.
+    """
+
+    options: Mapping[str, Any] = {}
+
+    def on_options(self, options: SearchOptions | None) -> None:
+        """The options in force; None for DSPy's own search, of which nothing else is said."""
+
+    def on_estimate(self, estimate: Callable[[], Estimate]) -> None:
+        """What the whole compile would take."""
+
+
+_INTERCEPTOR: ContextVar[Interceptor] = ContextVar("mpromptune_interceptor", default=Interceptor())  # noqa: B039
+
+
+def interceptor() -> Interceptor:
+    """That of this context."""
+    return _INTERCEPTOR.get()
+
+
+@contextmanager
+def intercepting(own: Interceptor) -> Iterator[None]:
+    """Every compile in this context is told to ``own``."""
+    token = _INTERCEPTOR.set(own)
+    try:
+        yield
+    finally:
+        _INTERCEPTOR.reset(token)

@@ -1,11 +1,15 @@
-"""MIPROv2: DSPy's optimizer with a concurrent, text-aware search step. DSPy in, DSPy out."""
+"""MIPROv2: DSPy's optimizer with a concurrent, text-aware search. DSPy in, DSPy out.
+
+The class reads in the order of a compile: DSPy's own ``compile`` calls the methods below one after the other.
+Without options each hands on what it is given, so that DSPy's search outlives changes of these methods.
+"""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -21,22 +25,16 @@ from mpromptune.engine.arguments import extending, split
 from mpromptune.engine.options import SearchOptions, gather, resolve
 from mpromptune.engine.schedule import Minibatches
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
-from mpromptune.execution.interrupts import handled, interrupted
-from mpromptune.execution.limits import Budget
-from mpromptune.execution.pool import Score
+from mpromptune.execution.interrupts import handled
 from mpromptune.lms.errors import classify, retry_after
-from mpromptune.lms.guard import Guard
-from mpromptune.lms.prices import Pricing
-from mpromptune.mipro.checks import check_arguments
-from mpromptune.mipro.compatibility import incompatible, require_compatible
-from mpromptune.mipro.configurations import ProgramScorer, ProgramSpace, wants_traceback
-from mpromptune.mipro.estimate import Estimate
-from mpromptune.mipro.evaluations import Evaluations
+from mpromptune.mipro import bootstrap, proposal
+from mpromptune.mipro.checks import check_arguments, incompatible, require_compatible
+from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
+from mpromptune.mipro.estimate import Estimate, estimate, interceptor
 from mpromptune.mipro.fingerprint import fingerprint
-from mpromptune.mipro.interception import interceptor
-from mpromptune.mipro.records import attach_statistics, forget_statistics, percent, trial_logs
-from mpromptune.mipro.remote import Elsewhere
-from mpromptune.mipro.steps import Steps
+from mpromptune.mipro.remote import remote_programs
+from mpromptune.mipro.results import attach_statistics, forget_statistics, percent, save_programs
+from mpromptune.mipro.run import Run, wants_traceback
 from mpromptune.show.progress import together
 from mpromptune.storage.storage import open_study
 
@@ -44,17 +42,8 @@ logger = logging.getLogger(__name__)
 
 _STOCK_INIT = inspect.signature(StockMIPROv2.__init__)
 _STOCK_COMPILE = inspect.signature(StockMIPROv2.compile)
-# The options of the compile that is running in this context; None means DSPy's own search.
-_OPTIONS: ContextVar[SearchOptions | None] = ContextVar("mpromptune_options", default=None)
-# The steps of that compile before the search, when there are options.
-_STEPS: ContextVar[Steps] = ContextVar("mpromptune_steps")
-
-
-class _Zero(int):
-    """A seed of 0 that survives DSPy's ``seed or self.seed``."""
-
-    def __bool__(self) -> bool:
-        return True
+# The compile that is under way in this context; None means DSPy's own search.
+_RUN: ContextVar[Run | None] = ContextVar("mpromptune_run", default=None)
 
 
 class _Planned(BaseException):
@@ -127,213 +116,187 @@ class MIPROv2(StockMIPROv2):
         if options is not None:
             require_compatible(self)
             check_arguments(self, student, stock)
-            stock.update({"seed": _Zero()} if stock.get("seed") == 0 else {})
         interceptor().on_options(options)
-        token = _OPTIONS.set(options)
-        try:
-            if options is None:
+        if options is None:
+            with _current(None):
                 return super().compile(student, **stock)
-            with handled(), self._steps(student, options, stock):
+        defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
+        run = Run(self, student, options, {**defaults, **stock})
+        try:
+            with handled(), _current(run), run.under_way():
                 if options.dry_run:  # past what others hook into it: nothing is compiled
                     return inspect.unwrap(StockMIPROv2.compile)(self, student, **stock)
                 return super().compile(student, **stock)
         except _Planned as planned:
             return planned.estimate
-        finally:
-            _OPTIONS.reset(token)
-
-    @contextmanager
-    def _steps(self, student: Any, options: SearchOptions, stock: Mapping[str, Any]) -> Iterator[None]:
-        """Concurrent steps before the search, for as long as a compile takes."""
-        defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
-        pricing = Pricing(options.prices, must_know=options.max_cost is not None)
-        guard = Guard(Budget(options.limits, grace=options.grace), pricing, pace=options.pace)
-        steps = Steps(
-            self,
-            self._threads(options),
-            {**defaults, **stock},
-            guard,
-            options.grace,
-            options.retry,
-            options.verbose,
-        )
-        token = _STEPS.set(steps)
-        try:
-            executor = None if options.dry_run else options.executor
-            elsewhere = Elsewhere(executor, options.timeout, guard, self)
-            with guard.budget.ending(), guard.watching(), steps.holding, elsewhere as steps.elsewhere:
-                try:
-                    yield
-                finally:
-                    guard.stopped.set()  # whatever is under way asks no LM any more
-                    steps.close()
-        except (SearchInterrupted, SearchStoppedError) as error:
-            error.program = student if error.program is None else error.program
-            error.usage = guard.budget.usage
-            raise
-        except KeyboardInterrupt as signalled:
-            outside = interrupted(signalled)("The compile was interrupted outside its search.")
-            outside.program, outside.usage = student, guard.budget.usage
-            raise outside from signalled
-        finally:
-            _STEPS.reset(token)
-
-    def _threads(self, options: SearchOptions) -> int:
-        """Program calls at a time."""
-        return int(self.num_threads or dspy.settings.num_threads) * options.n_jobs
-
-    # Without options, whatever DSPy passes is handed on: its own search outlives changes of these methods.
 
     def _set_random_seeds(self, *args: Any, **kwargs: Any) -> None:
-        if _OPTIONS.get() is None:
+        run = _RUN.get()
+        if run is None:
             super()._set_random_seeds(*args, **kwargs)
-        else:
-            self.rng = random.Random(*args, **kwargs)  # DSPy 3.2 seeds numpy's global generator as well
-            _STEPS.get().seed = int(*args, **kwargs)
+        else:  # DSPy takes a seed of 0 for none, and 3.2 seeds numpy's global generator as well
+            self.rng = random.Random(run.seed)
 
     def _set_hyperparams_from_run_mode(self, *args: Any, **kwargs: Any) -> Any:
+        """Once DSPy has said how large the run is, all that can be wrong with it is found."""
         settings = super()._set_hyperparams_from_run_mode(*args, **kwargs)
-        options = _OPTIONS.get()
-        if options is not None:
-            self._prepare(options, settings, *args, **kwargs)
+        if (run := _RUN.get()) is not None:
+            if len(settings) != 5:
+                raise incompatible(f"_set_hyperparams_from_run_mode returns {len(settings)} values, not 5")
+            _prepare(run, args[0] if args else kwargs["program"], *settings)
         return settings
 
-    def _prepare(self, options: SearchOptions, settings: Any, program: Any, *_: Any, **__: Any) -> None:
-        """Checks what is known of the run, and looks up what an interrupted one has paid for."""
-        if len(settings) != 5:
-            raise incompatible(f"_set_hyperparams_from_run_mode returns {len(settings)} values, not 5")
-        num_trials, valset, minibatch, *candidates = settings
-        _STEPS.get().instructions_wanted = candidates[0]
-        minibatches = _STEPS.get().minibatches(minibatch)
-        options.check_run(len(valset), num_trials, minibatches)
-        _STEPS.get().search_calls = options.search_calls(len(valset), num_trials, minibatches)
-        if options.dry_run:
-            return
-        if options.storage is not None:
-            run = fingerprint(self, program, valset, tuple(candidates), _STEPS.get().arguments)
-            _STEPS.get().resume(open_study(options.storage, options.study_name), run)
-        _check_embedder(options, program)
-        _STEPS.get().elsewhere.check(program, valset)
-        first = options.first_of_baseline(len(valset), _STEPS.get().seed, len(program.predictors()))
-        _STEPS.get().score_ahead(valset, first)
-
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super()._bootstrap_fewshot_examples
-        options = _OPTIONS.get()
-        if options is None:
+        """Step 1: demo sets."""
+        stock, run = super()._bootstrap_fewshot_examples, _RUN.get()
+        if run is None:
             return stock(*args, **kwargs)
-        estimate = partial(_STEPS.get().estimate, stock, *args, **kwargs)
-        interceptor().on_estimate(estimate)
-        if options.dry_run:
-            raise _Planned(estimate())
-        return _STEPS.get().demo_sets(stock, *args, **kwargs)
+        given = _named(stock, args, kwargs)
+        interceptor().on_estimate(partial(_estimate, run, given))
+        if run.options.dry_run:
+            raise _Planned(_estimate(run, given))
+        return bootstrap.demo_sets(run, given, partial(stock, *args, **kwargs))
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super()._propose_instructions
-        if _OPTIONS.get() is None:
+        """Step 2: instructions."""
+        stock, run = super()._propose_instructions, _RUN.get()
+        if run is None:
             return stock(*args, **kwargs)
-        return _STEPS.get().instructions(stock, *args, **kwargs)
+        return proposal.instructions(run, _named(stock, args, kwargs), partial(stock, *args, **kwargs))
 
     def _optimize_prompt_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        options = _OPTIONS.get()
-        if options is None:
-            return super()._optimize_prompt_parameters(*args, **kwargs)
-        return self._optimized(options, *args, **kwargs)
+        """Step 3: the search."""
+        stock, run = super()._optimize_prompt_parameters, _RUN.get()
+        if run is None:
+            return stock(*args, **kwargs)
+        return _best_program(run, **_named(stock, args, kwargs))
 
-    def _optimized(
-        self,
-        options: SearchOptions,
-        program: Any,
-        instruction_candidates: dict[int, list[str]],
-        demo_candidates: Any,
-        evaluate: Any,
-        valset: list[Any],
-        num_trials: int,
-        minibatch: bool,
-        minibatch_size: int,
-        minibatch_full_eval_steps: int,
-        seed: int,
-    ) -> Any:
-        minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
-        max_calls = options.max_calls or minibatches.calls(num_trials, len(valset))
-        _STEPS.get().close_threads()
-        _STEPS.get().guard.spares = True  # from now on, the workers begin nothing beyond a limit
-        forget_statistics(program)
-        programs = ProgramSpace(program, instruction_candidates, demo_candidates)
-        keep, show = _STEPS.get().predictions.keep, wants_traceback(evaluate.provide_traceback)
-        run = _STEPS.get().elsewhere.runner(programs, valset)
-        scorer = ProgramScorer(programs, valset, _STEPS.get().metric, show, keep, run)
-        score = _STEPS.get().scored_ahead(programs, valset, scorer)
-        try:
-            result = self._search(programs, score, valset, options, max_calls, minibatches, int(seed))
-        except (SearchInterrupted, SearchStoppedError) as error:
-            error.program = program if error.result is None else self._finished(programs, error.result)
-            raise
-        return self._finished(programs, result)
 
-    def _search(
-        self,
-        programs: ProgramSpace,
-        score: Score,
-        valset: list[Any],
-        options: SearchOptions,
-        max_calls: int,
-        minibatches: Minibatches,
-        seed: int,
-    ) -> Any:
-        # Torch is loaded here, once the bootstrap has shown that the program runs at all.
-        from mpromptune.engine.search import search
+@contextmanager
+def _current(run: Run | None) -> Iterator[None]:
+    token = _RUN.set(run)
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
 
-        view = _STEPS.get().view
-        view.bar("Searching", max_calls, "calls")
-        evaluations = Evaluations(programs, valset, self.metric, _STEPS.get().predictions)
-        return search(
-            programs.prompt_space(),
-            score,
-            n_examples=len(valset),
-            max_calls=max_calls,
-            sampler=_sampler(options, seed),
-            num_threads=self._threads(options),
-            batch_size=options.batch_size,
-            block_size=options.block_size,
-            baseline=programs.baseline,
-            seed=seed,
-            storage=_STEPS.get().storage,
-            study_name=options.study_name,
-            callbacks=(evaluations.on_trial, *options.callbacks),
-            confirm=options.confirm,
-            patience=options.patience,
-            target=options.target,
-            schedule=options.schedule,
-            minibatch=minibatches.enabled,
-            minibatch_size=minibatches.size,
-            minibatch_full_eval_steps=minibatches.full_eval_steps,
-            executor=_STEPS.get().elsewhere.threads,
-            classify=classify,
-            retry=options.retry,
-            retry_after=retry_after,
-            grace=options.grace,
-            failure_score=options.failure_score,
-            on_progress=together(view.on_progress if options.verbose else None, options.on_progress),
-            limits=_STEPS.get().guard.budget,
-            stopped=_STEPS.get().guard.stopped,
-        )
 
-    def _finished(self, programs: ProgramSpace, result: Any) -> Any:
-        """The winner as a program, with what the search found out."""
-        best = programs.build(result.best_params)
-        best.search_result = result
-        if self.track_stats:
-            attach_statistics(best, programs, result, self.log_dir)
-        elif self.log_dir:
-            trial_logs(result, programs.build, self.log_dir)
-        scores = percent(result.best_score), percent(result.baseline_score)
-        logger.info("Best program scores %.2f (baseline %.2f).", *scores)
-        logger.info("The compile took %s.", result.usage.total)
-        if (limit := result.stopped_by) is not None:
-            message = "It ended by %s, exceeded by %g; %d program calls of the search were made."
-            logger.warning(message, limit, result.overspent, result.calls)
-        return best
+def _named(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    return dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
+
+
+def _prepare(
+    run: Run,
+    program: Any,
+    num_trials: int,
+    valset: list[Any],
+    minibatch: bool,
+    num_instructions: int,
+    num_demo_sets: int,
+) -> None:
+    """Checks what is known of the run, and looks up what an interrupted one has paid for."""
+    options, arguments = run.options, run.arguments
+    minibatches = Minibatches(arguments["minibatch_size"], arguments["minibatch_full_eval_steps"], minibatch)
+    options.check_run(len(valset), num_trials, minibatches)
+    run.num_instructions = num_instructions
+    run.search_calls = options.search_calls(len(valset), num_trials, minibatches)
+    if options.dry_run:
+        return
+    if options.storage is not None:
+        numbers = num_instructions, num_demo_sets
+        identity = fingerprint(run.optimizer, program, valset, numbers, arguments)
+        run.resume(open_study(options.storage, options.study_name), identity)
+    if check := getattr(_sampler(options, 0), "check_embedder", None):
+        check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
+    with dspy.context(lm=run.optimizer.task_model), _remote(run, ProgramSpace(program, {}), valset):
+        pass  # whatever cannot be sent to the workers has been named
+    run.want_scores(valset, options.first_of_baseline(len(valset), run.seed, len(program.predictors())))
+
+
+def _estimate(run: Run, given: Mapping[str, Any]) -> Estimate:
+    price = run.guard.pricing.of
+    models = run.optimizer.task_model, run.optimizer.prompt_model
+    prices = (price(lm, lm.model) for lm in models)
+    return estimate(given, run.arguments, run.num_instructions, run.search_calls, *prices)
+
+
+def _best_program(
+    run: Run,
+    program: Any,
+    instruction_candidates: dict[int, list[str]],
+    demo_candidates: Any,
+    evaluate: Any,
+    valset: list[Any],
+    num_trials: int,
+    minibatch: bool,
+    minibatch_size: int,
+    minibatch_full_eval_steps: int,
+    seed: int,
+) -> Any:
+    """The winner of the search as a program, with what the search found out; or what ended it, with that."""
+    minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
+    run.end_steps()
+    forget_statistics(program)
+    programs = ProgramSpace(program, instruction_candidates, demo_candidates)
+    run.evaluations.programs, run.evaluations.valset = programs, valset
+    try:
+        with _remote(run, programs, valset) as remote:
+            runner = remote or ProgramRunner(programs, valset, run.metric, run.evaluations.keep)
+            score = scorer(runner, wants_traceback(evaluate.provide_traceback))
+            score = run.known_or(score, programs, valset)
+            max_calls = run.options.max_calls or minibatches.calls(num_trials, len(valset))
+            result = _search(run, programs, score, len(valset), max_calls, minibatches)
+    except (SearchInterrupted, SearchStoppedError) as error:
+        error.program = program if error.result is None else _finished(run, programs, error.result)
+        raise
+    return _finished(run, programs, result)
+
+
+def _remote(run: Run, programs: ProgramSpace, valset: list[Any]) -> Any:
+    metric, timeout = run.optimizer.metric, run.options.timeout
+    return remote_programs(run.place, run.guard, timeout, programs, valset, metric)
+
+
+def _search(
+    run: Run, programs: ProgramSpace, score: Any, n_examples: int, max_calls: int, minibatches: Minibatches
+) -> Any:
+    # Torch is loaded here, once the bootstrap has shown that the program runs at all.
+    from mpromptune.engine.search import search
+
+    options = run.options
+    run.view.bar("Searching", max_calls, "calls")
+    return search(
+        programs.prompt_space(),
+        score,
+        n_examples=n_examples,
+        max_calls=max_calls,
+        sampler=_sampler(options, run.seed),
+        num_threads=run.num_threads,
+        batch_size=options.batch_size,
+        block_size=options.block_size,
+        baseline=programs.baseline,
+        seed=run.seed,
+        storage=run.storage,
+        study_name=options.study_name,
+        callbacks=(run.evaluations.on_trial, *options.callbacks),
+        confirm=options.confirm,
+        patience=options.patience,
+        target=options.target,
+        schedule=options.schedule,
+        minibatch=minibatches.enabled,
+        minibatch_size=minibatches.size,
+        minibatch_full_eval_steps=minibatches.full_eval_steps,
+        executor=run.place.threads,
+        classify=classify,
+        retry=options.retry,
+        retry_after=retry_after,
+        grace=options.grace,
+        failure_score=options.failure_score,
+        on_progress=together(run.view.on_progress if options.verbose else None, options.on_progress),
+        limits=run.budget,
+        stopped=run.guard.stopped,
+    )
 
 
 def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
@@ -344,7 +307,18 @@ def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
     return qEISampler(**{"batch_size": None, **options.qei_arguments}, seed=seed)
 
 
-def _check_embedder(options: SearchOptions, program: Any) -> None:
-    """Embeds the student's instructions: an embedder that cannot work fails before any LM call."""
-    if check := getattr(_sampler(options, 0), "check_embedder", None):
-        check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
+def _finished(run: Run, programs: ProgramSpace, result: Any) -> Any:
+    """The winner as a program, with what the search found out."""
+    optimizer, best = run.optimizer, programs.build(result.best_params)
+    best.search_result = result
+    if optimizer.track_stats:
+        attach_statistics(best, programs, result, optimizer.log_dir)
+    elif optimizer.log_dir:
+        save_programs(programs, result, optimizer.log_dir)
+    scores = percent(result.best_score), percent(result.baseline_score)
+    logger.info("Best program scores %.2f (baseline %.2f).", *scores)
+    logger.info("The compile took %s.", result.usage.total)
+    if (limit := result.stopped_by) is not None:
+        message = "It ended by %s, exceeded by %g; %d program calls of the search were made."
+        logger.warning(message, limit, result.overspent, result.calls)
+    return best

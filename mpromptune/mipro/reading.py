@@ -1,10 +1,11 @@
-"""The result of a search from its study alone: of one that has ended, or is running elsewhere."""
+"""What a study alone says: the result of its search, and where the compile stands that it was made by."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,24 @@ from mpromptune.engine.result import Measured, SearchResult
 from mpromptune.engine.settings import recorded_settings
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.execution.usage import StepUsage, Usage
-from mpromptune.mipro.configurations import demo_text
+from mpromptune.mipro.checkpoint import kept_usage, read_candidates
+from mpromptune.mipro.configurations import candidate_text
+from mpromptune.mipro.estimate import Estimate
 from mpromptune.model.space import Candidate, PromptSpace, Row
 from mpromptune.sampling.encoding import encode_prompts
-from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, USED
+from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, STUDENT
 from mpromptune.storage.ledger import Ledger
 from mpromptune.storage.record import Record, read_record
-from mpromptune.storage.storage import StorageSpec, check_storage, open_storage, reported
+from mpromptune.storage.storage import (
+    DEFAULT_STUDY_NAME,
+    StorageSpec,
+    check_storage,
+    open_storage,
+    reported,
+)
 
 _COMPONENT = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
+_KINDS = {"instruction": INSTRUCTIONS, "demos": DEMOS}
 _OWN = "(the program's own, whose text the study does not keep)"
 _UNKNOWN = "(a text that the study does not keep, number {})"
 
@@ -102,17 +112,14 @@ def _space(study: Study, settings: Mapping[str, Any]) -> tuple[PromptSpace, list
 def _candidates(study: Study, component: str) -> list[Candidate]:
     """What the steps of a compile ended with, each once; nothing after a plain search."""
     match = _COMPONENT.match(component)
-    kept = study.user_attrs
-    if match and match[2] == "instruction":
-        return list(dict.fromkeys(kept.get(f"{INSTRUCTIONS}:{match[1]}", [])))
-    if not match or DEMOS not in kept:
+    kind = _KINDS[match[2]] if match else None
+    if match is None or kind not in study.user_attrs:
         return []
-    number = kept[DEMOS]["numbers"][int(match[1])]
-    sets: list[Any] = []
-    for demos in (kept[f"{DEMOS}:{match[1]}:{j}"] for j in range(number)):
-        if demos not in sets:
-            sets.append(demos)
-    return [[demo_text(demo) for demo in demos] for demos in sets]
+    found: list[Any] = []
+    for candidate in read_candidates(study.user_attrs, kind)[int(match[1])]:
+        if candidate not in found:
+            found.append(candidate)
+    return [*map(candidate_text, found)]
 
 
 def _result(
@@ -179,10 +186,8 @@ def _winner(
 
 def steps_used(study: Study, record: Record) -> StepUsage:
     """What each step of a compile has used, the search by its trials."""
-    kept = {k.removeprefix(f"{USED}:"): v for k, v in study.user_attrs.items() if k.startswith(f"{USED}:")}
-    steps = StepUsage({step: Usage(**used) for step, used in kept.items()})
-    steps["search"] = sum((recorded.usage for recorded in record), Usage())
-    return steps
+    search = sum((recorded.usage for recorded in record), Usage())
+    return StepUsage(kept_usage(study.user_attrs), search=search)
 
 
 def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
@@ -197,3 +202,81 @@ def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
             "(result.report) has them."
         )
     return tuple(notes)
+
+
+# What a study has of a step once that has ended.
+_STEPS = {"bootstrap": DEMOS, "propose": INSTRUCTIONS}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a study holds of a compile.
+
+    Attributes:
+        study: Its study.
+        done: Steps that have ended and are not paid again.
+        used: What each step has used.
+        trials: Trials of the search that are over.
+        calls: Scores that the search has, or can take from the student's, which were measured before it.
+        result: What would be the result now; None before anything is measured.
+    """
+
+    study: Study
+    done: frozenset[str]
+    used: StepUsage
+    trials: int
+    calls: int
+    result: SearchResult | None
+
+    def left(self, estimate: Estimate) -> StepUsage:
+        """What each step has yet to use, at most.
+
+        Args:
+            estimate: Of the whole compile.
+        """
+        whole = estimate.usage
+        left = {step: Usage() if step in self.done else whole[step] for step in whole}
+        search = whole["search"]
+        calls = max(search.program_calls - self.calls, 0)
+        each = search.lm_calls // max(search.program_calls, 1)
+        left["search"] = replace(search, program_calls=calls, lm_calls=calls * each)
+        return StepUsage(left)
+
+
+def read_standing(storage: StorageSpec, study_name: str | None = None) -> Standing:
+    """Where the compile stands whose ``storage`` this was; nothing is written to it.
+
+    Args:
+        storage: As ``compile`` was given it.
+        study_name: As well.
+
+    Raises:
+        InvalidArgumentError: There is no such storage, or no such study.
+        StorageError: The storage cannot be read.
+        StudyMismatchError: The study is none of a compile of this version.
+    """
+    study = load_study(storage, study_name or DEFAULT_STUDY_NAME)
+    with reported():
+        kept, record = study.user_attrs, read_record(study)
+        ahead = _scored_ahead(study, record)
+    used = steps_used(study, record)
+    used["search"] = sum(ahead, used["search"])
+    scores = sum(len(recorded.scores) for recorded in record)
+    return Standing(
+        study=study,
+        done=frozenset(step for step, key in _STEPS.items() if key in kept),
+        used=used,
+        trials=sum(recorded.told for recorded in record),
+        calls=scores + len(ahead),
+        result=result_of(study)[0] if scores else None,
+    )
+
+
+def _scored_ahead(study: Study, record: Record) -> list[Usage]:
+    """What the student's scores took that are known, but not yet to the search."""
+    prefix = f"{STUDENT}:"
+    known = {int(k.removeprefix(prefix)): v for k, v in study.user_attrs.items() if k.startswith(prefix)}
+    settings = recorded_settings(study)
+    baseline = settings["arguments"]["baseline"] if settings else None
+    taken = {example for r in record if r.params == baseline for example in r.scores}
+    return [Usage(**outcome["usage"]) for example, outcome in known.items() if example not in taken]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import ExitStack
-from types import TracebackType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import dspy
@@ -16,7 +14,7 @@ from mpromptune.errors import WorkerLostError
 from mpromptune.execution.interrupts import Stopped
 from mpromptune.execution.pace import Pace, Ticket
 from mpromptune.execution.pool import Score
-from mpromptune.execution.remote import ExecutorSpec, RemoteScore, Workplace
+from mpromptune.execution.remote import RemoteScore, Workplace
 from mpromptune.execution.usage import Meter, current_meter, metered
 from mpromptune.lms.adapters import given_adapter
 from mpromptune.lms.guard import METER, Guard, measured
@@ -31,63 +29,44 @@ _OF_A_CALL = frozenset(
 _CACHE = ("enable_disk_cache", "enable_memory_cache", "disk_cache_dir")
 
 
-class Elsewhere:
-    """The executor of a compile: tried before anything is paid for, and used in the search.
+@contextmanager
+def remote_programs(
+    place: Workplace,
+    guard: Guard,
+    timeout: float | None,
+    programs: ProgramSpace,
+    valset: Sequence[Any],
+    metric: Any,
+) -> Iterator[Score | None]:
+    """What runs a configuration on an example in another process; None where that is a matter of this one.
+
+    Program, data, metric, LM and settings are sent to a worker, or to all of them, at once.
 
     Args:
-        executor: As given.
-        timeout: Seconds after which a program call is given up.
+        place: Where programs are run.
         guard: Watches the LM requests of this process; in every worker another one counts them.
-        optimizer: The ``dspy.MIPROv2``, whose metric and task model go to the workers.
+        timeout: Seconds after which a program call is given up.
+        programs: The configurations.
+        valset: The validation examples.
+        metric: As `ProgramRunner` takes it.
+
+    Raises:
+        TravelError: Something cannot be sent, or not be used there; the message says what.
+        ExecutorBrokenError: The executor runs nothing.
     """
-
-    def __init__(self, executor: ExecutorSpec, timeout: float | None, guard: Guard, optimizer: Any) -> None:
-        self._place = Workplace(executor)
-        self._timeout = timeout
-        self._guard = guard
-        self._optimizer = optimizer
-        self._open = ExitStack()
-
-    def __enter__(self) -> Elsewhere:
-        self._open.enter_context(self._place)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._open.close()
-
-    @property
-    def threads(self) -> Executor | None:
-        """The executor, where it is one of threads."""
-        return self._place.threads
-
-    def check(self, program: Any, valset: Sequence[Any]) -> None:
-        """Sends a worker what the search will need.
-
-        Raises:
-            TravelError: It cannot be sent, or not be used there; the message says what of it.
-            ExecutorBrokenError: The executor runs nothing.
-        """
-        if self._place.is_remote:
-            bare = ProgramSpace(program, {i: [] for i, _ in enumerate(program.predictors())}, None)
-            with dspy.context(lm=self._optimizer.task_model), self._remote(bare, valset):
-                pass
-
-    def runner(self, programs: ProgramSpace, valset: Sequence[Any]) -> Score | None:
-        """What runs a configuration on an example; None where that is a matter of this process."""
-        if not self._place.is_remote:
-            return None
-        remote: Score = self._open.enter_context(self._remote(programs, valset))
-        if self._guard.pace is None:
-            return remote
-        return _Paced(remote, self._guard, self._guard.pace, len(programs.program.predictors()))
-
-    def _remote(self, programs: ProgramSpace, valset: Sequence[Any]) -> RemoteScore:
-        metric, pricing = self._optimizer.metric, self._guard.pricing
-        run = _Run(ProgramRunner(programs, valset, metric), pricing)
-        parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
-        parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
-        parts["the option 'prices'"] = pricing
-        return RemoteScore(self._place, run, parts, self._timeout, self._guard.stopped)
+    if not place.is_remote:
+        yield None
+        return
+    run = _Run(ProgramRunner(programs, valset, metric), guard.pricing)
+    parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
+    parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
+    parts["the option 'prices'"] = guard.pricing
+    with RemoteScore(place, run, parts, timeout, guard.stopped) as score:
+        yield (
+            score
+            if guard.pace is None
+            else _Paced(score, guard, guard.pace, len(programs.program.predictors()))
+        )
 
 
 class _Run:

@@ -1,0 +1,237 @@
+"""What DSPy shows of an optimisation, from a search: statistics of the program, evaluations for callbacks."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import dspy
+from dspy.evaluate.evaluate import EvaluationResult
+from dspy.teleprompt.utils import save_candidate_program
+from dspy.utils.callback import BaseCallback, with_callbacks
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from mpromptune.engine.result import SearchResult
+from mpromptune.errors import TrialFailedError
+from mpromptune.execution.interrupts import deferred
+from mpromptune.execution.usage import Usage
+from mpromptune.mipro.configurations import ProgramSpace
+from mpromptune.storage.attributes import EXAMPLES, PLANNED, SCORES
+from mpromptune.storage.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+# What makes a compiled program heavy; each entry holds programs of its own.
+_STATISTICS = ("trial_logs", "candidate_programs", "mb_candidate_programs", "search_result")
+
+_Key = tuple[tuple[str, int], ...]
+
+
+def percent(score: float | None) -> float:
+    """A score as DSPy prints it."""
+    assert score is not None  # only completed trials have come here
+    return round(100.0 * score, 2)
+
+
+def forget_statistics(program: Any) -> None:
+    """Takes off what an earlier compile attached, or every candidate would carry a copy of it."""
+    for name in _STATISTICS:
+        program.__dict__.pop(name, None)
+
+
+def attach_statistics(best: Any, programs: ProgramSpace, result: SearchResult, log_dir: str | None) -> None:
+    """Sets ``score``, ``trial_logs``, ``candidate_programs`` and ``mb_candidate_programs``.
+
+    Scores are percentages, as DSPy's are. One program object serves all entries of a configuration.
+    """
+    build = lru_cache(maxsize=None)(lambda key: programs.build(dict(key)))
+    parts = [t for t in _completed(result) if len(t.user_attrs[EXAMPLES]) < result.n_examples]
+    best.score = percent(result.best_score)
+    best.trial_logs = _logs(result, build, log_dir)
+    best.candidate_programs = _ranked(
+        (m.mean, build(_key(m.params)), True) for m in result.configurations if m.fully
+    )
+    best.mb_candidate_programs = _ranked((t.value, build(_key(t.params)), False) for t in parts)
+    best.total_calls = result.calls
+    best.prompt_model_total_calls = result.usage.get("propose", Usage()).lm_calls
+
+
+def save_programs(programs: ProgramSpace, result: SearchResult, log_dir: str) -> None:
+    """Writes the program of every trial to ``log_dir``."""
+    _logs(result, lambda key: programs.build(dict(key)), log_dir)
+
+
+def _logs(result: SearchResult, build: Any, log_dir: str | None) -> dict[int, dict[str, Any]]:
+    """DSPy's log of every completed trial: numbered from 1, in the order in which they were asked.
+
+    A trial on all examples is logged as a full evaluation; where none completes a configuration by
+    itself, its last trial is, with the score over all examples; every other one as a minibatch.
+    """
+    full = {_key(m.params): m.mean for m in result.configurations if m.fully}
+    completed = _completed(result)
+    whole = [t for t in completed if len(t.user_attrs[EXAMPLES]) == result.n_examples]
+    last = {_key(trial.params): trial.number for trial in (*completed, *whole)}
+    numbers = {trial.number for trial in completed}
+    logs: dict[int, dict[str, Any]] = {}
+    calls = 0
+    for trial in result.study.get_trials(deepcopy=False):
+        calls += len(trial.user_attrs.get(SCORES, ()))
+        if trial.number not in numbers:
+            continue
+        key = _key(trial.params)
+        is_full = last[key] == trial.number and key in full
+        kind, score = ("full_eval", full[key]) if is_full else ("mb", trial.value)
+        logs[trial.number + 1] = {
+            **trial.params,
+            f"{kind}_score": percent(score),
+            f"{kind}_program": (program := build(key)),
+            f"{kind}_program_path": _saved(program, log_dir, trial.number + 1, kind),
+            "total_eval_calls_so_far": calls,
+        }
+    return logs
+
+
+def _saved(program: Any, log_dir: str | None, number: int, kind: str) -> str | None:
+    """Where the program was saved; a program that cannot be does not cost the whole search."""
+    try:
+        note = "full_eval" if kind == "full_eval" else None
+        path: str | None = save_candidate_program(program, log_dir, number, note)
+    except Exception as error:  # noqa: BLE001 - whatever the demos' own serialisation raises
+        logger.warning("The program of trial %d could not be saved: %s", number, error)
+        return None
+    return path
+
+
+def _completed(result: SearchResult) -> list[FrozenTrial]:
+    trials = result.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    # A damaged storage may have lost what a trial was of.
+    return [t for t in trials if EXAMPLES in t.user_attrs and t.params.keys() == result.best_params.keys()]
+
+
+def _ranked(entries: Any) -> list[dict[str, Any]]:
+    rows = [
+        {"score": percent(score), "program": program, "full_eval": full} for score, program, full in entries
+    ]
+    return sorted(rows, key=lambda entry: -entry["score"])
+
+
+def _key(params: Mapping[str, int]) -> _Key:
+    return tuple(sorted(params.items()))
+
+
+class Evaluations:
+    """Has DSPy's callbacks see every trial as one call of ``dspy.Evaluate``, in the order of the trials.
+
+    A search makes no such call: threads take single examples, and trials overlap. Those who listen
+    expect one evaluation after the other, all from the thread of the compile. So each is called when
+    its trial is told, and is over at once. It is as in DSPy's MIPROv2: the program and its examples
+    go in, the score in percent and ``(example, prediction, score)`` come out, and the metadata tell
+    full evaluations from minibatches. The trial that completes the measurement of a configuration is
+    a full one, of all of its scores. Predictions of earlier trials are empty; a trial that lacks
+    scores ends with a `TrialFailedError`.
+
+    Args:
+        metric: What is scored with.
+
+    Attributes:
+        programs: The configurations; None before the search.
+        valset: The validation examples.
+    """
+
+    def __init__(self, metric: Any) -> None:
+        self.programs: ProgramSpace | None = None
+        self.valset: Sequence[Any] = ()
+        self._metric = metric
+        self._wanted = any(map(_listens, dspy.settings.callbacks or ()))
+        self._predictions: dict[tuple[_Key, int], Any] = {}
+
+    def keep(self, params: Mapping[str, int], example: int, prediction: Any) -> None:
+        """Keeps a prediction until its trial is told; without ``params`` it is the student's, made ahead.
+
+        Any thread may call it. Two trials that measure one configuration on one example at the same time
+        share the later prediction.
+        """
+        if self._wanted:
+            self._predictions[_key(params), example] = prediction
+
+    def on_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """A trial was told."""
+        if not self._wanted:
+            return
+        assert self.programs is not None
+        examples, outcome = self._outcome(study, trial)
+        kind = "eval_full" if len(examples) == len(self.valset) else "eval_minibatch"
+        evaluation = _Evaluation(outcome, devset=list(self.valset), metric=self._metric)
+        devset = [self.valset[i] for i in examples]
+        try:
+            with deferred():  # or a run of MLflow's would stay open, and the compile's with it
+                program = self.programs.build(trial.params)
+                evaluation(program, devset=devset, callback_metadata={"metric_key": kind})
+        except TrialFailedError:
+            pass  # those who listen have been told
+
+    def _outcome(
+        self, study: Study, trial: FrozenTrial
+    ) -> tuple[list[int], EvaluationResult | TrialFailedError]:
+        """The examples of an evaluation, and what came of it."""
+        answers = {i: self._taken(trial.params, i) for i in trial.user_attrs[EXAMPLES]}
+        if trial.state != TrialState.COMPLETE:
+            planned = list(trial.user_attrs[PLANNED])
+            return planned, TrialFailedError(
+                f"Trial {trial.number} lacks the scores of {len(planned) - len(answers)} of {len(planned)} "
+                "examples, for errors that are not the program's."
+            )
+        scores = self._scores(study, trial)
+        results = [(self.valset[i], answers.get(i, dspy.Prediction()), scores[i]) for i in scores]
+        mean = sum(scores.values()) / len(scores)
+        return list(scores), EvaluationResult(score=percent(mean), results=results)
+
+    def _taken(self, params: Mapping[str, int], example: int) -> Any:
+        assert self.programs is not None
+        keys = [_key(params), *([()] if params == self.programs.baseline else [])]
+        found = [self._predictions.pop((key, example), None) for key in keys]
+        return next((answer for answer in found if answer is not None), dspy.Prediction())
+
+    def _scores(self, study: Study, trial: FrozenTrial) -> dict[int, float]:
+        """The trial's own, or all of its configuration's once they are complete by it."""
+        n, known, own = len(self.valset), Ledger(), _scores_of(trial)
+        for other in study.get_trials(deepcopy=False):
+            if other.params == trial.params and other.number != trial.number:
+                known.add((), _scores_of(other))
+        was_complete = known.covers((), n)
+        known.add((), own)
+        completes = known.covers((), n) and (len(own) == n or not was_complete)
+        return known.means(()) if completes else own
+
+
+class _Evaluation(dspy.Evaluate):
+    """An evaluation that has been made: called, it only says what came of it."""
+
+    def __init__(self, outcome: EvaluationResult | TrialFailedError, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._outcome = outcome
+
+    def _replay(self, *args: Any, **kwargs: Any) -> EvaluationResult:
+        if isinstance(self._outcome, TrialFailedError):
+            raise self._outcome
+        return self._outcome
+
+    # Callbacks are told the arguments by DSPy's names for them.
+    _replay.__dict__["__signature__"] = inspect.signature(dspy.Evaluate.__call__)
+    __call__ = with_callbacks(_replay)
+
+
+def _scores_of(trial: FrozenTrial) -> dict[int, float]:
+    """Example to score; empty for a trial that is not told."""
+    scores = trial.user_attrs.get(SCORES, ())
+    return dict(zip(trial.user_attrs[EXAMPLES], scores, strict=True)) if scores else {}
+
+
+def _listens(callback: Any) -> bool:
+    """Whether evaluations are of any interest to a callback of DSPy's."""
+    names = ("on_evaluate_start", "on_evaluate_end")
+    return any(getattr(type(callback), name, None) is not getattr(BaseCallback, name) for name in names)

@@ -1,0 +1,311 @@
+"""A compile under way: what its three steps share, and the student's scores that idle threads make."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import dspy
+from optuna.storages import BaseStorage
+from optuna.study import Study
+
+from mpromptune.engine.options import SearchOptions
+from mpromptune.errors import SearchInterrupted, SearchStoppedError
+from mpromptune.execution.attempts import FAILURES, INFRASTRUCTURE, Verdict
+from mpromptune.execution.interrupts import Stopped, interrupted, is_over, result_of
+from mpromptune.execution.limits import SEARCH, Budget, patience
+from mpromptune.execution.pool import Score
+from mpromptune.execution.remote import Workplace
+from mpromptune.execution.usage import Usage, current_meter, record
+from mpromptune.lms.errors import classify
+from mpromptune.lms.guard import Guard, measured
+from mpromptune.lms.kept import keeping, reusing
+from mpromptune.lms.prices import Pricing
+from mpromptune.lms.threads import Threads
+from mpromptune.mipro.checkpoint import Checkpoint
+from mpromptune.mipro.checks import knows_steps
+from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
+from mpromptune.mipro.fingerprint import Part
+from mpromptune.mipro.metric import CheckedMetric
+from mpromptune.mipro.results import Evaluations
+from mpromptune.show.screens import choose
+from mpromptune.show.view import View
+from mpromptune.storage.lease import Lease, held
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """A compile with options, while it is under way.
+
+    Args:
+        optimizer: The ``dspy.MIPROv2``; its ``rng`` is drawn from as DSPy does.
+        student: The program.
+        options: Ours.
+        arguments: Of ``dspy.MIPROv2.compile``, with defaults.
+
+    Attributes:
+        seed: Of the whole compile.
+        num_threads: Program calls at a time.
+        is_concurrent: Whether this DSPy's first steps are known; else they run as DSPy runs them.
+        budget: What may be used, and what each step has used.
+        guard: Watches the LM requests.
+        threads: Run the calls of the steps before the search.
+        place: Where the programs of the search are run.
+        metric: The optimizer's; where it cannot score, no further call is begun.
+        view: What there is to see of all three steps.
+        evaluations: What DSPy's callbacks are told of the search.
+        checkpoint: What is kept in the storage, if there is one.
+        proposer: Proposes instructions, once it has been begun.
+        num_instructions: Instructions wanted for each predictor.
+        search_calls: Program calls of the search, at most.
+    """
+
+    def __init__(
+        self, optimizer: Any, student: Any, options: SearchOptions, arguments: Mapping[str, Any]
+    ) -> None:
+        self.optimizer, self.student, self.options, self.arguments = optimizer, student, options, arguments
+        seed = arguments.get("seed")
+        self.seed = int(optimizer.seed if seed is None else seed)
+        self.num_threads = int(optimizer.num_threads or dspy.settings.num_threads) * options.n_jobs
+        self.is_concurrent = knows_steps()
+        self.budget = Budget(options.limits, grace=options.grace)
+        pricing = Pricing(options.prices, must_know=options.max_cost is not None)
+        self.guard = Guard(self.budget, pricing, pace=options.pace)
+        self.threads = pool = Threads(self.num_threads, options.grace, options.retry, self.budget.admits)
+        self.place = Workplace(None if options.dry_run else options.executor)
+        self.metric = CheckedMetric(optimizer.metric, pool.end)
+        self.view = View(choose if options.verbose else lambda: None, self.budget, lambda: pool.load)
+        self.evaluations = Evaluations(optimizer.metric)
+        self.checkpoint: Checkpoint | None = None
+        self.proposer: Any = None
+        self.num_instructions = self.search_calls = 0  # what DSPy makes of the compile's arguments
+        self._valset: list[Any] | None = None
+        self._first: Sequence[int] = ()
+        self._ahead: Ahead | None = None
+        self._lease: Lease | None = None
+        self._open = ExitStack()
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """All that the steps need is open. Errors have the program so far, and what was used."""
+        try:
+            with self.budget.ending(), self.guard.watching(), self._open, self.place:
+                try:
+                    yield
+                finally:
+                    self.guard.stopped.set()  # whatever is under way asks no LM any more
+                    try:
+                        self.threads.close(self.threads.grace)
+                    finally:
+                        self.view.close()
+        except (SearchInterrupted, SearchStoppedError) as error:
+            error.program = self.student if error.program is None else error.program
+            error.usage = self.budget.usage
+            raise
+        except KeyboardInterrupt as signalled:
+            outside = interrupted(signalled)("The compile was interrupted outside its search.")
+            outside.program, outside.usage = self.student, self.budget.usage
+            raise outside from signalled
+
+    def resume(self, study: Study, run: Mapping[str, Part]) -> None:
+        """Takes from the study what an interrupted run has paid for, and keeps in it what this one does.
+
+        Raises:
+            StudyInUseError: Another run is at work on it.
+            StudyMismatchError: It belongs to another run, with another ``run`` (see `fingerprint`).
+        """
+        self._lease = self._open.enter_context(held(study, self.guard.stopped))
+        self.checkpoint = Checkpoint(self._lease, run)
+        for step, usage in self.checkpoint.usage().items():
+            self.budget.step(step).add(usage)
+
+    @property
+    def storage(self) -> BaseStorage | None:
+        """The storage of this run, opened, where one was given."""
+        return None if self.checkpoint is None else self.checkpoint.study._storage
+
+    def keeping(self, step: str, *name: object) -> AbstractContextManager[None]:
+        """What LMs answer in here is paid for once, whatever becomes of this process."""
+        # The search counts what its scores have used, wherever they come from.
+        meter = None if step == SEARCH else self.budget.step(step)
+        return keeping(self.checkpoint, ":".join(map(str, (step, *name))), meter)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Counts what a step uses; a limit, or the infrastructure, ends it with an error that says so."""
+        meter, began = self.budget.step(name), time.monotonic()
+        before = meter.total.lm_calls
+        try:
+            with measured(meter):
+                yield
+                record(Usage(seconds=time.monotonic() - began))
+            if self._failure is not None:
+                raise self._failure
+        except Exception as error:
+            if error is self._failure or classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
+                raise _stopped(name, error) from error
+            raise
+        except Stopped as stop:
+            if self._failure is not None:
+                raise _stopped(name, self._failure) from self._failure
+            if self.budget.reached is None:
+                raise
+            raise self.budget.used_up(f"in the {name} step, before the search began") from stop
+        finally:
+            if self.checkpoint is not None and meter.total.lm_calls > before:
+                self.checkpoint.keep_usage(name, meter.total)
+
+    @property
+    def _failure(self) -> Exception | None:
+        """What makes every further call vain."""
+        return self.metric.failure or (None if self._lease is None else self._lease.lost)
+
+    # Scores made ahead of the search.
+
+    def want_scores(self, valset: list[Any], first: Sequence[int]) -> None:
+        """From the first step on, idle threads score the student on these examples of ``valset``."""
+        self._valset, self._first = valset, first
+
+    def score_ahead(self, program: Any, trainset: Any, is_idle: bool, is_first: bool) -> None:
+        """Has idle threads score the student.
+
+        Args:
+            program: The student.
+            trainset: What the bootstrap may be asking for just now is left out: the search finds that in
+                the cache.
+            is_idle: Whether there are idle threads; else there is only what an interrupted run has scored.
+            is_first: Waits for the first score: nothing else would show whether the metric works before
+                the proposals are paid.
+        """
+        if self._valset is None:
+            return
+        self._ahead = ahead = Ahead(self, program, self._valset)
+        if not is_idle:
+            return
+        bootstrapped = {hash(repr(example)) for example in trainset}
+        others = [i for i in self._first if hash(repr(self._valset[i])) not in bootstrapped]
+        with measured(self.budget.step(SEARCH)):
+            calls = ahead.calls(others)
+            for first in islice(calls, int(is_first)):
+                result_of(self.threads.submit(first))
+            self.threads.fill(calls)
+
+    def end_steps(self) -> None:
+        """Starts no further call; those under way are waited for, unless they seem to hang.
+
+        Raises:
+            Stopped: A limit leaves the search no time to begin.
+        """
+        usage = self.budget.usage.get(SEARCH, Usage())  # of scores made ahead
+        most = math.inf if self.options.timeout is None else self.options.timeout
+        self.threads.finish(patience(usage, usage.program_calls, self.threads.grace, most))
+        if is_over():
+            raise Stopped
+        self.guard.spares = True  # from now on, the workers begin nothing beyond a limit
+
+    def known_or(self, score: Score, programs: ProgramSpace, valset: list[Any]) -> Score:
+        """``score``, but for what is known already; after `end_steps`."""
+        score = reusing(self.checkpoint, score)
+        ahead = self._ahead
+        # Scores belong to the very program and validation set that they were measured with.
+        if ahead is None or programs.program is not ahead.program or valset is not self._valset:
+            return score
+        if self.checkpoint is not None:
+            ahead.forget(self.checkpoint.measured(programs.baseline))
+        return partial(ahead.score_or, score, programs.baseline)
+
+
+def _stopped(step: str, error: Exception) -> SearchStoppedError:
+    return SearchStoppedError(
+        f"The {step} step stopped on {type(error).__name__}: {error}. What was made before is kept in "
+        "the storage, if one was given."
+    )
+
+
+def max_errors(own: int | None) -> int:
+    """DSPy's ``max_errors``, which its settings decide unless it is given."""
+    return int(dspy.settings.max_errors if own is None else own)
+
+
+def wants_traceback(own: bool | None) -> bool:
+    """DSPy's ``provide_traceback``, which its settings decide unless it is given."""
+    return bool(dspy.settings.provide_traceback if own is None else own)
+
+
+class Ahead:
+    """Scores the student ahead of the search, which will ask for these scores in any case.
+
+    It ends where the bootstrap would: after ``max_errors`` errors, or one that is not the program's own.
+
+    Args:
+        run: The compile.
+        program: The student.
+        valset: The validation set.
+    """
+
+    def __init__(self, run: Run, program: Any, valset: list[Any]) -> None:
+        self.program = program
+        self._run = run
+        self._max_errors = max_errors(run.optimizer.max_errors)
+        student = ProgramSpace(program, {})
+        keep = run.evaluations.keep
+        runner = ProgramRunner(student, valset, run.metric, lambda _, i, made: keep({}, i, made))
+        score = scorer(runner, wants_traceback(run.arguments.get("provide_traceback")))
+        self._score = partial(score, student.baseline)
+        self._outcomes = {} if run.checkpoint is None else run.checkpoint.student_outcomes()
+        self._of_earlier_run = set(self._outcomes)
+
+    def calls(self, examples: list[int]) -> Iterator[Callable[[], None]]:
+        """One for each example, for as long as there is hope."""
+        for example in examples:
+            if self._is_hopeless():
+                return
+            if example not in self._outcomes:
+                yield partial(self._measure, example)
+
+    def forget(self, examples: set[int]) -> None:
+        """Leaves out scores that the search has already: asked again, it wants another answer."""
+        for example in examples:
+            self._outcomes.pop(example, None)
+
+    def _is_hopeless(self) -> bool:
+        errors = [o for o, _ in tuple(self._outcomes.values()) if isinstance(o, Exception)]
+        foreign = any(classify(error) not in FAILURES for error in errors)
+        return foreign or len(errors) >= self._max_errors
+
+    def _measure(self, example: int) -> None:
+        began = time.monotonic()
+        outcome: float | Exception
+        with measured() as meter:
+            record(Usage(program_calls=1))
+            try:
+                with self._run.keeping(SEARCH, example):
+                    outcome = self._score(example)
+            except Exception as error:  # noqa: BLE001 - raised where the score is asked for
+                outcome = error
+            record(Usage(seconds=time.monotonic() - began))
+        self._outcomes[example] = outcome, meter.total
+        if self._run.checkpoint is not None:
+            self._run.checkpoint.keep_student_outcome(example, outcome, meter.total)
+
+    def score_or(self, score: Score, student: dict[str, int], params: dict[str, int], example: int) -> float:
+        """What came of it, once: after an error, another attempt is a call of its own."""
+        known = self._outcomes.pop(example, None) if params == student else None
+        if known is None:
+            return score(params, example)
+        outcome, usage = known
+        meter = current_meter()
+        if meter is not None:
+            meter.add(Usage(program_calls=-1))  # the program has not been run for this call
+            # What this run has made ahead the search as a whole has counted already.
+            (meter.add if example in self._of_earlier_run else meter.attribute)(usage)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
