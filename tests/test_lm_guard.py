@@ -28,8 +28,8 @@ from mpromptune.execution.interrupts import Stopped
 from mpromptune.execution.limits import Budget, Limits
 from mpromptune.execution.pace import Pace
 from mpromptune.execution.usage import Usage, metered
-from mpromptune.lms.guard import Guard, measured
-from mpromptune.lms.prices import Pricing
+from mpromptune.lms.guard import Guard
+from mpromptune.lms.metering import Pricing, measured
 from mpromptune.storage.attributes import USAGE
 
 
@@ -249,7 +249,7 @@ def test_what_the_provider_reports_is_believed() -> None:
 
 def test_a_model_without_a_price_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     """If money is limited; otherwise nobody asked."""
-    with caplog.at_level(logging.WARNING, logger="mpromptune.lms.prices"):
+    with caplog.at_level(logging.WARNING, logger="mpromptune.lms.metering"):
         silent, limited = Pricing(), Pricing(must_know=True)
         for pricing in (silent, limited, limited):
             assert pricing.cost(None, "unheard-of", {"prompt_tokens": 10}) == 0.0

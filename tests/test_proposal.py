@@ -22,7 +22,7 @@ from lms import completion, digest, requested_fields
 from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, VAL, ZERO_SHOT, Adder, Planner, additions
 
 from mpromptune import MIPROv2
-from mpromptune.lms.adapters import patient
+from mpromptune.lms.adapters import watched
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro import checks, proposal
 
@@ -95,7 +95,7 @@ def _handed(
     if cls is Ours:
         options["confirm"] = False  # else calls of the search are made ahead, while threads are idle
     # Up to 3.3, DSPy by itself asks as JSON again after a failure; a compile of ours never does.
-    with dspy.context(adapter=patient(None), lm=lm), pytest.raises(_HandedError) as caught:
+    with dspy.context(adapter=watched(None), lm=lm), pytest.raises(_HandedError) as caught:
         cls(metric=_metric, **settings).compile(program, trainset=TRAIN, valset=VAL, **SMALL_RUN, **options)
     return *caught.value.args, Counter(lm.calls)
 

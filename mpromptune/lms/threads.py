@@ -1,4 +1,7 @@
-"""Threads for the steps before the search: calls that keep the caller's context and can be stopped."""
+"""Threads for the steps before the search: calls that keep the caller's context and can be stopped.
+
+`ThreadPoolExecutor` waits for calls that hang, and has no second queue for what nobody waits for.
+"""
 
 from __future__ import annotations
 
@@ -92,24 +95,16 @@ class Threads:
             within: Seconds to wait at most; what still runs then asks no LM any more.
         """
         self.end()
+        # Not `cancel_futures`: nobody who is in `wait` for a future is told of its cancellation.
         self._executor.shutdown(wait=False)
         self._executor.join(within)
         self._stopped.set()
 
     def close(self, within: float | None = None) -> None:
-        """Starts nothing more, and waits for the calls that are under way, the first time.
-
-        Args:
-            within: Seconds to wait at most.
-        """
-        with self._lock:  # no call is being submitted
-            already = self._stopped.is_set()
-            self._ending.set()
+        """As `finish`, but what is under way asks no LM any more, and is waited for the first time only."""
+        if not self._stopped.is_set():
             self._stopped.set()
-        # Not `cancel_futures`: nobody who is in `wait` for a future is told of its cancellation.
-        self._executor.shutdown(wait=False)
-        if not already:
-            self._executor.join(within)
+            self.finish(within)
 
     def __enter__(self) -> Threads:
         return self

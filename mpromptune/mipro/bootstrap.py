@@ -22,9 +22,10 @@ from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.interrupts import contained, result_of
 from mpromptune.execution.pool import in_time
 from mpromptune.execution.usage import Usage, record
+from mpromptune.lms.adapters import Keeping, keep_nothing
 from mpromptune.lms.errors import blaming, classify
-from mpromptune.lms.guard import measured, note_call
-from mpromptune.lms.kept import Keeping, keep_nothing
+from mpromptune.lms.guard import note_call
+from mpromptune.lms.metering import measured
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro import proposal
 from mpromptune.mipro.checkpoint import DemoSets

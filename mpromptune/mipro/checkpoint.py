@@ -1,6 +1,6 @@
 """What a compile keeps in its study besides the search: who it is, and what its first steps have paid for.
 
-LMs' answers are kept as they come in (`mpromptune.lms.kept`), so a step that was cut off is made again from
+LMs' answers are kept as they come in (`lms.adapters`), so a step that was cut off is made again from
 them. Demo sets, instructions and scores of the student are kept as well, once they are there: indices of the
 search stand for just these, and what a program or a metric pays for besides LMs is not paid again.
 """
@@ -20,13 +20,12 @@ from mpromptune.errors import StorageError, StudyMismatchError
 from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.pool import as_score
 from mpromptune.execution.usage import Usage
+from mpromptune.lms.adapters import Answer
 from mpromptune.lms.errors import classify
-from mpromptune.lms.kept import Answer
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.storage.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
-from mpromptune.storage.damage import CRASHES, list_from, named, readable, usage_from
+from mpromptune.storage.damage import CRASHES, list_from, named, readable, reported, usage_from
 from mpromptune.storage.lease import Lease
-from mpromptune.storage.storage import reported
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +116,13 @@ class Checkpoint:
     # Answers of LMs, and what they took.
 
     def answer(self, scope: str, digest: str, number: int, cached: bool) -> Answer | None:
-        """As `mpromptune.lms.kept.Answers`."""
+        """As `mpromptune.lms.adapters.Answers`."""
         own = self._answer(f"{ANSWERS}:{scope}:{digest}:{number}")
         # An equal request of another scope, which found the answer in the cache of a process that is gone.
         return own or (self._earlier.get(digest) if cached else None)
 
     def keep_answer(self, scope: str, digest: str, number: int, answer: Answer) -> None:
-        """As `mpromptune.lms.kept.Answers`; what is no JSON is not kept."""
+        """As `mpromptune.lms.adapters.Answers`; what is no JSON is not kept."""
         parts = {"usage": answer.usage.as_dict(), "total": answer.total.as_dict()}
         try:
             text = json.dumps({"outputs": answer.outputs, **parts}, ensure_ascii=False)

@@ -17,7 +17,8 @@ from mpromptune.execution.interrupts import contained
 from mpromptune.execution.pool import Score, as_score
 from mpromptune.execution.usage import Meter, current_meter
 from mpromptune.lms.errors import blaming, classify
-from mpromptune.lms.guard import measured, note_call
+from mpromptune.lms.guard import note_call
+from mpromptune.lms.metering import measured
 from mpromptune.model.space import PromptSpace
 
 logger = logging.getLogger(__name__)

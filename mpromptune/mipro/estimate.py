@@ -16,7 +16,7 @@ from dspy.teleprompt.mipro_optimizer_v2 import (
 
 from mpromptune.engine.options import SearchOptions
 from mpromptune.execution.usage import StepUsage, Usage
-from mpromptune.lms.prices import PerMillion
+from mpromptune.lms.metering import PerMillion
 
 # DSPy shows its dataset summariser this many batches of examples after the first one, at most.
 _MORE_BATCHES = 9

@@ -22,9 +22,9 @@ from mpromptune.errors import EmptyInstructionError
 from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.execution.interrupts import contained, result_of
 from mpromptune.execution.pool import in_time
+from mpromptune.lms.adapters import Keeping, keep_nothing
 from mpromptune.lms.errors import classify
-from mpromptune.lms.guard import measured
-from mpromptune.lms.kept import Keeping, keep_nothing
+from mpromptune.lms.metering import measured
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro.checkpoint import Instructions
 from mpromptune.mipro.configurations import encodable

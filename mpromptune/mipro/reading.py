@@ -23,15 +23,10 @@ from mpromptune.mipro.estimate import Estimate
 from mpromptune.model.space import Candidate, PromptSpace, Row
 from mpromptune.sampling.encoding import encode_prompts
 from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, STUDENT
+from mpromptune.storage.damage import reported
 from mpromptune.storage.ledger import Ledger
 from mpromptune.storage.record import Record, read_record
-from mpromptune.storage.storage import (
-    DEFAULT_STUDY_NAME,
-    StorageSpec,
-    check_storage,
-    open_storage,
-    reported,
-)
+from mpromptune.storage.storage import DEFAULT_STUDY_NAME, StorageSpec, check_storage, open_storage
 
 _COMPONENT = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
 _KINDS = {"instruction": INSTRUCTIONS, "demos": DEMOS}

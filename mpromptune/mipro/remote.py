@@ -17,8 +17,8 @@ from mpromptune.execution.pool import Score
 from mpromptune.execution.remote import RemoteScore, Workplace
 from mpromptune.execution.usage import Meter, current_meter, metered
 from mpromptune.lms.adapters import given_adapter
-from mpromptune.lms.guard import METER, Guard, measured
-from mpromptune.lms.prices import Pricing
+from mpromptune.lms.guard import Guard
+from mpromptune.lms.metering import METER, Pricing, measured
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace
 
 # Settings of DSPy's that belong to one thread or one call, and are made anew for each.

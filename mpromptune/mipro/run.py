@@ -23,10 +23,10 @@ from mpromptune.execution.limits import SEARCH, Budget, patience
 from mpromptune.execution.pool import Score
 from mpromptune.execution.remote import Workplace
 from mpromptune.execution.usage import Usage, current_meter, record
+from mpromptune.lms.adapters import keeping, reusing
 from mpromptune.lms.errors import classify
-from mpromptune.lms.guard import Guard, measured
-from mpromptune.lms.kept import keeping, reusing
-from mpromptune.lms.prices import Pricing
+from mpromptune.lms.guard import Guard
+from mpromptune.lms.metering import Pricing, measured
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro.checkpoint import Checkpoint
 from mpromptune.mipro.checks import knows_steps

@@ -1,15 +1,17 @@
-"""Damaged studies, whatever storage they are in: a StorageError says what cannot be read of one."""
+"""What fails in a storage, as a StorageError: it is out of reach, or what it holds is damaged."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -19,6 +21,27 @@ from mpromptune.storage.attributes import EXAMPLES, PLANNED, RESUMES, SCORES, US
 
 # What values of the wrong kind end in, here or in Optuna's own replay of a journal.
 CRASHES = (AssertionError, AttributeError, LookupError, TypeError, ValueError, OverflowError)
+
+
+_PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
+
+
+@contextmanager
+def reported(what: str = "The storage cannot be read and written") -> Iterator[None]:
+    """What the system, or a storage of Optuna's, raises as a `StorageError` that begins with ``what``."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (StorageInternalError, OSError) as error:
+        # Optuna's message does not say what happened, and SQLAlchemy's holds all that was to be written.
+        cause = getattr(error.__cause__, "orig", None) or getattr(error, "strerror", None) or error
+        raise StorageError(f"{what}: {public(cause)}. What it holds is kept.") from error
+
+
+def public(text: object) -> str:
+    """A message without the password that a URL in it may hold."""
+    return _PASSWORD.sub(r"\1:***@", str(text))
 
 
 @contextmanager

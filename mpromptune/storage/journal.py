@@ -17,6 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from mpromptune.errors import StorageError
+from mpromptune.storage.damage import reported
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +84,14 @@ class _File(JournalFileBackend):
     """Optuna's journal file: what is no JSON is read as None, and what fails is a `StorageError`."""
 
     def __init__(self, path: str) -> None:
-        with _reported(path, "opened"):
+        with reported(f"The journal {path} cannot be opened"):
             open(path, "ab").close()
             super().__init__(path, JournalFileOpenLock(path, grace_period=_GRACE))
             with self._locked():  # now, rather than after something has been paid for
                 _require_journal(path)
 
     def read_logs(self, log_number_from: int) -> Generator[Any, None, None]:
-        with _reported(self._file_path, "read"), open(self._file_path, "rb") as file:
+        with reported(f"The journal {self._file_path} cannot be read"), open(self._file_path, "rb") as file:
             offset = file.seek(self._log_number_offset[log_number_from])
             for number, line in enumerate(file, log_number_from + 1):
                 if not line.endswith(b"\n"):
@@ -102,7 +103,11 @@ class _File(JournalFileBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Writes records, on a line of their own even if the last one was torn."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with _reported(self._file_path, "written"), self._locked(), open(self._file_path, "ab+") as file:
+        with (
+            reported(f"The journal {self._file_path} cannot be written"),
+            self._locked(),
+            open(self._file_path, "ab+") as file,
+        ):
             if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
                 file.write(b"\n")
             file.write(lines.encode())
@@ -133,16 +138,3 @@ def _require_journal(path: str) -> None:
     if line and not (start and _FIRST_BYTES.startswith(start)):  # the first record may be torn
         hint = f"; for a database, give sqlite:///{path}" if start.startswith(b"SQLite") else ""
         raise StorageError(f"{path} is no journal of Optuna's{hint}. Nothing was written to it.")
-
-
-@contextmanager
-def _reported(path: str, what: str) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise StorageError(
-            f"The journal {path} cannot be {what}: {reason}. What it holds is kept."
-        ) from error

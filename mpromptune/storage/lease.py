@@ -27,8 +27,7 @@ from optuna.study import Study
 from mpromptune.errors import StudyInUseError
 from mpromptune.execution.interrupts import deferred, is_over, pause
 from mpromptune.storage.attributes import LEASE
-from mpromptune.storage.damage import CRASHES
-from mpromptune.storage.storage import reported
+from mpromptune.storage.damage import CRASHES, reported
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -30,7 +28,7 @@ from tenacity import (
 from mpromptune.errors import InvalidArgumentError, StorageError, StudyMismatchError
 from mpromptune.execution.interrupts import deferred
 from mpromptune.storage.attributes import FORMAT
-from mpromptune.storage.damage import readable
+from mpromptune.storage.damage import public, readable, reported
 from mpromptune.storage.journal import TolerantJournal
 
 logger = logging.getLogger(__name__)
@@ -50,7 +48,6 @@ PATIENCE = 60.0
 _LONGEST_WAIT = 2.0
 # Of gRPC, by name: its package need not be installed. UNKNOWN is what a proxy makes of its database's errors.
 _LOST_CODES = {"UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED"}
-_PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
 
 
 def open_storage(spec: StorageSpec) -> BaseStorage:
@@ -74,7 +71,7 @@ def open_storage(spec: StorageSpec) -> BaseStorage:
     try:
         return _reconnecting(_database(path))
     except Exception as error:  # any of SQLAlchemy's, of its drivers', of Optuna's
-        raise StorageError(f"The database {_public(path)} cannot be opened: {_public(error)}") from error
+        raise StorageError(f"The database {public(path)} cannot be opened: {public(error)}") from error
 
 
 def check_storage(spec: object, study_name: object = None) -> None:
@@ -103,7 +100,7 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
     """
     check_storage(storage, study_name)
     opened = open_storage(storage)
-    with reported(), readable(f"The storage {_public(storage)}"):
+    with reported(), readable(f"The storage {public(storage)}"):
         study = optuna.create_study(
             storage=opened,
             study_name=study_name or DEFAULT_STUDY_NAME,
@@ -113,19 +110,6 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
         _require_ours(study)
         study.set_user_attr(FORMAT, FORMAT_VERSION)  # and shows that it can be written to
     return study
-
-
-@contextmanager
-def reported() -> Iterator[None]:
-    """Errors of any storage as a `StorageError`, as those of `TolerantJournal` already are."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except (StorageInternalError, OSError) as error:
-        # Optuna's message does not say what happened, and SQLAlchemy's holds all that was to be written.
-        cause = getattr(error.__cause__, "orig", error)
-        raise StorageError(f"The storage cannot be read and written: {_public(cause)}") from error
 
 
 def _require_ours(study: Study) -> None:
@@ -141,11 +125,6 @@ def _require_ours(study: Study) -> None:
             f"{name} was written by another version of m-promptune, in format {version!r}; this one reads "
             f"format {FORMAT_VERSION}. {advice}"
         )
-
-
-def _public(text: object) -> str:
-    """A message without the password that a URL in it may hold."""
-    return _PASSWORD.sub(r"\1:***@", str(text))
 
 
 @retry(stop=stop_after_attempt(_OPENINGS), wait=wait_random(0.2, 1.0), reraise=True)
