@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import logging
 import random
 import threading
 import time
@@ -24,7 +23,7 @@ from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, VAL, ZERO_SHOT, Adder, Pla
 from mpromptune import MIPROv2
 from mpromptune.lms.adapters import watched
 from mpromptune.lms.threads import Threads
-from mpromptune.mipro import checks, proposal
+from mpromptune.mipro import proposal
 
 TRAIN = additions(24)
 Call = tuple[str, Any, str]  # messages, rollout, what was asked for
@@ -249,17 +248,6 @@ def test_summary_stops_when_the_bootstrap_fails() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         _handed(Ours, Broken(), lm, {**FEW_SHOT, "max_errors": 2}, view_data_batch_size=2, sampler="qei")
     assert len(lm.calls) <= 2
-
-
-def test_unknown_dspy_runs_serially(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where DSPy's internals are not those that were counted on, its own serial step runs, with a warning."""
-    monkeypatch.setattr(checks, "_OF_BOOTSTRAP", ("_what_is_gone",))
-    serial = _handed(Stock, Planner(), RolloutLM(), FEW_SHOT)
-    with caplog.at_level(logging.WARNING, "mpromptune"):
-        assert _handed(Ours, Planner(), RolloutLM(), FEW_SHOT, sampler="qei") == serial
-    assert "running them serially" in caplog.text
 
 
 def test_a_whole_compile_repeats_itself() -> None:

@@ -20,7 +20,6 @@ from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
 from mpromptune.errors import CallCancelledError
 from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.interrupts import contained, result_of
-from mpromptune.execution.pool import in_time
 from mpromptune.execution.usage import Usage, record
 from mpromptune.lms.adapters import Keeping, keep_nothing
 from mpromptune.lms.errors import blaming, classify
@@ -35,24 +34,23 @@ from mpromptune.mipro.run import Run, max_errors
 logger = logging.getLogger(__name__)
 
 
-def demo_sets(run: Run, given: Mapping[str, Any], serial: Callable[[], DemoSets]) -> DemoSets:
+def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
     """Per predictor, its demo sets. Threads that this leaves idle begin with what comes after it.
 
     Args:
         run: The compile.
         given: DSPy's arguments of this step, by name.
-        serial: The step as DSPy makes it.
     """
     checkpoint, program, trainset = run.checkpoint, given["program"], given["trainset"]
     with run.step("bootstrap"):
         kept = None if checkpoint is None else checkpoint.demo_sets()
         is_over = kept is not None and checkpoint is not None and checkpoint.instructions() is not None
-        number = int(given.get("num_fewshot_candidates") or 0)
+        number = given["num_fewshot_candidates"]
         bar = run.view.bar("Bootstrapping", number, "demo sets")
         # What DSPy refuses about student and teacher it refuses here, before any call; and what it draws at
         # random is drawn here, also where the sets are known.
-        build = _prepared(run, given, bar.advance) if run.is_concurrent else partial(_serially, run, serial)
-        if run.is_concurrent and not is_over and run.num_threads > 1:
+        build = _prepared(run, given, bar.advance)
+        if not is_over and run.num_threads > 1:
             proposal.begin(run, program, trainset)
         run.score_ahead(
             program, trainset, is_idle=not is_over, is_first=kept is None and _labelled_only(given)
@@ -69,14 +67,9 @@ def demo_sets(run: Run, given: Mapping[str, Any], serial: Callable[[], DemoSets]
         return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos)
 
 
-def _serially(run: Run, serial: Callable[[], DemoSets]) -> DemoSets:
-    with run.keeping("bootstrap"):
-        return in_time(serial)
-
-
 def _labelled_only(given: Mapping[str, Any]) -> bool:
     """Demo sets without a bootstrap, and so without a call of the metric."""
-    return given.get("max_bootstrapped_demos") == 0 and given.get("max_labeled_demos", 0) > 0
+    return bool(given["max_bootstrapped_demos"] == 0 and given["max_labeled_demos"] > 0)
 
 
 def _prepared(run: Run, given: Mapping[str, Any], on_set: Callable[[], None]) -> Callable[[], DemoSets]:

@@ -3,70 +3,44 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dspy
-from dspy.propose import grounded_proposer
+from dspy.propose import GroundedProposer
 from dspy.teleprompt import BootstrapFewShot
 from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from dspy.teleprompt.utils import get_signature
 
 from mpromptune.errors import IncompatibleDSPyError, InvalidArgumentError
 
-logger = logging.getLogger(__name__)
-
 # NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest that may be installed.
 TESTED_DSPY = ("3.2.0", "3.3.1", "3.4.1")
 
-# Parameters after `self`, by position. A last "..." says that others may follow: those methods are handed
-# on what they are given, and where it is not understood, DSPy's own serial step is run.
+# What is relied on in MIPROv2: parameters of methods after `self`; with a last "...", there may be others.
 _PARAMETERS = {
-    "_set_random_seeds": ("seed",),
-    "_set_hyperparams_from_run_mode": (
-        "program",
-        "num_trials",
-        "minibatch",
-        "zeroshot_opt",
-        "valset",
-        "num_instruct_candidates",
-        "num_fewshot_candidates",
-    ),
-    "_bootstrap_fewshot_examples": ("program", "trainset", "..."),
-    "_propose_instructions": ("program", "trainset", "..."),
-    "_optimize_prompt_parameters": (
-        "program",
-        "instruction_candidates",
-        "demo_candidates",
-        "evaluate",
-        "valset",
-        "num_trials",
-        "minibatch",
-        "minibatch_size",
-        "minibatch_full_eval_steps",
-        "seed",
-    ),
+    "compile": "trainset seed minibatch_size minibatch_full_eval_steps view_data_batch_size "
+    "program_aware_proposer data_aware_proposer tip_aware_proposer fewshot_aware_proposer ...",
+    "_set_random_seeds": "seed",
+    "_set_hyperparams_from_run_mode": "program num_trials minibatch zeroshot_opt valset "
+    "num_instruct_candidates num_fewshot_candidates",
+    "_bootstrap_fewshot_examples": "program trainset teacher num_fewshot_candidates max_bootstrapped_demos "
+    "max_labeled_demos max_errors metric_threshold ...",
+    "_propose_instructions": "program trainset demo_candidates num_instruct_candidates ...",
+    "_optimize_prompt_parameters": "program instruction_candidates demo_candidates evaluate valset "
+    "num_trials minibatch minibatch_size minibatch_full_eval_steps seed",
 }
-# Those of `compile` that are read; it may have any others.
-_OF_COMPILE = ("trainset", "seed", "minibatch_size", "minibatch_full_eval_steps")
 _ATTRIBUTES = (
-    "init_temperature",
-    "log_dir",
-    "max_bootstrapped_demos",
-    "max_errors",
-    "max_labeled_demos",
-    "metric",
-    "metric_threshold",
-    "num_threads",
-    "prompt_model",
-    "seed",
-    "task_model",
-    "teacher_settings",
-    "track_stats",
-    "verbose",
+    "init_temperature log_dir max_bootstrapped_demos max_errors max_labeled_demos metric metric_threshold "
+    "num_threads prompt_model seed task_model teacher_settings track_stats verbose"
 )
+# Methods of what the first steps are made of.
+_METHODS = {
+    BootstrapFewShot: "_prepare_student_and_teacher _prepare_predictor_mappings _bootstrap "
+    "_bootstrap_one_example _train",
+    GroundedProposer: "propose_instructions_for_program propose_instruction_for_predictor",
+}
 
 
 def check_arguments(optimizer: Any, student: Any, given: Mapping[str, Any]) -> None:
@@ -190,13 +164,11 @@ def require_compatible(optimizer: StockMIPROv2) -> None:
     Raises:
         IncompatibleDSPyError: What has changed, and what can be done.
     """
-    changes = [change for name, expected in _PARAMETERS.items() if (change := _changed(name, expected))]
-    missing = [name for name in _OF_COMPILE if name not in _parameters("compile")]
-    if missing:
-        changes.append(f"compile has no parameters {missing}")
-    gone = [name for name in _ATTRIBUTES if not hasattr(optimizer, name)]
-    if gone:
-        changes.append(f"it has no attributes {gone}")
+    found = (_changed(name, expected.split()) for name, expected in _PARAMETERS.items())
+    changes = [change for change in found if change is not None]
+    for holder, names in (*_METHODS.items(), (optimizer, _ATTRIBUTES)):
+        if missing := [name for name in names.split() if not hasattr(holder, name)]:
+            changes.append(f"{getattr(holder, '__name__', 'it')} has no {', '.join(missing)}")
     if changes:
         raise incompatible("; ".join(changes))
 
@@ -211,60 +183,11 @@ def incompatible(change: str) -> IncompatibleDSPyError:
     )
 
 
-def _changed(name: str, expected: tuple[str, ...]) -> str | None:
+def _changed(name: str, expected: Sequence[str]) -> str | None:
     """What has become of a method, if it is not what it was."""
+    shown = f"{name}({', '.join(expected)})"
     if not hasattr(StockMIPROv2, name):
-        return f"{name}({', '.join(expected)}) is gone"
-    found = _parameters(name)
-    known = (*found[: len(expected) - 1], "...") if expected[-1] == "..." else found
-    return None if known == expected else f"{name}({', '.join(expected)}) is now {name}({', '.join(found)})"
-
-
-def _parameters(name: str) -> tuple[str, ...]:
-    """Names of a method's parameters, without ``self``."""
-    parameters: Any = inspect.signature(getattr(StockMIPROv2, name)).parameters
-    return tuple(parameters)[1:]
-
-
-# What the concurrent first steps use of DSPy: parameters of MIPROv2's methods and of what proposals are made
-# of, and methods of the bootstrap.
-_FLAGS = (
-    "view_data_batch_size",
-    "program_aware_proposer",
-    "data_aware_proposer",
-    "tip_aware_proposer",
-    "fewshot_aware_proposer",
-)
-_STEPS: dict[str, tuple[str, ...]] = {
-    "compile": _FLAGS,
-    "_bootstrap_fewshot_examples": (
-        "teacher",
-        "num_fewshot_candidates",
-        "max_bootstrapped_demos",
-        "max_labeled_demos",
-        "max_errors",
-        "metric_threshold",
-    ),
-    "_propose_instructions": ("demo_candidates", "num_instruct_candidates"),
-}
-_FIELDS = ("use_dataset_summary", "program_aware", "use_task_demos", "use_instruct_history", "use_tip")
-_OF_BOOTSTRAP = (
-    "_prepare_student_and_teacher",
-    "_prepare_predictor_mappings",
-    "_bootstrap",
-    "_bootstrap_one_example",
-    "_train",
-)
-
-
-def knows_steps() -> bool:
-    """Whether DSPy's first steps are those that are made concurrent here; a warning says if they are not."""
-    known = all(set(names) <= set(_parameters(method)) for method, names in _STEPS.items())
-    known = known and all(hasattr(BootstrapFewShot, name) for name in _OF_BOOTSTRAP)
-    known = known and hasattr(grounded_proposer.GroundedProposer, "propose_instruction_for_predictor")
-    proposer = grounded_proposer.generate_instruction_class, grounded_proposer.GenerateModuleInstruction
-    for maker in (proposer[0], proposer[1].__init__):
-        known = known and set(_FIELDS) <= set(inspect.signature(maker).parameters)
-    if not known:
-        logger.warning("The first steps of DSPy %s are not known; running them serially.", dspy.__version__)
-    return known
+        return f"{shown} is gone"
+    found = [*inspect.signature(getattr(StockMIPROv2, name)).parameters][1:]
+    is_known = set(expected[:-1]) <= set(found) if expected[-1] == "..." else [*expected] == found
+    return None if is_known else f"{shown} is now {name}({', '.join(found)})"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-import functools
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -49,8 +49,11 @@ def fingerprint(
         candidates: How many instructions, and how many demo sets.
         arguments: Of ``dspy.MIPROv2.compile``, with defaults.
     """
-    own = {name: arguments[name] for name in _ARGUMENTS if name in arguments}
     adapter = given_adapter(dspy.settings.adapter)
+
+    def given(name: str) -> Any:
+        return getattr(optimizer, name) if arguments.get(name) is None else arguments[name]
+
     return {
         "program": _of_program(program),
         "trainset": _of_examples(arguments["trainset"]),
@@ -63,12 +66,10 @@ def fingerprint(
         "adapter": type(adapter).__name__ if adapter else None,
         "instruction candidates": candidates[0],
         "demo set candidates": candidates[1],
-        "max_bootstrapped_demos": _either(arguments, optimizer, "max_bootstrapped_demos"),
-        "max_labeled_demos": _either(arguments, optimizer, "max_labeled_demos"),
-        "metric_threshold": optimizer.metric_threshold,
-        "init_temperature": optimizer.init_temperature,
-        "seed": int(arguments.get("seed") or optimizer.seed),
-        **own,
+        **{name: given(name) for name in ("max_bootstrapped_demos", "max_labeled_demos")},
+        **{name: getattr(optimizer, name) for name in ("metric_threshold", "init_temperature")},
+        "seed": int(given("seed")),
+        **{name: arguments[name] for name in _ARGUMENTS},
     }
 
 
@@ -96,15 +97,13 @@ def canonical(value: Any, inside: tuple[int, ...] = ()) -> Any:
         return value.value if isinstance(value, enum.Enum) else value
     if id(value) in inside:
         return "..."
-    inside = (*inside, id(value))
+    within = partial(canonical, inside=(*inside, id(value)))
     parts = _parts(value)
     if isinstance(parts, Mapping):
-        return {str(key): canonical(item, inside) for key, item in parts.items()}
+        return {str(key): within(item) for key, item in parts.items()}
     if isinstance(parts, Set):
-        return sorted((canonical(item, inside) for item in parts), key=json.dumps)
-    if isinstance(parts, Iterable) and not isinstance(parts, str):
-        return [canonical(item, inside) for item in parts]
-    return parts
+        return sorted(map(within, parts), key=json.dumps)
+    return [*map(within, parts)] if isinstance(parts, list | tuple) else parts
 
 
 def _parts(value: Any) -> Any:
@@ -137,43 +136,37 @@ def _of_examples(examples: Sequence[Any]) -> str:
 
 
 def _of_program(program: Any) -> str:
-    modules = [(name, _of_class(type(module))) for name, module in program.named_sub_modules()]
+    # DSPy's own modules are known by name: a new version of DSPy is no other program.
+    classes = [(name, type(module)) for name, module in program.named_sub_modules()]
+    is_own = [cls.__module__.partition(".")[0] != "dspy" for _, cls in classes]
+    modules = [
+        (name, [cls.__qualname__, _source(cls) if own else None])
+        for (name, cls), own in zip(classes, is_own, strict=True)
+    ]
     predictors = [(name, _of_predictor(p)) for name, p in program.named_predictors()]
     return f"{_name(program)} {digest([modules, predictors])}"
 
 
 def _of_predictor(predictor: Any) -> list[Any]:
-    signature = get_signature(predictor)
-    fields = [
-        (name, _ADDRESS.sub("", str(field.annotation)), *map(str, _described(field)))
-        for name, field in signature.fields.items()
-    ]
+    signature, fields = get_signature(predictor), []
+    for name, field in signature.fields.items():
+        extra = field.json_schema_extra or {}
+        said = [str(extra.get(key)) for key in ("__dspy_field_type", "prefix", "desc")]
+        fields.append((name, _ADDRESS.sub("", str(field.annotation)), *said))
     config = getattr(predictor, "config", None) or {}
     settings = {key: config[key] for key in _CONFIG if key in config}
     model = _model(getattr(predictor, "lm", None))
     return [signature.instructions, fields, list(predictor.demos), settings, model]
 
 
-def _described(field: Any) -> list[Any]:
-    extra = field.json_schema_extra or {}
-    return [extra.get(key) for key in ("__dspy_field_type", "prefix", "desc")]
-
-
-def _of_class(cls: type) -> list[Any]:
-    """DSPy's own modules are known by name: a new version of DSPy is no other program."""
-    own = cls.__module__.partition(".")[0] != "dspy"
-    return [cls.__qualname__, _source(cls) if own else None]
-
-
 def _of_callable(function: Any) -> list[Any]:
     """A function's source, or its class's: what an object holds may change from call to call."""
-    if isinstance(function, functools.partial):
+    if isinstance(function, partial):
         return [_of_callable(function.func), function.args, function.keywords]
     function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType):
-        cls = function if isinstance(function, type) else type(function)
-        return [cls.__qualname__, _source(cls)]
-    if function.__name__ == "<lambda>":  # its line of source holds other things too
+        function = function if isinstance(function, type) else type(function)
+    elif function.__name__ == "<lambda>":  # its line of source holds other things too
         return [function.__qualname__, _of_code(function.__code__)]
     return [function.__qualname__, _source(function)]
 
@@ -192,7 +185,7 @@ def _source(item: Any) -> str | None:
 
 def _name(value: Any) -> str:
     """Without the module, which is ``__main__`` or not as the script is run or imported."""
-    if isinstance(value, functools.partial):
+    if isinstance(value, partial):
         return _name(value.func)
     return str(getattr(value, "__qualname__", None) or type(value).__qualname__)
 
@@ -200,8 +193,3 @@ def _name(value: Any) -> str:
 def _model(lm: Any) -> str | None:
     """Its name alone: other settings may be secrets."""
     return None if lm is None else str(getattr(lm, "model", None) or type(lm).__qualname__)
-
-
-def _either(arguments: Mapping[str, Any], optimizer: Any, name: str) -> Any:
-    given = arguments.get(name)
-    return getattr(optimizer, name) if given is None else given

@@ -139,11 +139,12 @@ class MIPROv2(StockMIPROv2):
 
     def _set_hyperparams_from_run_mode(self, *args: Any, **kwargs: Any) -> Any:
         """Once DSPy has said how large the run is, all that can be wrong with it is found."""
-        settings = super()._set_hyperparams_from_run_mode(*args, **kwargs)
+        stock = super()._set_hyperparams_from_run_mode
+        settings = stock(*args, **kwargs)
         if (run := _RUN.get()) is not None:
             if len(settings) != 5:
                 raise incompatible(f"_set_hyperparams_from_run_mode returns {len(settings)} values, not 5")
-            _prepare(run, args[0] if args else kwargs["program"], *settings)
+            _prepare(run, _named(stock, args, kwargs)["program"], *settings)
         return settings
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,14 +156,14 @@ class MIPROv2(StockMIPROv2):
         interceptor().on_estimate(partial(_estimate, run, given))
         if run.options.dry_run:
             raise _Planned(_estimate(run, given))
-        return bootstrap.demo_sets(run, given, partial(stock, *args, **kwargs))
+        return bootstrap.demo_sets(run, given)
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
         """Step 2: instructions."""
         stock, run = super()._propose_instructions, _RUN.get()
         if run is None:
             return stock(*args, **kwargs)
-        return proposal.instructions(run, _named(stock, args, kwargs), partial(stock, *args, **kwargs))
+        return proposal.instructions(run, _named(stock, args, kwargs))
 
     def _optimize_prompt_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """Step 3: the search."""

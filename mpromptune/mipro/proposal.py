@@ -21,7 +21,6 @@ from dspy.utils.callback import BaseCallback
 from mpromptune.errors import EmptyInstructionError
 from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.execution.interrupts import contained, result_of
-from mpromptune.execution.pool import in_time
 from mpromptune.lms.adapters import Keeping, keep_nothing
 from mpromptune.lms.errors import classify
 from mpromptune.lms.metering import measured
@@ -60,13 +59,12 @@ def begin(run: Run, program: Any, trainset: Any) -> None:
         )
 
 
-def instructions(run: Run, given: Mapping[str, Any], serial: Callable[[], Instructions]) -> Instructions:
+def instructions(run: Run, given: Mapping[str, Any]) -> Instructions:
     """Per predictor, its candidate instructions, the first of which is its own.
 
     Args:
         run: The compile.
         given: DSPy's arguments of this step, by name.
-        serial: The step as DSPy makes it.
     """
     with run.step("propose"):
         kept = None if run.checkpoint is None else run.checkpoint.instructions()
@@ -75,11 +73,7 @@ def instructions(run: Run, given: Mapping[str, Any], serial: Callable[[], Instru
             number = sum(map(len, kept.values()))
             run.view.bar("Proposing", number, "instructions").advance(number)
             return kept
-        if run.is_concurrent:
-            proposed = _proposed(run, given)
-        else:
-            with run.keeping("propose"):
-                proposed = in_time(serial)
+        proposed = _proposed(run, given)
         if run.checkpoint is not None:
             run.checkpoint.keep_instructions(proposed)
         return proposed

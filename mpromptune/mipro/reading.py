@@ -20,7 +20,7 @@ from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.checkpoint import kept_usage, read_candidates
 from mpromptune.mipro.configurations import candidate_text
 from mpromptune.mipro.estimate import Estimate
-from mpromptune.model.space import Candidate, PromptSpace, Row
+from mpromptune.model.space import Candidate, PromptSpace
 from mpromptune.sampling.encoding import encode_prompts
 from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, STUDENT
 from mpromptune.storage.damage import reported
@@ -55,13 +55,15 @@ def read_result(storage: StorageSpec, study_name: str | None = None) -> tuple[Se
 def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
     """As `read_result`, of a study that has been loaded."""
     with reported():
-        settings = recorded_settings(study)
-        record = read_record(study)
-        steps = steps_used(study, record)
+        settings, record = recorded_settings(study), read_record(study)
+        usage = _used(study, record)
     if not settings:
         raise InvalidArgumentError(f"No search has begun in the study {study.study_name!r} yet.")
-    space, unknown = _space(study, settings)
-    return _result(study, settings, record, space, steps), _notes(unknown)
+    texts = {name: _texts(study, name, settings["candidates"][name][0]) for name in settings["components"]}
+    unknown = [name for name, (_, is_complete) in texts.items() if not is_complete]
+    space = PromptSpace({name: found for name, (found, _) in texts.items()})
+    has_texts = len(unknown) < len(texts) or any(_OWN in found for found, _ in texts.values())
+    return _result(study, settings["arguments"], record, space, has_texts, usage), _notes(unknown)
 
 
 def load_study(storage: StorageSpec, study_name: str | None = None) -> Study:
@@ -89,97 +91,66 @@ def _load(storage: StorageSpec, study_name: str | None) -> Study:
     return study
 
 
-def _space(study: Study, settings: Mapping[str, Any]) -> tuple[PromptSpace, list[str]]:
-    """The candidates, and the names of components of which texts are missing."""
-    components: dict[str, Sequence[Candidate]] = {}
-    unknown = []
-    for name in settings["components"]:
-        count = settings["candidates"][name][0]
-        known = _candidates(study, name)
-        if len(known) == count - 1:  # a compile adds the student's own where no candidate equals it
-            known = [*known, _OWN]
-        if len(known) != count or _OWN in known:
-            unknown.append(name)
-        components[name] = known if len(known) == count else [_UNKNOWN.format(i) for i in range(count)]
-    return PromptSpace(components), unknown
-
-
-def _candidates(study: Study, component: str) -> list[Candidate]:
-    """What the steps of a compile ended with, each once; nothing after a plain search."""
+def _texts(study: Study, component: str, count: int) -> tuple[list[Candidate], bool]:
+    """What the indices of a component stand for, and whether all of it is known."""
     match = _COMPONENT.match(component)
     kind = _KINDS[match[2]] if match else None
-    if match is None or kind not in study.user_attrs:
-        return []
     found: list[Any] = []
-    for candidate in read_candidates(study.user_attrs, kind)[int(match[1])]:
-        if candidate not in found:
-            found.append(candidate)
-    return [*map(candidate_text, found)]
+    if match is not None and kind in study.user_attrs:
+        for candidate in read_candidates(study.user_attrs, kind)[int(match[1])]:
+            if candidate not in found:
+                found.append(candidate)
+    texts = [*map(candidate_text, found)]
+    if len(texts) == count:
+        return texts, True
+    if len(texts) == count - 1:  # a compile adds the student's own where no candidate equals it
+        return [*texts, _OWN], False
+    return [_UNKNOWN.format(i) for i in range(count)], False
 
 
 def _result(
-    study: Study, settings: Mapping[str, Any], record: Record, space: PromptSpace, usage: StepUsage
+    study: Study,
+    arguments: Mapping[str, Any],
+    record: Record,
+    space: PromptSpace,
+    has_texts: bool,
+    usage: StepUsage,
 ) -> SearchResult:
-    arguments = settings["arguments"]
-    n_examples, baseline = int(arguments["n_examples"]), space.row(arguments["baseline"])
-    known = Knowledge(study, encode_prompts(space, None), n_examples, ledger=_ledger(record, space))
-    ranked = known.best_first(known.ledger.rows())
+    n, baseline, ledger = int(arguments["n_examples"]), space.row(arguments["baseline"]), Ledger()
+    for recorded in record:  # what a failed candidate counts is only known once its trial has been told
+        if len(recorded.params) == len(space.names):
+            row = space.row(recorded.params)
+            ledger.add(row, recorded.scores, lost=recorded.lost, refused=recorded.refused)
+    known = Knowledge(study, encode_prompts(space, None), n, ledger=ledger)
+    ranked = known.best_first(ledger.rows())
     if not ranked:
         raise InvalidArgumentError(f"Nothing has been measured in the study {study.study_name!r} yet.")
-    whole = _whole(known.ledger, record, space, n_examples, arguments["schedule"])
-    best = _winner(known.ledger, ranked, whole, baseline, n_examples, arguments["schedule"])
-    means, deviations = known.posterior(ranked)
-    posterior = zip(ranked, means.tolist(), deviations.tolist(), strict=True)
+    best = ledger.best_so_far(ranked, baseline, n)
+    whole = [row for row in ledger.rows() if ledger.covers(row, n)]
+    if (
+        arguments["schedule"] == "mipro"
+    ):  # by whose full evaluations, in the order of trials, the winner is chosen
+        whole = [space.row(r.params) for r in record if r.told and len(r.scores) == n]
+        best = max(whole, key=ledger.mean) if {*whole} - {baseline} else best
+    posterior = zip(ranked, *(part.tolist() for part in known.posterior(ranked)), strict=True)
     return SearchResult(
         best_params=space.params(best),
-        best_score=known.ledger.mean(best),
-        baseline_score=known.ledger.mean(baseline),
-        calls=known.ledger.calls,
-        n_examples=n_examples,
+        best_score=ledger.mean(best),
+        baseline_score=ledger.mean(baseline),
+        calls=ledger.calls,
+        n_examples=n,
         configurations=tuple(
-            Measured(space.params(row), known.ledger.means(row), mean, deviation, row in whole)
+            Measured(space.params(row), ledger.means(row), mean, deviation, row in whole)
             for row, mean, deviation in posterior
         ),
         study=study,
         usage=usage,
         drawn=known.drawn() if arguments.get("combinations") is None else None,
-        space=space if any(_candidates(study, name) for name in space.names) else None,
+        space=space if has_texts else None,
     )
 
 
-def _ledger(record: Record, space: PromptSpace) -> Ledger:
-    """All scores; what a failed candidate counts is only known once its trial has been told."""
-    ledger = Ledger()
-    for recorded in record:
-        if len(recorded.params) == len(space.names):
-            row = space.row(recorded.params)
-            ledger.add(row, recorded.scores, lost=recorded.lost, refused=recorded.refused)
-    return ledger
-
-
-def _whole(
-    ledger: Ledger, record: Record, space: PromptSpace, n_examples: int, schedule: str
-) -> dict[Row, None]:
-    """What counts as fully measured, as the plan of the search has it; in the order of trials."""
-    if schedule != "mipro":
-        return {row: None for row in ledger.rows() if ledger.covers(row, n_examples)}
-    return {space.row(r.params): None for r in record if r.told and len(r.scores) == n_examples}
-
-
-def _winner(
-    ledger: Ledger,
-    ranked: Sequence[Row],
-    whole: Mapping[Row, None],
-    baseline: Row,
-    n_examples: int,
-    schedule: str,
-) -> Row:
-    if schedule == "mipro" and whole.keys() - {baseline}:
-        return max(whole, key=ledger.mean)
-    return ledger.best_so_far(ranked, baseline, n_examples)
-
-
-def steps_used(study: Study, record: Record) -> StepUsage:
+def _used(study: Study, record: Record) -> StepUsage:
     """What each step of a compile has used, the search by its trials."""
     search = sum((recorded.usage for recorded in record), Usage())
     return StepUsage(kept_usage(study.user_attrs), search=search)
@@ -252,10 +223,12 @@ def read_standing(storage: StorageSpec, study_name: str | None = None) -> Standi
     """
     study = load_study(storage, study_name or DEFAULT_STUDY_NAME)
     with reported():
-        kept, record = study.user_attrs, read_record(study)
-        ahead = _scored_ahead(study, record)
-    used = steps_used(study, record)
-    used["search"] = sum(ahead, used["search"])
+        kept, record, settings = study.user_attrs, read_record(study), recorded_settings(study)
+    used, baseline = _used(study, record), settings["arguments"]["baseline"] if settings else None
+    # Of the student's scores, those that the search has not taken yet.
+    taken = {f"{STUDENT}:{example}" for r in record if r.params == baseline for example in r.scores}
+    ahead = [kept[key] for key in kept if key.startswith(f"{STUDENT}:") and key not in taken]
+    used["search"] = sum((Usage(**outcome["usage"]) for outcome in ahead), used["search"])
     scores = sum(len(recorded.scores) for recorded in record)
     return Standing(
         study=study,
@@ -265,13 +238,3 @@ def read_standing(storage: StorageSpec, study_name: str | None = None) -> Standi
         calls=scores + len(ahead),
         result=result_of(study)[0] if scores else None,
     )
-
-
-def _scored_ahead(study: Study, record: Record) -> list[Usage]:
-    """What the student's scores took that are known, but not yet to the search."""
-    prefix = f"{STUDENT}:"
-    known = {int(k.removeprefix(prefix)): v for k, v in study.user_attrs.items() if k.startswith(prefix)}
-    settings = recorded_settings(study)
-    baseline = settings["arguments"]["baseline"] if settings else None
-    taken = {example for r in record if r.params == baseline for example in r.scores}
-    return [Usage(**outcome["usage"]) for example, outcome in known.items() if example not in taken]

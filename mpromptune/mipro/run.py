@@ -29,7 +29,6 @@ from mpromptune.lms.guard import Guard
 from mpromptune.lms.metering import Pricing, measured
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro.checkpoint import Checkpoint
-from mpromptune.mipro.checks import knows_steps
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
 from mpromptune.mipro.fingerprint import Part
 from mpromptune.mipro.metric import CheckedMetric
@@ -53,7 +52,6 @@ class Run:
     Attributes:
         seed: Of the whole compile.
         num_threads: Program calls at a time.
-        is_concurrent: Whether this DSPy's first steps are known; else they run as DSPy runs them.
         budget: What may be used, and what each step has used.
         guard: Watches the LM requests.
         threads: Run the calls of the steps before the search.
@@ -74,7 +72,6 @@ class Run:
         seed = arguments.get("seed")
         self.seed = int(optimizer.seed if seed is None else seed)
         self.num_threads = int(optimizer.num_threads or dspy.settings.num_threads) * options.n_jobs
-        self.is_concurrent = knows_steps()
         self.budget = Budget(options.limits, grace=options.grace)
         pricing = Pricing(options.prices, must_know=options.max_cost is not None)
         self.guard = Guard(self.budget, pricing, pace=options.pace)
