@@ -17,14 +17,14 @@ from benchmarks.pipelines import N_VAL, PROGRAMS, STOCK_TRIALS, compose
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import Task, load
 from mpromptune.engine.schedule import stock_calls
-from mpromptune.model import candidates
+from mpromptune.model import acquisition
 
 POOL, SAMPLE, STAGES = 12, 100, 3
 
 
 def _by_component(problem: Task, calls: int, seed: int, q: int) -> dict[str, int]:
     """The local search that larger programs have, here too."""
-    with patch.object(candidates, "_ALL_AT_ONCE", 0):
+    with patch.object(acquisition, "_ALL_AT_ONCE", 0):
         return ours("qei", max_space_size=SAMPLE)(problem, calls, seed, q)
 
 

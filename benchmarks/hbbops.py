@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.tables import Task
-from mpromptune.model.acquisition import expected_improvement, ranked
+from mpromptune.model.acquisition import PosteriorTable, expected_improvement, ranked
 from mpromptune.model.embedding import as_embedder
 from mpromptune.model.geometry import geometry_of
 from mpromptune.model.space import Row
@@ -91,8 +91,9 @@ def _proposal(ledger: _Ledger, geometries: Any, rng: np.random.Generator) -> Row
     rows = [row for row, scores in ledger.scores.items() if len(scores) >= n]
     values = torch.tensor([[ledger.mean(row, n)] for row in rows], dtype=torch.float64)
     measured = torch.tensor(rows, dtype=torch.float64)
-    model = fit(measured, values, None, geometries)
-    acqf = expected_improvement(model, float(ranked(model, measured)[1][0]), seed=len(rows))
+    model = fit(measured, values, geometries)
+    table = PosteriorTable(*model.joint(torch.tensor(new, dtype=torch.float64)))
+    acqf = expected_improvement(table, float(ranked(model, measured)[1][0]), seed=len(rows))
     with torch.no_grad(), quiet_single_thread():
-        gains = acqf(torch.tensor(new, dtype=torch.float64).unsqueeze(-2))
+        gains = acqf(table.positions.unsqueeze(-2))
     return new[int(gains.argmax())]

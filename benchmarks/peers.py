@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from benchmarks.tables import Task
-from mpromptune.model.embedding import FloatArray
+from mpromptune.model.space import FloatArray
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 

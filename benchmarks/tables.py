@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpromptune import PromptSpace
-from mpromptune.model.embedding import FloatArray
-from mpromptune.model.space import IndexArray, Row
+from mpromptune.model.space import FloatArray, IndexArray, Row
 
 PER_EXAMPLE = (
     "gsm8k_llama33_70b_s42",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from mpromptune.model.embedding import FloatArray
+from mpromptune.model.geometry import Geometry, point_views
+from mpromptune.model.space import FloatArray
 
 
 def hashed(texts: list[str]) -> FloatArray:
@@ -19,3 +21,8 @@ def letters(texts: list[str]) -> FloatArray:
     """Letter counts: similar texts have similar vectors."""
     alphabet = "abcdefghijklmnopqrstuvwxyz "
     return np.array([[1.0 + text.lower().count(letter) for letter in alphabet] for text in texts])
+
+
+def on_a_line(values: Sequence[float], group: int = 0, has_text: bool = False) -> Geometry:
+    """The geometry of candidates that are numbers."""
+    return Geometry(point_views(np.asarray(values, dtype=np.float64)[:, None]), group, has_text)

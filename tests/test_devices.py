@@ -12,9 +12,8 @@ from mpromptune import PromptSpace, qEISampler
 from mpromptune.engine.options import SearchOptions
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.model.devices import resolve_device
-from mpromptune.model.surrogate import posterior_mean_and_variance
+from mpromptune.model.surrogate import fit
 from mpromptune.sampling.encoding import encode_prompts
-from mpromptune.sampling.history import fit_history, read
 from mpromptune.sampling.sampler import resolve_embedder
 from mpromptune.sampling.samplers import distributions_of
 
@@ -72,14 +71,13 @@ def test_everything_of_the_model_is_on_its_device(device: str) -> None:
     """Parameters, tables and observations follow the geometries; what is asked comes back to the CPU."""
     study, plain = observed(12), encode_prompts(SPACE, resolve_embedder(letters))
     encoding = plain.on(resolve_device(device))
-    history = read(study, study.trials, encoding.row, len(encoding.names))
-    model = fit_history(history, encoding.geometries)
-    held = [*model.parameters(), *model.buffers(), *model.train_inputs, model.train_targets]
+    history = encoding.history(study, study.trials)
+    model = fit(history.train_X, history.train_Y, encoding.geometries)
+    held = [*model.model.parameters(), *model.model.train_inputs, model.points, model.weights, model.half]
     assert {tensor.device.type for tensor in held} == {device}
-    here = fit_history(history, plain.geometries)
+    here = fit(history.train_X, history.train_Y, plain.geometries)
     rows = torch.tensor([(0, 0), (3, 8)])
-    expected = posterior_mean_and_variance(here, rows)
-    for ours, theirs in zip(posterior_mean_and_variance(model, rows), expected, strict=True):
+    for ours, theirs in zip(model.single(rows), here.single(rows), strict=True):
         assert ours.device.type == "cpu"
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 

@@ -11,7 +11,7 @@ from handmade import BASELINE, OTHER, SPACE, WINNER, findings, study_of
 
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.execution.usage import StepUsage, Usage
-from mpromptune.sampling.encoding import candidate_distances, encode_prompts
+from mpromptune.sampling.encoding import encode_prompts
 from mpromptune.show import plots
 
 ALL = [
@@ -84,7 +84,7 @@ def test_map_keeps_distances() -> None:
 
 def test_map_needs_distances() -> None:
     """A search that compared candidates by identity has no map."""
-    assert candidate_distances(encode_prompts(SPACE, None)) is None
+    assert encode_prompts(SPACE, None).distances() is None
     with pytest.raises(InvalidArgumentError, match="no distances"):
         plots.plot_map(findings(distances=None))
 
@@ -93,9 +93,7 @@ def test_candidates_without_a_view_are_the_same_or_different() -> None:
     """Where one component was embedded, another that has only empty demo sets is told by identity."""
     space = type(SPACE)({"instruction": ["a", "b"], "demos": [[], []]})
     vectors = {"a": [0.0, 1.0], "b": [1.0, 0.0]}
-    distances = candidate_distances(
-        encode_prompts(space, lambda texts: np.array([vectors[t] for t in texts]))
-    )
+    distances = encode_prompts(space, lambda texts: np.array([vectors[t] for t in texts])).distances()
     assert distances is not None
     assert distances["instruction"].tolist() == distances["demos"].tolist() == [[0.0, 1.0], [1.0, 0.0]]
 

@@ -13,7 +13,7 @@ from embedders import letters
 from optuna.trial import Trial, TrialState
 
 from mpromptune import PromptSpace, qEISampler
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import InvalidArgumentError, UnknownOptionError
 from mpromptune.storage.attributes import PROPOSED
 
 TEXTS = [
@@ -143,10 +143,10 @@ def test_numbers_texts_and_flags_together() -> None:
 def test_cold_start_is_random_and_then_the_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """min_cold_start counts finished trials before the first fit."""
     fits: list[int] = []
-    import mpromptune.sampling.history as module
+    import mpromptune.sampling.sampler as module
 
-    original = module.fit_history
-    monkeypatch.setattr(module, "fit_history", lambda h, g: fits.append(len(h)) or original(h, g))
+    original = module.fit
+    monkeypatch.setattr(module, "fit", lambda *a: fits.append(len(a[0])) or original(*a))
     study = study_of(lambda: sampler(min_cold_start=3))
     study.optimize(objective, n_trials=6)
     assert fits == [3, 4, 5]
@@ -155,10 +155,10 @@ def test_cold_start_is_random_and_then_the_model_decides(monkeypatch: pytest.Mon
 def test_a_batch_needs_one_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """batch_size asks in a row share one proposal."""
     fits: list[int] = []
-    import mpromptune.sampling.history as module
+    import mpromptune.sampling.sampler as module
 
-    original = module.fit_history
-    monkeypatch.setattr(module, "fit_history", lambda h, g: fits.append(len(h)) or original(h, g))
+    original = module.fit
+    monkeypatch.setattr(module, "fit", lambda *a: fits.append(len(a[0])) or original(*a))
     study = study_of(lambda: sampler(min_cold_start=2, batch_size=3))
     space = {"text": optuna.distributions.CategoricalDistribution(TEXTS)}
     study.optimize(objective, n_trials=2)
@@ -268,6 +268,12 @@ def test_bad_arguments_are_refused(bad: dict) -> None:
     """The message names argument and value."""
     with pytest.raises(InvalidArgumentError, match=next(iter(bad))):
         qEISampler(**bad)
+
+
+def test_an_unknown_argument_is_refused_with_the_nearest_one() -> None:
+    """A misspelt name costs no search to find."""
+    with pytest.raises(UnknownOptionError, match=r"no argument 'batchsize'. Did you mean 'batch_size'\?"):
+        qEISampler(batchsize=3)
 
 
 def test_old_positional_order() -> None:

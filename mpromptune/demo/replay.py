@@ -20,8 +20,7 @@ import dspy
 import numpy as np
 
 from mpromptune.demo.run import Task
-from mpromptune.model.embedding import FloatArray
-from mpromptune.model.space import IndexArray
+from mpromptune.model.space import FloatArray, IndexArray
 
 ScoreArray = np.ndarray[Any, np.dtype[np.uint8]]
 

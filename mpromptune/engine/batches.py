@@ -16,7 +16,7 @@ from mpromptune.engine.pairs import Pairs
 from mpromptune.engine.plan import Request
 from mpromptune.engine.schedule import Confirm, first_keys
 from mpromptune.model.space import FloatArray, Row
-from mpromptune.model.stopping import Stopping
+from mpromptune.model.statistics import Stopping
 from mpromptune.storage.ledger import Examples, Ledger
 
 logger = logging.getLogger(__name__)

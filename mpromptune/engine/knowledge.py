@@ -12,10 +12,8 @@ from optuna.study import Study
 
 from mpromptune.model.allocation import gains, propose
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.embedding import FloatArray
-from mpromptune.model.explained import chance_of_likeness
-from mpromptune.model.noise import LARGEST, pooled_variance
-from mpromptune.model.space import Row
+from mpromptune.model.space import FloatArray, Row
+from mpromptune.model.statistics import LARGEST, chance_of_likeness, pooled_variance
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.storage.ledger import Ledger
 

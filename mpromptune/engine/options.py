@@ -26,7 +26,7 @@ from mpromptune.execution.interrupts import GRACE
 from mpromptune.execution.limits import Limits
 from mpromptune.execution.pace import Pace
 from mpromptune.execution.remote import check_executor
-from mpromptune.sampling.names import SAMPLER_NAMES, unknown_sampler
+from mpromptune.sampling import SAMPLER_NAMES, unknown_sampler
 from mpromptune.show.progress import OnProgress
 from mpromptune.storage.storage import check_storage
 

@@ -35,7 +35,7 @@ from mpromptune.execution.pool import Score, Workers, as_score, classify_builtin
 from mpromptune.execution.remote import ExecutorSpec, Workplace, measuring
 from mpromptune.execution.usage import Usage, metered
 from mpromptune.model.space import PromptSpace, Row
-from mpromptune.model.stopping import Stopping
+from mpromptune.model.statistics import Stopping
 from mpromptune.sampling.sampler import qEISampler
 from mpromptune.sampling.samplers import is_qei
 from mpromptune.show.progress import OnProgress

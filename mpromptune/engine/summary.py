@@ -14,7 +14,6 @@ from mpromptune.engine.result import Measured, SearchResult
 from mpromptune.errors import SearchStoppedError
 from mpromptune.execution.limits import Budget
 from mpromptune.model.space import PromptSpace, Row
-from mpromptune.sampling.encoding import candidate_distances
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class Summary:
             stopped_by=self._stopped_by,
             overspent=self.budget.overspent,
             space=self.space,
-            distances=candidate_distances(self.known.encoding),
+            distances=self.known.encoding.distances(),
             drawn=self.known.drawn(),
             text_chance=self.known.text_chance(),
         )

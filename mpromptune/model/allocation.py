@@ -15,9 +15,7 @@ import numpy as np
 from scipy.linalg import cho_solve, cholesky
 
 from mpromptune.model.beliefs import Beliefs, Latents
-from mpromptune.model.embedding import FloatArray
-from mpromptune.model.rasch import design_of
-from mpromptune.model.space import IndexArray, IndexSpace, Row
+from mpromptune.model.space import FloatArray, IndexArray, IndexSpace, Row
 
 # NOTE: a bound on the work, of which a proposal among 2000 configurations takes 50 ms: latents of a group,
 # beside the measured ones, that a batch is chosen from.
@@ -86,8 +84,7 @@ def gains(beliefs: Beliefs, leader: Row, is_open: Callable[[Row], bool], rng: np
     if not rivals:
         return 0.0
     rows = np.array([leader, *rivals], dtype=np.int64)
-    design = design_of(beliefs.indices(latents, rows), len(latents.posterior.mean))
-    scores = latents.posterior.score(design @ np.concatenate(parts))
+    scores = latents.posterior.score(beliefs.design(latents.rows, rows) @ np.concatenate(parts))
     return float(np.maximum(scores[1:] - scores[0], 0.0).mean(axis=1).max())
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import block_diag
 from scipy.special import ndtr
 
 from mpromptune.model import rasch
-from mpromptune.model.embedding import FloatArray
 from mpromptune.model.geometry import Geometry
 from mpromptune.model.likelihood import likelihood_of
 from mpromptune.model.rasch import Posterior
 from mpromptune.model.skills import Option, groups_of
-from mpromptune.model.space import IndexArray, IndexSpace, Row
+from mpromptune.model.space import FloatArray, IndexArray, IndexSpace, Row
 
 # NOTE: a bound on the work: pairs of candidates of a predictor that are latents of their own.
 _MAX_LATENTS = 4096
@@ -81,35 +81,24 @@ class Beliefs:
             rows: The configurations measured, m.
             scores: ``m x N``, not a number where one was not measured.
         """
-        distinct, indices = self._distinct(np.array(rows, dtype=np.int64))
-        design = rasch.design_of(indices, sum(map(len, distinct)))
-        likelihood = likelihood_of(scores)
-        start = self._start(distinct)
-        best = rasch.fit(design, scores, self._covariance(distinct, self._options), likelihood, start)
+        wanted = np.array(rows, dtype=np.int64)
+        own = [wanted[:, list(group.components)] for group in self.groups]
+        distinct = tuple(wanted[np.unique(part, axis=0, return_index=True)[1]] for part in own)
+        design, start = self.design(distinct, wanted), None
+        if self._measured is not None:  # few scores more change little
+            names, last = self._names(self._measured.rows), self._measured.posterior
+            means = dict(zip(names, last.mean.tolist(), strict=True))
+            start = np.array([means.get(name, 0.0) for name in self._names(distinct)]), last.difficulty
+        prior = self._covariance(distinct, self._options)
+        best = rasch.fit(design, scores, prior, likelihood_of(scores), start)
         number = int(np.isfinite(scores).sum())
         if number >= self._refit:
             self._refit = _GROWTH * number
             best = self._choose(distinct, design, scores, best)
         self._measured, self._data = Latents(distinct, best), (design, scores)
         if self.is_additive:
-            own = np.stack(best.own(design, scores, _INTERACTION), axis=1)
-            self._own = dict(zip(rows, own.tolist(), strict=True))
-
-    def _start(self, distinct: Sequence[IndexArray]) -> tuple[FloatArray, FloatArray] | None:
-        """Where the last fit ended: few scores more change little."""
-        if self._measured is None:
-            return None
-        known = self._measured.posterior
-        means = dict(zip(self._names(self._measured.rows), known.mean.tolist(), strict=True))
-        return np.array([means.get(name, 0.0) for name in self._names(distinct)]), known.difficulty
-
-    def _names(self, rows: Sequence[IndexArray]) -> list[tuple[int, ...]]:
-        """Each latent's group and candidates."""
-        return [
-            (g, *own)
-            for g, (group, part) in enumerate(zip(self.groups, rows, strict=True))
-            for own in part[:, list(group.components)].tolist()
-        ]
+            beside = np.stack(best.own(design, scores, _INTERACTION), axis=1)
+            self._own = dict(zip(rows, beside.tolist(), strict=True))
 
     def _choose(
         self, distinct: tuple[IndexArray, ...], design: FloatArray, scores: FloatArray, best: Posterior
@@ -125,26 +114,27 @@ class Beliefs:
                     self._options, best = options, found
         return best
 
-    def _distinct(self, rows: IndexArray) -> tuple[tuple[IndexArray, ...], IndexArray]:
-        """Latents of ``k x C`` configurations: the distinct ones by group, and each one's, ``k x G``."""
-        distinct, indices, offset = [], [], 0
-        for group in self.groups:
-            own = rows[:, list(group.components)]
-            _, first, inverse = np.unique(own, axis=0, return_index=True, return_inverse=True)
-            distinct.append(rows[first])
-            indices.append(inverse.reshape(-1) + offset)
-            offset += len(first)
-        return tuple(distinct), np.stack(indices, axis=1)
-
     def _covariance(self, rows: Sequence[IndexArray], options: Sequence[Option]) -> FloatArray:
         """Prior covariance of latents, of which those of different groups are independent."""
-        blocks = [g.covariance(r, r, o) for g, r, o in zip(self.groups, rows, options, strict=True)]
-        total = np.zeros((sum(map(len, blocks)),) * 2)
-        end = 0
-        for block in blocks:
-            total[end : end + len(block), end : end + len(block)] = block
-            end += len(block)
-        return total
+        blocks = [g.covariance(r, o) for g, r, o in zip(self.groups, rows, options, strict=True)]
+        covariance: FloatArray = block_diag(*blocks)
+        return covariance
+
+    def _names(self, rows: Sequence[IndexArray]) -> list[tuple[int, ...]]:
+        """Each latent's group and candidates."""
+        return [
+            (g, *own)
+            for g, (group, part) in enumerate(zip(self.groups, rows, strict=True))
+            for own in part[:, list(group.components)].tolist()
+        ]
+
+    def design(self, latents: Sequence[IndexArray], rows: IndexArray) -> FloatArray:
+        """Z of configurations: ``k x C`` rows to ``k x L``, 1 for each of their latents."""
+        place = {name: i for i, name in enumerate(self._names(latents))}
+        design = np.zeros((len(rows), len(place)))
+        owners = np.tile(np.arange(len(rows)), len(self.groups))
+        design[owners, [place[name] for name in self._names([rows] * len(self.groups))]] = 1.0
+        return design
 
     def latents(self, others: Sequence[IndexArray]) -> Latents:
         """The measured latents, and others.
@@ -152,44 +142,33 @@ class Beliefs:
         Args:
             others: Per group, ``n x C`` rows.
         """
-        known = self._known
         rows: list[IndexArray] = []
         where, offset = [], 0
-        for group, measured, more in zip(self.groups, known.rows, others, strict=True):
-            columns = list(group.components)
+        for group, measured, more in zip(self.groups, self._known.rows, others, strict=True):
             both = np.concatenate([measured, more])
-            _, first = np.unique(both[:, columns], axis=0, return_index=True)
-            kept = np.sort(first)  # the measured ones come first, in their order
-            rows.append(both[kept])
+            _, first = np.unique(both[:, list(group.components)], axis=0, return_index=True)
+            rows.append(both[np.sort(first)])  # the measured ones come first, in their order
             where.append(offset + np.arange(len(measured)))
-            offset += len(kept)
+            offset += len(first)
         covariance = self._covariance(rows, self._options)
-        return Latents(tuple(rows), known.posterior.extended(covariance, np.concatenate(where)))
+        return Latents(tuple(rows), self.posterior.extended(covariance, np.concatenate(where)))
 
     def skills(self, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
         """Posterior mean and variance of the skills of any configurations."""
         chunks = [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)]
-        means, variances = zip(*map(self._skills, chunks), strict=True)
+        means, variances = zip(*(self._combined(chunk, np.eye(len(chunk))) for chunk in chunks), strict=True)
         return np.concatenate(means), np.concatenate(variances)
 
-    def _skills(self, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
+    def _combined(self, rows: Sequence[Row], weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Mean and variance of weighted sums of skills, ``j x k`` weights to j."""
         wanted = np.array(rows, dtype=np.int64)
         latents = self.latents([wanted] * len(self.groups))
-        design = rasch.design_of(self.indices(latents, wanted), len(latents.posterior.mean))
+        design = weights @ self.design(latents.rows, wanted)
         mean, variance = design @ latents.posterior.mean, latents.posterior.variance(design)
-        own = np.array([self._own_of(row) for row in rows])
-        return mean + own[:, 0], variance + own[:, 1]
-
-    def _own_of(self, row: Row) -> tuple[float, float]:
-        """Mean and variance of what a configuration has of its own, beside the sum."""
-        return self._own.get(tuple(row), (0.0, _INTERACTION**2)) if self.is_additive else (0.0, 0.0)
-
-    def indices(self, latents: Latents, rows: IndexArray) -> IndexArray:
-        """Where the latents of configurations are, ``k x G``."""
-        place = {name: i for i, name in enumerate(self._names(latents.rows))}
-        owners = self._names([rows] * len(self.groups))
-        found = np.array([place[name] for name in owners], dtype=np.int64)
-        return found.reshape(len(self.groups), -1).T
+        if self.is_additive:  # what a configuration has of its own, beside the sum
+            own = np.array([self._own.get(tuple(row), (0.0, _INTERACTION**2)) for row in rows])
+            mean, variance = mean + weights @ own[:, 0], variance + weights**2 @ own[:, 1]
+        return mean, variance
 
     def estimates(self, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
         """Posterior mean and standard deviation of mean scores over all examples."""
@@ -200,19 +179,12 @@ class Beliefs:
 
     def chance_of_gain(self, row: Row, other: Row) -> float:
         """Posterior probability that the skill of ``row`` is above that of ``other``."""
-        wanted = np.array([row, other], dtype=np.int64)
-        latents = self.latents([wanted] * len(self.groups))
-        first, second = rasch.design_of(self.indices(latents, wanted), len(latents.posterior.mean))
-        difference = first - second
-        own = [self._own_of(one) for one in (row, other)]
-        mean = float(difference @ latents.posterior.mean) + own[0][0] - own[1][0]
-        variance = float(latents.posterior.variance(difference[None])[0]) + own[0][1] + own[1][1]
-        deviation = np.sqrt(variance)
-        return float(ndtr(mean / deviation)) if deviation else 0.5
+        (mean,), (variance,) = self._combined([row, other], np.array([[1.0, -1.0]]))
+        return float(ndtr(mean / np.sqrt(variance))) if variance else 0.5
 
     def without_likeness(self) -> Latents:
         """The measured latents under a prior in which candidates are only the same or different."""
         design, scores = self._data
-        options = [replace(option, share=0.0) for option in self._options]
+        options = [option._replace(share=0.0) for option in self._options]
         covariance = self._covariance(self._known.rows, options)
         return Latents(self._known.rows, rasch.fit(design, scores, covariance, self.posterior.likelihood))

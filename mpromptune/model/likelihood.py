@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from scipy.special import expit
@@ -25,127 +24,103 @@ _NEAR = 1e6
 _LEAST_DISPERSION = 0.05
 
 
-class Likelihood(Protocol):
-    """How scores vary around skill minus difficulty."""
+@dataclass(frozen=True)
+class Likelihood:
+    r"""A generalised linear model with its natural link [McCullagh1989]_, of scaled scores y.
+
+    .. math:: \log p(y | \eta) = (y \eta - b(\eta)) / \varphi + c(y), \quad
+        E[y] = b'(\eta), \quad Var[y] = \varphi b''(\eta)
+
+    with :math:`b = \log(1 + e^\eta)` for answers, which are right or wrong or between (a quasi-likelihood
+    then), and :math:`b = \eta^2 / 2` for grades, which are normal.
+
+    Attributes:
+        offset: The score that is 0 to the model.
+        scale: The score's difference for one unit.
+        dispersion: :math:`\varphi`; of answers, their variance as a part of what right-or-wrong ones have.
+        is_graded: Whether scores are grades.
+
+    .. [McCullagh1989] P. McCullagh, J. Nelder. Generalized Linear Models. 1989.
+    """
+
+    offset: float = 0.0
+    scale: float = 1.0
+    dispersion: float = 1.0
+    is_graded: bool = False
 
     def scaled(self, scores: FloatArray) -> FloatArray:
-        """Scores in the units of the model."""
+        """Scores in the units of the model; grades are cut off where they are far from all others."""
+        y = (scores - self.offset) / self.scale
+        return np.clip(y, -_FARTHEST * _NOISE, _FARTHEST * _NOISE) if self.is_graded else y
 
     def log_density(self, eta: FloatArray, y: FloatArray) -> FloatArray:
         """Logarithm of the density of ``y``, but for what does not depend on ``eta``."""
+        cumulant = eta**2 / 2.0 if self.is_graded else np.logaddexp(0.0, eta)
+        density: FloatArray = (y * eta - cumulant) / self.dispersion
+        return density
 
     def slope(self, eta: FloatArray, y: FloatArray) -> FloatArray:
         """First derivative of `log_density` in ``eta``."""
+        return (y - self._mean(eta)) / self.dispersion
 
     def information(self, eta: FloatArray) -> FloatArray:
         """Minus its second derivative; what one score says."""
+        p = expit(eta)
+        curvature: FloatArray = np.ones_like(p) if self.is_graded else p * (1.0 - p)
+        return curvature / self.dispersion
 
     def mean(self, eta: FloatArray) -> FloatArray:
         """Expected score, as the metric has it."""
+        return self.offset + self.scale * self._mean(eta)
 
     def variance(self, eta: FloatArray) -> FloatArray:
         """Variance of a score, as the metric has it."""
+        return (self.scale * self.dispersion) ** 2 * self.information(eta)
 
-
-@dataclass(frozen=True)
-class Answers:
-    """Right or wrong, or between: ``low`` and ``high`` are 0 and 1 to the model.
-
-    Attributes:
-        low: The score of a wrong answer.
-        high: That of a right one.
-        dispersion: Variance of scores, as a part of what right-or-wrong answers have.
-    """
-
-    low: float = 0.0
-    high: float = 1.0
-    dispersion: float = 1.0
-
-    def scaled(self, scores: FloatArray) -> FloatArray:
-        """To [0, 1]."""
-        return (scores - self.low) / (self.high - self.low)
-
-    def log_density(self, eta: FloatArray, y: FloatArray) -> FloatArray:
-        """Bernoulli's, and a quasi-likelihood for scores in between."""
-        density: FloatArray = (y * eta - np.logaddexp(0.0, eta)) / self.dispersion
-        return density
-
-    def slope(self, eta: FloatArray, y: FloatArray) -> FloatArray:
-        """Observed minus expected."""
-        slope: FloatArray = (y - expit(eta)) / self.dispersion
-        return slope
-
-    def information(self, eta: FloatArray) -> FloatArray:
-        """``p (1 - p)``."""
-        p = expit(eta)
-        information: FloatArray = p * (1.0 - p) / self.dispersion
-        return information
-
-    def mean(self, eta: FloatArray) -> FloatArray:
-        """``logit^-1``, between low and high."""
-        mean: FloatArray = self.low + (self.high - self.low) * expit(eta)
+    def _mean(self, eta: FloatArray) -> FloatArray:
+        mean: FloatArray = eta if self.is_graded else expit(eta)
         return mean
 
-    def variance(self, eta: FloatArray) -> FloatArray:
-        """Bernoulli's, as far as scores vary."""
-        return ((self.high - self.low) * self.dispersion) ** 2 * self.information(eta)
 
-
-@dataclass(frozen=True)
-class Grades:
-    """Any numbers, normal around skill minus difficulty.
-
-    Attributes:
-        centre: The score of skill minus difficulty 0.
-        unit: The score's difference for one unit of skill.
-    """
-
-    centre: float
-    unit: float
-
-    def scaled(self, scores: FloatArray) -> FloatArray:
-        """Cut off where they are far from all others."""
-        limit = _FARTHEST * _NOISE
-        scaled: FloatArray = np.clip((scores - self.centre) / self.unit, -limit, limit)
-        return scaled
-
-    def log_density(self, eta: FloatArray, y: FloatArray) -> FloatArray:
-        """Normal."""
-        density: FloatArray = -0.5 * ((y - eta) / _NOISE) ** 2
-        return density
-
-    def slope(self, eta: FloatArray, y: FloatArray) -> FloatArray:
-        """The residual, in units of the noise."""
-        return (y - eta) / _NOISE**2
-
-    def information(self, eta: FloatArray) -> FloatArray:
-        """The same for all."""
-        return np.full_like(eta, 1.0 / _NOISE**2)
-
-    def mean(self, eta: FloatArray) -> FloatArray:
-        """Linear."""
-        return self.centre + self.unit * eta
-
-    def variance(self, eta: FloatArray) -> FloatArray:
-        """The same for all."""
-        return np.full_like(eta, (self.unit * _NOISE) ** 2)
+def grades(offset: float, scale: float) -> Likelihood:
+    """The normal likelihood, in units in which the noise has the deviation 2."""
+    return Likelihood(offset, scale, _NOISE**2, is_graded=True)
 
 
 def likelihood_of(scores: FloatArray) -> Likelihood:
-    """What the scores themselves call for: `Answers` where they are two values, or spread over [0, 1].
+    """What the scores themselves call for: answers where they are two values, or spread over [0, 1].
 
     Args:
         scores: ``m x N``, not a number where a configuration was not measured.
     """
     known = scores[np.isfinite(scores)]
     if not known.size:
-        return Answers()
+        return Likelihood()
     low, high = float(known.min()), float(known.max())
     if low >= 0.0 and high <= 1.0 and (low == high or high - low >= _LEAST_RANGE):
-        return Answers(dispersion=_dispersion(scores) if np.any((known > 0.0) & (known < 1.0)) else 1.0)
+        is_between = bool(np.any((known > 0.0) & (known < 1.0)))
+        return Likelihood(dispersion=_dispersion(scores) if is_between else 1.0)
     if low < high and np.all((known == low) | (known == high)):
-        return Answers(low, high)
-    return Grades(float(np.median(known)), _deviation(scores) / _NOISE)
+        return Likelihood(low, high - low)
+    return grades(float(np.median(known)), _deviation(scores) / _NOISE)
+
+
+def _dispersion(scores: FloatArray) -> float:
+    """How much less scores vary than right and wrong answers with their means would."""
+    fit, free = _fit(scores)
+    seen = np.isfinite(scores)
+    p = np.clip(fit, 0.02, 0.98)
+    expected = float((p * (1.0 - p))[seen].sum()) * free
+    return float(np.clip(((scores - fit)[seen] ** 2).sum() / expected, _LEAST_DISPERSION, 1.0))
+
+
+def _deviation(scores: FloatArray) -> float:
+    """The noise of scores, by the median: outliers do not count; 1 where there is none."""
+    near = _without_failures(scores)
+    fit, free = _fit(near)
+    known = scores[np.isfinite(scores)]
+    residuals = (near - fit)[np.isfinite(scores)]
+    return 1.4826 * float(np.median(np.abs(residuals))) / math.sqrt(free) or float(known.std()) or 1.0
 
 
 def _without_failures(scores: FloatArray) -> FloatArray:
@@ -161,37 +136,13 @@ def _without_failures(scores: FloatArray) -> FloatArray:
     return cut
 
 
-def _residuals(scores: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """What configurations and examples do not explain, and the fit, by alternating means; ``m x N`` each."""
+def _fit(scores: FloatArray) -> tuple[FloatArray, float]:
+    """What rows and columns explain, ``m x N``, by alternating means, and the share of free degrees."""
+    seen = np.isfinite(scores)
     fit = np.zeros_like(scores)
     for _ in range(10):
-        fit = fit + _means(scores - fit, axis=1)
-        fit = fit + _means(scores - fit, axis=0)
-    return scores - fit, fit
-
-
-def _means(values: FloatArray, axis: int) -> FloatArray:
-    seen = np.isfinite(values)
-    sums = np.where(seen, values, 0.0).sum(axis=axis, keepdims=True)
-    means: FloatArray = sums / np.maximum(seen.sum(axis=axis, keepdims=True), 1)
-    return means
-
-
-def _dispersion(scores: FloatArray) -> float:
-    """How much less scores vary than right and wrong answers with their means would."""
-    residuals, fit = _residuals(scores)
-    seen = np.isfinite(scores)
-    p = np.clip(fit, 0.02, 0.98)
-    expected = float((p * (1.0 - p))[seen].sum())
-    left = max(1, int(seen.sum() - seen.any(axis=1).sum() - seen.any(axis=0).sum() + 1)) / seen.sum()
-    return float(np.clip((residuals[seen] ** 2).sum() / (expected * left), _LEAST_DISPERSION, 1.0))
-
-
-def _deviation(scores: FloatArray) -> float:
-    """The noise of scores, by the median: outliers do not count; 1 where there is none."""
-    seen = np.isfinite(scores)
-    residuals = _residuals(_without_failures(scores))[0][seen]
-    free = max(1, len(residuals) - int(seen.any(axis=1).sum() + seen.any(axis=0).sum()) + 1)
-    found = 1.4826 * float(np.median(np.abs(residuals))) * math.sqrt(len(residuals) / free)
-    known = scores[seen]
-    return found or float(known.std()) or 1.0
+        for axis in (1, 0):
+            sums = np.where(seen, scores - fit, 0.0).sum(axis=axis, keepdims=True)
+            fit = fit + sums / np.maximum(seen.sum(axis=axis, keepdims=True), 1)
+    total = int(seen.sum())
+    return fit, max(1, total - int(seen.any(axis=1).sum() + seen.any(axis=0).sum()) + 1) / total

@@ -185,11 +185,3 @@ def _inverse(covariance: FloatArray) -> tuple[FloatArray, FloatArray]:
     """The inverse of a covariance, and its lower Cholesky factor."""
     root = cholesky(covariance, lower=True, check_finite=False)
     return cho_solve((root, True), np.eye(len(covariance)), check_finite=False), root
-
-
-def design_of(latents: IndexArray, n_latents: int) -> FloatArray:
-    """Z from the latents of each configuration, ``m x G`` to ``m x L``."""
-    design = np.zeros((len(latents), n_latents))
-    for column in latents.T:
-        design[np.arange(len(latents)), column] += 1.0
-    return design

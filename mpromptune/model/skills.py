@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from operator import add, mul
+from typing import NamedTuple
 
 import numpy as np
 
-from mpromptune.model.embedding import FloatArray
 from mpromptune.model.geometry import Geometry
-from mpromptune.model.space import IndexArray
+from mpromptune.model.space import FloatArray, IndexArray
 
 # NOTE: (w, l). A grid instead of a gradient: with some hundred right-or-wrong answers the evidence tells
 # such values apart, and nothing finer. Without texts only the shapes with l = 0 are left; they are part of
@@ -35,15 +35,8 @@ _TYPICAL_DEVIATION, _SPREAD = 0.7, 0.7
 _COMMON = 1.0
 
 
-@dataclass(frozen=True)
-class Option:
-    """One setting of the hyper-parameters of a group.
-
-    Attributes:
-        share: w.
-        lengthscale: l.
-        deviation: a.
-    """
+class Option(NamedTuple):
+    """One setting of the hyper-parameters of a group: w, l and a."""
 
     share: float
     lengthscale: float
@@ -76,8 +69,8 @@ class Group:
         shapes = [shape for shape in _SHAPES if shape[1] == 0.0 or any(self.has_text)]
         return [Option(*shape, deviation) for shape, deviation in product(shapes, _DEVIATIONS)]
 
-    def covariance(self, rows: IndexArray, others: IndexArray, option: Option) -> FloatArray:
-        r"""Prior covariance of latents, ``n x m``.
+    def covariance(self, rows: IndexArray, option: Option) -> FloatArray:
+        r"""Prior covariance of latents, ``n x n``.
 
         .. math:: a^2 (w \bar k + (1 - w) 1[i = j]) + \text{common}
 
@@ -85,32 +78,29 @@ class Group:
 
         Args:
             rows: ``n x C`` candidate indices.
-            others: ``m x C`` candidate indices.
             option: The hyper-parameters.
         """
+        chosen = rows[:, list(self.components)].T
         kernels = [
-            _likeness(views, has_text, rows[:, c], others[:, c], option.lengthscale)
-            for c, views, has_text in zip(self.components, self.views, self.has_text, strict=True)
+            _likeness(views, has_text, own, option.lengthscale)
+            for own, views, has_text in zip(chosen, self.views, self.has_text, strict=True)
         ]
         parts = kernels if len(kernels) == 1 else [*kernels, reduce(mul, kernels)]
-        columns = list(self.components)
-        same = (rows[:, None, columns] == others[None, :, columns]).all(axis=-1)
+        same = (chosen[:, :, None] == chosen[:, None, :]).all(axis=0)
         alike = reduce(add, parts) / len(parts)
         w, variance = option.share, option.deviation**2
         covariance: FloatArray = variance * (w * alike + (1.0 - w) * same) + self.common
         return covariance
 
 
-def _likeness(
-    views: FloatArray, has_text: bool, first: IndexArray, second: IndexArray, lengthscale: float
-) -> FloatArray:
+def _likeness(views: FloatArray, has_text: bool, chosen: IndexArray, lengthscale: float) -> FloatArray:
     r"""``exp(-\sum_v d_v^2 / 2 l_v^2)`` with l for texts and 1 for other views; identity for l = 0."""
     if lengthscale == 0.0 or not len(views):
-        same: FloatArray = (first[:, None] == second[None, :]).astype(np.float64)
+        same: FloatArray = (chosen[:, None] == chosen[None, :]).astype(np.float64)
         return same
     scales = np.ones(len(views))
     scales[0] = lengthscale if has_text else 1.0
-    distances = np.einsum("v,vij->ij", 1.0 / scales**2, views[:, first[:, None], second[None, :]])
+    distances = np.einsum("v,vij->ij", 1.0 / scales**2, views[:, chosen[:, None], chosen[None, :]])
     likeness: FloatArray = np.exp(-0.5 * distances)
     return likeness
 
@@ -131,9 +121,13 @@ def groups_of(geometries: Sequence[Geometry], max_latents: int, is_product: bool
     for group in members.values():
         size = math.prod(geometries[c].views.shape[-1] for c in group)
         parts += [group] if size <= max_latents or not is_product else [[c] for c in group]
-    return tuple(_group([geometries[c] for c in part], part, _COMMON / len(parts)) for part in parts)
-
-
-def _group(geometries: Sequence[Geometry], components: Sequence[int], common: float) -> Group:
-    views = tuple(geometry.views.cpu().numpy() for geometry in geometries)
-    return Group(tuple(components), views, tuple(g.has_text for g in geometries), common)
+    views = [geometry.views.cpu().numpy() for geometry in geometries]
+    return tuple(
+        Group(
+            components=tuple(part),
+            views=tuple(views[c] for c in part),
+            has_text=tuple(geometries[c].has_text for c in part),
+            common=_COMMON / len(parts),
+        )
+        for part in parts
+    )

@@ -80,9 +80,7 @@ class IndexSpace:
 
     def first(self) -> Row:
         """The first configuration in lexicographic order."""
-        if self.combinations is not None:
-            return tuple(self.combinations[0].tolist())
-        return (0,) * len(self.sizes)
+        return (0,) * len(self.sizes) if self.combinations is None else tuple(self.combinations[0].tolist())
 
     def sample(self, n: int, rng: np.random.Generator) -> IndexArray:
         """At most ``n`` distinct configurations, uniformly, without enumerating a product."""
@@ -90,29 +88,25 @@ class IndexSpace:
             return self.rows()
         if self.combinations is not None:
             return self.combinations[rng.choice(self.size, n, replace=False)]
-        draws = rng.integers(0, self.sizes, size=(n, len(self.sizes)))
-        return np.unique(draws, axis=0)
+        return np.unique(rng.integers(0, self.sizes, size=(n, len(self.sizes))), axis=0)
 
-    def neighbours(self, row: Sequence[int]) -> IndexArray:
-        """Configurations that differ from ``row`` in one component (one group, for listed ones)."""
+    def neighbours(self, row: Sequence[int], component: int | None = None) -> IndexArray:
+        """Configurations that differ from ``row`` in one component, or in this one.
+
+        Of listed configurations, those that differ in the components of one group.
+        """
         centre = np.asarray(row, dtype=np.int64)
         if self.combinations is not None:
-            return self._listed_neighbours(self.combinations, centre)
-        return np.concatenate([self.moves_along(centre, c) for c in range(len(self.sizes))])
-
-    def moves_along(self, row: Sequence[int] | IndexArray, component: int) -> IndexArray:
-        """Configurations of a product that differ from ``row`` in this one component."""
-        centre = np.asarray(row, dtype=np.int64)
-        others = np.delete(np.arange(self.sizes[component]), centre[component])
-        moved = np.tile(centre, (len(others), 1))
-        moved[:, component] = others
-        return moved
-
-    def _listed_neighbours(self, rows: IndexArray, centre: IndexArray) -> IndexArray:
-        differs = rows != centre
-        by_group = [differs[:, np.array(self.groups) == g].any(axis=1) for g in set(self.groups)]
-        moved: IndexArray = rows[np.sum(by_group, axis=0) == 1]
-        return moved
+            differs = self.combinations != centre
+            by_group = [differs[:, np.array(self.groups) == g].any(axis=1) for g in set(self.groups)]
+            near: IndexArray = self.combinations[np.sum(by_group, axis=0) == 1]
+            return near
+        moves = []
+        for c in range(len(self.sizes)) if component is None else [component]:
+            others = np.delete(np.arange(self.sizes[c]), centre[c])
+            moves.append(np.tile(centre, (len(others), 1)))
+            moves[-1][:, c] = others
+        return np.concatenate(moves)
 
 
 class PromptSpace(IndexSpace):
@@ -144,14 +138,11 @@ class PromptSpace(IndexSpace):
         self.names = tuple(self.components)
         if not self.names:
             raise InvalidArgumentError("A PromptSpace needs at least one component; got none.")
-        texts = [name for name, candidates in components.items() if isinstance(candidates, str)]
-        if texts:
+        if texts := [name for name, candidates in components.items() if isinstance(candidates, str)]:
             raise InvalidArgumentError(f"Components {texts} are single texts; give a list of candidates.")
-        empty = [name for name, candidates in self.components.items() if not candidates]
-        if empty:
+        if empty := [name for name, candidates in self.components.items() if not candidates]:
             raise InvalidArgumentError(f"Components {empty} have no candidate; give at least one each.")
-        sizes = [len(candidates) for candidates in self.components.values()]
-        super().__init__(sizes, groups_of(self.names), combinations)
+        super().__init__(list(map(len, self.components.values())), groups_of(self.names), combinations)
 
     def __repr__(self) -> str:
         return f"PromptSpace({dict(zip(self.names, self.sizes, strict=True))}, size={self.size})"
@@ -166,8 +157,7 @@ class PromptSpace(IndexSpace):
         Raises:
             InvalidArgumentError: A component is missing or the configuration does not exist.
         """
-        missing = [name for name in self.names if name not in params]
-        if missing:
+        if missing := [name for name in self.names if name not in params]:
             raise InvalidArgumentError(f"params {dict(params)} lack {missing}.")
         row = tuple(int(params[name]) for name in self.names)
         if not self.exists(row):

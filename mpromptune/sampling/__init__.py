@@ -1,1 +1,14 @@
-"""Samplers: qEISampler, and Optuna's own made fit for a search."""
+"""Samplers: qEISampler, and Optuna's own made fit for a search. Their names can be known without torch."""
+
+from typing import Any
+
+from mpromptune.errors import InvalidArgumentError
+
+SAMPLER_NAMES = ("qei", "tpe", "gp", "random")
+
+
+def unknown_sampler(given: Any) -> InvalidArgumentError:
+    """The error for a sampler that is neither a known name nor an Optuna sampler."""
+    return InvalidArgumentError(
+        f"sampler must be one of {list(SAMPLER_NAMES)} or an optuna BaseSampler; got {given!r}."
+    )

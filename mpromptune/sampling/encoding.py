@@ -1,8 +1,12 @@
-"""Optuna parameters as index components: texts are embedded, everything else is featurised."""
+"""Params <-> index rows, and trials -> tensors: an Optuna study as the surrogate sees it.
+
+Every parameter becomes a component with an enumerated list of values: texts are embedded, numbers stand on a
+grid, other choices are compared by identity.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,26 +19,38 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from mpromptune.model.embedding import CachedEmbedder, FloatArray
-from mpromptune.model.geometry import (
-    Geometry,
-    geometry_of,
-    identity_views,
-    mean_distances,
-    numeric_views,
-    text_views,
-)
-from mpromptune.model.space import IndexSpace, PromptSpace, Row, groups_of
-from mpromptune.sampling.history import LastFit
+from mpromptune.model.devices import plain_torch
+from mpromptune.model.embedding import Embedder
+from mpromptune.model.geometry import Geometry, geometry_of, identity_views, point_views
+from mpromptune.model.space import FloatArray, IndexSpace, PromptSpace, Row, groups_of
+from mpromptune.model.statistics import LARGEST
+from mpromptune.storage.attributes import PROPOSED
 
 # NOTE: grid of a numeric parameter. The observed values are added to it, so the model never rounds
 # what it has seen; 64 levels are finer than what tens of trials can tell apart.
 _GRID = 64
 _ALL_LEVELS = 1000
 
-Numeric = FloatDistribution | IntDistribution
+
+@dataclass(frozen=True)
+class History:
+    """What a study knows, for maximisation.
+
+    Attributes:
+        train_X: ``n x C`` candidate indices.
+        train_Y: ``n x 1`` values; negated for a study that minimises.
+        measured: Configurations that have been measured.
+        pending: Configurations of running trials.
+    """
+
+    train_X: Tensor
+    train_Y: Tensor
+    measured: frozenset[Row]
+    pending: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -53,14 +69,10 @@ class Encoding:
     space: IndexSpace
     geometries: tuple[Geometry, ...]
 
+    @plain_torch()
     def on(self, device: torch.device) -> Encoding:
         """The same with its distances, and so the surrogate, on a device."""
-        return replace(self, geometries=tuple(geometry.on(device) for geometry in self.geometries))
-
-    @cached_property
-    def surrogates(self) -> LastFit:
-        """What is fitted to trials of this space."""
-        return LastFit(self.geometries)
+        return replace(self, geometries=tuple(replace(g, views=g.views.to(device)) for g in self.geometries))
 
     @cached_property
     def _index_of(self) -> tuple[dict[Any, int], ...]:
@@ -68,20 +80,49 @@ class Encoding:
 
     def row(self, params: Mapping[str, Any]) -> Row | None:
         """Params to an index row; None when a parameter is missing or has an unknown value."""
-        found = [self._index(c, params) for c in range(len(self.names))]
-        indices = [i for i in found if i is not None]
-        return tuple(indices) if len(indices) == len(found) else None
-
-    def _index(self, component: int, params: Mapping[str, Any]) -> int | None:
-        index_of = self._index_of[component]
-        if len(index_of) == 1:
-            return 0  # Optuna does not pass on parameters that have a single value
-        name = self.names[component]
-        return index_of.get(_key(params[name])) if name in params else None
+        row: list[int] = []
+        for name, index_of in zip(self.names, self._index_of, strict=True):
+            if len(index_of) == 1:
+                row.append(0)  # Optuna does not pass on parameters that have a single value
+            elif name in params and (index := index_of.get(_key(params[name]))) is not None:
+                row.append(index)
+            else:
+                return None
+        return tuple(row)
 
     def params(self, row: Sequence[int]) -> dict[str, Any]:
         """An index row to params."""
         return {name: values[i] for name, values, i in zip(self.names, self.values, row, strict=True)}
+
+    @plain_torch()
+    def history(self, study: Study, trials: Iterable[FrozenTrial]) -> History:
+        """What trials of a study say about configurations of this space.
+
+        COMPLETE ones are observations; PRUNED ones count as measured only; RUNNING ones are pending; FAIL and
+        WAITING ones, and those of another space, are ignored.
+        """
+        placed = [(t, row) for t in trials if (row := self.row(proposed_params(t))) is not None]
+        complete = [(t, row) for t, row in placed if t.state == TrialState.COMPLETE]
+        values = _finite(np.array([t.value for t, _ in complete], dtype=np.float64))
+        rows = np.array([row for _, row in complete], dtype=np.float64).reshape(-1, len(self.names))
+        sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        return History(
+            train_X=torch.from_numpy(rows),
+            train_Y=torch.from_numpy(sign * values)[:, None],
+            measured=frozenset(r for t, r in placed if t.state in (TrialState.COMPLETE, TrialState.PRUNED)),
+            pending=tuple(row for t, row in placed if t.state == TrialState.RUNNING),
+        )
+
+    def distances(self) -> dict[str, FloatArray] | None:
+        """Component to squared distances between its candidates; None where all go by identity alone."""
+        if not any(len(geometry.views) for geometry in self.geometries):
+            return None
+        return {n: g.mean_distances() for n, g in zip(self.names, self.geometries, strict=True)}
+
+
+def proposed_params(trial: FrozenTrial) -> dict[str, Any]:
+    """The params of a trial, or those that a sampler handed to it and that it has yet to suggest."""
+    return {**trial.system_attrs.get(PROPOSED, {}), **trial.params}
 
 
 def _key(value: Any) -> Any:
@@ -91,24 +132,29 @@ def _key(value: Any) -> Any:
     return type(value).__name__, repr(value)
 
 
-def encode_prompts(space: PromptSpace, embedder: CachedEmbedder | None) -> Encoding:
+def _finite(values: FloatArray) -> FloatArray:
+    """Clips infinite values to the finite ones' range, as Optuna's own GP sampler does.
+
+    Where any is beyond what something is measured in, it stands for a failure: ranks take their place.
+    """
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    clipped: FloatArray = np.clip(values, low, high)
+    if max(high, -low) > LARGEST:
+        return np.unique(clipped, return_inverse=True)[1].astype(np.float64)
+    return clipped
+
+
+def encode_prompts(space: PromptSpace, embedder: Embedder | None) -> Encoding:
     """The encoding of a PromptSpace, whose parameters are candidate indices."""
     values = tuple(tuple(range(size)) for size in space.sizes)
     return Encoding(space.names, values, space, geometry_of(space, embedder))
 
 
-def candidate_distances(encoding: Encoding) -> dict[str, FloatArray] | None:
-    """Component to the squared distances between its candidates; None where all go by identity alone."""
-    if not any(len(geometry.views) for geometry in encoding.geometries):
-        return None
-    pairs = zip(encoding.names, encoding.geometries, strict=True)
-    return {name: mean_distances(geometry) for name, geometry in pairs}
-
-
 def encode_distributions(
     search_space: Mapping[str, BaseDistribution],
     observed: Sequence[Mapping[str, Any]],
-    embedder: CachedEmbedder | None,
+    embedder: Embedder | None,
     known: Encoding | None = None,
 ) -> Encoding:
     """The encoding of any Optuna search space.
@@ -122,66 +168,51 @@ def encode_distributions(
     """
     names = tuple(search_space)
     groups = groups_of(names)
+    of_name = {} if known is None else dict(zip(known.names, known.geometries, strict=True))
     values, geometries = [], []
     for group, (name, distribution) in zip(groups, search_space.items(), strict=True):
-        seen = [p[name] for p in observed if name in p]
-        points = _values(distribution, [value for value in seen if _is_within(distribution, value)])
-        views = _known_views(known, name, points)
-        if views is None:
+        points = _values(distribution, [p[name] for p in observed if name in p])
+        same = of_name.get(name)
+        if same is not None and points == tuple(range(same.views.shape[-1])):
+            views = same.views
+        else:
             views = _views(distribution, points, embedder)
         values.append(points)
         geometries.append(Geometry(views, group))
-    space = IndexSpace([len(points) for points in values], groups)
-    return Encoding(names, tuple(values), space, tuple(geometries))
-
-
-def _known_views(known: Encoding | None, name: str, points: tuple[Any, ...]) -> Tensor | None:
-    if known is None or name not in known.names:
-        return None
-    component = known.names.index(name)
-    return known.geometries[component].views if known.values[component] == points else None
+    return Encoding(names, tuple(values), IndexSpace([*map(len, values)], groups), tuple(geometries))
 
 
 def _values(distribution: BaseDistribution, observed: Sequence[Any]) -> tuple[Any, ...]:
+    """All choices; of numbers, all that the step allows where they are few, or a grid and those observed."""
     if isinstance(distribution, CategoricalDistribution):
         return tuple(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
-    grid = {_level(distribution, u) for u in np.linspace(0.0, 1.0, _levels(distribution))}
-    return tuple(sorted(grid | set(observed)))
+    levels = _GRID
+    if distribution.step is not None and not distribution.log:
+        count = round((distribution.high - distribution.low) / distribution.step) + 1
+        levels = count if count <= _ALL_LEVELS else _GRID
+    grid = {_level(distribution, u) for u in np.linspace(0.0, 1.0, levels)}
+    # The range may have changed since.
+    return tuple(sorted(grid | {v for v in observed if distribution.low <= v <= distribution.high}))
 
 
-def _levels(distribution: Numeric) -> int:
-    """All values of a stepped parameter where they are few; a grid otherwise."""
-    if distribution.step is None or distribution.log:
-        return _GRID
-    count = round((distribution.high - distribution.low) / distribution.step) + 1
-    return count if count <= _ALL_LEVELS else _GRID
-
-
-def _is_within(distribution: BaseDistribution, value: Any) -> bool:
-    """Whether a value seen earlier is still in the range, which may have changed since."""
+def _views(distribution: BaseDistribution, points: tuple[Any, ...], embedder: Embedder | None) -> Tensor:
     if isinstance(distribution, FloatDistribution | IntDistribution):
-        return bool(distribution.low <= value <= distribution.high)
-    return True
-
-
-def _views(
-    distribution: BaseDistribution, points: tuple[Any, ...], embedder: CachedEmbedder | None
-) -> Tensor:
-    if not isinstance(distribution, CategoricalDistribution):
-        return numeric_views([_position(distribution, value) for value in points])
+        low, high = _bounds(distribution)
+        raw = np.log(np.array(points, float)) if distribution.log else np.array(points, float)
+        return point_views((raw[:, None] - low) / ((high - low) or 1.0))
     if embedder is not None and all(isinstance(choice, str) for choice in points):
-        return text_views(points, embedder)
+        return point_views(embedder(list(points)))
     return identity_views(len(points))
 
 
-def _bounds(distribution: Numeric) -> tuple[float, float]:
+def _bounds(distribution: FloatDistribution | IntDistribution) -> tuple[float, float]:
     bounds = np.array([distribution.low, distribution.high], dtype=np.float64)
     low, high = np.log(bounds) if distribution.log else bounds
     return float(low), float(high)
 
 
-def _level(distribution: Numeric, u: float) -> float | int:
+def _level(distribution: FloatDistribution | IntDistribution, u: float) -> float | int:
     """The value at the fraction ``u`` of the (possibly logarithmic) range, on the step grid."""
     low, high = _bounds(distribution)
     raw = low + u * (high - low)
@@ -190,11 +221,3 @@ def _level(distribution: Numeric, u: float) -> float | int:
         value = distribution.low + distribution.step * round((value - distribution.low) / distribution.step)
     value = min(max(value, distribution.low), distribution.high)
     return round(value) if isinstance(distribution, IntDistribution) else float(value)
-
-
-def _position(distribution: BaseDistribution, value: float) -> float:
-    """The fraction of the range at which ``value`` lies; the inverse of `_level`."""
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    low, high = _bounds(distribution)
-    raw = float(np.log(value)) if distribution.log else float(value)
-    return (raw - low) / (high - low) if high > low else 0.0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from difflib import get_close_matches
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,20 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from mpromptune.errors import require_count
+from mpromptune.errors import UnknownOptionError, require_count
 from mpromptune.execution.pool import in_time
-from mpromptune.model.acquisition import log_expected_improvement, propose, ranked
-from mpromptune.model.candidates import LISTED, choice_set
+from mpromptune.model.acquisition import LISTED, choice_set, log_expected_improvement, propose, ranked
 from mpromptune.model.devices import plain_torch, resolve_device
-from mpromptune.model.embedding import CachedEmbedder, FloatArray, as_embedder
-from mpromptune.model.space import PromptSpace, Row
-from mpromptune.sampling.encoding import Encoding, encode_distributions, encode_prompts
-from mpromptune.sampling.history import History, proposed_params, read
+from mpromptune.model.embedding import CachedEmbedder, Embedder, as_embedder
+from mpromptune.model.space import FloatArray, PromptSpace, Row
+from mpromptune.model.surrogate import fit
+from mpromptune.sampling.encoding import (
+    Encoding,
+    History,
+    encode_distributions,
+    encode_prompts,
+    proposed_params,
+)
 from mpromptune.storage.attributes import PLAN, PROPOSED
 
 _BATCH_SIZE = 4
@@ -60,6 +67,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
     Raises:
         InvalidArgumentError: An argument is out of range.
+        UnknownOptionError: There is no such argument (a TypeError).
         ValueError: The study is multi-objective.
 
     Example:
@@ -79,7 +87,10 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         independent_sampler: BaseSampler | None = None,
         seed: int | None = None,
         device: str | torch.device | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise _unknown_argument(next(iter(unknown)))
         self.max_space_size = require_count("max_space_size", max_space_size, 1)
         self.n_batches = require_count("n_batches", n_batches, 0)
         self.batch_size = None if batch_size is None else require_count("batch_size", batch_size, 1)
@@ -95,7 +106,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
     def bound_to(self, space: PromptSpace) -> qEISampler:
         """A copy for the configurations of ``space``."""
         bound = copy(self)
-        bound.space, bound._prompts, bound._lock = space, None, threading.RLock()
+        bound.space, bound._prompts = space, None
         return bound
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,7 +169,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
     def check_embedder(self, texts: Sequence[str]) -> None:
         """Embeds ``texts`` now, so that an embedder that cannot work fails before anything is paid."""
         if self._embedder is not None and texts:
-            self._embedder(texts)
+            self._embedder(list(texts))
 
     def _seed_for(self, trial: FrozenTrial, *extra: int) -> int:
         entropy = [abs(self.seed), trial.number, *extra]
@@ -171,24 +182,14 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         known = sum(t.state.is_finished() for t in others)
         params = _next_of_plan(others, known, list(search_space))
         if params is None:
-            batch = self._propose(study, trial, search_space, others)
+            encoding = self._encoding(search_space, others)
+            rows = self._rows(encoding, encoding.history(study, others), self._seed_for(trial))
+            batch = [{k: v for k, v in encoding.params(row).items() if k in search_space} for row in rows]
             params = batch[0]
             late = [t.number for t in others if t.number < trial.number and _is_to_be_proposed(t)]
             plan: dict[str, Any] = {"known": known, "batch": batch, "late": late}
             study._storage.set_trial_system_attr(trial._trial_id, PLAN, plan)
         return params
-
-    def _propose(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        search_space: dict[str, BaseDistribution],
-        others: list[FrozenTrial],
-    ) -> list[dict[str, Any]]:
-        encoding = self._encoding(search_space, others)
-        history = read(study, others, encoding.row, len(encoding.names))
-        rows = self._rows(encoding, history, self._seed_for(trial))
-        return [_restricted(encoding.params(row), search_space) for row in rows]
 
     def _encoding(self, search_space: dict[str, BaseDistribution], others: list[FrozenTrial]) -> Encoding:
         prompts = self.prompts()
@@ -199,19 +200,19 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
     @plain_torch()
     def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
+        """The next batch; a single configuration, drawn at random, before there is a model."""
         rng = np.random.default_rng(seed)
-        if len(history) < self.min_cold_start:
+        if len(history.train_Y) < self.min_cold_start:
             choices = self._choices(encoding, history, rng)
             return [choices[int(rng.integers(len(choices)))].tolist()]
-        model = encoding.surrogates.of(history)
+        model = fit(history.train_X, history.train_Y, encoding.geometries)
         measured, means = ranked(model, torch.tensor(sorted(history.measured), dtype=torch.float64))
         best_f = float(means[0])
         value = partial(log_expected_improvement, model, best_f)
         choices = self._choices(encoding, history, rng, value, measured.long().tolist())
         pending = torch.tensor(history.pending, dtype=torch.float64)
         q = self.batch_size or _BATCH_SIZE
-        rows = propose(model, choices, q, best_f, pending, self.n_batches, seed)
-        return [[int(i) for i in row] for row in rows.tolist()]
+        return propose(model, choices, q, best_f, pending, self.n_batches, seed).long().tolist()
 
     def _choices(
         self,
@@ -222,40 +223,37 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         starts: Sequence[Row] = (),
     ) -> Tensor:
         """Configurations that are new; those that only wait for a running trial; or, at last, all."""
-        pending = set(history.pending)
-
-        def is_new(row: Row) -> bool:
-            return row not in history.measured
-
-        def is_free(row: Row) -> bool:
-            return row not in pending and is_new(row)
-
-        for allowed in (is_free, is_new, _always):
+        taken: frozenset[Row]
+        for taken in (history.measured.union(history.pending), history.measured, frozenset()):
+            allowed = partial(_is_not_in, taken)
             choices = choice_set(encoding.space, self.max_space_size, allowed, rng, value, starts)
             if len(choices):
                 return choices
         raise AssertionError("a search space has at least one configuration")
 
 
-def resolve_embedder(spec: Any) -> CachedEmbedder | None:
-    """As `as_embedder`, with ``"index"`` for no embedding at all."""
-    return None if spec == "index" else _Awaited(as_embedder(spec))
+def _is_not_in(taken: frozenset[Row], row: Row) -> bool:
+    return row not in taken
 
 
-class _Awaited(CachedEmbedder):
-    """An embedder that may hang: it is waited for no longer than what asks for it may wait."""
-
-    def __init__(self, embedder: CachedEmbedder) -> None:
-        super().__init__(embedder)
-        self._embedder = embedder
-
-    def __call__(self, texts: Sequence[str]) -> FloatArray:
-        """As the embedder."""
-        return in_time(partial(self._embedder, texts))
+def _unknown_argument(name: str) -> UnknownOptionError:
+    valid = [argument for argument in signature(qEISampler).parameters if argument != "unknown"]
+    nearest = get_close_matches(name, valid, n=1, cutoff=0.0)[0]
+    return UnknownOptionError(
+        f"qEISampler has no argument {name!r}. Did you mean {nearest!r}? It takes {', '.join(valid)}."
+    )
 
 
-def _always(row: Row) -> bool:
-    return True
+def resolve_embedder(spec: Any) -> Embedder | None:
+    """As `as_embedder`, with ``"index"`` for no embedding at all.
+
+    An embedder may hang: it is waited for no longer than what asks for it may wait.
+    """
+    return None if spec == "index" else partial(_embed_in_time, as_embedder(spec))
+
+
+def _embed_in_time(embedder: CachedEmbedder, texts: list[str]) -> FloatArray:
+    return in_time(partial(embedder, texts))
 
 
 def _index_distributions(space: PromptSpace | None) -> dict[str, BaseDistribution]:
@@ -281,10 +279,6 @@ def _agrees(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _is_to_be_proposed(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.RUNNING and not proposed_params(trial)
-
-
-def _restricted(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: params[name] for name in names}
 
 
 def _next_of_plan(others: list[FrozenTrial], known: int, names: list[str]) -> dict[str, Any] | None:

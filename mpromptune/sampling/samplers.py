@@ -14,8 +14,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from mpromptune.model.space import IndexArray, PromptSpace, Row
+from mpromptune.sampling import unknown_sampler
 from mpromptune.sampling.encoding import Encoding, encode_prompts
-from mpromptune.sampling.names import unknown_sampler
 from mpromptune.sampling.sampler import qEISampler
 
 IsOpen = Callable[[Row], bool]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpromptune.model.chance import expected_best
+from mpromptune.model.statistics import expected_best
 from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
-from mpromptune.model.embedding import FloatArray
+from mpromptune.model.space import FloatArray
 from mpromptune.show.analysis import (
     example_scores,
     growth,

@@ -11,8 +11,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from mpromptune.execution.usage import StepUsage
-from mpromptune.model.embedding import FloatArray
-from mpromptune.model.space import PromptSpace
+from mpromptune.model.space import FloatArray, PromptSpace
 from mpromptune.storage.attributes import ANSWERS, SETTINGS
 
 RESULT_VERSION = 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
-from dataclasses import replace
 
 import optuna
 import pytest
@@ -14,8 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune import PromptSpace
 from mpromptune.model.embedding import as_embedder
-from mpromptune.sampling.encoding import Encoding, encode_prompts
-from mpromptune.sampling.history import History, LastFit, read
+from mpromptune.sampling.encoding import Encoding, History, encode_prompts
 from mpromptune.sampling.samplers import distributions_of
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
@@ -34,7 +31,7 @@ def trial(row: tuple[int, ...], value: float | None, state: TrialState = TrialSt
 def history_of(trials: Sequence[FrozenTrial], direction: str = "maximize") -> History:
     study = optuna.create_study(direction=direction)
     study.add_trials(trials)
-    return read(study, study.get_trials(), ENCODING.row, 1)
+    return ENCODING.history(study, study.get_trials())
 
 
 def of_values(values: Values, direction: str = "maximize") -> History:
@@ -50,7 +47,7 @@ def test_each_trial_is_an_observation_of_its_value() -> None:
     assert history.train_X.tolist() == [[1.0], [0.0], [1.0]]
     assert history.train_Y.tolist() == [[0.25], [1.0], [0.75]]
     assert history.measured == {A, B}
-    assert len(history) == 3
+    assert len(history.train_Y) == 3
 
 
 def test_minimising_is_maximising_the_negative() -> None:
@@ -64,7 +61,7 @@ def test_states_say_what_is_known() -> None:
     """Pruned trials were measured, running ones are pending, failed ones count for nothing."""
     states = {A: TrialState.PRUNED, B: TrialState.RUNNING, C: TrialState.FAIL}
     history = history_of([trial(row, None, state) for row, state in states.items()])
-    assert (history.measured, history.pending, len(history)) == ({A}, (B,), 0)
+    assert (history.measured, history.pending, len(history.train_Y)) == ({A}, (B,), 0)
     assert history.train_X.shape == (0, 1)
 
 
@@ -72,14 +69,3 @@ def test_states_say_what_is_known() -> None:
 def test_values_that_stand_for_a_failure(huge: float, seen: list[float]) -> None:
     """Infinite ones are clipped to the range of the others; where finite ones are huge, ranks count."""
     assert of_values([(A, 1.0), (B, 2.0), (C, huge)]).train_Y.flatten().tolist() == seen
-
-
-def test_the_same_observations_are_fitted_once() -> None:
-    """What is running makes no difference; one more value does. A copy that travelled fits again."""
-    values = [(A, 0.5), (B, 0.0)]
-    fits, told = LastFit(ENCODING.geometries), of_values(values)
-    model = fits.of(told)
-    assert fits.of(replace(of_values(values), pending=(B,))) is model
-    assert fits.of(of_values([*values, (B, 1.0)])) is not model
-    assert fits.of(told) is not model  # one is kept
-    assert pickle.loads(pickle.dumps(fits)).of(told).state_dict().keys() == model.state_dict().keys()
