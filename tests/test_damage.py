@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -165,12 +166,19 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("run", [_search, _small_compile])
+@pytest.fixture(scope="module", params=[_search, _small_compile])
+def in_database(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Callable[[Any], Any], Path]:
+    """A run, and a database that holds it."""
+    path = tmp_path_factory.mktemp("whole") / "run.db"
+    request.param(f"sqlite:///{path}")
+    return request.param, path
+
+
 @pytest.mark.parametrize("change", ROWS.values(), ids=ROWS)
-def test_damaged_rows_of_a_database(change: str, run: Any, tmp_path: Path) -> None:
+def test_damaged_rows_of_a_database(change: str, in_database: Any, tmp_path: Path) -> None:
     """A search, and a compile, end with an error that names the study and its file."""
-    path = tmp_path / "run.db"
-    run(f"sqlite:///{path}")
+    run, path = in_database[0], tmp_path / "run.db"
+    shutil.copy(in_database[1], path)
     with closing(sqlite3.connect(path)) as database, database:
         assert database.execute(f"{change} WHERE trial_id = 2").rowcount
     with pytest.raises(StorageError, match=re.escape(str(path))):

@@ -62,9 +62,16 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound() -> Any:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The compile that nothing goes wrong with, and its log."""
+    log = tmp_path_factory.mktemp("sound") / "lm.log"
+    return compiled(AuditedLM(log=log)), log
+
+
+@pytest.fixture(scope="module")
+def sound(whole: tuple[Any, Path]) -> Any:
     """The compile that nothing goes wrong with."""
-    return compiled(AuditedLM())
+    return whole[0]
 
 
 def audit(lm: AuditedLM, usage: StepUsage, program: CountedPlanner | None = None) -> None:
@@ -359,14 +366,6 @@ def test_ctrl_c_in_a_callback(tmp_path: Path) -> None:
 # kill -9.
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
-    """The requests for an answer of the sound compile's search."""
-    log = tmp_path_factory.mktemp("sound") / "lm.log"
-    compiled(AuditedLM(log=log))
-    return log_lines(log, "start", "search", "answer")
-
-
 def kill_points() -> list[tuple[str, int]]:
     """Three at random in each step, which a sound compile makes so many requests in."""
     rng = random.Random(0)
@@ -375,11 +374,12 @@ def kill_points() -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(("step", "at"), kill_points())
-def test_kill_9(step: str, at: int, tmp_path: Path, sound: Any, whole: Counter[str], forks: Any) -> None:
+def test_kill_9(step: str, at: int, tmp_path: Path, whole: tuple[Any, Path], forks: Any) -> None:
     """The same call ends with the same trials and winner; no step that was over is repeated, no answer that
     was kept is paid again, and what is paid again is what was in flight.
     """
     storage, log = tmp_path / "run.log", tmp_path / "lm.log"
+    sound, requests = whole[0], log_lines(whole[1], "start", "search", "answer")
     killed = forks.Process(target=compile_and_die, args=(storage, log, step, at))
     killed.start()
     killed.join()
@@ -393,9 +393,9 @@ def test_kill_9(step: str, at: int, tmp_path: Path, sound: Any, whole: Counter[s
     # Answers that were kept just before the kill, and their scores not: scored again without a request.
     answered = sound.search_result.calls - len(kept) - sum(again.values())
     assert 0 <= answered <= THREADS
-    assert before <= whole
-    assert again <= whole
-    assert sum((before + again - whole).values()) == sum(before.values()) - len(kept) - answered <= THREADS
+    assert before <= requests
+    assert again <= requests
+    assert sum((before + again - requests).values()) == sum(before.values()) - len(kept) - answered <= THREADS
     assert not (DEMOS in steps and lm.books.started["bootstrap"])
     assert not (INSTRUCTIONS in steps and lm.books.started["propose"])
     for name in ("bootstrap", "propose"):  # of a step that was cut off, what was in flight counts twice

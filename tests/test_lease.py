@@ -286,7 +286,7 @@ def until_lost(study: Study) -> None:
     """Another run takes over, and the first has had time to learn of it."""
     while (written(study) or {}).get("token") != "theirs":  # the first may have been about to renew it
         write(study)
-        time.sleep(0.5)
+        time.sleep(0.3)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -408,10 +408,10 @@ def test_two_hosts_on_one_database(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Two at a time are refused; after ``kill -9`` on one, the other waits for a sign of life and goes on."""
-    monkeypatch.setattr(lease, "SILENCE", 4.0)
-    monkeypatch.setattr(lease, "BEAT", 0.5)
+    monkeypatch.setattr(lease, "SILENCE", 2.0)
+    monkeypatch.setattr(lease, "BEAT", 0.25)
     storage, log, expected = server.url_of("hosts"), tmp_path / "calls.log", run(None, Scores())
-    first = started(forks, storage, log, "another host", 0.5)
+    first = started(forks, storage, log, "another host", 0.25)
     second = Scores()
     with pytest.raises(StudyInUseError, match=f"in use by process {first.pid} on"):
         run(storage, second)
@@ -422,5 +422,5 @@ def test_two_hosts_on_one_database(
     caplog.clear()
     began = time.monotonic()
     check_goes_on(storage, log, expected)
-    assert time.monotonic() - began >= 4.0
+    assert time.monotonic() - began >= 2.0
     assert caplog.text.count("has not given back the study") == 1

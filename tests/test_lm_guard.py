@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextvars
-import itertools
 import json
 import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -18,12 +16,11 @@ from clocks import Clock
 from dspy.clients.cache import Cache, request_cache
 from dspy.utils.callback import BaseCallback
 from embedders import hashed
-from lms import ScriptedLM, arithmetic_lm, completion
+from lms import ScriptedLM, arithmetic_lm
 from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted, Planner
 
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchStoppedError
-from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.interrupts import Stopped
 from mpromptune.execution.limits import Budget, Limits
 from mpromptune.execution.pace import Pace
@@ -65,31 +62,30 @@ def cached_arithmetic_lm() -> CachedLM:
 
 
 class Held(CachedLM):
-    """Answers when it is told to; ``begun`` is released by every call that got through."""
+    """Answers when it is told to; ``begun`` is released by every call that got through.
 
-    def __init__(self, error: Exception | None = None) -> None:
-        super().__init__(lambda field, messages: "42")
+    Args:
+        error: What the first call raises.
+        cached: Whether there is the cache that it says it has.
+    """
+
+    def __init__(self, error: Exception | None = None, cached: bool = True) -> None:
+        super().__init__(self._held)
         self.begun = threading.Semaphore(0)
         self.answer = threading.Event()
         self.error = error
+        self.cached = cached
 
-    def _hold(self) -> None:
+    def _held(self, field: str, messages: list[dict[str, Any]]) -> str:
         self.begun.release()
         assert self.answer.wait(10)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-
-
-def _held(error: Exception | None = None) -> Held:
-    lm = Held(error)
-
-    def answer(field: str, messages: list[dict[str, Any]]) -> str:
-        lm._hold()
         return "42"
 
-    lm._answer = answer
-    return lm
+    def forward(self, prompt: str | None = None, messages: list | None = None, **kwargs: Any) -> Any:
+        return super().forward(prompt, messages, **kwargs if self.cached else {"cache": False})
 
 
 ASK = dspy.Predict("question -> answer")
@@ -261,7 +257,7 @@ def test_a_model_without_a_price_is_warned_of_once(caplog: pytest.LogCaptureFixt
 
 def test_equal_requests_under_way_are_sent_once(pool: ThreadPoolExecutor) -> None:
     """Eight threads ask the same: one call, seven hits."""
-    lm = _held()
+    lm = Held()
     with Guard().watching(), measured() as meter:
         futures = [_submit(pool, lm, "1+1") for _ in range(8)]
         assert lm.begun.acquire(timeout=10)
@@ -273,7 +269,7 @@ def test_equal_requests_under_way_are_sent_once(pool: ThreadPoolExecutor) -> Non
 
 def test_when_the_first_fails_the_next_is_sent(pool: ThreadPoolExecutor) -> None:
     """Who waited for it gets an answer of its own, and the rest from the cache."""
-    lm = _held(error=ConnectionError("reset"))
+    lm = Held(error=ConnectionError("reset"))
     with Guard().watching(), measured() as meter:
         futures = [_submit(pool, lm, "1+1") for _ in range(4)]
         assert lm.begun.acquire(timeout=10)
@@ -288,7 +284,7 @@ def test_when_the_first_fails_the_next_is_sent(pool: ThreadPoolExecutor) -> None
 @pytest.mark.parametrize("how", ["cache off", "another rollout"])
 def test_requests_that_no_cache_answers_do_not_wait(how: str, pool: ThreadPoolExecutor) -> None:
     """Both reach the LM before either is answered."""
-    lm = _held()
+    lm = Held()
     config: list[dict[str, Any]] = [{"cache": False}] * 2
     if how == "another rollout":
         config = [{"rollout_id": i, "temperature": 1.0} for i in range(2)]
@@ -299,51 +295,24 @@ def test_requests_that_no_cache_answers_do_not_wait(how: str, pool: ThreadPoolEx
         assert [f.result(10) for f in futures] == ["42"] * 2
 
 
-class Uncached(ScriptedLM):
-    """Says that it has a cache, as custom LMs do by default."""
-
-    cache = True
-
-
 def test_an_lm_without_a_cache_is_found_out(pool: ThreadPoolExecutor) -> None:
     """Equal requests wait for each other in vain once; from then on they go out together."""
-    begun, answer = threading.Semaphore(0), threading.Event()
+    lm, guard = Held(cached=False), Guard()
 
-    def hold(field: str, messages: Any) -> str:
-        begun.release()
-        assert answer.wait(10)
-        return "42"
+    def pair(question: str) -> list[Any]:
+        return [_submit(pool, lm, question) for _ in range(2)]
 
-    lm, guard = Uncached(hold), Guard()
-    lm.cache = True
     with guard.watching():
         while not guard._uncached:  # until two were under way at the same time
-            pair = [_submit(pool, lm, "1+1") for _ in range(2)]
-            answer.set()
-            assert [f.result(10) for f in pair] == ["42"] * 2
-            assert [begun.acquire(timeout=10) for _ in pair] == [True, True]
-        answer.clear()
-        pair = [_submit(pool, lm, "2+2") for _ in range(2)]
-        assert [begun.acquire(timeout=10) for _ in pair] == [True, True]
-        answer.set()
-        assert [f.result(10) for f in pair] == ["42"] * 2
-
-
-def test_a_program_of_two_predictors_pays_no_more_in_parallel(pool: ThreadPoolExecutor) -> None:
-    """Those that share a prompt share its answer, with one thread and with eight."""
-
-    def calls(run: Any) -> int:
-        lm = cached_arithmetic_lm()
-        with dspy.context(lm=lm), Guard().watching():
-            run([contextvars.copy_context() for _ in range(8)])
-        return len(lm.calls)
-
-    def program(context: contextvars.Context) -> Any:
-        return context.run(Planner(), question="1+1")
-
-    assert calls(lambda contexts: list(map(program, contexts))) == 2
-    dspy.cache.reset_memory_cache()
-    assert calls(lambda contexts: list(pool.map(program, contexts))) == 2
+            futures = pair("1+1")
+            lm.answer.set()
+            assert [f.result(10) for f in futures] == ["42"] * 2
+            assert all(lm.begun.acquire(timeout=10) for _ in futures)
+        lm.answer.clear()
+        futures = pair("2+2")
+        assert all(lm.begun.acquire(timeout=10) for _ in futures)
+        lm.answer.set()
+        assert [f.result(10) for f in futures] == ["42"] * 2
 
 
 def _dspy_lm(begun: threading.Semaphore, answer: threading.Event) -> Any:
@@ -406,7 +375,7 @@ def test_a_stopped_program_asks_nothing_more() -> None:
 
 def test_whoever_waits_is_stopped_too(pool: ThreadPoolExecutor) -> None:
     """A request that waits for an equal one ends with the run, before that one does."""
-    lm, guard = _held(), Guard()
+    lm, guard = Held(), Guard()
     with guard.watching():
         first = _submit(pool, lm, "1+1")
         assert lm.begun.acquire(timeout=10)
@@ -464,17 +433,12 @@ def _compile(lm: Any, program: Any = None, shots: Any = FEW_SHOT, threads: int =
         return optimizer.compile(program or Planner(), trainset=TRAIN, valset=VAL, **run)
 
 
-@pytest.mark.parametrize("shots", [ZERO_SHOT, FEW_SHOT], ids=["zero", "few"])
-def test_the_ledger_is_what_the_lm_counted(shots: dict[str, int]) -> None:
-    """Calls and tokens, over all steps; and those of the search over all trials."""
+def test_the_ledger_is_what_the_lm_counted() -> None:
+    """Calls, tokens and dollars, over all steps; and those of the search over all trials."""
     lm = arithmetic_lm()
-    best = _compile(lm, shots=shots, prices={"scripted": (1.0, 2.0)})
+    best = _compile(lm, shots=ZERO_SHOT, prices={"scripted": (1.0, 2.0)})
     usage = best.search_result.usage
-    assert list(usage) == ["bootstrap", "propose", "search"] or set(usage) == {
-        "bootstrap",
-        "propose",
-        "search",
-    }
+    assert set(usage) == {"bootstrap", "propose", "search"}
     assert usage.total.lm_calls == len(lm.calls)
     assert (usage.total.prompt_tokens, usage.total.completion_tokens) == (
         10 * len(lm.calls),
@@ -487,26 +451,6 @@ def test_the_ledger_is_what_the_lm_counted(shots: dict[str, int]) -> None:
     assert best.prompt_model_total_calls == usage["propose"].lm_calls > 0
 
 
-def test_the_ledger_is_true_when_requests_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fourth answer to a question is lost on its way: each attempt counts, tokens once they arrive."""
-    patient = RetryPolicy(attempts=20, max_wait=0.001)
-    monkeypatch.setattr("mpromptune.execution.pool.RetryPolicy", lambda: patient)
-    sound, asked, lost = arithmetic_lm()._answer, itertools.count(), itertools.count()
-
-    def answer(field: str, messages: list[dict[str, Any]]) -> str:
-        if field == "answer" and next(asked) % 4 == 3:
-            next(lost)
-            raise ConnectionError("reset")
-        return sound(field, messages)
-
-    lm = ScriptedLM(answer)
-    usage = _compile(lm, shots=ZERO_SHOT, threads=8).search_result.usage
-    n_lost = next(lost)
-    assert n_lost > 10
-    assert usage.total.lm_calls == len(lm.calls)
-    assert usage.total.prompt_tokens == 10 * (len(lm.calls) - n_lost)
-
-
 def test_concurrent_compiles_cost_what_serial_ones_do() -> None:
     """With a cache, a program of two predictors takes as many LM calls with 16 threads as with one."""
     one, many = cached_arithmetic_lm(), cached_arithmetic_lm()
@@ -517,15 +461,6 @@ def test_concurrent_compiles_cost_what_serial_ones_do() -> None:
     assert first.search_result.usage.total.lm_calls == len(one.calls)
     assert second.search_result.usage.total.lm_calls == len(many.calls)
     assert first.search_result.usage.total.cache_hits > 0
-
-
-def test_two_compiles_at_once_count_apart() -> None:
-    """Each has its own guard, and its own LM's calls."""
-    lms = arithmetic_lm(), arithmetic_lm()
-    with ThreadPoolExecutor(2) as pool:
-        results = [f.result(120) for f in [pool.submit(_compile, lm, shots=ZERO_SHOT) for lm in lms]]
-    for lm, best in zip(lms, results, strict=True):
-        assert best.search_result.usage.total.lm_calls == len(lm.calls)
 
 
 def test_a_limit_covers_the_steps_before_the_search() -> None:
@@ -569,9 +504,3 @@ def test_after_a_compile_nothing_is_watched() -> None:
     _compile(arithmetic_lm(), shots=ZERO_SHOT)
     assert not [c for c in dspy.settings.callbacks if isinstance(c, Guard)]
     assert dspy.settings.usage_tracker is None
-
-
-def test_completions_have_the_shape_that_is_counted() -> None:
-    """Ten tokens and five: what the expectations above are made of."""
-    assert completion("x", "m").usage == {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-    assert SimpleNamespace is type(completion("x", "m"))

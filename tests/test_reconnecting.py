@@ -166,7 +166,7 @@ def trials_of(result: SearchResult) -> list[tuple]:
 
 def test_a_lost_connection_is_waited_for(server: postgres.Server) -> None:
     """A database that is started again costs time, and nothing else."""
-    score = Cutting(server, at=60, back_after=1.0)
+    score = Cutting(server, at=60, back_after=0.3)
     result = run(server.url_of("back"), score)
     assert trials_of(result) == trials_of(run(None, Scores()))
     assert result.calls == len(score.asked) == sum(score.asked.values())
@@ -176,7 +176,7 @@ def test_a_connection_that_stays_lost_ends_a_search(
     server: postgres.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a plain error; all that was saved is there for the next call."""
-    monkeypatch.setattr(storage, "PATIENCE", 1.0)
+    monkeypatch.setattr(storage, "PATIENCE", 0.3)
     url, score = server.url_of("lost"), Cutting(server, at=60, back_after=None)
     with pytest.raises(SearchStoppedError, match="connection to the storage was lost"):
         run(url, score)
