@@ -1,19 +1,5 @@
 """Figures of a search, in the manner of ``optuna.visualization``; needs ``m-promptune[plots]``."""
 
-from mpromptune.show.plots import (
-    plot_effects,
-    plot_examples,
-    plot_growth,
-    plot_leaders,
-    plot_map,
-    plot_usage,
-)
+from mpromptune.show.plots import plot_effects, plot_examples, plot_growth, plot_leaders, plot_map, plot_usage
 
-__all__ = [
-    "plot_effects",
-    "plot_examples",
-    "plot_growth",
-    "plot_leaders",
-    "plot_map",
-    "plot_usage",
-]
+__all__ = ["plot_effects", "plot_examples", "plot_growth", "plot_leaders", "plot_map", "plot_usage"]

@@ -1,17 +1,18 @@
-"""What is computed from a result, against values by hand."""
+"""What is computed from a result, against values by hand, and the warning signs that follow from it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from handmade import BASELINE, DEMOS, INSTRUCTION, TRIALS, WINNER, findings, study_of
+from handmade import BASELINE, DEMOS, INSTRUCTION, OTHER, SPACE, TRIALS, WINNER, findings, study_of
 
+from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.show.analysis import (
-    Effect,
-    ExampleScores,
-    Step,
+    candidate_name,
+    chance_of_gain,
     example_scores,
     gain,
     growth,
@@ -20,18 +21,17 @@ from mpromptune.show.analysis import (
     never_solved,
     random_in_full,
     random_in_hindsight,
+    title,
 )
-from mpromptune.storage.attributes import SETTINGS
+from mpromptune.show.signs import next_steps, warning_signs
+from mpromptune.storage.attributes import PREDICTORS, SETTINGS
+
+NOTHING = {"configurations": (), "study": study_of(())}
 
 
 def test_growth_is_the_best_estimate_met_so_far() -> None:
     """Calls add up over trials; the line only rises; a trial's own score is that on its examples."""
-    assert growth(findings()) == [
-        Step(2, 0.0, 0.3, 1),
-        Step(4, 0.5, 0.5, 2),
-        Step(8, 0.75, 0.7, 3),
-        Step(10, 0.5, 0.7, 3),
-    ]
+    assert growth(findings()) == [(2, 0.0, 0.3, 1), (4, 0.5, 0.5, 2), (8, 0.75, 0.7, 3), (10, 0.5, 0.7, 3)]
 
 
 # Posterior means 0, 1 and 2 of three configurations that are certain.
@@ -42,10 +42,7 @@ def test_random_choice_in_full_is_the_best_of_as_many_as_the_calls_allow() -> No
     """Ten calls on four examples measure two configurations: 1 on average, and (1 + 2 + 2) / 3."""
     assert random_in_full(findings(drawn=DRAWN)) == pytest.approx([1.0, 5 / 3])
     assert random_in_full(findings()) == []
-
-
-def test_random_choice_in_full_learns_what_the_model_does_not_know() -> None:
-    """Of two that are alike to the model, the better is expected at std / sqrt(pi) above their mean."""
+    # Of two that are alike to the model, the better is expected at std / sqrt(pi) above their mean.
     unknown = np.array([[0.5, 0.1], [0.5, 0.1]])
     assert random_in_full(findings(drawn=unknown)) == pytest.approx([0.5, 0.5 + 0.1 / np.pi**0.5], abs=1e-4)
 
@@ -58,56 +55,87 @@ def test_random_choice_in_hindsight_meets_as_many_as_the_search() -> None:
     assert random_in_hindsight(findings()) == []
 
 
-def test_main_effects_are_means_over_the_configurations_that_have_a_candidate() -> None:
-    """Each candidate has the mean of the posterior means of its configurations, and their number."""
+def test_candidates_and_examples_have_the_estimates_and_scores_that_were_measured() -> None:
+    """By candidate, the posterior means of its configurations; by example, the hardest first, all scores."""
     assert main_effects(findings()) == {
-        INSTRUCTION: [Effect(0, pytest.approx(0.4), 2), Effect(1, 0.7, 1)],
-        DEMOS: [Effect(0, pytest.approx(0.5), 2), Effect(1, 0.5, 1)],
+        INSTRUCTION: {0: [0.5, 0.3], 1: [0.7]},
+        DEMOS: {0: [0.7, 0.3], 1: [0.5]},
     }
-
-
-def test_examples_are_listed_hardest_first() -> None:
-    """An example has the mean and the best score of the configurations that were measured on it."""
-    assert example_scores(findings()) == [
-        ExampleScores(1, 0.0, 0.0, 3),
-        ExampleScores(3, 0.5, 1.0, 2),
-        ExampleScores(0, pytest.approx(2 / 3), 1.0, 3),
-        ExampleScores(2, 1.0, 1.0, 2),
+    assert list(example_scores(findings()).items()) == [
+        (1, [0.0, 0.0, 0.0]),
+        (3, [1.0, 0.0]),
+        (0, [1.0, 1.0, 0.0]),
+        (2, [1.0, 1.0]),
     ]
 
 
 def test_never_solved_does_not_depend_on_the_scale_of_the_metric() -> None:
     """What no configuration lifts above the lowest score of the search is unsolved, on any scale."""
-    assert [one.example for one in never_solved(findings())] == [1]
-    scaled = [
+    assert never_solved(findings()) == [1]
+    scaled = (
         replace(m, scores={e: 500.0 * s - 900.0 for e, s in m.scores.items()})
         for m in findings().configurations
-    ]
-    assert [one.example for one in never_solved(findings(configurations=tuple(scaled)))] == [1]
+    )
+    assert never_solved(findings(configurations=tuple(scaled))) == [1]
 
 
 def test_gain_is_that_on_shared_examples() -> None:
     """The differences 1, 0, 0, 1 have the mean 1/2, and the standard error sqrt((1/3) / 4)."""
     assert gain(findings()) == pytest.approx((0.5, (1 / 12) ** 0.5))
-    assert gain(findings(best_params=BASELINE.params)) is None
-    assert gain(findings(configurations=(WINNER,))) is None
+    for same in ({"best_params": BASELINE.params}, {"configurations": (WINNER,)}):
+        assert gain(findings(**same)) is None
+        assert chance_of_gain(findings(**same)) is None
 
 
-def test_labels_name_indices_by_predictor() -> None:
-    """MIPROv2's names are shortened; others stay."""
-    params = {INSTRUCTION: 2, DEMOS: 1, "1_predictor_instruction": 0, "style": 3}
-    assert label(params) == "0: instr. 2, demos 1 | 1: instr. 0 | style 3"
+def test_chance_of_a_gain_is_that_of_two_normal_distributions() -> None:
+    """0.35 ± 0.04 and 0.3 ± 0.03 differ by one standard deviation (3-4-5)."""
+    near = replace(WINNER, posterior_mean=0.35, posterior_std=0.04)
+    assert chance_of_gain(findings(configurations=(near, BASELINE))) == pytest.approx(0.8413, abs=1e-4)
+    sure = (replace(WINNER, posterior_std=0.0), replace(BASELINE, posterior_std=0.0))
+    assert chance_of_gain(findings(configurations=sure)) == 1.0
+
+
+def test_names_are_the_programs_own_and_those_of_texts() -> None:
+    """Neither an index nor "predictor 0" where anything better is known."""
+    assert title(findings(), DEMOS) == "demos"
+    assert label(findings(), WINNER.params) == "“Answer <b>slowly</b>.”, no demos"
+    assert label(findings(), BASELINE.params) == "own instruction, no demos"
+    assert label(findings(space=None), WINNER.params) == "no. 1, no. 0"
+    named = study_of(TRIALS)
+    named.set_user_attr(PREDICTORS, ["plan", "solve"])
+    assert title(findings(study=named), "1_predictor_demos") == "solve, demos"
+    two = {"0_predictor_instruction": 1, "0_predictor_demos": 0, "1_predictor_demos": 1}
+    space = PromptSpace({**SPACE.components, "1_predictor_demos": [[], ["2+2: 4", "3+5: 8"]]})
+    found = findings(space=space, best_params=two)
+    assert label(found, two) == (
+        "predictor 1: “Answer <b>slowly</b>.”, no demos; predictor 2: 2 demos (“2+2: 4 3+5: 8”)"
+    )
+    assert label(findings(space=PromptSpace({"style": ["a", "b"]})), {"style": 1}) == "style: “b”"
+
+
+def test_texts_that_begin_alike_are_told_apart() -> None:
+    """By what comes after what they share."""
+    begin = "Given the fields `question`, produce the fields `answer`."
+    texts = [begin, f"{begin} Think first.", f"{begin} Think twice, and then once more.", "Short."]
+    found = findings(space=PromptSpace({"style": texts}), best_params={"style": 1})
+    assert [candidate_name(found, "style", i) for i in range(4)] == [
+        "“…`answer`.”",
+        "“…first.”",
+        "“…twice, and then once more.”",
+        "“Short.”",
+    ]
 
 
 def test_nothing_measured_is_no_error() -> None:
-    """A result without configurations has no steps, no effects and no examples."""
-    empty = findings(configurations=(), study=study_of(()))
+    """A result without configurations has no steps, effects and examples, and is judged by its examples."""
+    empty = findings(**NOTHING)
     assert (growth(empty), main_effects(empty), example_scores(empty), never_solved(empty)) == (
         [],
         {},
-        [],
+        {},
         [],
     )
+    assert has(warning_signs(empty), "validation set")
 
 
 def test_baseline_comes_from_the_study() -> None:
@@ -117,3 +145,111 @@ def test_baseline_comes_from_the_study() -> None:
     foreign.set_user_attr(SETTINGS, {})
     assert findings(study=foreign).baseline_params is None
     assert gain(findings(study=foreign)) is None
+
+
+def has(signs: list[str], fragment: str) -> bool:
+    return any(fragment in sign for sign in signs)
+
+
+NEAR = replace(OTHER, posterior_mean=0.66, posterior_std=0.04)
+LACKING = replace(WINNER, scores={e: WINNER.scores[e] for e in (0, 1, 2)})
+FLAT = tuple(replace(m, scores=dict.fromkeys(m.scores, 2.0)) for m in findings().configurations)
+ALONE = {"best_params": BASELINE.params, "configurations": (BASELINE,)}
+CHANCE = "The embeddings explain nothing that could be told from chance"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sign"),
+    [
+        # 0.66 ± 0.04 and 0.7 ± 0.03 differ by less than a standard deviation (3-4-5), 0.64 by more.
+        ({"configurations": (WINNER, NEAR, BASELINE)}, "flat: 1 configuration "),
+        ({}, "Risk of overfitting: the winner scored 75.0 %"),
+        ({}, "only 4 examples"),
+        ({}, "50 ± 29 points (standard error), may be chance"),
+        ({"stopped_by": "max_cost"}, "ended by max_cost"),
+        ({"best_params": OTHER.params}, "on 2 of 4 validation examples"),
+        ({"configurations": (LACKING, OTHER, BASELINE)}, "means over 3 of 4 validation examples: no config"),
+        (
+            {"configurations": (replace(LACKING, fully=False), OTHER, BASELINE)},
+            "on 3 of 4 validation examples: its score is an estimate",
+        ),
+        (ALONE, "Only one configuration"),
+        (ALONE, "Nothing was found that beats the baseline"),
+        ({"configurations": FLAT}, "Every score is 2"),
+        ({"study": study_of(TRIALS, lost=[0])}, "failed or were cut off: 1;"),
+        ({"text_chance": 0.5}, "as well in 50 % of cases"),
+    ],
+)
+def test_signs(changes: dict[str, Any], sign: str) -> None:
+    """What speaks against taking a result at its word is said."""
+    assert has(warning_signs(findings(**changes)), sign)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sign"),
+    [
+        ({}, "The top is flat"),
+        ({"configurations": (WINNER, replace(NEAR, posterior_mean=0.64), BASELINE)}, "The top is flat"),
+        ({"configurations": (replace(WINNER, posterior_std=0.06), OTHER, BASELINE)}, "Risk of overfitting"),
+        ({"text_chance": 0.1}, CHANCE),
+        ({"text_chance": None}, CHANCE),
+    ],
+)
+def test_no_sign_without_a_reason(changes: dict[str, Any], sign: str) -> None:
+    """One in ten is evidence of texts; 0.75 is not more than a standard deviation above 0.7 ± 0.06."""
+    assert not has(warning_signs(findings(**changes)), sign)
+
+
+def test_each_kind_of_doubt_has_advice() -> None:
+    """What to do begins with what is most urgent, and ends with a test set."""
+    steps = next_steps(findings(stopped_by="max_cost", text_chance=0.5))
+    assert steps[0].startswith("Raise max_cost")
+    assert has(steps, "Add validation examples")
+    assert has(steps, "another embedder")
+    assert steps[-1].startswith("Measure the program on a test set")
+
+
+def test_lost_examples_count_as_calls() -> None:
+    """Scores of a trial that failed are there, and nothing is unsolved where all scores are the same."""
+    assert growth(findings(study=study_of(TRIALS, lost=[0])))[-1].calls == 10
+    assert never_solved(findings(configurations=FLAT)) == []
+
+
+def searched(dealt: list[int] | None) -> SearchResult:
+    """Twelve texts whose skill rises along a line; embedded by their places on it, or dealt out."""
+    texts = [f"text {i}" for i in range(12)]
+    place = dict(zip(texts, dealt or range(12), strict=True))
+
+    def embed(asked: list[str]) -> np.ndarray:
+        angles = np.array([place[text] for text in asked]) * (np.pi / 12)
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    def score(params: dict[str, int], example: int) -> float:
+        return float(0.2 + 0.05 * params["style"] > (example * 0.618) % 1)
+
+    sampler = qEISampler(embedder=embed if dealt is None or dealt else "index", seed=0)
+    options = {"n_examples": 60, "max_calls": 480, "num_threads": 1, "seed": 0}
+    return search(PromptSpace({"style": texts}), score, sampler=sampler, **options)
+
+
+def test_texts_that_determine_the_scores_have_no_sign() -> None:
+    """Neighbours on the line score alike, and hardly any other order of them would do as well."""
+    result = searched(None)
+    assert result.text_chance is not None
+    assert result.text_chance < 0.05
+    assert not has(warning_signs(result), CHANCE)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_texts_dealt_out_at_random_explain_no_more_than_chance(seed: int) -> None:
+    """The same places, given to the texts in another order."""
+    result = searched(np.random.default_rng(seed).permutation(12).tolist())
+    assert result.text_chance is not None
+    assert result.text_chance > 0.05
+
+
+def test_without_embeddings_nothing_is_said_of_them() -> None:
+    """A search by identity has no share, and its report no sign."""
+    result = searched([])
+    assert result.text_chance is None
+    assert not has(warning_signs(result), CHANCE)

@@ -55,7 +55,10 @@ def test_baseline_that_was_never_scored_has_no_line(matplotlib: Any) -> None:
 def test_leaders_are_limited(matplotlib: Any) -> None:
     """As many as asked for, with their calls, the winner first and in bold."""
     first, second = plots.plot_leaders(findings(), limit=2).axes[0].get_yticklabels()
-    assert (first.get_text(), second.get_text()) == ("0: instr. 1, demos 0 (4)", "0: instr. 0, demos 1 (2)")
+    assert (first.get_text(), second.get_text()) == (
+        "“Answer <b>slowly</b>.”, no demos (4)",
+        "own instruction, 1 demo\n(“</pre><script>alert(1)</scri…”) (2)",
+    )
     assert (first.get_fontweight(), second.get_fontweight()) == ("bold", "normal")
 
 

@@ -6,20 +6,21 @@ import pickle
 import re
 import sys
 import threading
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from embedders import letters
-from handmade import BASELINE, OTHER, SPACE, TRIALS, WINNER, findings, study_of
+from handmade import BASELINE, INSTRUCTION, OTHER, SPACE, TRIALS, WINNER, findings, study_of
 
-from mpromptune import PromptSpace, qEISampler, search
+from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
 from mpromptune.execution.attempts import RetryPolicy
+from mpromptune.execution.usage import Usage
 from mpromptune.show.page import render, write_report
-
-_VOID = {"meta", "br", "hr", "img", "link", "input"}
+from mpromptune.storage.attributes import ESTIMATE, PREDICTORS
 
 
 class Checked(HTMLParser):
@@ -28,16 +29,15 @@ class Checked(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: list[str] = []
-        self.links: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
         self._open: list[str] = []
         self.feed(page)
         self.close()
         assert not self._open
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-        self.links += [value for name, value in attrs if name.split(":")[-1] in ("href", "src")]
-        if tag not in _VOID:
+        self.handle_startendtag(tag, attrs)
+        if tag not in {"meta", "br", "hr", "img", "link", "input"}:
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -45,87 +45,153 @@ class Checked(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name.split(":")[-1] in ("href", "src")]
+        self.attributes += [(name.split(":")[-1], value) for name, value in attrs]
+
+    def values(self, *names: str) -> list[str]:
+        return [value for name, value in self.attributes if name in names]
 
 
-def test_page_is_well_formed_and_refers_to_nothing() -> None:
-    """No script, no address; links lead to parts of the page itself, or hold what they link to."""
-    page = render(findings())
+def text_of(page: str) -> str:
+    """What a reader sees, without figures and with single spaces."""
+    plain = re.sub(r"<(svg|style).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+([.,:])", r"\1", " ".join(plain.replace("&nbsp;", " ").split()))
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(findings())
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`render` without figures, which take time."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    return lambda notes=(), **changes: render(findings(**changes), notes)
+
+
+def test_page_is_well_formed_and_refers_to_nothing(page: str) -> None:
+    """No script, no address; links lead to parts of the page itself that exist."""
     checked = Checked(page)
     assert not {"script", "link", "img", "iframe"} & set(checked.tags)
-    assert all(link.startswith(("#", "data:")) for link in checked.links)
+    ids, links = checked.values("id"), checked.values("href", "src")
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert {link[1:] for link in links if link.startswith("#")} | set(
+        checked.values("aria-labelledby")
+    ) <= set(ids)
+    assert len(ids) == len(set(ids))
     assert not re.search(r"https?:|@import|url\((?!#)", page)
 
 
-def test_figures_are_in_the_page() -> None:
-    """Six of them, where everything that they show is known."""
+def test_the_first_screen_answers_five_questions_in_order(page: str) -> None:
+    """What did I get, is it real, what changed, what did it cost, what to do next."""
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page)[:5] == [
+        "What did I get?",
+        "Is it real?",
+        "What changed?",
+        "What did it cost?",
+        "What to do next?",
+    ]
+    text = text_of(page)
+    assert "25.0 % → 75.0 % Baseline → winner: 2 more of 4 right, on 4 validation examples." in text
+    assert "better than the baseline with a probability of over 99 %." in text
+    assert "it gains on 2 and loses on 0." in text
+    assert "Measured 75.0 %; the model expects 70.0 % ± 3.0 %." in text
+    assert "instruction: own instruction → “Answer &lt;b&gt;slowly&lt;/b&gt;.”" in text
+    assert "10 program calls 7 LM calls 1.5000 US dollars" in text
+    assert "Measure the program on a test set" in text
+
+
+def test_the_programs_own_names_and_the_estimate_are_shown(tables: Any) -> None:
+    """As the study has them of a compile."""
+    study = study_of(TRIALS)
+    study.set_user_attr(PREDICTORS, ["solve.steps"])
+    study.set_user_attr(ESTIMATE, {"search": Usage(program_calls=16, lm_calls=20).as_dict()})
+    text = text_of(tables(study=study))
+    assert "solve.steps, instruction: own instruction → " in text
+    assert "solve.steps: own instruction, no demos — baseline" in text
+    assert "10 program calls of 16 estimated at most 7 LM calls of 20 estimated at most" in text
+
+
+def test_estimates_are_marked_with_their_interval(tables: Any) -> None:
+    """A score that was foreseen is never shown like one that was measured."""
+    text = text_of(tables(best_params=OTHER.params, best_score=0.5, best_interval=(0.3, 0.7)))
+    assert "25.0 % → 50.0 % estimate, 95 %: 30.0 to 70.0 % Baseline → winner: about 1 more of 4 right" in text
+    assert "— winner 50.0 % estimate 30.4 to 69.6 % 2 of 4" in text
+    assert "75.0 % measured 4 of 4" in text
+
+
+def test_other_metrics_keep_their_unit(tables: Any) -> None:
+    """Scores that are no shares are shown as the metric gives them, everywhere."""
+    scaled = tuple(
+        replace(m, scores={e: 500.0 * s - 900.0 for e, s in m.scores.items()})
+        for m in findings().configurations
+    )
+    text = text_of(tables(configurations=scaled, best_score=-525.0, baseline_score=-775.0))
+    assert "-775 → -525 Baseline → winner: +250, on" in text
+
+
+def test_figures_are_in_the_page(page: str) -> None:
+    """Six of them, where everything that they show is known, each with its reading as its name."""
     pytest.importorskip("matplotlib")
-    assert Checked(render(findings())).tags.count("svg") == 6
+    checked = Checked(page)
+    assert checked.tags.count("svg") == checked.values("role").count("img") == 6
+    readings = [value for value in checked.values("aria-label") if value.endswith(".")]
+    assert (
+        "The leading configurations. 0 of 3 configurations are within one standard deviation" in readings[1]
+    )
+    assert all(reading.partition(". ")[2].rstrip(".") in text_of(page) for reading in readings)
+    assert "#000000" not in page  # which could not be read on a dark page
     assert Checked(render(findings(distances=None))).tags.count("svg") == 5
 
 
-def test_without_matplotlib_the_page_says_how_to_have_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_page_says_how_to_have_figures(tables: Any) -> None:
     """Tables and texts need no matplotlib."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    page = render(findings())
-    assert "m-promptune[plots]" in page
-    assert "svg" not in Checked(page).tags
+    assert "m-promptune[plots]" in tables()
+    assert "svg" not in Checked(tables()).tags
 
 
-def test_texts_are_escaped() -> None:
+def test_texts_are_escaped(tables: Any) -> None:
     """What prompts and demos hold is shown, not obeyed."""
-    page = render(findings(best_params=OTHER.params), notes=["<i>a note</i>"])
+    page = tables(best_params=OTHER.params, notes=["<i>a note</i>"])
     assert "<script" not in page
     assert "&lt;/pre&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "&lt;b&gt;briefly&lt;/b&gt;" in page
     assert "&lt;i&gt;a note&lt;/i&gt;" in page
 
 
-def test_changes_are_marked_word_by_word() -> None:
-    """From the baseline's instruction to the winner's, one word goes and one comes."""
-    page = render(findings())
+def test_changes_are_marked(tables: Any) -> None:
+    """Word by word, where one word goes and one comes; demos as whole cards."""
+    page = tables()
     assert "&gt;<del>briefly</del><ins>slowly</ins>&lt;" in page
-    assert "Predictor 0, demos (unchanged)" in page
+    assert "demos (unchanged)" in page
+    card = re.search(r'<li class="added"><b>added</b><pre.*?>(.*?)</pre>', tables(best_params=OTHER.params))
+    assert card is not None
+    assert card[1].startswith("&lt;/pre&gt;")
 
 
-def test_demos_are_marked_as_wholes() -> None:
-    """A demo that only the winner has was added."""
-    added = render(findings(best_params=OTHER.params))
-    assert re.search(r"<pre><ins>&lt;/pre&gt;.*?</ins></pre>", added)
+@pytest.mark.parametrize(
+    "texts",
+    [["Answer the question.", "Think about the sum, step by step."], ["one " * 20_000, "two " * 20_000]],
+    ids=["little in common", "long"],
+)
+def test_texts_that_are_not_compared_stand_one_after_the_other(tables: Any, texts: list[str]) -> None:
+    """Words that happen to occur in both do not tear them to pieces; long ones would take too long."""
+    page = tables(space=PromptSpace({**SPACE.components, INSTRUCTION: texts}))
+    assert f"<del>{texts[0]}</del><ins>{texts[1]}</ins></pre>" in page
 
 
-def test_texts_with_little_in_common_stand_one_after_the_other() -> None:
-    """Words that happen to occur in both do not tear them to pieces."""
-    texts = ["Answer the question.", "Think about the sum, step by step."]
-    page = render(findings(space=PromptSpace({**SPACE.components, "0_predictor_instruction": texts})))
-    assert f"<pre><del>{texts[0]}</del>\n\n<ins>{texts[1]}</ins></pre>" in page
+def test_winner_and_baseline_are_marked_in_the_table(tables: Any) -> None:
+    """The winner's row, and only its, is set apart; the baseline's is named."""
+    page = tables()
+    (row,) = re.findall(r'<tr class="winner"><th scope="row">(.*?)</th>', page)
+    assert row == "“Answer &lt;b&gt;slowly&lt;/b&gt;.”, no demos — winner"
+    assert "own instruction, no demos — baseline" in page
+    assert "not measured →" in text_of(tables(baseline_score=float("nan")))
 
 
-def test_long_texts_are_not_compared_word_by_word() -> None:
-    """Which would take the square of their length."""
-    texts = ["one " * 20_000, "two " * 20_000]
-    page = render(findings(space=PromptSpace({**SPACE.components, "0_predictor_instruction": texts})))
-    assert f"<del>{texts[0]}</del>\n\n<ins>{texts[1]}</ins>" in page
-
-
-def test_headline_has_scores_calls_and_cost() -> None:
-    """Baseline, winner, calls and dollars, as the result has them."""
-    page = render(findings())
-    assert "0.25 → <strong>0.75</strong>" in page
-    assert "10 program calls on 4 validation examples, $1.5; 3 configurations measured." in page
-    assert "not measured → <strong>" in render(findings(baseline_score=float("nan")))
-
-
-def test_winner_is_marked_in_the_table() -> None:
-    """Its row, and only its, is set apart."""
-    page = render(findings())
-    assert re.findall(r"<tr class=winner><td>(.*?)</td>", page) == ["0: instr. 1, demos 0 — winner"]
-    assert "<td>0: instr. 0, demos 0 — baseline</td>" in page
-
-
-def test_unsolved_examples_are_listed() -> None:
+def test_unsolved_examples_are_listed(tables: Any) -> None:
     """Example 1, on which three configurations were measured."""
-    assert "measured on it): 1 (3).</p>" in render(findings())
+    assert "(configurations measured on it): 1 (3)." in text_of(tables())
 
 
 @pytest.mark.parametrize(
@@ -144,27 +210,26 @@ def test_whatever_is_missing_the_page_is_made(changes: dict[str, Any]) -> None:
     Checked(render(findings(**changes)))
 
 
-def _small(n_examples: int = 12, **options: Any) -> Any:
+def _small(**options: Any) -> SearchResult:
     """A search by identity or letters, of a metric that is far from 0..1."""
 
     def score(params: dict[str, int], example: int) -> float:
         return -500.0 - 100.0 * ((params["style"] * 7 + example) % 3)
 
     space = options.pop("space", PromptSpace({"style": ["aa", "bbb", "c < d"]}))
-    arguments = {"n_examples": n_examples, "max_calls": 40, "num_threads": 2, "block_size": 4, **options}
+    arguments = {"n_examples": 12, "max_calls": 40, "num_threads": 2, "block_size": 4, **options}
     return search(space, score, **arguments)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"sampler": "random"},
         {"sampler": "random", "confirm": False},
         {"sampler": qEISampler(embedder=letters, batch_size=2, n_batches=2)},
         {"sampler": "random", "space": PromptSpace({"style": ["only"]})},
         {"sampler": "random", "schedule": "mipro", "minibatch_size": 4, "block_size": None},
     ],
-    ids=["random", "unconfirmed", "qei", "one", "mipro"],
+    ids=["unconfirmed", "qei", "one", "mipro"],
 )
 def test_report_of_real_searches(tmp_path: Path, options: dict[str, Any]) -> None:
     """A result, also one that was pickled, writes its page; the texts come from the search."""
@@ -173,17 +238,17 @@ def test_report_of_real_searches(tmp_path: Path, options: dict[str, Any]) -> Non
     loaded = pickle.loads(pickle.dumps(result))
     page = loaded.report(tmp_path / "page.html").read_text(encoding="utf-8")
     Checked(page)
+    assert result.space is not None
     assert result.space.components["style"][result.best_params["style"]].replace("<", "&lt;")[:2] in page
 
 
+@pytest.mark.usefixtures("tables")
 def test_failing_searches_are_reported(tmp_path: Path) -> None:
     """A search with trials that failed, and one that an outage stopped, have results with a page."""
 
     def score(params: dict[str, int], example: int) -> float:
-        if params["style"] == 2 and example == 5:
+        if outage.is_set() or (params["style"] == 2 and example == 5):
             raise ConnectionError("down")
-        if outage.is_set():
-            raise ConnectionError("all down")
         return float(params["style"])
 
     outage = threading.Event()
@@ -198,6 +263,7 @@ def test_failing_searches_are_reported(tmp_path: Path) -> None:
     Checked(stopped.value.result.report(tmp_path / "page.html").read_text(encoding="utf-8"))
 
 
+@pytest.mark.usefixtures("tables")
 def test_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """The error says where and why."""
     with pytest.raises(InvalidArgumentError, match="nowhere"):

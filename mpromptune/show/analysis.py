@@ -1,24 +1,27 @@
-"""What a reader wants to know of a search, in numbers: growth, effects and hard examples."""
+"""What a search found, in numbers and names: growth, effects, hard examples, and how sure its gain is."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import NamedTuple
 
 import numpy as np
 
+from mpromptune.model.space import Candidate
 from mpromptune.model.statistics import expected_best
+from mpromptune.storage.attributes import PREDICTORS
 from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 
 _MIPRO_NAME = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
-_SHORT = {"instruction": "instr.", "demos": "demos"}
+# NOTE: characters of a text that stand for it: a few words, which fit beside a figure.
+_EXCERPT = 28
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One trial in the course of a search.
 
     Attributes:
@@ -34,57 +37,137 @@ class Step:
     met: int
 
 
-@dataclass(frozen=True)
-class Effect:
-    """A candidate, over the configurations that have it.
-
-    Attributes:
-        candidate: Its index.
-        mean: Mean of their posterior means.
-        count: How many they are.
-    """
-
-    candidate: int
-    mean: float
-    count: int
-
-
-@dataclass(frozen=True)
-class ExampleScores:
-    """A validation example, over the configurations that were measured on it.
-
-    Attributes:
-        example: Its index.
-        mean: Mean of their scores; the share that is right, where a score is 0 or 1.
-        best: The highest of them.
-        count: How many they are.
-    """
-
-    example: int
-    mean: float
-    best: float
-    count: int
-
-
-def label(params: Mapping[str, int]) -> str:
-    """A configuration in a few words: ``0: instr. 2, demos 1``."""
-    parts: dict[str, list[str]] = {}
-    for name, index in params.items():
-        match = _MIPRO_NAME.match(name)
-        group, short = (f"{match[1]}: ", _SHORT[match[2]]) if match else ("", name)
-        parts.setdefault(group, []).append(f"{short} {index}")
-    return " | ".join(group + ", ".join(words) for group, words in parts.items())
-
-
-def title(component: str) -> str:
-    """A component's name for people."""
+def title(findings: Findings, component: str) -> str:
+    """A component's name for people: the program's own name of the predictor, where the study has it."""
     match = _MIPRO_NAME.match(component)
-    return f"Predictor {match[1]}, {match[2]}" if match else component
+    return ", ".join(filter(None, (_predictor(findings, int(match[1])), match[2]))) if match else component
+
+
+def _predictor(findings: Findings, index: int) -> str:
+    """A predictor's name; none where there is no other to tell it from."""
+    names: list[str] = findings.study.user_attrs.get(PREDICTORS, [])
+    if index < len(names):
+        return names[index]
+    is_alone = all(component.startswith(f"{index}_predictor_") for component in findings.best_params)
+    return "" if is_alone else f"predictor {index + 1}"
+
+
+def label(findings: Findings, params: Mapping[str, int]) -> str:
+    """A configuration in a few words: ``solve: “Think step by step.”, 2 demos``."""
+    parts: dict[str, list[str]] = {}
+    for component, index in params.items():
+        match = _MIPRO_NAME.match(component)
+        group = _predictor(findings, int(match[1])) if match else component
+        parts.setdefault(group, []).append(_candidate_names(findings, component).get(index, f"no. {index}"))
+    return "; ".join(f"{group}: {', '.join(words)}".removeprefix(": ") for group, words in parts.items())
+
+
+def candidate_name(findings: Findings, component: str, index: int) -> str:
+    """A candidate in a few words that no other one of its component has."""
+    return _candidate_names(findings, component).get(index, f"no. {index}")
+
+
+def _candidate_names(findings: Findings, component: str) -> dict[int, str]:
+    """By index; nothing where the texts are not known."""
+    if findings.space is None or component not in findings.space.components:
+        return {}
+    candidates = findings.space.components[component]
+    names = [_name(c, text) for c, text in zip(candidates, _excerpts(candidates), strict=True)]
+    match, own = _MIPRO_NAME.match(component), (findings.baseline_params or {}).get(component)
+    if match and own is not None and candidates[own]:
+        names[own] = f"own {match[2]}"
+    return dict(enumerate(names))
+
+
+def _name(candidate: Candidate, excerpt: str) -> str:
+    if isinstance(candidate, str):
+        return f"“{excerpt}”"
+    number = f"{len(candidate)} demo{'s' if len(candidate) > 1 else ''}"
+    return f"{number} (“{excerpt}”)" if candidate else "no demos"
+
+
+def _excerpts(candidates: Sequence[Candidate]) -> list[str]:
+    """The beginnings of texts, or where others begin alike, what comes after that."""
+    texts = [" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates]
+    found = []
+    for text in texts:
+        alike = [other for other in texts if other != text and other[:_EXCERPT] == text[:_EXCERPT]]
+        differs = max((_first_difference(text, other) for other in alike), default=0)
+        start = text.rfind(" ", 0, differs) + 1
+        rest = text[start : start + _EXCERPT]
+        found.append(f"{'…' if start else ''}{rest}{'…' if len(text) > start + _EXCERPT else ''}")
+    return found
+
+
+def _first_difference(text: str, other: str) -> int:
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)) - 1)
+
+
+def is_share(findings: Findings) -> bool:
+    """Whether all scores are between 0 and 1, and so are shown in percent."""
+    return all(0 <= s <= 1 for m in findings.configurations for s in m.scores.values())
+
+
+def unit(findings: Findings) -> Callable[[float], str]:
+    """Puts a score into words, in the one unit of this search: percent, or that of the metric."""
+    if is_share(findings):
+        return lambda score: f"{100 * score:.1f} %" if math.isfinite(score) else "not measured"
+    return lambda score: f"{score:.4g}" if math.isfinite(score) else "not measured"
 
 
 def winner(findings: Findings) -> Measured | None:
     """The winner's own entry; None where it was never measured."""
-    return next((m for m in findings.configurations if m.params == findings.best_params), None)
+    return _entry(findings, findings.best_params)
+
+
+def baseline(findings: Findings) -> Measured | None:
+    """The baseline's."""
+    return _entry(findings, findings.baseline_params)
+
+
+def _entry(findings: Findings, params: Mapping[str, int] | None) -> Measured | None:
+    return next((m for m in findings.configurations if m.params == params), None)
+
+
+def differences(findings: Findings) -> list[float]:
+    """The winner's score less the baseline's on each example that both have; none where they are the same."""
+    best, own = winner(findings), baseline(findings)
+    if best is None or own is None or best is own:
+        return []
+    return [best.scores[e] - own.scores[e] for e in sorted(best.scores.keys() & own.scores.keys())]
+
+
+def gain(findings: Findings) -> tuple[float, float] | None:
+    """The mean of `differences`, and its standard error; None of fewer than two."""
+    found = differences(findings)
+    return (fmean(found), stdev(found) / math.sqrt(len(found))) if len(found) > 1 else None
+
+
+def chance_of_gain(findings: Findings) -> float | None:
+    """Probability that the winner is better than the baseline, by the model; None where that says nothing.
+
+    That of two normal distributions, taken to be independent, which for prompts that are alike is cautious.
+    """
+    best, own = winner(findings), baseline(findings)
+    if best is None or own is None or best is own:
+        return None
+    mean = best.posterior_mean - own.posterior_mean
+    deviation = math.hypot(best.posterior_std, own.posterior_std)
+    return 1.0 - NormalDist(mean, deviation).cdf(0.0) if deviation else float(mean > 0)
+
+
+def rivals(findings: Findings) -> list[Measured]:
+    """Configurations whose estimate is within a standard deviation of the difference from the winner's."""
+    best = winner(findings)
+    if best is None:
+        return []
+    return [
+        m
+        for m in findings.configurations
+        if m is not best
+        and abs(best.posterior_mean - m.posterior_mean) <= math.hypot(best.posterior_std, m.posterior_std)
+    ]
 
 
 def growth(findings: Findings) -> list[Step]:
@@ -98,8 +181,12 @@ def growth(findings: Findings) -> list[Step]:
             key = _key(recorded.params)
             calls, best = calls + len(scores), max(best, estimates.get(key, -math.inf))
             met.add(key)
-            steps.append(Step(calls, _mean(scores), best, len(met)))
+            steps.append(Step(calls, fmean(scores), best, len(met)))
     return steps
+
+
+def _key(params: Mapping[str, int]) -> frozenset[tuple[str, int]]:
+    return frozenset(params.items())
 
 
 def random_in_full(findings: Findings) -> list[float]:
@@ -134,58 +221,27 @@ def random_in_hindsight(findings: Findings) -> list[float]:
     return [float(best[k - 1]) for k in draws]
 
 
-def main_effects(findings: Findings) -> dict[str, list[Effect]]:
-    """For each component, the candidates that were measured, by index."""
+def main_effects(findings: Findings) -> dict[str, dict[int, list[float]]]:
+    """For each component, by candidate, the posterior means of the configurations measured with it."""
     found: dict[str, dict[int, list[float]]] = {}
     for measured in findings.configurations:
         for name, index in measured.params.items():
             found.setdefault(name, {}).setdefault(index, []).append(measured.posterior_mean)
-    return {
-        name: [Effect(i, _mean(means), len(means)) for i, means in sorted(by_index.items())]
-        for name, by_index in found.items()
-    }
+    return {name: dict(sorted(by_index.items())) for name, by_index in found.items()}
 
 
-def example_scores(findings: Findings) -> list[ExampleScores]:
-    """The examples that were measured, the hardest first."""
+def example_scores(findings: Findings) -> dict[int, list[float]]:
+    """By validation example, the scores of the configurations measured on it; the hardest example first."""
     found: dict[int, list[float]] = {}
     for measured in findings.configurations:
         for example, score in measured.scores.items():
             found.setdefault(example, []).append(score)
-    examples = [ExampleScores(e, _mean(s), max(s), len(s)) for e, s in found.items()]
-    return sorted(examples, key=lambda one: (one.mean, one.example))
+    return dict(sorted(found.items(), key=lambda item: (fmean(item[1]), item[0])))
 
 
-def never_solved(findings: Findings) -> list[ExampleScores]:
+def never_solved(findings: Findings) -> list[int]:
     """Examples on which no configuration scores above the lowest score of the whole search."""
     examples = example_scores(findings)
-    lowest = min((s for m in findings.configurations for s in m.scores.values()), default=0.0)
-    if all(one.best <= lowest for one in examples):
-        return []
-    return [one for one in examples if one.best <= lowest]
-
-
-def gain(findings: Findings) -> tuple[float, float] | None:
-    """The winner's gain over the baseline on the examples that both have, and its standard error.
-
-    None where they share fewer than two examples, or are the same.
-    """
-    baseline, best = findings.baseline_params, winner(findings)
-    other = next((m for m in findings.configurations if m.params == baseline), None)
-    if best is None or other is None or best is other:
-        return None
-    differences = [best.scores[e] - other.scores[e] for e in best.scores.keys() & other.scores.keys()]
-    n = len(differences)
-    if n < 2:
-        return None
-    mean = _mean(differences)
-    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
-    return mean, math.sqrt(variance / n)
-
-
-def _key(params: Mapping[str, int]) -> frozenset[tuple[str, int]]:
-    return frozenset(params.items())
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    lowest = min((min(scores) for scores in examples.values()), default=0.0)
+    hard = sorted(example for example, scores in examples.items() if max(scores) <= lowest)
+    return hard if len(hard) < len(examples) else []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +12,10 @@ import numpy as np
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.model.space import FloatArray
 from mpromptune.show.analysis import (
+    candidate_name,
     example_scores,
     growth,
+    is_share,
     label,
     main_effects,
     never_solved,
@@ -23,8 +27,8 @@ from mpromptune.storage.findings import Findings, Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 _BLUE, _ORANGE, _GREY, _GREEN = "#3b6fb6", "#d9822b", "#8a8f98", "#1b7f5c"  # apart for colour-blind eyes
 _WIDTH = 6.4
@@ -33,8 +37,8 @@ _MAPPED = 1000
 # NOTE: part of the trials at either end that the figure of growth need not have room for: on blocks of
 # ten, they are trials of which two or more examples went otherwise than expected.
 _FAR_OFF = 0.1
-# NOTE: numbers of two digits that fit side by side under a figure.
-_NUMBERED = 30
+# NOTE: characters in a line of a name that leave half of a figure to its dots.
+_NAME = 44
 
 
 def plot_growth(findings: Findings) -> Figure:
@@ -53,18 +57,15 @@ def plot_growth(findings: Findings) -> Figure:
     axes.step(calls, best, where="post", color=_BLUE, label="best met so far, in hindsight")
     _random_lines(axes, findings, calls)
     _baseline_line(axes.axhline, findings)
-    axes.set(xlabel="program calls", ylabel="score", ylim=_range_of(axes.lines))
+    # Single trials far off would flatten the rest.
+    trials, *others = (np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines)
+    shown = np.concatenate([np.quantile(trials, [_FAR_OFF, 1.0 - _FAR_OFF]), *others])
+    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
+    margin = 0.05 * (high - low) or 0.05
+    axes.set(xlabel="program calls", ylabel="score", ylim=(low - margin, high + margin))
+    _set_unit(axes.yaxis, findings)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize="small")
     return figure
-
-
-def _range_of(lines: Sequence[Line2D]) -> tuple[float, float]:
-    """What is shown of the dots and lines of a growth: single trials far off would flatten the rest."""
-    trials, *others = (np.asarray(line.get_ydata(), dtype=np.float64) for line in lines)
-    values = np.concatenate([np.quantile(trials, [_FAR_OFF, 1.0 - _FAR_OFF]), *others])
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    margin = 0.05 * (high - low) or 0.05
-    return low - margin, high + margin
 
 
 def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
@@ -73,14 +74,8 @@ def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
     if hindsight := random_in_hindsight(findings):
         axes.step(calls, hindsight, linestyle=":", label="as many at random, in hindsight", **style)
     if full := random_in_full(findings):
-        known = [findings.n_examples * (k + 1) for k in range(len(full))]
-        axes.step(
-            [*known, findings.calls],
-            [*full, full[-1]],
-            linestyle="--",
-            label="at random, each measured in full",
-            **style,
-        )
+        known = [*(findings.n_examples * (k + 1) for k in range(len(full))), findings.calls]
+        axes.step(known, [*full, full[-1]], linestyle="--", label="at random, each measured in full", **style)
 
 
 def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
@@ -91,22 +86,17 @@ def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
         limit: How many at most.
     """
     leaders = _some(findings.configurations[:limit], "configuration that was measured")
-    figure, axes = _panel(1.2 + 0.28 * len(leaders))
-    places = range(len(leaders))
-    axes.errorbar(
-        [m.posterior_mean for m in leaders],
-        places,
-        xerr=[m.posterior_std for m in leaders],
-        fmt="o",
-        color=_BLUE,
-        ecolor=_GREY,
-    )
-    axes.set_yticks(places, [_plain(f"{label(m.params)} ({len(m.scores)})") for m in leaders])
+    figure, axes = _panel(1.2 + 0.36 * len(leaders))
+    means, deviations = [m.posterior_mean for m in leaders], [m.posterior_std for m in leaders]
+    axes.errorbar(means, range(len(leaders)), xerr=deviations, fmt="o", color=_BLUE, ecolor=_GREY)
+    names = [f"{_short(label(findings, m.params), lines=2)} ({len(m.scores)})" for m in leaders]
+    axes.set_yticks(range(len(leaders)), names, fontsize="small")
     for tick, measured in zip(axes.get_yticklabels(), leaders, strict=True):
         tick.set_fontweight("bold" if measured.params == findings.best_params else "normal")
     axes.invert_yaxis()
     _baseline_line(axes.axvline, findings)
-    axes.set_xlabel("posterior mean ± std (in brackets: examples measured)")
+    axes.set_xlabel("estimate ± std (in brackets: examples)")
+    _set_unit(axes.xaxis, findings)
     return figure
 
 
@@ -134,7 +124,7 @@ def plot_map(findings: Findings) -> Figure:
         cmap="viridis",
         alpha=0.85,
     )
-    figure.colorbar(drawn, ax=axes, label="posterior mean")
+    _set_unit(figure.colorbar(drawn, ax=axes, label="estimate").ax.yaxis, findings)
     for params, name in ((findings.baseline_params, "baseline"), (findings.best_params, "winner")):
         for place in (i for i, m in enumerate(shown) if m.params == params):
             axes.annotate(name, points[place], xytext=(6, 6), textcoords="offset points")
@@ -149,31 +139,32 @@ def plot_effects(findings: Findings) -> Figure:
     rows = [max(2, len(candidates)) for candidates in effects.values()]
     figure = _figure(0.9 * len(rows) + 0.24 * sum(rows))
     panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
-    for axes, (name, candidates) in zip(panels, effects.items(), strict=True):
-        places = range(len(candidates))
-        axes.plot([c.mean for c in candidates], places, "o", color=_BLUE)
-        axes.set_yticks(places, [f"{c.candidate} ({c.count})" for c in candidates])
+    for axes, (component, candidates) in zip(panels, effects.items(), strict=True):
+        axes.plot([fmean(means) for means in candidates.values()], range(len(candidates)), "o", color=_BLUE)
+        names = {i: _short(candidate_name(findings, component, i)) for i in candidates}
+        axes.set_yticks(range(len(candidates)), [f"{names[i]} ({len(m)})" for i, m in candidates.items()])
         axes.set_ylim(len(candidates) - 0.5, -0.5)
-        axes.set_title(_plain(title(name)), loc="left", fontsize="medium")
+        axes.set_title(_short(title(findings, component)), loc="left", fontsize="medium")
         axes.grid(axis="y", alpha=0.3)
         _baseline_line(axes.axvline, findings)
-    panels[-1].set_xlabel("mean of posterior means (in brackets: configurations)")
+    panels[-1].set_xlabel("mean estimate (in brackets: configurations)")
+    _set_unit(panels[-1].xaxis, findings)
     return figure
 
 
 def plot_examples(findings: Findings) -> Figure:
     """The mean score of every validation example over the configurations measured on it, hardest first."""
-    examples = _some(example_scores(findings), "example that was measured")
-    hard = {one.example for one in never_solved(findings)}
+    examples, hard = example_scores(findings), set(never_solved(findings))
+    _some(list(examples), "example that was measured")
     figure, axes = _panel(3.0)
-    places = np.arange(len(examples))
-    is_hard = np.array([one.example in hard for one in examples])
-    means = np.array([one.mean for one in examples])
+    places, means = np.arange(len(examples)), np.array([fmean(scores) for scores in examples.values()])
+    is_hard = np.array([example in hard for example in examples])
     axes.plot(places[~is_hard], means[~is_hard], ".", color=_BLUE, label="some configuration solves it")
     if hard:
         axes.plot(places[is_hard], means[is_hard], "x", color=_ORANGE, label="none does")
         axes.legend(frameon=False)
     axes.set(xlabel="validation examples, the hardest first", ylabel="mean score")
+    _set_unit(axes.yaxis, findings)
     return figure
 
 
@@ -192,8 +183,7 @@ def plot_usage(findings: Findings) -> Figure:
 
 def distances_between(configurations: Sequence[Measured], distances: dict[str, FloatArray]) -> FloatArray:
     """Squared distances between configurations, ``n x n``: the sum of those of their components."""
-    n = len(configurations)
-    total = np.zeros((n, n))
+    total = np.zeros((len(configurations), len(configurations)))
     for name, between in distances.items():
         chosen = [m.params[name] for m in configurations]
         total += between[np.ix_(chosen, chosen)]
@@ -231,6 +221,13 @@ def _panel(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _set_unit(axis: Axis, findings: Findings) -> None:
+    if is_share(findings):
+        from matplotlib.ticker import PercentFormatter
+
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+
 def _baseline_line(draw: Any, findings: Findings) -> None:
     if np.isfinite(findings.baseline_score):
         draw(findings.baseline_score, color=_ORANGE, linestyle="--", label="baseline")
@@ -242,6 +239,6 @@ def _some(items: Sequence[Any], what: str) -> Sequence[Any]:
     return items
 
 
-def _plain(text: str) -> str:
-    """Text in which no dollar sign begins a formula."""
-    return text.replace("$", r"\$")
+def _short(text: str, lines: int = 1) -> str:
+    """A name that fits beside a figure, in which no dollar sign begins a formula."""
+    return textwrap.fill(text, _NAME, max_lines=lines, placeholder=" …").replace("$", r"\$")

@@ -20,3 +20,7 @@ USED = "mpromptune:used"  # study: `USED:step`, what a step before the search ha
 ANSWERS = "mpromptune:answer"  # study: `ANSWERS:scope:digest:n`, an LM's answer to a request of the steps
 STUDENT = "mpromptune:student"  # study: `STUDENT:i`, the student's score on validation example i
 USAGE = "mpromptune:usage"  # trial: what measuring it has used, as JSON
+PREDICTORS = "mpromptune:predictors"  # study: the program's own names of its predictors, in order
+ESTIMATE = (
+    "mpromptune:estimate"  # study: what each step of the compile was to use at most, by `Usage.as_dict`
+)
