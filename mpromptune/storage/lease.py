@@ -6,7 +6,6 @@ heartbeats are of trials, and of databases only.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -16,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,17 +31,19 @@ from mpromptune.storage.damage import CRASHES, reported
 
 logger = logging.getLogger(__name__)
 
-# NOTE: seconds from one renewal to the next; each is a row of a database or a line of a journal. The
-# first comes sooner, for two runs that began at the same moment.
-BEAT, FIRST_BEAT = 10.0, 1.0
+# NOTE: seconds from one renewal to the next; each is a row of a database or a line of a journal.
+BEAT = 10.0
 # NOTE: seconds without a renewal after which a run on another host is taken for dead: six renewals,
 # and as long as a run waits for a lost connection to its database (`storage.PATIENCE`).
 SILENCE = 60.0
 # NOTE: seconds between two looks at a lease whose holder may be dead.
 _LOOK = 1.0
-# NOTE: seconds from writing a lease to reading it back: many times what another start takes from
-# finding the study free to writing its own, a few milliseconds.
+# NOTE: seconds from writing a lease to reading it back: many times what another start takes from finding
+# the study free to writing its own, a few milliseconds. One that is slower is found at the next renewal.
 _SETTLE = 0.1
+
+# Tokens of the leases that this process holds.
+_TOKENS: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,6 @@ class Holder:
         pid: Its process.
         began: When that process began, as its system counts; None where that cannot be read.
         token: Of this run alone.
-        beats: Renewals so far.
         time: Of the last renewal, by the clock of its host.
     """
 
@@ -63,8 +64,10 @@ class Holder:
     pid: int
     began: str | None
     token: str
-    beats: int
     time: float
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
     def lives(self) -> bool | None:
         """Whether the run still goes on; None where that cannot be told from here."""
@@ -83,21 +86,11 @@ class Holder:
         return None if None in (began, self.began) else began == self.began
 
 
-# Of the leases that this process holds.
-_TOKENS: set[str] = set()
-
-
 class Lease:
-    """The right of one run to write to a study, renewed by a thread for as long as it is held.
-
-    Clocks of different hosts are not compared: whoever waits for a run elsewhere looks whether the lease
-    still changes.
-
-    Args:
-        study: The study.
-        stopped: Set when the lease is lost.
+    """The right of one run to write to a study (see `held`).
 
     Attributes:
+        study: The study.
         lost: Why the run may not write any more; None while it may.
     """
 
@@ -105,21 +98,9 @@ class Lease:
         self.study = study
         self.lost: StudyInUseError | None = None
         self._stopped = [stopped]
-        pid = os.getpid()
-        self._own = Holder(
-            socket.gethostname(), _machine(), pid, _began(pid), secrets.token_hex(8), 0, time.time()
-        )
         self._over = threading.Event()
-
-    def covers(self, study: Study) -> bool:
-        """Whether ``study`` is its study."""
-        return study._storage is self.study._storage and study._study_id == self.study._study_id
-
-    def share(self, stopped: threading.Event) -> None:
-        """Stops a further part of the run too when the lease is lost."""
-        self._stopped.append(stopped)
-        if self.lost is not None:
-            stopped.set()
+        pid = os.getpid()
+        self._own = Holder(socket.gethostname(), _machine(), pid, _began(pid), secrets.token_hex(8), 0.0)
 
     def require(self) -> None:
         """Makes sure that the run may still write.
@@ -130,56 +111,10 @@ class Lease:
         if self.lost is not None:
             raise self.lost
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Has the lease for as long as this takes.
-
-        Raises:
-            StudyInUseError: Another run has it.
-            StorageError: The storage cannot be read and written.
-        """
-        renewing: threading.Thread | None = None
-        _TOKENS.add(self._own.token)
-        try:
-            while not self._is_own(self._read()):
-                self._await_free()
-                self._renew()
-                pause(_SETTLE)  # where two start at the same moment, the last one to write has it
-            renewing = threading.Thread(target=self._keep_renewing, name="mpromptune-lease", daemon=True)
-            renewing.start()
-            yield
-        finally:
-            with deferred():
-                self._give_back(renewing)
-
-    def _give_back(self, renewing: threading.Thread | None) -> None:
-        """Leaves the study to the next run; where the storage fails, that will notice by itself."""
-        self._over.set()
-        try:
-            if renewing is not None:
-                renewing.join(timeout=BEAT)
-            if self._own.beats and self.lost is None and self._is_own(self._read()):
-                self._write(None)
-        except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run ends as it does
-            logger.warning("The lease of %r could not be given back: %s", self.study.study_name, error)
-        finally:
-            _TOKENS.discard(self._own.token)
-
-    def _keep_renewing(self) -> None:
-        wait = FIRST_BEAT
-        while not self._over.wait(wait) and self.lost is None:
-            wait, began = BEAT, time.monotonic()
-            try:
-                holder = self._read()
-                if holder is not None and not self._is_own(holder):
-                    self._lose(f"process {holder.pid} on {holder.host} has taken it over")
-                    return
-                self._renew()
-            except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run will see it too
-                logger.debug("The lease could not be renewed: %s", error)
-            else:
-                if time.monotonic() - began > SILENCE - BEAT:  # another run may have begun in between
-                    self._lose("it could not be renewed in time")
+    def _share(self, stopped: threading.Event) -> None:
+        self._stopped.append(stopped)
+        if self.lost is not None:
+            stopped.set()
 
     def _lose(self, why: str) -> None:
         self.lost = StudyInUseError(
@@ -188,6 +123,49 @@ class Lease:
         for event in self._stopped:
             event.set()
 
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        renewing = threading.Thread(target=self._keep_renewing, name="mpromptune-lease", daemon=True)
+        _TOKENS.add(self._own.token)
+        try:
+            while not self._is_own(self._read()):
+                self._await_free()
+                self._renew()
+                pause(_SETTLE)  # where two start at the same moment, the last one to write has it
+            renewing.start()
+            yield
+        finally:
+            with deferred():
+                self._give_back(renewing)
+
+    def _give_back(self, renewing: threading.Thread) -> None:
+        """Leaves the study to the next run; where the storage fails, that will notice by itself."""
+        self._over.set()
+        try:
+            if renewing.ident is not None:
+                renewing.join(timeout=BEAT)
+            if self._own.time and self.lost is None and self._is_own(self._read()):
+                self._write(None)
+        except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run ends as it does
+            logger.warning("The lease of %r could not be given back: %s", self.study.study_name, error)
+        finally:
+            _TOKENS.discard(self._own.token)
+
+    def _keep_renewing(self) -> None:
+        while not self._over.wait(BEAT) and self.lost is None:
+            began = time.monotonic()
+            try:
+                holder = self._read()
+                if holder is not None and not self._is_own(holder):
+                    self._lose(f"{holder} has taken it over")
+                    return
+                self._renew()
+            except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run will see it too
+                logger.debug("The lease could not be renewed: %s", error)
+            else:
+                if time.monotonic() - began > SILENCE - BEAT:  # another run may have begun in between
+                    self._lose("it could not be renewed in time")
+
     def _await_free(self) -> None:
         holder = self._read()
         if holder is None or (lives := holder.lives()) is False:
@@ -195,10 +173,11 @@ class Lease:
         if lives:
             raise self._in_use(holder, time.time() - holder.time)
         logger.warning(
-            "Process %d on %s has not given back the study %r. If it does not renew its lease within %g s, "
-            "this run goes on in its place.",
-            *(holder.pid, holder.host, self.study.study_name, SILENCE),
+            "It is unknown whether %s still runs, which has not given back the study %r. If it does not "
+            "renew its lease within %g s, this run goes on in its place.",
+            *(holder, self.study.study_name, SILENCE),
         )
+        # Clocks of different hosts are not compared: a lease that still changes has a holder that lives.
         for second in range(round(SILENCE / _LOOK)):
             pause(_LOOK)
             now = self._read()
@@ -209,9 +188,9 @@ class Lease:
 
     def _in_use(self, holder: Holder, seconds: float) -> StudyInUseError:
         return StudyInUseError(
-            f"The study {self.study.study_name!r} is in use by process {holder.pid} on {holder.host}, last "
-            f"heard of {max(seconds, 0.0):.0f} s ago. One run at a time: wait for that one, or end it, and "
-            "make the same call again to go on; or give another study_name or storage."
+            f"The study {self.study.study_name!r} is in use by {holder}, last heard of "
+            f"{max(seconds, 0.0):.0f} s ago. One run at a time: wait for that one, or end it, and make the "
+            "same call again to go on; or give another study_name or storage."
         )
 
     def _is_own(self, holder: Holder | None) -> bool:
@@ -228,11 +207,10 @@ class Lease:
             return None
 
     def _renew(self) -> None:
-        self._own = replace(self._own, beats=self._own.beats + 1, time=time.time())
-        self._write(self._own)
+        self._own = replace(self._own, time=time.time())
+        self._write(asdict(self._own))
 
-    def _write(self, holder: Holder | None) -> None:
-        value = None if holder is None else asdict(holder)
+    def _write(self, value: dict[str, Any] | None) -> None:
         with reported():
             self.study._storage.set_study_system_attr(self.study._study_id, LEASE, value)
 
@@ -241,9 +219,9 @@ class Lease:
 _CURRENT: ContextVar[Lease | None] = ContextVar("mpromptune_lease", default=None)
 
 
-@contextlib.contextmanager
+@contextmanager
 def held(study: Study, stopped: threading.Event) -> Iterator[Lease]:
-    """The lease of a study, for as long as a run takes; a study in memory needs none.
+    """The lease of a study, renewed by a thread for as long as a run takes; a study in memory needs none.
 
     Args:
         study: The study.
@@ -258,14 +236,14 @@ def held(study: Study, stopped: threading.Event) -> Iterator[Lease]:
         study._storage,
         study._study_id,
     ):
-        outer.share(stopped)
+        outer._share(stopped)
         yield outer
         return
     lease = Lease(study, stopped)
     if isinstance(study._storage, InMemoryStorage):
         yield lease
         return
-    with lease.held():
+    with lease._taken():
         token = _CURRENT.set(lease)
         try:
             yield lease
