@@ -390,7 +390,7 @@ def test_what_a_cache_answered_is_given_back() -> None:
     clock = Clock()
     pace = Pace(1, 100, clock)
     for _ in range(10):
-        pace.refund(pace.take(clock.sleep))
+        pace.settle(pace.take(clock.sleep), 0, requests=0)
     assert clock.now == 0.0
     assert _send(pace, clock, 2) == pytest.approx([0, 60])
 

@@ -17,7 +17,7 @@ from killed import SPACE, N, Scores
 from mpromptune import Limits, SearchResult, qEISampler, search
 from mpromptune.engine.knowledge import Knowledge
 from mpromptune.engine.monitor import Monitor
-from mpromptune.execution.attempts import Load, Throttle
+from mpromptune.execution.attempts import Load, RetryPolicy, Throttle
 from mpromptune.execution.limits import Budget
 from mpromptune.execution.usage import Usage, record
 from mpromptune.model.space import Row
@@ -302,7 +302,7 @@ def test_speed_remembers_little() -> None:
 def test_load_says_what_runs_and_what_may() -> None:
     """A refusal halves what may be in flight, and the provider's pause is seen to pass."""
     clock = Clock()
-    throttle = Throttle(8, clock=clock, sleep=clock.sleep)
+    throttle = Throttle(8, RetryPolicy(), clock.sleep, clock)
     ticket = throttle.enter()
     assert (throttle.load.running, throttle.load.limit, throttle.load.most, throttle.load.pause) == (
         1,

@@ -29,7 +29,7 @@ from mpromptune.errors import (
     TravelError,
 )
 from mpromptune.execution.attempts import RetryPolicy
-from mpromptune.execution.remote import RemoteScore, Workplace
+from mpromptune.execution.remote import Workplace, sent
 from mpromptune.execution.usage import Usage, metered, record
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -194,7 +194,7 @@ def test_a_worker_that_lacks_the_score_is_sent_it() -> None:
     """One that has lost it, or came later, says so; that is no attempt, and nothing is counted."""
     from mpromptune.execution import worker
 
-    with Workplace(Distant()) as place, RemoteScore(place, value, {}) as remote, metered() as meter:
+    with Workplace(Distant()) as place, sent(place, value, {}) as remote, metered() as meter:
         first = remote({"0_predictor_instruction": 3, "0_predictor_demos": 2}, 0)
         worker._HELD.clear()
         assert remote({"0_predictor_instruction": 3, "0_predictor_demos": 2}, 0) == first

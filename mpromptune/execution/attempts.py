@@ -96,12 +96,6 @@ class Throttle:
     A refusal halves the limit and begins a pause for all; the refusals of calls that were in flight
     at that moment say nothing new. Each success raises the limit by its reciprocal, so by one in a
     round trip, up to the whole pool. When something runs changes; what runs does not.
-
-    Args:
-        most: Calls in flight without refusals.
-        retry: Has the longest pause, and when to give up.
-        sleep: Waits for so many seconds; raises to end all waiting.
-        clock: Says the time, in seconds.
     """
 
     def __init__(
@@ -129,11 +123,7 @@ class Throttle:
         return Load(self._running, int(self._limit), self._most, max(0.0, self._until - self._clock()))
 
     def enter(self) -> int:
-        """Waits until a call may begin, which ends with `leave`.
-
-        Returns:
-            A ticket for `refused`.
-        """
+        """Waits until a call may begin, which ends with `leave`; returns a ticket for `refused`."""
         while True:
             with self._lock:
                 delay = self._until - self._clock()
@@ -154,15 +144,7 @@ class Throttle:
             self._streak, self._since = 0, None
 
     def refused(self, ticket: int, retry_after: float | None = None) -> bool:
-        """The call was refused as one too many.
-
-        Args:
-            ticket: What `enter` returned.
-            retry_after: Seconds that the provider wants to be left alone.
-
-        Returns:
-            Whether another attempt makes sense.
-        """
+        """The call was refused as one too many; whether another attempt makes sense."""
         with self._lock:
             now = self._clock()
             self._since = now if self._since is None else self._since
@@ -180,15 +162,7 @@ class Throttle:
 
 
 class Attempts:
-    """Makes a call again where another attempt may succeed.
-
-    Args:
-        judge: The verdict on an exception.
-        retry: How often and how patiently.
-        retry_after: Seconds that an exception asks to wait.
-        num_threads: Attempts in flight at once, unless calls are refused.
-        stopped: Ends all waiting.
-        admits: Whether another attempt may be made; where none may, none is waited for.
+    """Makes a call again where another attempt may succeed, until ``stopped`` or no longer ``admits``.
 
     Attributes:
         down: What the last call failed with that was given up, until another one succeeds.

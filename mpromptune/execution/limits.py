@@ -56,11 +56,7 @@ MEASURE: dict[str, Callable[[Usage], float]] = {
 def patience(usage: Usage, calls: int, least: float, most: float) -> float:
     """Seconds to wait for calls under way when no other may begin: what ten calls take on the average.
 
-    Args:
-        usage: What calls have used so far.
-        calls: Their number; where there are none, nothing is known.
-        least: Never less than this.
-        most: Nor more than this.
+    That is known from the ``usage`` of so many ``calls``, and kept between ``least`` and ``most``.
     """
     return min(most, max(least, _MEAN_CALLS * usage.seconds / calls)) if calls else most
 
@@ -68,14 +64,11 @@ def patience(usage: Usage, calls: int, least: float, most: float) -> float:
 class Budget:
     """Limits that have begun to count, and the meters of the steps that they cover.
 
-    Args:
-        limits: What may be used.
-        clock: Says the time, in seconds.
-        grace: Seconds that calls under way are left once the time is used up.
-
     Attributes:
+        limits: What may be used.
         reached: The limit that is used up, once nothing more may be begun for it.
-        patience: Seconds that they are left once tokens or money are used up; ``grace`` until it is set.
+        patience: Seconds that calls under way are left once tokens or money are used up; until it is set,
+            as many as once the time is (``grace``).
         meter: Counts what all steps use.
     """
 
@@ -165,12 +158,8 @@ class Budget:
     def calls_left(self, told: Usage, calls: int) -> tuple[str, int] | None:
         """How many program calls can still be paid, and the limit that says so; None if none does.
 
-        Calls are taken to use on the average what those told have used. Only what was told counts,
-        which is the same whatever the threads do; of time, what the clock says.
-
-        Args:
-            told: What the trials told so far have used.
-            calls: Their program calls.
+        The next calls are taken to use what the ``calls`` of the trials ``told`` so far have used, on the
+        average: that is the same whatever the threads do. Of time, it is what the clock says.
         """
         before = sum((usage for name, usage in self.usage.items() if name != SEARCH), Usage())
         found: dict[str, int] = {}

@@ -28,12 +28,7 @@ class Pace:
     """Makes requests wait so that no sixty seconds hold more of them, or of their tokens, than allowed.
 
     How many tokens a request takes is known when it is answered: until then it counts with the mean
-    of those before.
-
-    Args:
-        requests: Requests per minute; None for no cap.
-        tokens: Tokens per minute; None for no cap.
-        clock: Says the time, in seconds.
+    of those before. None is no cap.
     """
 
     def __init__(
@@ -55,33 +50,23 @@ class Pace:
                     return self._take(**wanted)
             sleep(min(delay, _LOOK))
 
-    def owe(self) -> Ticket:
-        """For a request that was sent without leave: it counts all the same."""
-        with self._lock:
-            return self._take(requests=1, tokens=0)
+    def settle(self, ticket: Ticket | None, tokens: int, requests: int | None = None) -> None:
+        """What there was leave for is over, with that use of tokens in all, which count from now on.
 
-    def settle(self, ticket: Ticket, tokens: int) -> None:
-        """The request was answered with that use of tokens, which count from now on."""
-        with self._lock:
-            ticket.tokens = 0
-            self._take(requests=0, tokens=tokens)
-            self._answered += 1
-            self._used += tokens
-
-    def settle_all(self, ticket: Ticket, tokens: int, requests: int) -> None:
-        """So many requests were made somewhere between `take` and now, with that use of tokens in all.
-
-        They count from now on, the latest that any of them can have been sent.
+        Args:
+            ticket: The leave; None for a request that was sent without: it counts all the same.
+            tokens: What was used.
+            requests: How many were made, somewhere between `take` and now: they count from now on, the
+                latest that any of them can have been sent. None for one, sent as soon as there was leave.
         """
         with self._lock:
-            ticket.requests = ticket.tokens = 0
-            self._take(requests, tokens)
-            self._answered += requests
+            ticket = ticket or self._take(requests=1, tokens=0)
+            ticket.tokens = 0
+            if requests is not None:
+                ticket.requests = 0
+            self._take(requests or 0, tokens)
+            self._answered += 1 if requests is None else requests
             self._used += tokens
-
-    def refund(self, ticket: Ticket) -> None:
-        """No request was sent after all: a cache answered."""
-        ticket.requests = ticket.tokens = 0
 
     def _take(self, requests: float, tokens: float) -> Ticket:
         self._taken.append(Ticket(self._clock(), requests, tokens))
@@ -104,16 +89,7 @@ class Pace:
 
 @dataclass(eq=False)
 class Flight:
-    """A request that others may be waiting for.
-
-    Attributes:
-        key: What makes requests equal.
-        owner: The thread that sent it.
-        began: When.
-        is_given_up: Whether whoever sent it does not wait for it any more.
-        landed: Set when it has ended.
-        succeeded: Whether with an answer.
-    """
+    """A request that others may be waiting for, sent by the thread ``owner``."""
 
     key: Hashable
     owner: int
@@ -128,10 +104,6 @@ class Flights:
 
     A thread that has a request under way itself does not wait (so no two wait for each other), nor
     does anybody for a request that was given up or is older than ``patience`` seconds: it may hang.
-
-    Args:
-        patience: Age of a request that nobody waits for.
-        clock: Says the time, in seconds.
     """
 
     def __init__(self, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -145,10 +117,8 @@ class Flights:
     ) -> Flight | None:
         """Waits for an equal request, if there is one.
 
-        Args:
-            key: What makes requests equal.
-            check: Called while waiting; may raise to end it.
-            is_given_up: Says from any thread whether this request has been given up.
+        ``check`` is called while waiting, and may raise to end it; ``is_given_up`` says from any thread
+        whether this request has been given up.
 
         Returns:
             The flight to `land` when the request has ended; one that has succeeded, where another

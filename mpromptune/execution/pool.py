@@ -54,10 +54,6 @@ class DaemonThreads(Executor):
 
     By hand, because the interpreter waits at its end for every thread of a `ThreadPoolExecutor`, so
     that one call that hangs would keep a process alive that the user has long interrupted.
-
-    Args:
-        number: Threads.
-        name: Prefix of their names.
     """
 
     def __init__(self, number: int, name: str = "mpromptune") -> None:
@@ -186,23 +182,13 @@ def scores_of(calls: Iterable[Future[Outcome]]) -> dict[int, float]:
 
 
 class Workers:
-    """Scores (configuration, example) pairs on an executor.
+    """Scores (configuration, example) pairs on an executor of this process.
 
     Every item runs in a copy of the caller's context, so that context variables (DSPy's settings
-    among them) reach it, and checks the stop event before it spends anything.
-
-    Args:
-        score: ``score(params, example) -> float``.
-        executor: Any ``concurrent.futures.Executor`` of this process.
-        classify: The verdict on an exception of ``score``.
-        retry: How often and how patiently infrastructure errors are retried.
-        retry_after: Seconds that an exception of ``score`` asks to wait.
-        num_threads: Attempts in flight at once, unless calls are refused.
-        admits: Whether another attempt may be made, asked before each.
-        stopped: Set when nothing more may begin.
+    among them) reach it, and asks ``admits`` before it spends anything.
 
     Attributes:
-        stopped: As given.
+        stopped: Set when nothing more may begin.
         fatal: What has stopped them, if it was an error of ``score``.
     """
 
@@ -236,10 +222,7 @@ class Workers:
     def submit(self, params: Mapping[str, int], example: int, keep: Keep | None = None) -> Future[Outcome]:
         """Queues one item; the future never raises what ``score`` raised.
 
-        Args:
-            params: The configuration.
-            example: The example.
-            keep: Called with the outcome, in the worker, before anybody else sees it.
+        ``keep`` is called with the outcome, in the worker, before anybody else sees it.
         """
         context = contextvars.copy_context()
         return self._executor.submit(context.run, self._measure, keep, dict(params), example)

@@ -47,10 +47,7 @@ class Workplace:
     """Where calls are made: an executor that was given, or those that a callable makes, one after another.
 
     What was given is left open. What was made is closed, and made anew when it breaks, as a pool of
-    processes does for good when one of them dies.
-
-    Args:
-        given: An executor, a callable that makes one, or None for threads of the search's own.
+    processes does for good when one of them dies. None stands for threads of the search's own.
     """
 
     def __init__(self, given: ExecutorSpec = None) -> None:
@@ -84,11 +81,7 @@ class Workplace:
         return self._executor is not None and self.threads is None
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """The result of a call in a worker.
-
-        Args:
-            function: Raises nothing itself.
-            *args: Its arguments.
+        """The result of a call in a worker, of a function that raises nothing itself.
 
         Raises:
             Stopped: Nobody waits for it any more (`current_stop`), and it was withdrawn.
@@ -164,97 +157,73 @@ def _close(executor: Executor, hangs: bool) -> None:
         process.terminate()
 
 
-class RemoteScore:
+@contextmanager
+def sent(
+    place: Workplace,
+    score: Score,
+    parts: Mapping[str, Any],
+    timeout: float | None = None,
+    stopped: threading.Event | None = None,
+) -> Iterator[Score]:
     """``score(params, example)``, computed by a worker that shares no memory with this process.
 
-    The score travels to a worker once, and whenever one says that it lacks it. What a call used is
-    recorded here; what it raised is raised here.
+    It travels to one worker, or to all of Dask's, before it is needed, and whenever a worker says that it
+    lacks it. What a call used is recorded here; what it raised is raised here.
 
-    Args:
-        place: Where the workers are.
-        score: The score.
-        parts: What it is made of, by name: what cannot travel is named in the error.
-        timeout: Seconds after which a call is given up.
-        stopped: Set when no call is wanted any more.
+    Raises:
+        TravelError: It cannot be used there; the message names which of its parts.
+        ExecutorBrokenError: The executor runs nothing.
     """
+    payload, key, numbers = pack(score, parts), uuid.uuid4().hex, itertools.count()
+    stopped, over = stopped or threading.Event(), threading.Event()
 
-    def __init__(
-        self,
-        place: Workplace,
-        score: Score,
-        parts: Mapping[str, Any],
-        timeout: float | None = None,
-        stopped: threading.Event | None = None,
-    ) -> None:
-        self._place = place
-        self._payload = pack(score, parts)
-        self._parts = parts
-        self._timeout = timeout
-        self._stopped = stopped or threading.Event()
-        self._over = threading.Event()
-        self._key = uuid.uuid4().hex
-        self._numbers = itertools.count()
-
-    def __enter__(self) -> RemoteScore:
-        """Sends the score to a worker, or to all of them, before it is needed.
-
-        Raises:
-            TravelError: It cannot be used there; the message names the part.
-            ExecutorBrokenError: The executor runs nothing.
-        """
-        told = self._place.tell(worker.hold, self._key, self._payload)
-        said = told or [self._ask(self._key, self._payload)]
-        wrong = next((answer for answer in said if answer is not None), None)
-        if wrong is not None:
-            raise self._unreadable(wrong)
-        if told:
-            in_daemon(self._tell_stop)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._over.set()
-
-    def __call__(self, params: dict[str, int], example: int) -> float:
-        """The score of a configuration on an example."""
-        call = self._key, params, example, self._timeout, next(self._numbers)
-        answer = self._place.run(worker.perform, *call) or self._place.run(
-            worker.perform, *call, self._payload
-        )
+    def remote(params: dict[str, int], example: int) -> float:
+        call = key, params, example, timeout, next(numbers)
+        answer = place.run(worker.perform, *call) or place.run(worker.perform, *call, payload)
         assert answer is not None
-        score, packed, usage = answer
+        value, packed, usage = answer
         record(usage)
-        if score is not None:
-            return score
+        if value is not None:
+            return value
         assert packed is not None
         error = unpack_error(packed)
-        if isinstance(error, Stopped) and self._timeout is not None and not self._stopped.is_set():
-            raise CallTimeoutError(f"no answer within {self._timeout:g} s")
+        if isinstance(error, Stopped) and timeout is not None and not stopped.is_set():
+            raise CallTimeoutError(f"no answer within {timeout:g} s")
         raise error
 
-    def _tell_stop(self) -> None:
-        """Tells all workers when nothing is to begin any more, and when the score is needed no more."""
-        while not self._over.wait(SLICE):
-            if self._stopped.is_set():
-                self._place.tell(worker.stop, self._key)
-                self._over.wait()
-        self._place.tell(worker.stop, self._key, True)
+    def tell_stop() -> None:
+        while not over.wait(SLICE):
+            if stopped.is_set():
+                place.tell(worker.stop, key)
+                over.wait()
+        place.tell(worker.stop, key, True)
 
-    def _ask(self, key: str | None, payload: bytes) -> str | None:
-        """Has a worker unpack something; awaited where an interrupt may come."""
-        try:
-            return result_of(in_daemon(partial(self._place.run, worker.hold, key, payload)))
-        except (WorkerLostError, ExecutorBrokenError) as error:
-            raise ExecutorBrokenError(
-                f"The executor's workers cannot run m-promptune: {error} It has to be installed where they "
-                "run; a script that starts processes needs `if __name__ == '__main__':`. No call was made."
-            ) from error
+    told = place.tell(worker.hold, key, payload)
+    _require_readable(place, told or [_ask(place, key, payload)], parts)
+    if told:
+        in_daemon(tell_stop)
+    try:
+        yield remote
+    finally:
+        over.set()
 
-    def _unreadable(self, wrong: str) -> Exception:
-        for name, part in self._parts.items():
-            said = self._ask(None, pack(part, {}))
-            if said is not None:
-                return cannot_travel(name, said)
-        return cannot_travel("the score", wrong)
+
+def _require_readable(place: Workplace, said: list[str | None], parts: Mapping[str, Any]) -> None:
+    wrong = [answer for answer in said if answer is not None]
+    if wrong:
+        names = (name for name, part in parts.items() if _ask(place, None, pack(part, {})) is not None)
+        raise cannot_travel(next(names, "the score"), wrong[0])
+
+
+def _ask(place: Workplace, key: str | None, payload: bytes) -> str | None:
+    """Has a worker unpack something; awaited where an interrupt may come."""
+    try:
+        return result_of(in_daemon(partial(place.run, worker.hold, key, payload)))
+    except (WorkerLostError, ExecutorBrokenError) as error:
+        raise ExecutorBrokenError(
+            f"The executor's workers cannot run m-promptune: {error} It has to be installed where they "
+            "run; a script that starts processes needs `if __name__ == '__main__':`. No call was made."
+        ) from error
 
 
 @contextmanager
@@ -280,7 +249,7 @@ def measuring(
                 yield score, pool
                 return
             timeout = None if retry is None else retry.timeout
-            with RemoteScore(place, score, {"the score": score}, timeout, stopped) as remote:
+            with sent(place, score, {"the score": score}, timeout, stopped) as remote:
                 yield remote, pool
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

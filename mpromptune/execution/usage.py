@@ -73,12 +73,7 @@ class StepUsage(dict[str, Usage]):
 
 
 class Meter:
-    """Adds up usage; threads may share one.
-
-    Args:
-        parent: Counts the same, with what else belongs to it.
-        clock: Says the time, in seconds.
-    """
+    """Adds up usage, for itself and for the parent that it is a part of; threads may share one."""
 
     def __init__(self, parent: Meter | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._parent = parent

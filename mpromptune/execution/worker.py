@@ -67,18 +67,11 @@ def perform(
     number: int,
     payload: bytes | None = None,
 ) -> Answer | None:
-    """One call. What it raises is part of the answer: an error of this function is the infrastructure's.
+    """One call, of which nobody waits for the answer after ``timeout`` seconds.
 
-    Args:
-        key: Of the score; every search has its own.
-        params: The configuration.
-        example: The example.
-        timeout: Seconds after which nobody waits for it any more.
-        number: Tells it from others: to Dask, equal calls are one.
-        payload: The score itself, for a worker that lacks it.
-
-    Returns:
-        None where this worker lacks the score.
+    What it raises is part of the answer: an error of this function is the infrastructure's. It is None
+    where this worker lacks the score of that key, and there is no payload with it. The number tells the
+    call from others: to Dask, equal calls are one.
     """
     _leave_interrupts_to_parent()
     if payload is not None and (wrong := hold(key, payload)) is not None:
@@ -108,12 +101,8 @@ def _leave_interrupts_to_parent() -> None:
 def pack(whole: Any, parts: Mapping[str, Any]) -> bytes:
     """An object as bytes.
 
-    Args:
-        whole: The object.
-        parts: What it is made of, by the names that an error is to call it.
-
     Raises:
-        TravelError: It cannot be pickled; the message names the part, and what it says of it.
+        TravelError: It cannot be pickled; the message names which of its parts cannot.
     """
     try:
         return bytes(cloudpickle.dumps(whole))

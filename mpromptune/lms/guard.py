@@ -148,9 +148,9 @@ class Guard(BaseCallback):
                 self._flights.land(flight, answered)
             if self.pace is not None:
                 if used.lm_calls:  # without a ticket, it waited for an answer that then was not to be had
-                    self.pace.settle(ticket or self.pace.owe(), used.tokens)
+                    self.pace.settle(ticket, used.tokens)
                 elif ticket is not None:
-                    self.pace.refund(ticket)
+                    self.pace.settle(ticket, 0, requests=0)  # a cache answered
 
     def _judge(self, kind: str, asked: Any, error: BaseException | None, answered: bool) -> None:
         """Marks what was raised below the LM."""

@@ -14,7 +14,7 @@ from mpromptune.errors import WorkerLostError
 from mpromptune.execution.interrupts import Stopped
 from mpromptune.execution.pace import Pace, Ticket
 from mpromptune.execution.pool import Score
-from mpromptune.execution.remote import RemoteScore, Workplace
+from mpromptune.execution.remote import Workplace, sent
 from mpromptune.execution.usage import Meter, current_meter, metered
 from mpromptune.lms.adapters import given_adapter
 from mpromptune.lms.guard import Guard
@@ -61,7 +61,7 @@ def remote_programs(
     parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
     parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
     parts["the option 'prices'"] = guard.pricing
-    with RemoteScore(place, run, parts, timeout, guard.stopped) as score:
+    with sent(place, run, parts, timeout, guard.stopped) as score:
         yield (
             score
             if guard.pace is None
@@ -156,7 +156,7 @@ class _Paced:
             finally:
                 if ticket is not None:
                     self._most = max(self._most, meter.total.lm_calls)
-                    self._pace.settle_all(ticket, meter.total.tokens, meter.total.lm_calls)
+                    self._pace.settle(ticket, meter.total.tokens, meter.total.lm_calls)
 
     def _leave(self) -> Ticket | None:
         with (current_meter() or Meter()).waiting():
