@@ -5,34 +5,26 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future
 
 import pytest
 from faults import press_ctrl_c
 
 from mpromptune.execution.interrupts import handled
-from mpromptune.execution.pool import DaemonThreads, in_daemon
+from mpromptune.execution.pool import DaemonThreads
+
+
+def fail(error: BaseException) -> None:
+    raise error
 
 
 def test_calls_run_at_the_same_time_in_so_many_threads() -> None:
-    """Three calls that wait for each other get through in a pool of three."""
+    """Three calls that wait for each other get through in a pool of three, which errors cost no thread."""
     pool, barrier = DaemonThreads(3), threading.Barrier(3)
-    futures = [pool.submit(barrier.wait, 60) for _ in range(3)]
-    assert sorted(future.result(60) for future in futures) == [0, 1, 2]
-    pool.shutdown()
-
-
-def test_errors_of_all_kinds_arrive_and_cost_no_thread() -> None:
-    """A KeyboardInterrupt too is raised where the result is asked for."""
-
-    def fail(error: BaseException) -> None:
-        raise error
-
-    pool = DaemonThreads(1)
     for error in (ValueError("x"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
             pool.submit(fail, error).result(60)
-    assert pool.submit(lambda: 3).result(60) == 3
+    futures = [pool.submit(barrier.wait, 60) for _ in range(3)]
+    assert sorted(future.result(60) for future in futures) == [0, 1, 2]
     pool.shutdown()
 
 
@@ -54,12 +46,6 @@ def test_what_has_not_begun_can_be_cancelled() -> None:
     release.set()
     assert first.result(60) == "released"
     pool.shutdown()
-
-
-def test_a_call_in_a_thread_of_its_own() -> None:
-    """Its result is a future's."""
-    future: Future[int] = in_daemon(lambda: 5)
-    assert future.result(60) == 5
 
 
 def test_a_hanging_call_does_not_hold_up_the_interpreter() -> None:

@@ -73,31 +73,31 @@ def test_refusals_for_too_long_are_infrastructure(pool: DaemonThreads) -> None:
 def test_an_attempt_that_hangs_is_given_up_and_made_again(
     pool: DaemonThreads, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The second attempt counts; the first is told to spend nothing more, and the log says it is paid."""
+    """The second attempt counts; the first is told to spend nothing more, and the log says it is paid.
+
+    Both run in the caller's context, where DSPy's settings live, although each has a thread of its own.
+    """
     calls: list[int] = []
-    stops: list[BaseException] = []
     given_up, ended = threading.Event(), threading.Event()
+    lm: contextvars.ContextVar[float] = contextvars.ContextVar("lm", default=0.0)
+    lm.set(0.5)
 
     def score(params: dict[str, int], example: int) -> float:
         calls.append(example)
         if len(calls) == 2:
             given_up.set()
-            return 0.5
+            return lm.get()
         assert given_up.wait(60)
-        try:
+        with pytest.raises(Stopped):
             check_stopped()
-        except Stopped as stop:
-            stops.append(stop)
-            ended.set()
-            raise
-        return 1.0
+        ended.set()
+        raise Stopped
 
     workers = Workers(score, pool, retry=RetryPolicy(max_wait=0.001, timeout=0.05))
     with caplog.at_level(logging.WARNING):
         assert workers.submit({"a": 1}, 3).result(60).score == 0.5
     assert ended.wait(60)
     assert len(calls) == 2
-    assert len(stops) == 1
     assert "Example 3 with {'a': 1} gave no answer within 0.05 s" in caplog.text
 
 
@@ -116,14 +116,6 @@ def test_a_call_that_always_hangs_fails_as_infrastructure(pool: DaemonThreads) -
     release.set()
     assert isinstance(outcome.error, CallTimeoutError)
     assert workers.verdict(outcome) is Verdict.RETRY
-
-
-def test_context_reaches_an_attempt_with_a_timeout(pool: DaemonThreads) -> None:
-    """DSPy's settings live in context variables, and an attempt has a thread of its own."""
-    lm: contextvars.ContextVar[float] = contextvars.ContextVar("lm", default=0.0)
-    lm.set(0.75)
-    workers = Workers(lambda params, example: lm.get(), pool, retry=RetryPolicy(timeout=60.0))
-    assert workers.submit({}, 0).result(60).score == 0.75
 
 
 def test_whoever_runs_for_nobody_can_know(pool: DaemonThreads) -> None:
@@ -250,8 +242,8 @@ def kept_as_measured(error: SearchStoppedError) -> None:
         assert trial.state.is_finished()
 
 
-@pytest.mark.parametrize("num_threads", [1, 4, 16])
-@pytest.mark.parametrize("begins", [60, 97, 203])
+@pytest.mark.parametrize("num_threads", [1, 16])
+@pytest.mark.parametrize("begins", [60, 203])
 def test_an_outage_with_an_unknown_error_is_no_set_of_bad_prompts(num_threads: int, begins: int) -> None:
     """A plain RuntimeError for everybody from some call on, in the middle of a round or of a trial."""
     calls, lock = [0], threading.Lock()
@@ -273,7 +265,7 @@ def test_an_outage_with_an_unknown_error_is_no_set_of_bad_prompts(num_threads: i
     assert calls[0] < begins + 3 * 4 * 5 + num_threads  # what was in flight
 
 
-@pytest.mark.parametrize("broken", [{0}, {1, 2}, {1, 2, 3, 4}])
+@pytest.mark.parametrize("broken", [{0}, {1, 2, 3, 4}])
 @pytest.mark.parametrize("num_threads", [1, 8])
 def test_broken_candidates_do_not_stop_the_search(broken: set[int], num_threads: int) -> None:
     """Demo sets or instructions that are never parsed score failure_score, up to four of six."""

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,28 +83,36 @@ def test_ctrl_c_while_the_search_waits(at: int) -> None:
     assert not isinstance(caught.value, SystemExit)
 
 
-def test_ctrl_c_while_calls_wait_for_another_attempt() -> None:
-    """A backoff of an hour ends; what was to be tried again is not."""
-    score = Interrupting(7, ConnectionError("down"))
+@pytest.mark.parametrize("verdict", [Verdict.RETRY, Verdict.THROTTLE])
+def test_ctrl_c_while_calls_wait_for_another_attempt(verdict: Verdict) -> None:
+    """A backoff, or the pause of a rate limit, of most of an hour ends; what was to be tried again is not."""
+    score, wait = Interrupting(7, ConnectionError("down")), {"retry_after": lambda error: 3000.0}
     with pytest.raises(SearchInterrupted) as caught:
-        run(score, num_threads=THREADS, grace=60.0, retry_after=lambda error: 3600.0)
+        run(score, num_threads=THREADS, grace=60.0, classify=lambda error: verdict, **wait)
     assert len(score.begun) < 7 + THREADS
     closed(caught.value)
 
 
-def test_ctrl_c_while_a_provider_wants_a_pause() -> None:
-    """The pause of a rate limit ends as well, and with it whoever waits for a slot."""
-    score = Interrupting(7, ConnectionError("too many"))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_callback(number: int) -> None:
+    """The trial whose callback it is stays as it was told; SIGTERM can be caught as a SystemExit too."""
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def callback(study: optuna.Study, trial: Any) -> None:
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        if trial.number == 5:
+            signal.raise_signal(number)
+
+    score = Interrupting(10**9)
     with pytest.raises(SearchInterrupted) as caught:
-        run(
-            score,
-            num_threads=THREADS,
-            grace=60.0,
-            classify=lambda error: Verdict.THROTTLE,
-            retry_after=lambda error: 3000.0,
-        )
-    assert len(score.begun) < 7 + THREADS
-    closed(caught.value)
+        run(score, callbacks=[callback], num_threads=THREADS)
+    trials = closed(caught.value)
+    assert [t.state for t in trials[:6]] == [TrialState.COMPLETE] * 6
+    assert caught.value.result.calls == len(score.begun)
+    is_term = number == signal.SIGTERM
+    assert isinstance(caught.value, SearchTerminated) == isinstance(caught.value, SystemExit) == is_term
+    assert getattr(caught.value, "code", None) == (143 if is_term else None)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers  # put back
 
 
 def test_ctrl_c_in_an_ask() -> None:
@@ -149,21 +156,6 @@ def test_ctrl_c_between_a_trial_that_waits_and_its_begin(monkeypatch: pytest.Mon
     assert all(trial.state.is_finished() for trial in caught.value.study.trials)
 
 
-def test_ctrl_c_in_a_callback() -> None:
-    """The trial whose callback it is stays as it was told."""
-
-    def callback(study: optuna.Study, trial: Any) -> None:
-        if trial.number == 5:
-            signal.raise_signal(signal.SIGINT)
-
-    score = Interrupting(10**9)
-    with pytest.raises(SearchInterrupted) as caught:
-        run(score, callbacks=[callback], num_threads=THREADS)
-    trials = closed(caught.value)
-    assert [t.state for t in trials[:6]] == [TrialState.COMPLETE] * 6
-    assert caught.value.result.calls == len(score.begun)
-
-
 @pytest.mark.parametrize("at", range(1, 40, 3))
 def test_ctrl_c_in_the_storage_waits_until_a_trial_is_whole(at: int) -> None:
     """At the how-manieth write to the study it may come: no trial stays open, no score is lost."""
@@ -193,35 +185,23 @@ def test_ctrl_c_in_the_storage_waits_until_a_trial_is_whole(at: int) -> None:
     assert (result.calls if result else 0) == len(score.begun)
 
 
-def test_nothing_measured_is_no_result() -> None:
-    """Interrupted before a call came back, there is no best."""
-
-    def score(params: dict[str, int], example: int) -> float:
-        press_ctrl_c()
-        hold()
-        raise ConnectionError("gone")
-
-    with pytest.raises(SearchInterrupted) as caught:
-        run(score, num_threads=1)
-    assert caught.value.result is None
-
-
-def test_a_call_that_hangs_is_left_behind_after_the_grace() -> None:
-    """What came back is kept; the one that did not is not waited for."""
-    release = threading.Event()
-    table = Interrupting(30)
+@pytest.mark.parametrize("at", [1, 30])
+def test_a_call_that_hangs_is_left_behind_after_the_grace(at: int) -> None:
+    """What came back is kept, and where nothing did there is no best; what did not is not waited for."""
+    release, table = threading.Event(), Interrupting(at)
 
     def score(params: dict[str, int], example: int) -> float:
         value = table(params, example)
-        if len(table.begun) >= 30:
+        if len(table.begun) >= at:
             release.wait()
         return value
 
     with pytest.raises(SearchInterrupted) as caught:
         run(score, num_threads=THREADS, grace=0.05)
-    begun = len(table.begun)
+    begun, result = len(table.begun), caught.value.result
     release.set()
-    assert begun - THREADS <= caught.value.result.calls < begun
+    assert begun - THREADS <= (result.calls if result else 0) < begun
+    assert (result is None) == (at == 1)
     closed(caught.value)
     assert len(table.begun) == begun
 
@@ -247,17 +227,6 @@ def test_an_interrupt_in_a_finalizer_is_not_lost() -> None:
     closed(caught.value)
 
 
-def test_handlers_are_put_back() -> None:
-    """After a search, with or without an interrupt, signals have the handlers that they had."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    during: list[Any] = []
-    run(callbacks=[lambda study, trial: during.append(signal.getsignal(signal.SIGTERM))], max_calls=80)
-    with pytest.raises(SearchInterrupted):
-        run(Interrupting(5))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    assert signal.SIG_DFL not in during
-
-
 @contextlib.contextmanager
 def handler(number: int, function: Callable[..., Any]) -> Iterator[None]:
     previous = signal.signal(number, function)
@@ -281,20 +250,6 @@ def test_handlers_of_the_user_are_left_alone() -> None:
     assert trials_of(result) == trials_of(run())
 
 
-def test_sigterm_is_an_interrupt_that_exits_with_143() -> None:
-    """It can be caught as Ctrl-C is, and as a SystemExit."""
-
-    def callback(study: optuna.Study, trial: Any) -> None:
-        if trial.number == 5:
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.raises(SearchTerminated) as caught:
-        run(callbacks=[callback])
-    assert isinstance(caught.value, SystemExit)
-    assert caught.value.code == 143
-    closed(caught.value)
-
-
 def test_an_interrupt_waits_for_what_belongs_together_and_a_second_does_not() -> None:
     """One signal in a deferred section is raised at its end; of two, the second at once."""
     done: list[int] = []
@@ -316,44 +271,32 @@ def test_an_interrupt_waits_for_what_belongs_together_and_a_second_does_not() ->
 
 
 def test_two_threads_may_search_at_once() -> None:
-    """Each has its own stop event and the trials that it has alone; no signal handler is touched."""
+    """Each has the trials that it has alone, although a third one, of the main thread, is interrupted."""
     expected = {seed: trials_of(run(seed=seed, max_calls=100)) for seed in (0, 1)}
     found: dict[int, Any] = {}
-    handlers: list[Any] = []
-    both = threading.Barrier(2)
+    both = threading.Barrier(3)
 
     def one(seed: int) -> None:
         both.wait(60)
-        note = [lambda study, trial: handlers.append(signal.getsignal(signal.SIGTERM))]
-        found[seed] = trials_of(run(seed=seed, max_calls=100, callbacks=note))
+        found[seed] = trials_of(run(seed=seed, max_calls=100))
 
     threads = [threading.Thread(target=one, args=(seed,)) for seed in expected]
     for thread in threads:
         thread.start()
+    both.wait(60)
+    with pytest.raises(SearchInterrupted):
+        run(Interrupting(10))
     for thread in threads:
         thread.join(120)
     assert found == expected
-    assert set(handlers) == {signal.SIG_DFL}
 
 
-def test_an_interrupt_of_one_search_leaves_another_alone() -> None:
-    """The main thread's ends; a user's thread goes on to the same trials."""
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(run(max_calls=120)))
-    thread.start()
-    with pytest.raises(SearchInterrupted):
-        run(Interrupting(50))
-    thread.join(120)
-    assert trials_of(found[0]) == trials_of(run(max_calls=120))
-
-
-SCRIPT = """
-import os, sys, threading
+HANGING = """
+import os, optuna, threading
 from mpromptune import PromptSpace, search
 from mpromptune.execution.interrupts import current_stop
 
-answered = []
-lock = threading.Lock()
+answered, lock, storage = [], threading.Lock(), optuna.storages.InMemoryStorage()
 
 def score(params, example):
     with lock:
@@ -367,68 +310,45 @@ def score(params, example):
     say("stopped")
     threading.Event().wait()
 
-def say(word):
-    os.write(1, (word + "\\n").encode())
+def say(words):
+    os.write(1, (words + "\\n").encode())
 
 space = PromptSpace({"a": ["x", "y", "z"]})
-arguments = dict(n_examples=10, max_calls=30, block_size=5, num_threads=2, batch_size=1, sampler="random")
+arguments = dict(n_examples=10, max_calls=30, block_size=5, num_threads=1, batch_size=1, sampler="random")
+try:
+    search(space, score, **arguments, storage=storage, study_name="s", grace=GRACE)
+finally:
+    states = {t.state.name for t in optuna.load_study(study_name="s", storage=storage).trials}
+    say("left with " + " ".join(sorted(states)))
 """
+# The signals, the grace, the exit code, and what is said at the end.
+ENDS: list[tuple[list[int], int, int, str]] = [
+    ([signal.SIGTERM], 1, 143, "The search was interrupted; 5 calls"),
+    ([signal.SIGINT], 1, 1, "SearchInterrupted: The search was interrupted; 5 calls"),
+    ([signal.SIGINT, signal.SIGINT], 10_000, -signal.SIGINT, "KeyboardInterrupt"),
+]
 
 
-def started(ending: str) -> subprocess.Popen[str]:
-    """A process in which a search has a call that hangs, whatever happens."""
+def test_signals_end_a_process_although_a_call_hangs() -> None:
+    """SIGTERM with its exit code, Ctrl-C as an exception, a second one at once; no trial stays open."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT) + textwrap.dedent(ending)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "hangs\n"
-    return process
-
-
-def test_sigterm_ends_a_process_with_143() -> None:
-    """Uncaught, and although a call hangs: as by default, but with the trials closed."""
-    process = started("search(space, score, **arguments, grace=2)")
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert "The search was interrupted; 5 calls" in errors
-
-
-def test_ctrl_c_ends_a_process_although_a_call_hangs() -> None:
-    """Uncaught, it is reported as an exception is, with what to do about it."""
-    process = started("search(space, score, **arguments, grace=2)")
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "SearchInterrupted: The search was interrupted; 5 calls" in errors
-
-
-def test_a_second_ctrl_c_leaves_at_once() -> None:
-    """The grace has hours to run; all trials are closed all the same."""
-    ending = """
-    import optuna
-    study = optuna.storages.InMemoryStorage()
-    try:
-        search(space, score, **arguments, grace=10_000, storage=study, study_name="s")
-    finally:
-        states = {t.state.name for t in optuna.load_study(study_name="s", storage=study).trials}
-        say("left with " + " ".join(sorted(states)))
-    """
-    process = started(ending)
-    process.send_signal(signal.SIGINT)
-    assert process.stdout is not None
-    while process.stdout.readline() != "stopped\n":
-        pass
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
-    assert "left with" in output
-    assert "RUNNING" not in output
-    assert process.returncode == -signal.SIGINT, errors
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANGING.replace("GRACE", str(grace))], env=environment, **pipes
+        )
+        for _, grace, _, _ in ENDS
+    ]
+    for process, (signals, _, code, message) in zip(processes, ENDS, strict=True):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "hangs\n"
+        for number in signals[:-1]:
+            process.send_signal(number)
+            assert process.stdout.readline() == "stopped\n"
+        process.send_signal(signals[-1])
+        output, errors = process.communicate(timeout=120)
+        assert (process.returncode, "left with COMPLETE FAIL" in output) == (code, True), errors
+        assert message in errors
 
 
 def _compile(metric: Any, lm: ScriptedLM, demos: dict[str, int] = ZERO_SHOT, **given: Any) -> Any:
@@ -492,21 +412,6 @@ def test_a_compile_interrupted_before_its_search_has_the_student(at: int) -> Non
     assert caught.value.result is None
     assert at <= len(begun) < at + 2 * THREADS
     assert len(lm.calls) <= len(begun)
-
-
-def test_a_stopped_compile_has_the_best_program_so_far() -> None:
-    """A metric that fails for good at its 20th call: what was measured before is a program."""
-    metric = Counted()
-
-    def failing(example: Any, prediction: Any, trace: Any = None) -> Any:
-        value = metric(example, prediction, trace)
-        return value if trace is not None or metric.calls < 20 else None
-
-    with pytest.raises(SearchStoppedError) as caught:
-        _compile(failing, arithmetic_lm(), confirm=False)
-    error = caught.value
-    assert error.result.calls == 19
-    assert error.program.search_result is error.result
 
 
 @pytest.mark.parametrize("how", ["event", "score"])
