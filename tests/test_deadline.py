@@ -20,9 +20,9 @@ from mpromptune.execution.limits import Limits
 from mpromptune.execution.usage import Usage, record
 from mpromptune.storage.attributes import SCORES
 
-SECONDS, GRACE = 1.0, 0.3
-# Of compiles that are to get as far as the search.
-LONGER = 2.0
+SECONDS, GRACE = 0.6, 0.2
+# Of compiles that are to get as far as the search, on a busy machine too.
+LONGER = 1.5
 # What ends in time may still have a surrogate to fit, on a machine that does other things too.
 SLACK = 4.0
 # No wait of the code under test is as long: it is the hanging calls that are.
@@ -92,7 +92,7 @@ def _asks_for(field: str) -> When:
 def test_requests_that_hang_before_the_search(release: threading.Event, when: When) -> None:
     """The compile ends with an error that names the limit and has the student; no request begins late."""
     lm, program, began = HangingLM(release, when), CountedPlanner(), time.monotonic()
-    with in_time(), pytest.raises(SearchStoppedError, match=r"max_seconds=1\.0 was used up") as stopped:
+    with in_time(), pytest.raises(SearchStoppedError, match=r"max_seconds=0\.6 was used up") as stopped:
         compiled(lm, program, **LIMIT)
     assert stopped.value.program is program
     assert stopped.value.usage.total.lm_calls == sum(lm.books.answered.values())
@@ -149,11 +149,10 @@ def test_an_embedder_that_hangs_on_the_candidates(release: threading.Event) -> N
 @pytest.mark.parametrize(
     ("schedule", "when"),
     [
-        ("blocks", _all(60, "search")),
         ("blocks", _one_in_ten(40, "search")),
         ("mipro", _one_in_ten(40, "search")),
     ],
-    ids=["all", "one in ten", "minibatches"],
+    ids=["blocks", "minibatches"],
 )
 def test_requests_that_hang_in_the_search(release: threading.Event, schedule: str, when: When) -> None:
     """The result has every score that the metric has given; no request begins late.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ from mpromptune import MIPROv2
 from mpromptune.engine import coordinator
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
 from mpromptune.execution.attempts import RetryPolicy, Verdict
-from mpromptune.execution.interrupts import Stopped, check_stopped, deferred, handled
+from mpromptune.execution.interrupts import Stopped, check_stopped, deferred, handled, is_over
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 THREADS = 4
@@ -291,64 +289,56 @@ def test_two_threads_may_search_at_once() -> None:
     assert found == expected
 
 
-HANGING = """
-import os, optuna, threading
-from mpromptune import PromptSpace, search
-from mpromptune.execution.interrupts import current_stop
+def search_and_hang(log: Path, grace: float) -> None:
+    """A search of which a call hangs, whatever happens; what it says is in a file."""
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+    answered: list[int] = []
 
-answered, lock, storage = [], threading.Lock(), optuna.storages.InMemoryStorage()
-
-def score(params, example):
-    with lock:
-        if len(answered) < 5:
-            answered.append(example)
+    def score(params: dict[str, int], example: int) -> float:
+        answered.append(example)
+        if len(answered) <= 5:
             return 1.0
-    say("hangs")
-    stop = current_stop()
-    while not stop():
-        threading.Event().wait(0.001)
-    say("stopped")
-    threading.Event().wait()
+        os.write(1, b"hangs\n")
+        while not is_over():
+            threading.Event().wait(0.001)
+        os.write(1, b"stopped\n")
+        threading.Event().wait()
+        raise AssertionError
 
-def say(words):
-    os.write(1, (words + "\\n").encode())
-
-space = PromptSpace({"a": ["x", "y", "z"]})
-arguments = dict(n_examples=10, max_calls=30, block_size=5, num_threads=1, batch_size=1, sampler="random")
-try:
-    search(space, score, **arguments, storage=storage, study_name="s", grace=GRACE)
-finally:
-    states = {t.state.name for t in optuna.load_study(study_name="s", storage=storage).trials}
-    say("left with " + " ".join(sorted(states)))
-"""
-# The signals, the grace, the exit code, and what is said at the end.
-ENDS: list[tuple[list[int], int, int, str]] = [
-    ([signal.SIGTERM], 1, 143, "The search was interrupted; 5 calls"),
-    ([signal.SIGINT], 1, 1, "SearchInterrupted: The search was interrupted; 5 calls"),
-    ([signal.SIGINT, signal.SIGINT], 10_000, -signal.SIGINT, "KeyboardInterrupt"),
-]
+    storage = optuna.storages.InMemoryStorage()
+    try:
+        run(score, sampler="random", num_threads=1, storage=storage, study_name="s", grace=grace)
+    finally:
+        study = optuna.load_study(study_name="s", storage=storage)
+        os.write(1, f"left with {sorted({t.state.name for t in study.trials})}\n".encode())
 
 
-def test_signals_end_a_process_although_a_call_hangs() -> None:
+@pytest.mark.parametrize(
+    ("signals", "grace", "code", "message"),
+    [
+        ([signal.SIGTERM], 0.5, 143, "The search was interrupted; 5 calls"),
+        ([signal.SIGINT], 0.5, 1, "SearchInterrupted: The search was interrupted; 5 calls"),
+        ([signal.SIGINT, signal.SIGINT], 10_000.0, 1, "KeyboardInterrupt"),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "a second Ctrl-C"],
+)
+def test_signals_end_a_process_although_a_call_hangs(
+    forks: Any, tmp_path: Path, signals: list[int], grace: float, code: int, message: str
+) -> None:
     """SIGTERM with its exit code, Ctrl-C as an exception, a second one at once; no trial stays open."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", HANGING.replace("GRACE", str(grace))], env=environment, **pipes
-        )
-        for _, grace, _, _ in ENDS
-    ]
-    for process, (signals, _, code, message) in zip(processes, ENDS, strict=True):
-        assert process.stdout is not None
-        assert process.stdout.readline() == "hangs\n"
-        for number in signals[:-1]:
-            process.send_signal(number)
-            assert process.stdout.readline() == "stopped\n"
-        process.send_signal(signals[-1])
-        output, errors = process.communicate(timeout=120)
-        assert (process.returncode, "left with COMPLETE FAIL" in output) == (code, True), errors
-        assert message in errors
+    log = tmp_path / "log"
+    process = forks.Process(target=search_and_hang, args=(log, grace))
+    process.start()
+    for number, awaited in zip(signals, ("hangs", "stopped"), strict=False):
+        while not (log.exists() and awaited in log.read_text()):
+            assert process.is_alive()
+            process.join(0.01)
+        os.kill(process.pid, number)
+    process.join(60)
+    said = log.read_text()
+    assert (process.exitcode, "left with ['COMPLETE', 'FAIL']" in said) == (code, True), said
+    assert message in said
 
 
 def _compile(metric: Any, lm: ScriptedLM, demos: dict[str, int] = ZERO_SHOT, **given: Any) -> Any:

@@ -6,8 +6,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from typing import Any
 
 import pytest
 from embedders import letters
-from remote_scores import TEXTS, Distant, HangingOnce, N, Raising, Written, value, written
+from remote_scores import TEXTS, Distant, HangingOnce, N, Raising, Written, value, write, written
 from tasks import is_spent
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
@@ -25,9 +23,11 @@ from mpromptune.errors import (
     ExecutorBrokenError,
     InvalidArgumentError,
     ScoreError,
+    SearchInterrupted,
     SearchStoppedError,
     TravelError,
 )
+from mpromptune.execution import worker
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.remote import Workplace, sent
 from mpromptune.execution.usage import Usage, metered, record
@@ -175,81 +175,47 @@ def test_what_is_no_executor_is_refused(given: Any) -> None:
         run(value, executor=lambda: given)
 
 
-def test_lambdas_travel(undisturbed: SearchResult) -> None:
-    """A score need not be importable."""
-    result = run(lambda params, example: value(params, example), executor=Distant())
-    assert trials_of(result) == trials_of(undisturbed)
+def test_a_score_travels_once_and_its_usage_comes_back(undisturbed: SearchResult) -> None:
+    """It need not be importable; a worker that holds it is sent indices only."""
 
+    def score(params: dict[str, int], example: int, ballast: bytes = bytes(1_000_000)) -> float:
+        record(Usage(lm_calls=2, prompt_tokens=10, cost=0.5))
+        return value(params, example)
 
-def test_a_score_travels_once(tmp_path: Path) -> None:
-    """However many calls there are, a worker that holds the score is sent indices only."""
-    score = Written(tmp_path / "log")
-    score.ballast = bytes(1_000_000)  # type: ignore[attr-defined]
     executor = Distant()
-    run(score, executor=executor)
+    result = run(score, executor=executor)
     assert 1_000_000 < executor.sent < 1_200_000
-
-
-def test_a_worker_that_lacks_the_score_is_sent_it() -> None:
-    """One that has lost it, or came later, says so; that is no attempt, and nothing is counted."""
-    from mpromptune.execution import worker
-
-    with Workplace(Distant()) as place, sent(place, value, {}) as remote, metered() as meter:
-        first = remote({"0_predictor_instruction": 3, "0_predictor_demos": 2}, 0)
-        worker._HELD.clear()
-        assert remote({"0_predictor_instruction": 3, "0_predictor_demos": 2}, 0) == first
-        assert meter.total == Usage()
-
-
-def test_a_worker_holds_few_scores() -> None:
-    """Those of old searches make room."""
-    from mpromptune.execution import worker
-    from mpromptune.execution.worker import pack
-
-    for key in map(str, range(20)):
-        assert worker.hold(key, pack(value, {})) is None
-    held = [key for key in map(str, range(20)) if key in worker._HELD]
-    assert held == [str(key) for key in range(12, 20)]
-
-
-def costly(params: dict[str, int], example: int) -> float:
-    record(Usage(lm_calls=2, prompt_tokens=10, cost=0.5))
-    return value(params, example)
-
-
-def test_usage_comes_back(undisturbed: SearchResult) -> None:
-    """What a score records in its worker is in the ledger of the search."""
-    result = run(costly, executor=Distant())
     assert trials_of(result) == trials_of(undisturbed)
-    used = result.usage.total
-    calls = undisturbed.calls
+    used, calls = result.usage.total, undisturbed.calls
     assert (used.lm_calls, used.prompt_tokens, used.cost) == (2 * calls, 10 * calls, 0.5 * calls)
 
 
-@pytest.mark.parametrize(
-    "error", [ConnectionError("reset"), TimeoutError("slow"), BrokenPipeError(32, "gone")]
-)
-def test_infrastructure_errors_are_retried(
-    error: Exception, undisturbed: SearchResult, tmp_path: Path
-) -> None:
+def test_a_worker_that_lacks_the_score_is_sent_it() -> None:
+    """One that came later, or has dropped it for newer ones, says so; that is no attempt, and not counted."""
+    params = {"0_predictor_instruction": 3, "0_predictor_demos": 2}
+    with Workplace(Distant()) as place, sent(place, value, {}) as remote, metered() as meter:
+        first = remote(params, 0)
+        for key in map(str, range(20)):
+            assert worker.hold(key, worker.pack(value, {})) is None
+        assert list(worker._HELD) == [str(key) for key in range(12, 20)]
+        assert remote(params, 0) == first
+        assert meter.total == Usage()
+
+
+def test_infrastructure_errors_are_retried(undisturbed: SearchResult, tmp_path: Path) -> None:
     """An error comes back with its type: another attempt is made, and counted."""
-    result = run(Raising(tmp_path / "log", error), executor=Distant())
+    result = run(Raising(tmp_path / "log", BrokenPipeError(32, "gone")), executor=Distant())
     assert trials_of(result) == trials_of(undisturbed)
     made = result.usage.total.program_calls
     assert made == undisturbed.calls + 1 == written(tmp_path / "log", "start").total()
 
 
-def test_a_bad_score_stops_the_search(tmp_path: Path) -> None:
+def test_a_bad_score_stops_the_search() -> None:
     """As it does in threads; the cause is the worker's error, which says where it was raised."""
     with pytest.raises(SearchStoppedError) as caught:
-        run(Nothing(), executor=Distant())
+        run(lambda params, example: None, executor=Distant())
     assert isinstance(caught.value.__cause__, ScoreError)
     assert "as_score" in str(caught.value.__cause__.__cause__)
-
-
-class Nothing:
-    def __call__(self, params: dict[str, int], example: int) -> Any:
-        return None
 
 
 class Losing(Distant):
@@ -366,7 +332,7 @@ def test_workers_that_cannot_start_are_an_error_before_any_call() -> None:
 def test_a_process_that_hangs_does_not_outlive_the_search(undisturbed: SearchResult, tmp_path: Path) -> None:
     """Its call is made again by another one; what the search has started, it ends."""
     others = set(multiprocessing.active_children())
-    retry = RetryPolicy(timeout=5.0, max_wait=0.01)
+    retry = RetryPolicy(timeout=2.0, max_wait=0.01)
     result = run(HangingOnce(tmp_path / "log"), executor=processes, retry=retry, num_threads=2)
     assert (tmp_path / "log.hangs").exists()
     assert trials_of(result) == trials_of(undisturbed)
@@ -375,43 +341,26 @@ def test_a_process_that_hangs_does_not_outlive_the_search(undisturbed: SearchRes
         assert multiprocessing.connection.wait([process.sentinel], PATIENCE)
 
 
-INTERRUPTED = """
-import sys
-from pathlib import Path
-from remote_scores import N, TEXTS, Distant, HangingOnce, Raising, Written, value, written
-from mpromptune.errors import SearchInterrupted
-from test_remote import SPAWN, ProcessPoolExecutor, run
-
-if __name__ == "__main__":
+def search_until_interrupted(log: Path) -> None:
+    """A search in a process group of its own; what it has kept is written down."""
+    os.setsid()
     with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         try:
-            run(Written(Path(sys.argv[1]), latency=0.05), executor=pool, num_threads=8, grace=60)
+            run(Written(log, latency=0.05), executor=pool, sampler="random", num_threads=8, grace=60)
         except SearchInterrupted as interrupted:
             assert pool.submit(abs, -3).result() == 3
-            print("kept", interrupted.result.calls)
-"""
+            write(log, f"kept {interrupted.result.calls}")
 
 
-def test_ctrl_c_leaves_calls_in_processes_their_grace(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_calls_in_processes_their_grace(forks: Any, tmp_path: Path) -> None:
     """The terminal sends it to every process; that of the pool finishes what it has begun, and no more."""
-    log, script = tmp_path / "log", tmp_path / "script.py"
-    script.write_text(INTERRUPTED)
-    tests = Path(__file__).parent
-    child = subprocess.Popen(
-        [sys.executable, str(script), str(log)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        while written(log, "end").total() < 5 and child.poll() is None:
-            time.sleep(0.01)
-        os.killpg(child.pid, signal.SIGINT)
-        said, _ = child.communicate(timeout=PATIENCE)
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+    log = tmp_path / "log"
+    process = forks.Process(target=search_until_interrupted, args=(log,))
+    process.start()
+    while written(log, "end").total() < 5 and process.is_alive():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(PATIENCE)
     started, ended = written(log, "start").total(), written(log, "end").total()
-    assert said.strip() == f"kept {ended}"
+    assert written(log, "kept") == {str(ended): 1}
     assert started == ended < CALLS

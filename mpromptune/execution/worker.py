@@ -164,13 +164,16 @@ def _pack_one(error: BaseException) -> bytes:
 
 
 def _rebuilt(what: Any, args: tuple[Any, ...], state: Mapping[str, Any]) -> BaseException:
-    """An error from itself, from its class, or from the name of that, whose constructor is not called."""
+    """An error from itself, from its class, or from the name of that.
+
+    Only constructors of Python's own errors are called: they take what is in ``args``.
+    """
     if isinstance(what, tuple):
         module, name = what
         what = type(name, (Exception,), {"__module__": module})
     error: BaseException = what
     if isinstance(what, type):
-        error = what.__new__(what, *args)
+        error = what(*args) if what.__module__ == "builtins" else what.__new__(what, *args)
         error.args = args
     vars(error).update(state)
     return error
