@@ -217,10 +217,19 @@ def test_a_guard_within_a_guard_counts_for_both() -> None:
 # Prices.
 
 
-def test_a_callable_sets_the_price() -> None:
-    """It sees the model and the usage as the provider reports it."""
-    pricing = Pricing(lambda model, usage: len(model) + usage["prompt_tokens"])
-    assert pricing.cost(None, "abc", {"prompt_tokens": 10}) == 13
+@pytest.mark.parametrize(
+    ("prices", "dollars"),
+    [
+        (None, 0.5),  # as the provider reports
+        ({"abc": (1e6, 0.0)}, 10.0),
+        (lambda model, usage: len(model) + usage["prompt_tokens"], 13.0),
+    ],
+    ids=["reported", "given", "called"],
+)
+def test_what_an_answer_costs(prices: Any, dollars: float) -> None:
+    """Prices that the user gives come before what the provider sends along."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 1, "cost": 0.5}
+    assert Pricing(prices).cost(None, "abc", usage) == dollars
 
 
 def test_a_price_that_fails_loses_no_count(caplog: pytest.LogCaptureFixture) -> None:
@@ -234,13 +243,6 @@ def test_a_price_that_fails_loses_no_count(caplog: pytest.LogCaptureFixture) -> 
         _ask(arithmetic_lm(), "1+2")
     assert (meter.total.lm_calls, meter.total.cost) == (2, 0.0)
     assert len([r for r in caplog.records if "KeyError" in r.getMessage()]) == 1
-
-
-def test_what_the_provider_reports_is_believed() -> None:
-    """Some send the cost along; prices that the user gives come first."""
-    usage = {"prompt_tokens": 10, "completion_tokens": 1, "cost": 0.5}
-    assert Pricing().cost(None, "m", usage) == 0.5
-    assert Pricing({"m": (1e6, 0.0)}).cost(None, "m", usage) == 10.0
 
 
 def test_a_model_without_a_price_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -79,14 +79,6 @@ def test_first_record_may_be_torn(tmp_path: Path) -> None:
             assert open_study(path).trials == []
 
 
-def test_errors_of_other_storages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optuna's own journal fails with a StorageError too."""
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "run.log")))
-    monkeypatch.setattr("builtins.open", _no_writing(open, OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(StorageError, match="No space left on device"):
-        open_study(storage)
-
-
 @pytest.mark.parametrize("suffix", ["run.log", "sqlite:///{}/run.db"])
 def test_the_same_call_opens_the_same_study(tmp_path: Path, suffix: str) -> None:
     """Without a name too, a study is found again with all that was written to it."""
@@ -146,36 +138,41 @@ def test_read_only_database(tmp_path: Path) -> None:
         open_study(f"sqlite:///file:{tmp_path}/run.db?mode=ro&uri=true")
 
 
-def test_read_only_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is a journal that can be read and not written."""
-    path = tmp_path / "run.log"
-    open_study(path)
-    error = PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr("builtins.open", _no_writing(open, error))
-    with pytest.raises(StorageError, match=r"cannot be opened: Permission denied"):
-        open_study(path)
+FULL, READ_ONLY = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EROFS, "Read-only file system"),
+)
 
 
-def test_read_only_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no lock can be made nothing can be written; this shows before anything is paid for."""
-    path = tmp_path / "run.log"
-    open_study(path)
+@pytest.mark.parametrize("spec", [Path, lambda path: JournalStorage(JournalFileBackend(str(path)))])
+@pytest.mark.parametrize("error", [FULL, PermissionError(errno.EACCES, "Permission denied")])
+def test_a_journal_that_cannot_be_written(
+    spec: Any, error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours, and Optuna's: a StorageError, before anything is paid for."""
+    open_study(tmp_path / "run.log")
+    storage, opened = spec(tmp_path / "run.log"), open
+
+    def refuse(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "a" in mode:
+            raise error
+        return opened(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(StorageError, match=f"cannot be .*: {error.strerror}"):
+        open_study(storage)
+
+
+def test_a_journal_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory that is read-only, say: nothing can be written, which shows at once."""
+    open_study(tmp_path / "run.log")
 
     def refuse(*args: Any, **kwargs: Any) -> int:
-        raise OSError(errno.EROFS, "Read-only file system")
+        raise READ_ONLY
 
     monkeypatch.setattr("os.open", refuse)
     with pytest.raises(StorageError, match="cannot be opened: Read-only file system"):
-        open_study(path)
-
-
-def _no_writing(real: Any, error: OSError) -> Any:
-    def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if "a" in mode:
-            raise error
-        return real(file, mode, *args, **kwargs)
-
-    return opened
+        open_study(tmp_path / "run.log")
 
 
 def test_studies_of_something_else(tmp_path: Path) -> None:
@@ -240,30 +237,23 @@ def test_torn_last_line(tmp_path: Path, cut: int, caplog: pytest.LogCaptureFixtu
     assert study.trials[2].intermediate_values == {2: 0.2}
 
 
-def test_lost_creation_of_a_trial(tmp_path: Path) -> None:
-    """The trial comes back when it is mentioned, with its scores; those of others stay theirs."""
-    path = tmp_path / "run.log"
-    lines = _journal(path)
-    lost = _line(lines, code=4, number=1)
-    path.write_bytes(b"".join([*lines[:lost], lines[lost][:25] + b"\n", *lines[lost + 1 :]]))
-    study = open_study(path)
-    assert [t.value for t in study.trials] == [0.0, 1.0, 2.0]
-    assert [t.user_attrs["x"] for t in study.trials] == [0, 1, 2]
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
-    _trial(study, 3)
-    assert _values(path) == [0.0, 1.0, 2.0, 3.0]
-
-
-@pytest.mark.parametrize("code", [5, 6, 7, 8])
+@pytest.mark.parametrize("code", [4, 5, 6, 7, 8])
 def test_lost_parts_of_a_trial(tmp_path: Path, code: int) -> None:
-    """A lost parameter, state, score or attribute leaves the other trials as they were."""
+    """A lost creation, parameter, state, score or attribute leaves the other trials as they were.
+
+    A trial whose creation is lost comes back when it is mentioned, with its scores.
+    """
     path = tmp_path / "run.log"
     lines = _journal(path)
     lost = _line(lines, code, number=1)
-    path.write_bytes(b"".join([*lines[:lost], b"#\n", *lines[lost + 1 :]]))
-    trials = open_study(path).trials
-    assert [trials[0].value, trials[2].value] == [0.0, 2.0]
-    assert trials[1].state is (TrialState.RUNNING if code == 6 else TrialState.COMPLETE)
+    path.write_bytes(b"".join([*lines[:lost], lines[lost][:15] + b"\n", *lines[lost + 1 :]]))
+    study = open_study(path)
+    values: list[Any] = [0.0, None if code == 6 else 1.0, 2.0]
+    assert [t.value for t in study.trials] == values
+    assert [t.user_attrs.get("x") for t in study.trials] == [0, None if code == 8 else 1, 2]
+    assert study.trials[1].state is (TrialState.RUNNING if code == 6 else TrialState.COMPLETE)
+    _trial(study, 3)
+    assert _values(path) == [*values, 3.0]
 
 
 def test_a_number_out_of_all_proportion(tmp_path: Path) -> None:

@@ -74,15 +74,6 @@ class Threads:
             self._fillers, self._context = iter(calls), contextvars.copy_context()
             self._fill()
 
-    def check(self) -> None:
-        """Ends a chain of calls that nobody waits for any more.
-
-        Raises:
-            Stopped: The pool has been closed.
-        """
-        if self._stopped.is_set():
-            raise Stopped
-
     def end(self) -> None:
         """Starts nothing more; what is under way goes on."""
         with self._lock:  # no call is being submitted
