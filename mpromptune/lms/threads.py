@@ -1,7 +1,4 @@
-"""Threads for the steps before the search: calls that keep the caller's context and can be stopped.
-
-`ThreadPoolExecutor` waits for calls that hang, and has no second queue for what nobody waits for.
-"""
+"""Threads for the steps before the search: calls that keep the caller's context and can be stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, TypeVar
 
 from mpromptune.execution.attempts import Attempts, Load, RetryPolicy
@@ -21,7 +17,7 @@ from mpromptune.lms.errors import classify, retry_after
 T = TypeVar("T")
 
 
-class Threads:
+class Threads(DaemonThreads):
     """A pool of threads; leaving it stops what has not begun and waits for what has.
 
     After an error or an interrupt the wait is short: what is still under way then makes no further
@@ -44,39 +40,38 @@ class Threads:
         retry: RetryPolicy | None = None,
         admits: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.number = number
+        super().__init__(number, "mpromptune-step")
         self.grace = grace
-        self._executor = DaemonThreads(number, "mpromptune-step")
         self._ending = threading.Event()  # nothing more begins
         self._stopped = threading.Event()  # nor does anybody wait for what has begun
         judged = classify, retry or RetryPolicy(), retry_after
         self.attempts = Attempts(*judged, number, self._stopped, admits)
-        self._lock = threading.Lock()
+        self._counting = threading.Lock()
         self._unfinished = 0
         self._fillers: Iterator[Callable[[], object]] = iter(())
 
     @property
     def load(self) -> Load:
         """Threads that have something to do, and what the retries leave them."""
-        return replace(self.attempts.load, running=min(self._unfinished, self.number))
+        return replace(self.attempts.load, running=min(self._unfinished, self._number))
 
-    def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Queues a call, to be run in a copy of the caller's context (where DSPy's settings live)."""
-        with self._lock:
-            return self._submit(contextvars.copy_context(), function, *args, **kwargs)
+        with self._counting:
+            return self._queued(contextvars.copy_context(), fn, *args, **kwargs)
 
     def fill(self, calls: Iterable[Callable[[], object]]) -> None:
         """Has the threads that nothing else needs make these calls, in order; each handles its errors.
 
         They are taken from ``calls`` one by one when a thread is free, in a copy of this context.
         """
-        with self._lock:
+        with self._counting:
             self._fillers, self._context = iter(calls), contextvars.copy_context()
             self._fill()
 
     def end(self) -> None:
         """Starts nothing more; what is under way goes on."""
-        with self._lock:  # no call is being submitted
+        with self._counting:  # no call is being submitted
             self._ending.set()
 
     def finish(self, within: float | None = None) -> None:
@@ -87,8 +82,8 @@ class Threads:
         """
         self.end()
         # Not `cancel_futures`: nobody who is in `wait` for a future is told of its cancellation.
-        self._executor.shutdown(wait=False)
-        self._executor.join(within)
+        self.shutdown(wait=False)
+        self.join(within)
         self._stopped.set()
 
     def close(self, within: float | None = None) -> None:
@@ -97,33 +92,30 @@ class Threads:
             self._stopped.set()
             self.finish(within)
 
-    def __enter__(self) -> Threads:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(None if kind is None else self.grace)
 
-    def _submit(
-        self, context: contextvars.Context, function: Callable[..., T], *args: Any, **kwargs: Any
+    def _queued(
+        self, context: contextvars.Context, call: Callable[..., T], *args: Any, **kwargs: Any
     ) -> Future[T]:
-        future = self._executor.submit(context.run, self._call, function, *args, **kwargs)
+        future = super().submit(context.run, self._run, call, *args, **kwargs)
         self._unfinished += 1
         return future
 
     def _fill(self) -> None:
-        while self._unfinished < self.number and not self._ending.is_set():
+        while self._unfinished < self._number and not self._ending.is_set():
             call = next(self._fillers, None)
             if call is None:
                 break
-            self._submit(self._context.copy(), call)
+            self._queued(self._context.copy(), call)
 
-    def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    def _run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         try:
             if self._ending.is_set():
                 raise Stopped
             with stoppable(self._stopped.is_set):
-                return function(*args, **kwargs)
+                return call(*args, **kwargs)
         finally:
-            with self._lock:
+            with self._counting:
                 self._unfinished -= 1
                 self._fill()
