@@ -16,7 +16,7 @@ from benchmarks.methods import Method, ours
 from benchmarks.pipelines import N_VAL, PROGRAMS, STOCK_TRIALS, compose
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import Task, load
-from mpromptune.engine.schedule import stock_calls
+from mpromptune.engine.minibatches import stock_calls
 from mpromptune.model import acquisition
 
 POOL, SAMPLE, STAGES = 12, 100, 3

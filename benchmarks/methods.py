@@ -16,7 +16,8 @@ from benchmarks.hbbops import hbbops
 from benchmarks.peers import prompteval, sysrs, ttts
 from benchmarks.tables import Task
 from mpromptune import qEISampler, search
-from mpromptune.engine.schedule import Confirm, stock_calls
+from mpromptune.engine.batches import Confirm
+from mpromptune.engine.minibatches import stock_calls
 from mpromptune.sampling.samplers import OpenSampler, distributions_of
 
 Method = Callable[[Task, int, int, int], dict[str, int]]  # problem, calls, seed, q

@@ -19,7 +19,7 @@ from benchmarks.methods import METHODS
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import FloatArray, Table, load
 from mpromptune import PromptSpace
-from mpromptune.engine.schedule import stock_calls
+from mpromptune.engine.minibatches import stock_calls
 from mpromptune.model.space import IndexArray
 
 Scores = np.ndarray[Any, np.dtype[np.float32]]

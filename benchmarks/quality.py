@@ -9,7 +9,7 @@ from itertools import product
 from benchmarks.methods import METHODS
 from benchmarks.runner import RESULTS, Cell, run_cells
 from benchmarks.tables import MEANS_ONLY, PER_EXAMPLE, draw, load
-from mpromptune.engine.schedule import stock_calls
+from mpromptune.engine.minibatches import stock_calls
 
 # Trials of DSPy's light, medium and heavy runs, by the number of configurations that they make.
 STOCK_TRIALS = {18: 10, 72: 18, 162: 27}

@@ -15,11 +15,11 @@ from embedders import letters
 from test_engine import SPACE, TABLE, N, Scores, run, trials_of
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.engine.batches import BatchPlan
-from mpromptune.engine.pairs import Pairs
+from mpromptune.engine.batches import BatchPlan, Confirm
+from mpromptune.engine.plan import Task
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.model.space import Row
 from mpromptune.storage.attributes import EXAMPLES
-from mpromptune.storage.ledger import Ledger
 
 BASELINE, BEST = (0, 0), (4, 1)
 CONFIRM = [True, "auto", False]
@@ -185,13 +185,13 @@ def test_a_budget_below_the_validation_set_is_kept(confirm: Any, max_calls: int)
 
 def test_a_baseline_that_lacks_examples_is_compared_on_the_others_too() -> None:
     """B has all six and leads; A is better on the five that both have."""
-    plan = BatchPlan(Pairs(6, 100), baseline=(0,), space_size=3, block_size=2, confirm=True)
-    ledger, a, b = Ledger(), (0,), (1,)
-    ledger.add(a, dict.fromkeys(range(5), 0.5))
-    ledger.add(b, {**dict.fromkeys(range(5), 0.4), 5: 1.0})
-    assert plan.winner([b, a], ledger) == a
-    ledger.add(b, {0: 2.0})
-    assert plan.winner([b, a], ledger) == b
+    table, a, b = ScoreTable(6), (0,), (1,)
+    plan = BatchPlan(Task(6, 100, a, 3, 0), table, block_size=2, confirm=True)
+    table.add(a, (0, 1, 2, 3, 4), dict.fromkeys(range(5), 0.5))
+    table.add(b, (0, 1, 2, 3, 4, 5), {**dict.fromkeys(range(5), 0.4), 5: 1.0})
+    assert plan.winner([b, a], is_cut_short=False) == a
+    table.add(b, (0,), {0: 2.0})
+    assert plan.winner([b, a], is_cut_short=False) == b
 
 
 # Rules of the user's.
@@ -370,3 +370,69 @@ def test_arms_without_a_text_of_their_own_are_told_by_their_index(texts: list[An
     result = search(space, score, n_examples=N, max_calls=120, sampler=sampler)
     assert result.best_params == {"0_predictor_demos": 2}
     assert result.best_score > result.baseline_score
+
+
+# Sizes, by hand.
+
+
+def made(max_calls: int, num_threads: int = 1, block_size: int | None = 5, **given: Any) -> BatchPlan:
+    """A plan for 200 examples, unless another number is given."""
+    n_examples, combined = given.pop("n_examples", 200), given.pop("is_combined", False)
+    task = Task(n_examples, max_calls, (0,), 3, 0, num_threads, combined)
+    return BatchPlan(task, ScoreTable(n_examples), block_size=block_size, **given)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "max_calls", "places"),
+    [(5, 10_000, 6), (5, 1630, 6), (5, 600, 3), (5, 300, 2), (5, 10, 2), (1, 300, 8), (40, 1630, 2)],
+)
+def test_three_batches_make_up_the_calls_in_flight(block_size: int, max_calls: int, places: int) -> None:
+    """A third of 96 calls, or of 8 % of the budget where that is less, in blocks; at least two."""
+    assert made(max_calls, block_size=block_size).batch_size == places
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "rounds"), [(1, 4), (16, 4), (32, 4), (33, 5), (64, 9), (128, 14), (256, 14)]
+)
+def test_a_large_pool_has_four_calls_in_flight_for_each_thread(num_threads: int, rounds: int) -> None:
+    """Batches of 30 calls: for 96 up to 32 threads, then 4 for each, but no more than a quarter of 1630."""
+    assert made(1630, num_threads, batch_size=6).rounds_in_flight == rounds
+
+
+@pytest.mark.parametrize(("max_calls", "rounds"), [(1630, 9), (800, 7), (600, 5), (120, 2), (10, 2)])
+def test_calls_in_flight_are_no_more_than_a_quarter_of_the_budget(max_calls: int, rounds: int) -> None:
+    """64 threads and batches of 30 calls; two of them in any case, so that the pool never drains."""
+    assert made(max_calls, 64, batch_size=6).rounds_in_flight == rounds
+
+
+@pytest.mark.parametrize("max_calls", [100, 300, 1000, 1630, 10_000])
+def test_up_to_32_threads_make_no_difference(max_calls: int) -> None:
+    """Whatever the budget: as many calls are in flight as with one thread, so the trials are the same."""
+    assert len({made(max_calls, n).rounds_in_flight for n in (1, 8, 16, 32)}) == 1
+
+
+@pytest.mark.parametrize(("n_examples", "size", "combined"), [(1, 1, 1), (4, 4, 3), (5, 5, 3), (200, 5, 3)])
+def test_a_block_has_five_examples_or_all(n_examples: int, size: int, combined: int) -> None:
+    """Three where predictors are combined; it never has more than the validation set."""
+    for is_combined, expected in ((False, size), (True, combined)):
+        plan = made(1000, block_size=None, n_examples=n_examples, is_combined=is_combined)
+        assert plan.arguments == {"block_size": expected}
+
+
+@pytest.mark.parametrize("block_size", [0, 7])
+def test_impossible_block_sizes_are_refused(block_size: int) -> None:
+    """The message names both numbers."""
+    with pytest.raises(ValueError, match=f"6 validation examples; got {block_size}"):
+        made(1000, block_size=block_size, n_examples=6)
+
+
+@pytest.mark.parametrize(
+    ("max_calls", "confirm", "warns"),
+    [(N * 4 - 1, True, True), (N * 4, True, False), (N + 1, False, False), (N + 1, "auto", False)],
+)
+def test_a_budget_that_confirming_takes_most_of_is_warned_of(
+    max_calls: int, confirm: Confirm, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Winner and baseline on 40 examples are 80 calls: half of 160."""
+    run(max_calls=max_calls, confirm=confirm)
+    assert (f"takes up to 80 of max_calls={max_calls}" in caplog.text) == warns

@@ -16,7 +16,6 @@ from tasks import Counted
 
 from mpromptune import PromptSpace, search
 from mpromptune.errors import SearchStoppedError
-from mpromptune.execution.limits import Limits
 from mpromptune.execution.usage import Usage, record
 from mpromptune.storage.attributes import SCORES
 
@@ -259,10 +258,9 @@ def test_a_search_with_a_score_that_hangs(release: threading.Event) -> None:
         measured.append(example)
         return 0.5
 
-    limits = Limits(max_seconds=1.0)
     with in_time(1.0 + GRACE):
         result = search(
-            SPACE, score, n_examples=40, max_calls=240, sampler="random", limits=limits, grace=GRACE
+            SPACE, score, n_examples=40, max_calls=240, sampler="random", max_seconds=1.0, grace=GRACE
         )
     assert result.stopped_by == "max_seconds"
     assert result.calls == len(measured) == 23  # two batches, of 15 and 10, but for every tenth call
@@ -283,10 +281,10 @@ def test_no_thread_is_left_to_notice_that_a_limit_is_used_up(release: threading.
         record(Usage(prompt_tokens=10, cost=0.1))
         return 0.5
 
-    limits = Limits(**{limit: 100 if limit == "max_tokens" else 0.95})
+    limits = {limit: 100 if limit == "max_tokens" else 0.95}
     arguments = {"n_examples": 20, "max_calls": 40, "num_threads": 64, "sampler": "random"}
     with in_time(10 * 0.1):  # ten times what a call takes
-        result = search(SPACE, score, limits=limits, grace=GRACE, **arguments)
+        result = search(SPACE, score, **limits, grace=GRACE, **arguments)
     assert (result.stopped_by, result.calls) == (limit, 10)
 
 
@@ -298,9 +296,15 @@ def test_slow_calls_are_waited_for_where_there_is_time() -> None:
         record(Usage(prompt_tokens=10))
         return 0.5
 
-    limits = Limits(max_tokens=110)
     result = search(
-        SPACE, score, n_examples=40, max_calls=240, sampler="random", limits=limits, grace=0.05, num_threads=8
+        SPACE,
+        score,
+        n_examples=40,
+        max_calls=240,
+        sampler="random",
+        max_tokens=110,
+        grace=0.05,
+        num_threads=8,
     )
     assert result.stopped_by == "max_tokens"
     assert 10 * result.calls == result.usage.total.tokens

@@ -311,7 +311,7 @@ def test_after_an_outage_the_result_so_far_is_at_hand() -> None:
 
 def test_what_a_stopped_search_returns_is_the_plans_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a limit: a leader with a few lucky answers may be worse than the baseline."""
-    monkeypatch.setattr(BatchPlan, "best_so_far", lambda plan, ranked, ledger: ranked[-1])
+    monkeypatch.setattr(BatchPlan, "winner", lambda plan, ranked, is_cut_short: ranked[-1])
 
     def score(params: dict[str, int], example: int) -> float:
         calls.append(example)

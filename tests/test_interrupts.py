@@ -21,7 +21,7 @@ from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 from test_engine import SPACE, TABLE, N, run, trials_of
 
 from mpromptune import MIPROv2
-from mpromptune.engine import coordinator
+from mpromptune.engine import loop
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
 from mpromptune.execution.attempts import RetryPolicy, Verdict
 from mpromptune.execution.interrupts import Stopped, check_stopped, deferred, handled, is_over
@@ -440,7 +440,7 @@ def test_a_call_that_hangs_does_not_hold_up_a_stop(monkeypatch: pytest.MonkeyPat
 
     given: dict[str, Any] = {"classify": lambda error: Verdict.STOP, "num_threads": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(coordinator, "_LAST_CALLS", 0.05)
+        patch.setattr(loop, "_LAST_CALLS", 0.05)
         with pytest.raises(SearchStoppedError, match="PermissionError: bad key.* 4 calls"):
             run(score, **given)
     begun.clear()

@@ -14,16 +14,16 @@ import pytest
 from clocks import Clock
 
 from mpromptune import PromptSpace, search
-from mpromptune.engine import coordinator
-from mpromptune.engine.minibatches import MiproPlan
-from mpromptune.engine.schedule import Minibatches
+from mpromptune.engine import loop
+from mpromptune.engine.plan import best_so_far
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.limits import Budget, Limits
 from mpromptune.execution.pace import Flights, Pace
 from mpromptune.execution.usage import Usage, record
+from mpromptune.model.space import Row
 from mpromptune.storage.attributes import USAGE
-from mpromptune.storage.ledger import Ledger
 
 NAME = "0_predictor_instruction"
 SIX = PromptSpace({NAME: [f"style {i}" for i in range(6)]})
@@ -163,7 +163,7 @@ def test_winner_and_baseline_are_confirmed_within_the_limit(limit: str) -> None:
     def use(candidate: int, example: int) -> Usage:
         return Usage(prompt_tokens=10, cost=0.001)
 
-    result = _search(use, limits=Limits(**{limit: budget}), confirm=True)
+    result = _search(use, **{limit: budget}, confirm=True)
     used = result.usage.total.tokens if limit == "max_tokens" else result.usage.total.cost
     assert used <= budget
     assert result.calls > 0.8 * 200  # it pays for 200
@@ -179,7 +179,7 @@ def test_a_dear_winner_is_confirmed_too() -> None:
     def use(candidate: int, example: int) -> Usage:
         return Usage(prompt_tokens=50 if candidate >= 6 else 10)
 
-    result = _search(use, limits=Limits(max_tokens=6000), confirm=True)
+    result = _search(use, max_tokens=6000, confirm=True)
     assert result.usage.total.tokens <= 6000
     assert result.best_params[NAME] >= 6
     assert result.best_params in [m.params for m in result.configurations if m.fully]
@@ -192,8 +192,7 @@ def _trials(result: Any) -> list[Any]:
 @pytest.mark.parametrize("schedule", ["blocks", "mipro"])
 def test_the_same_trials_whatever_the_threads(schedule: str) -> None:
     """Limits are reckoned from what was told, so 1 thread and 16 spend alike."""
-    limits = Limits(max_tokens=2500)
-    options = {"limits": limits, "schedule": schedule, "batch_size": 4, "minibatch_size": 10}
+    options = {"max_tokens": 2500, "schedule": schedule, "batch_size": 4, "minibatch_size": 10}
     one, many = (_search(_tokens, num_threads=n, **options) for n in (1, 16))
     assert _trials(one) == _trials(many)
     assert one.stopped_by == many.stopped_by == "max_tokens"
@@ -202,12 +201,12 @@ def test_the_same_trials_whatever_the_threads(schedule: str) -> None:
 
 def test_a_limit_that_never_binds_changes_nothing() -> None:
     """The same trials as without it."""
-    assert _trials(_search(_tokens, limits=Limits(max_tokens=10**9))) == _trials(_search(_tokens))
+    assert _trials(_search(_tokens, max_tokens=10**9)) == _trials(_search(_tokens))
 
 
 def test_a_plan_of_minibatches_ends_with_a_full_evaluation() -> None:
     """Cut short, it still evaluates the best of what it has tried."""
-    result = _search(_tokens, schedule="mipro", minibatch_size=5, limits=Limits(max_tokens=1500))
+    result = _search(_tokens, schedule="mipro", minibatch_size=5, max_tokens=1500)
     assert result.stopped_by == "max_tokens"
     assert result.usage.total.tokens <= 1500
     assert len([m for m in result.configurations if m.fully]) >= 2
@@ -219,7 +218,7 @@ def test_calls_that_are_dearer_than_foreseen_stop_the_search() -> None:
     def use(candidate: int, example: int) -> Usage:
         return Usage(prompt_tokens=1000 if example >= 30 else 10)
 
-    result = _search(use, limits=Limits(max_tokens=4000), block_size=40, batch_size=1)
+    result = _search(use, max_tokens=4000, block_size=40, batch_size=1)
     assert result.stopped_by == "max_tokens"
     assert 0 <= result.overspent <= 4 * 1000  # four threads
     assert result.usage.total.tokens == 4000 + result.overspent
@@ -238,9 +237,15 @@ def test_what_a_candidate_failed_on_counts_where_a_limit_is_reached(max_tokens: 
             raise ValueError("cannot parse")
         return 0.5
 
-    limits = Limits(max_tokens=max_tokens)
     result = search(
-        SIX, score, n_examples=40, max_calls=300, sampler="random", limits=limits, num_threads=1, seed=1
+        SIX,
+        score,
+        n_examples=40,
+        max_calls=300,
+        sampler="random",
+        max_tokens=max_tokens,
+        num_threads=1,
+        seed=1,
     )
     assert result.stopped_by == "max_tokens"
     assert result.calls == len(asked)
@@ -249,7 +254,7 @@ def test_what_a_candidate_failed_on_counts_where_a_limit_is_reached(max_tokens: 
 
 def test_a_call_that_hangs_does_not_hold_up_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says when it comes back at last is too late, and harms nothing."""
-    monkeypatch.setattr(coordinator, "_LAST_CALLS", 0.05)
+    monkeypatch.setattr(loop, "_LAST_CALLS", 0.05)
     release, begun, lock = threading.Event(), [], threading.Lock()
 
     def score(params: dict[str, int], example: int) -> float:
@@ -261,8 +266,7 @@ def test_a_call_that_hangs_does_not_hold_up_a_limit(monkeypatch: pytest.MonkeyPa
         record(Usage(prompt_tokens=10))
         return 0.5
 
-    limits = Limits(max_tokens=150)
-    result = search(SIX, score, n_examples=40, max_calls=300, sampler="random", limits=limits, num_threads=2)
+    result = search(SIX, score, n_examples=40, max_calls=300, sampler="random", max_tokens=150, num_threads=2)
     release.set()
     assert (result.stopped_by, result.calls) == ("max_tokens", 15)
     assert all(trial.state.is_finished() for trial in result.study.trials)
@@ -273,7 +277,7 @@ def test_nothing_measured_is_an_error_that_says_so() -> None:
     budget = Budget(Limits(max_tokens=5))
     budget.step("bootstrap").add(Usage(prompt_tokens=5))
     with pytest.raises(SearchStoppedError, match="max_tokens"):
-        _search(_tokens, limits=budget)
+        _search(_tokens, budget=budget)
 
 
 def test_time_stops_a_search() -> None:
@@ -286,7 +290,7 @@ def test_time_stops_a_search() -> None:
             clock.sleep(3600)
         return Usage(lm_calls=1)
 
-    result = _search(use, num_threads=1, limits=Budget(Limits(max_seconds=60), clock))
+    result = _search(use, num_threads=1, budget=Budget(Limits(max_seconds=60), clock))
     assert len(calls) == 50
     assert result.stopped_by == "max_seconds"
     assert result.calls == 50
@@ -297,59 +301,29 @@ def test_time_stops_a_search() -> None:
 A, B, C = (0,), (1,), (2,)
 
 
-def _ledger(**scores: dict[int, float]) -> Ledger:
-    ledger = Ledger()
+def _best(ranked: list[Row], n_examples: int, **scores: dict[int, float]) -> Row:
+    """Whom to return of A, the baseline, B and C with these scores."""
+    table = ScoreTable(n_examples)
     for name, measured in scores.items():
-        ledger.add({"A": A, "B": B, "C": C}[name], measured)
-    return ledger
+        table.add({"A": A, "B": B, "C": C}[name], tuple(measured), measured)
+    return best_so_far(table, ranked, A)
 
 
 def test_what_is_fully_measured_comes_first() -> None:
     """B leads but was measured on one of two examples; C was measured on both, as well as the baseline."""
-    ledger = _ledger(A={0: 0.0, 1: 1.0}, B={0: 1.0}, C={0: 1.0, 1: 1.0})
-    assert ledger.best_so_far([B, C, A], A, n_examples=2) == C
+    assert _best([B, C, A], 2, A={0: 0.0, 1: 1.0}, B={0: 1.0}, C={0: 1.0, 1: 1.0}) == C
 
 
 def test_nothing_worse_than_the_baseline_is_returned() -> None:
     """On what both were measured on; what shares nothing with the baseline is not trusted."""
-    ledger = _ledger(A={0: 1.0, 1: 0.0}, B={0: 0.0, 2: 1.0}, C={3: 1.0})
-    assert ledger.best_so_far([B, C, A], A, n_examples=4) == A
-    ledger = _ledger(A={0: 1.0, 1: 0.0}, B={0: 1.0, 2: 1.0})
-    assert ledger.best_so_far([B, A], A, n_examples=4) == B
-    assert ledger.best_so_far([A, B], A, n_examples=4) == A
+    assert _best([B, C, A], 4, A={0: 1.0, 1: 0.0}, B={0: 0.0, 2: 1.0}, C={3: 1.0}) == A
+    assert _best([B, A], 4, A={0: 1.0, 1: 0.0}, B={0: 1.0, 2: 1.0}) == B
+    assert _best([A, B], 4, A={0: 1.0, 1: 0.0}, B={0: 1.0, 2: 1.0}) == A
 
 
 def test_whoever_leads_is_returned_where_the_baseline_has_no_score_yet() -> None:
     """There is nothing to compare with, and the baseline's own score would be no number."""
-    assert _ledger(B={0: 1.0}, C={0: 0.0}).best_so_far([B, C], A, n_examples=4) == B
-
-
-def test_a_price_is_relative_to_the_mean_call() -> None:
-    """Ten tokens a call in one configuration and thirty in another: half and one and a half times 20."""
-    ledger = Ledger()
-    ledger.add(A, {0: 1.0, 1: 1.0}, Usage(prompt_tokens=20))
-    ledger.add(B, {0: 1.0, 1: 1.0}, Usage(prompt_tokens=60))
-    prices = [ledger.relative_use(lambda usage: usage.tokens, row) for row in (A, B, C)]
-    assert prices == [0.5, 1.5, 1.0]
-
-
-def test_a_failed_trial_is_paid_for() -> None:
-    """It has no score, but its usage counts."""
-    ledger = Ledger()
-    ledger.add(A, {}, Usage(prompt_tokens=20))
-    assert (ledger.calls, ledger.usage.tokens) == (0, 20)
-
-
-def test_a_plan_is_shortened_to_what_can_be_paid() -> None:
-    """Ten trials of four and two full evaluations of ten fit into 70 calls, five and one into 40."""
-    plan = MiproPlan(10, 70, A, 50, 4, Minibatches(4, 5), seed=0)
-    assert plan.num_trials == 10
-    plan.afford(40, lambda row: 1.0)
-    assert plan.num_trials == 5
-    plan.afford(1000, lambda row: 1.0)
-    assert plan.num_trials == 10
-    plan.afford(3, lambda row: 1.0)
-    assert plan.num_trials == 0
+    assert _best([B, C], 4, B={0: 1.0}, C={0: 0.0}) == B
 
 
 # Caps per minute.

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from test_engine import SPACE, TABLE, N, Scores, trials_of
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.engine.schedule import Minibatches, stock_calls
+from mpromptune.engine.minibatches import Minibatches, stock_calls
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.storage.attributes import EXAMPLES, SCORES
@@ -232,3 +232,21 @@ def test_the_plan_is_as_long_as_the_budget_allows(
     budget = batches.calls(trials, n)
     short = min(budget + spare, batches.calls(trials + 1, n) - 1)
     assert batches.trials_for(budget, n) == batches.trials_for(short, n) == trials
+
+
+@pytest.mark.parametrize(("max_calls", "trials"), [(47, 1), (48, 2), (51, 2), (71, 2), (72, 3)])
+def test_trials_for_a_budget_by_hand(max_calls: int, trials: int) -> None:
+    """Minibatches of 4 of 20 examples, in full after every second: n trials take 20 + 20 ceil(n/2) + 4 n."""
+    assert Minibatches(4, 2).trials_for(max_calls, 20) == trials
+
+
+def test_a_budget_below_one_trial_is_refused() -> None:
+    """The baseline, a minibatch and a full evaluation of 20 examples are 44 calls."""
+    with pytest.raises(InvalidArgumentError, match="below the 44 calls"):
+        Minibatches(4, 2).trials_for(43, 20)
+
+
+def test_stock_calls_by_hand() -> None:
+    """18 minibatches of 35 and 5 full evaluations of 200: MIPROv2's medium run."""
+    assert stock_calls(18, 200) == 18 * 35 + 5 * 200 == 1630
+    assert stock_calls(10, 40, minibatch=False) == 40 * 11

@@ -13,7 +13,8 @@ from lms import ScriptedLM, arithmetic_lm
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
 from mpromptune import MIPROv2
-from mpromptune.engine.options import OPTION_NAMES, gather, resolve
+from mpromptune.engine.arguments import gather, resolve
+from mpromptune.engine.options import OPTION_NAMES
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError, UnknownOptionError
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mpromptune.engine.outage import Answer, Outage, last_failures
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.execution.attempts import Verdict
-from mpromptune.execution.health import Alarm, Health
-from mpromptune.execution.outage import Answer, Reliability, last_failures
 from mpromptune.execution.pool import Outcome
 
 A, B, C, D = ((i,) for i in range(4))
@@ -22,10 +22,23 @@ def calls(script: str, start: int = 0) -> list[Answer]:
     return answers
 
 
-def judged(script: str, many: int = 10) -> bool:
+def told(table: ScoreTable, answers: list[Answer]) -> None:
+    """Tells answers, a trial each."""
+    for row, outcome in answers:
+        scores = {} if outcome.score is None else {outcome.example: outcome.score}
+        table.add(row, (outcome.example,), scores)
+
+
+def judge(table: ScoreTable | None = None, many: int = 10) -> Outage:
+    """Every error is one of the infrastructure."""
+    verdict = lambda outcome: None if outcome.error is None else Verdict.RETRY  # noqa: E731
+    return Outage(table or ScoreTable(100), verdict, many)
+
+
+def is_outage(script: str, table: ScoreTable | None = None) -> bool:
+    """The last failures are judged, as part of a batch in which somebody else was answered first."""
     answers = calls(script)
-    run = last_failures(answers)
-    return Reliability().after(answers, run).is_outage(run, many)
+    return judge(table)._is_outage(last_failures(answers), answers)
 
 
 def test_only_failures_after_the_last_success_count() -> None:
@@ -54,56 +67,31 @@ def test_only_failures_after_the_last_success_count() -> None:
 )
 def test_who_fails_decides(script: str, outage: bool) -> None:
     """Configurations that were answered before are the ones that tell."""
-    assert judged(script) is outage
+    assert is_outage(script) is outage
 
 
 def test_what_was_told_counts() -> None:
     """Eight configurations that were fine so far make three new broken ones in a row unlikely."""
-    told = Reliability()
-    told.note(((row,), Outcome(0, score=1.0)) for row in range(10, 18))
-    run = calls("A- B- C- D-")
-    assert not told.is_outage(run[:2], many=10)  # (1/10)^2
-    assert told.is_outage(run, many=10)
-    assert not told.is_empty
-    assert Reliability().after(run, run).is_empty
+    table = ScoreTable(100)
+    told(table, [((row,), Outcome(0, score=1.0)) for row in range(10, 18)])
+    assert not is_outage("A- B-", table)  # (1/10)^2
+    assert is_outage("A- B- C- D-", table)
 
 
-def test_an_example_that_fails_for_several_good_configurations_is_unanswerable() -> None:
-    """Where it is answered for fewer of them; who is answered nowhere says nothing of it."""
-    told = Reliability()
-    good, bad, never = [(row, Outcome(1, score=1.0)) for row in (A, B, C)], 0, 2
-    told.note([*good, (A, Outcome(bad, error=KeyError())), (D, Outcome(bad, error=KeyError()))])
-    assert not told.refusals.is_unanswerable(bad)  # of A alone: D may be broken
-    told.note([(B, Outcome(bad, error=KeyError())), (B, Outcome(bad, error=KeyError()))])
-    assert told.refusals.is_unanswerable(bad)
-    told.note([(C, Outcome(bad, score=1.0)), (C, Outcome(bad, score=1.0))])
-    assert not told.refusals.is_unanswerable(bad)
-    assert not told.refusals.is_unanswerable(never)
-
-
-def health_after(script: str) -> tuple[Health, Alarm | None]:
-    """After a round of one call each, in a run whose outages are ten failures; and the last alarm."""
-    health = Health(lambda outcome: None if outcome.error is None else Verdict.RETRY, outage=10)
-    alarm = None
+def alarm_after(script: str) -> bool:
+    """Batches of one call each, in a run whose outages are ten failures: whether the last is an alarm."""
+    table, alarm = ScoreTable(100), None
+    outage = judge(table)
     for number, call in enumerate(script.split()):
         answers = calls(call, start=number)
-        alarm = health.check(answers, lambda answers=answers: (answers, []))
-    return health, alarm
+        alarm = outage.alarm(answers, lambda answers=answers: (answers, []))
+        told(table, answers)
+    return alarm is not None
 
 
 def test_unanswerable_examples_neither_end_a_search_nor_are_signs_of_life() -> None:
-    """Ten rounds without an answer are an outage; in between, those of such an example do not count."""
+    """Ten batches without an answer are an outage; in between, those of such an example do not count."""
     fine = "A+1 B+2 A-0 B-0 A+3 "  # who asks for example 0 next is not answered either
-    assert health_after(fine + "C-0 D-0 " * 20)[1] is None
-    assert health_after(fine + "C-5 D-0 " * 9)[1] is None
-    assert health_after(fine + "C-5 D-0 " * 9 + "C-5")[1] is not None
-
-
-def test_failures_of_an_earlier_run_are_recalled() -> None:
-    """They count where the configuration was answered on something, then or now."""
-    health, _ = health_after("A+1 B+2")
-    health.recall(A, 0)
-    health.recall(C, 0)
-    assert not health.reliability.refusals.is_unanswerable(0)
-    health.recall(B, 0)
-    assert health.reliability.refusals.is_unanswerable(0)
+    assert not alarm_after(fine + "C-0 D-0 " * 20)
+    assert not alarm_after(fine + "C-5 D-0 " * 9)
+    assert alarm_after(fine + "C-5 D-0 " * 9 + "C-5")

@@ -24,7 +24,7 @@ from embedders import letters
 from lms import ScriptedLM, always_right, arithmetic_lm, requested_fields
 from tasks import FEW_SHOT, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
-from mpromptune import Limits, MIPROv2, PromptSpace, RetryPolicy, Usage, qEISampler, search
+from mpromptune import MIPROv2, PromptSpace, RetryPolicy, Usage, qEISampler, search
 from mpromptune.execution.usage import record
 from mpromptune.model.embedding import as_embedder
 
@@ -296,7 +296,7 @@ def test_a_score_that_records_nothing_under_a_limit(records: bool, caplog: pytes
             record(Usage(lm_calls=1, prompt_tokens=1))
         return score(params, example)
 
-    search(SPACE, silent, n_examples=8, max_calls=40, sampler="random", limits=Limits(max_tokens=10**6))
+    search(SPACE, silent, n_examples=8, max_calls=40, sampler="random", max_tokens=10**6)
     said = [r for r in caplog.records if "has recorded no usage" in r.getMessage()]
     assert len(said) == (0 if records else 1)
 

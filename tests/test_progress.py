@@ -15,8 +15,10 @@ from embedders import letters
 from killed import SPACE, N, Scores
 
 from mpromptune import Limits, SearchResult, qEISampler, search
-from mpromptune.engine.knowledge import Knowledge
+from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.monitor import Monitor
+from mpromptune.engine.plan import Task
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.execution.attempts import Load, RetryPolicy, Throttle
 from mpromptune.execution.limits import Budget
 from mpromptune.execution.usage import Usage, record
@@ -24,7 +26,6 @@ from mpromptune.model.space import Row
 from mpromptune.sampling.encoding import encode_prompts
 from mpromptune.show.progress import Progress, Speed, Standing, together
 from mpromptune.storage.attributes import EXAMPLES, SCORES
-from mpromptune.storage.ledger import Ledger
 
 ARGUMENTS = {"n_examples": N, "max_calls": 240, "num_threads": 4, "batch_size": 2, "seed": 1}
 
@@ -89,21 +90,20 @@ def standing(mean: float, std: float, examples: int) -> Any:
 
 def by_hand(told: list[Progress], clock: Clock, **changes: Any) -> Monitor:
     """A search of four examples in which the baseline has two scores, and a rival two and then three."""
-    ledger = Ledger()
-    ledger.add((0, 0), {0: 1.0, 1: 0.0})
-    ledger.add((1, 2), {0: 1.0, 1: 1.0})
-    ledger.add((1, 2), {2: 0.0})
-    encoding = encode_prompts(SPACE, None)
-    known = Knowledge(optuna.create_study(direction="maximize"), encoding, 4, ledger=ledger)
+    table = ScoreTable(4)
+    table.add((0, 0), (0, 1), {0: 1.0, 1: 0.0})
+    table.add((1, 2), (0, 1), {0: 1.0, 1: 1.0})
+    table.add((1, 2), (2,), {2: 0.0})
+    evidence = Evidence(encode_prompts(SPACE, None), table)
     parts: dict[str, Any] = {
-        "plan": SimpleNamespace(max_calls=25, n_examples=4, baseline=(0, 0)),
+        "plan": SimpleNamespace(max_calls=25, task=Task(4, 25, (0, 0), 18, 0)),
         "workers": SimpleNamespace(load=Load(3, 4, 4)),
         "trials": SimpleNamespace(told=3, record=()),
         "answered": lambda: 0,
         "budget": Budget(clock=clock),
         **changes,
     }
-    return Monitor(on_progress=told.append, known=known, clock=clock, **parts)
+    return Monitor(on_progress=told.append, evidence=evidence, clock=clock, **parts)
 
 
 def test_numbers_by_hand_while_there_is_no_surrogate() -> None:
@@ -248,7 +248,7 @@ def test_usage_and_limits_are_told() -> None:
         record(Usage(lm_calls=1, cost=0.01))
         return scores(params, example)
 
-    result, told = run(paid, limits=Limits(max_cost=100.0))
+    result, told = run(paid, max_cost=100.0)
     assert told[-1].usage.lm_calls == result.calls
     assert told[-1].usage.cost == pytest.approx(0.01 * result.calls)
     assert told[-1].limits == Limits(max_cost=100.0)

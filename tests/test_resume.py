@@ -18,10 +18,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
-from mpromptune.engine.schedule import stock_calls
+from mpromptune.engine.minibatches import stock_calls
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, StudyMismatchError
 from mpromptune.execution.attempts import RetryPolicy
-from mpromptune.execution.limits import Limits
 from mpromptune.execution.usage import Usage, record
 from mpromptune.storage.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE
 
@@ -328,7 +327,7 @@ def test_what_a_candidate_failed_on_before_a_limit_is_not_asked_again(tmp_path: 
         return 0.5
 
     for max_tokens in (135, 455, 775):
-        run(tmp_path / "j", score, limits=Limits(max_tokens=max_tokens), num_threads=1)
+        run(tmp_path / "j", score, max_tokens=max_tokens, num_threads=1)
     result = run(tmp_path / "j", score)
     assert result.calls == len(asked) == sum(asked.values())
 

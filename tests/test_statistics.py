@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations, permutations
+from itertools import permutations
 
 import numpy as np
 import pytest
 from embedders import on_a_line
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mpromptune import PromptSpace
 from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.embedding import CachedEmbedder
 from mpromptune.model.geometry import geometry_of
 from mpromptune.model.space import IndexSpace
-from mpromptune.model.statistics import Stopping, chance_of_likeness, expected_best, pooled_variance
+from mpromptune.model.statistics import chance_of_likeness, expected_best, pooled_variance
 
 LINE = on_a_line(range(5), has_text=True)
 N = 40
@@ -30,50 +28,6 @@ def test_pooled_variance_by_hand() -> None:
 def test_variance_of_samples_of_one_is_that_of_all() -> None:
     """Nothing varies within a single score: 0 and 1 have a variance of a quarter."""
     assert pooled_variance([np.array([0.0]), np.array([1.0])]) == pytest.approx(0.25)
-
-
-def test_patience_counts_rounds_in_a_row() -> None:
-    """A gain of 0.004 against a standard error of 0.05 is nothing (below 0.005); 0.006 starts anew."""
-    rules = Stopping(patience=2)
-    seen = []
-    for gain in (0.004, 0.006, 0.004, 0.004, 0.006):
-        rules.note(gain, 0.05)
-        seen.append(rules.is_hopeless())
-    assert seen == [False, False, False, True, False]
-
-
-def test_the_decision_has_no_units() -> None:
-    """Scores a hundred times larger have gains and errors a hundred times larger."""
-    for scale in (1.0, 100.0):
-        rules = Stopping(patience=1)
-        rules.note(0.004 * scale, 0.05 * scale)
-        assert rules.is_hopeless()
-
-
-def test_without_rules_nothing_stops() -> None:
-    """No patience, no target: whatever was noted."""
-    rules = Stopping()
-    rules.note(0.0, 1.0)
-    assert not rules.is_hopeless()
-    assert not rules.is_enough(1.0)
-    assert Stopping(target=0.8).is_enough(0.8)
-
-
-def test_without_noise_every_gain_counts() -> None:
-    """A standard error of 0 calls nothing negligible."""
-    rules = Stopping(patience=1)
-    rules.note(1e-9, 0.0)
-    assert not rules.is_hopeless()
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=7))
-@settings(max_examples=50, deadline=None)
-def test_of_certain_values_it_is_the_mean_over_all_choices(values: list[float]) -> None:
-    """Every set of k is equally likely, and nothing is drawn twice; ties and negatives do not matter."""
-    found = expected_best(np.array(values), np.zeros(len(values)), len(values))
-    for k, best in enumerate(found, start=1):
-        by_hand = np.mean([max(chosen) for chosen in combinations(values, k)])
-        assert best == pytest.approx(by_hand, rel=1e-9, abs=1e-9)
 
 
 def test_of_uncertain_values_it_is_that_of_normal_variables() -> None:

@@ -10,7 +10,7 @@ from lms import arithmetic_lm
 from tasks import FEW_SHOT, TRAIN, VAL, ZERO_SHOT, Adder, Counted, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.engine.schedule import stock_calls
+from mpromptune.engine.minibatches import stock_calls
 
 
 def _compiled(optimizer_class: Any, program: dspy.Module, shots: dict, run: dict, **extra: Any) -> Any:

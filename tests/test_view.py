@@ -27,7 +27,7 @@ from rich.live import Live
 from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Counted, Planner
 
 from mpromptune import MIPROv2
-from mpromptune.engine.options import resolve
+from mpromptune.engine.arguments import resolve
 from mpromptune.execution.attempts import Load
 from mpromptune.execution.interrupts import handled
 from mpromptune.execution.limits import Budget, Limits

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mpromptune.engine.options import OPTION_NAMES, unknown_option
+from mpromptune.engine.options import OPTION_NAMES, QEI_ONLY, SearchOptions, unknown_option
+from mpromptune.errors import InvalidArgumentError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,6 +32,45 @@ def split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str
     """Our options and DSPy's arguments, of which some are both; anything else is an error that lists them."""
     for name in kwargs:
         if name not in OPTION_NAMES and name not in stock.parameters:
-            raise unknown_option(name, [n for n in stock.parameters if n not in ("self", "student")])
+            others = [n for n in stock.parameters if n not in ("self", "student")]
+            raise unknown_option(name, [*OPTION_NAMES, *others])
     ours = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}
     return ours, {k: v for k, v in kwargs.items() if k in stock.parameters}
+
+
+def gather(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Merges options given in several places of one call; None means not given.
+
+    Raises:
+        InvalidArgumentError: The same option is given twice, or a source is not a mapping.
+        UnknownOptionError: A name is not an option.
+    """
+    merged: dict[str, Any] = {}
+    for source in sources:
+        if source is not None and not isinstance(source, Mapping):
+            raise InvalidArgumentError(f"sampler_config must be a dict of options; got {source!r}.")
+        for key, value in (source or {}).items():
+            if key not in OPTION_NAMES:
+                raise unknown_option(key, OPTION_NAMES)
+            if value is None:
+                continue
+            if key in merged:
+                raise InvalidArgumentError(f"{key!r} is given twice: {merged[key]!r} and {value!r}.")
+            merged[key] = value
+    return merged
+
+
+def resolve(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SearchOptions | None:
+    """The options in force; None when nothing asks for a sampler, which means DSPy's own search.
+
+    ``n_jobs`` and ``verbose`` alone ask for nothing: the one has no meaning for DSPy's serial loop, the
+    other is also an argument of DSPy's own. A sampler given now takes no arguments that were meant for
+    the default one.
+    """
+    sampler = given.get("sampler", "qei")
+    if not isinstance(sampler, str) or sampler.lower() != "qei":
+        defaults = {key: value for key, value in defaults.items() if key not in QEI_ONLY}
+    merged = {**defaults, **given}
+    options = SearchOptions(**merged)
+    silent = {"n_jobs", "verbose"} if options.dry_run else {"n_jobs", "verbose", "dry_run"}
+    return options if set(merged) - silent else None

@@ -2,177 +2,215 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from mpromptune.engine.knowledge import Knowledge
-from mpromptune.engine.pairs import MAX_FAILURES
-from mpromptune.engine.plan import Request
-from mpromptune.engine.schedule import Minibatches
-from mpromptune.execution.refusals import are_few
+from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.plan import Request, Task, best_so_far
+from mpromptune.engine.scores import Examples, ScoreTable
+from mpromptune.errors import InvalidArgumentError, require_count
 from mpromptune.model.space import Row
-from mpromptune.storage.ledger import Examples, Ledger
 
 
-@dataclass
+@dataclass(frozen=True)
+class Minibatches:
+    """DSPy's own arguments of the plan of MIPROv2.
+
+    Attributes:
+        size: Examples of a trial.
+        full_eval_steps: Trials from one full evaluation to the next.
+        enabled: False when every trial is a full evaluation and there are no others.
+    """
+
+    size: int = 35
+    full_eval_steps: int = 5
+    enabled: bool = True
+
+    def within(self, n_examples: int) -> Minibatches:
+        """The plan for a validation set; a minibatch of all of it is a full evaluation itself.
+
+        Raises:
+            InvalidArgumentError: A number cannot work.
+        """
+        require_count("minibatch_full_eval_steps", self.full_eval_steps)
+        if not self.enabled or require_count("minibatch_size", self.size) == n_examples:
+            return Minibatches(n_examples, self.full_eval_steps, enabled=False)
+        if self.size > n_examples:
+            raise InvalidArgumentError(
+                f"minibatch_size={self.size} exceeds the {n_examples} validation examples."
+            )
+        return self
+
+    def calls(self, num_trials: int, n_examples: int) -> int:
+        """What ``num_trials`` trials cost, with the baseline and the full evaluations."""
+        return stock_calls(num_trials, n_examples, self.enabled, self.size, self.full_eval_steps)
+
+    def trials_for(self, max_calls: int, n_examples: int) -> int:
+        """The most trials that ``max_calls`` calls allow.
+
+        Raises:
+            InvalidArgumentError: Not even one.
+        """
+        if max_calls < (least := self.calls(1, n_examples)):
+            raise InvalidArgumentError(
+                f"max_calls={max_calls} is below the {least} calls of MIPROv2's shortest plan: the baseline "
+                f"on all {n_examples} validation examples, one trial, and a full evaluation of it."
+            )
+        # Every trial costs at least one call, so there are no more of them than calls.
+        return bisect_right(range(max_calls + 1), max_calls, key=lambda n: self.calls(n, n_examples)) - 1
+
+
+def stock_calls(
+    num_trials: int,
+    n_examples: int,
+    minibatch: bool = True,
+    minibatch_size: int = 35,
+    minibatch_full_eval_steps: int = 5,
+) -> int:
+    """Program calls that DSPy's MIPROv2 spends in its search step for these arguments.
+
+    It evaluates the default program, then every trial on a minibatch, and after every
+    ``minibatch_full_eval_steps`` of them (and at the end) the best one so far on all examples.
+    """
+    per_trial = min(minibatch_size, n_examples) if minibatch else n_examples
+    full = math.ceil(num_trials / minibatch_full_eval_steps) if minibatch else 0
+    return n_examples * (1 + full) + per_trial * num_trials
+
+
 class MiproPlan:
     """The baseline in full; then trials on minibatches of their own, q at a time.
 
     After every ``full_eval_steps`` trials, and after the last, the configuration with the highest
     mean that has no full evaluation yet gets one. It is chosen when all trials before it have been
-    told, so the next round overlaps with it, not with the choice. What has a full evaluation is not
+    told, so the next batch overlaps with it, not with the choice. What has a full evaluation is not
     proposed again; pairs that were measured before are paid for again, as in DSPy.
 
-    Attributes:
-        n_examples: Size of the validation set.
-        max_calls: Budget of program calls; the plan is as long as it allows.
-        baseline: The configuration that is fully evaluated first.
-        space_size: Number of configurations.
+    Args:
+        task: Its budget says how long the plan is.
+        table: The scores.
         batch_size: Trials at a time.
         minibatches: DSPy's own arguments.
-        seed: Fixes the minibatches, together with the trial's number.
-        allocates: Whether the plan chooses the configurations by what is known; otherwise a sampler does.
+
+    Raises:
+        InvalidArgumentError: A number cannot work.
     """
 
-    n_examples: int
-    max_calls: int
-    baseline: Row
-    space_size: int
-    batch_size: int
-    minibatches: Minibatches
-    seed: int
-    allocates: bool = False
-    failures: Counter[Row] = field(default_factory=Counter)
+    measures_baseline: bool = False  # it is the first trial of all
     rounds_in_flight: int = 2
-    _asked: int = 0  # trials on minibatches
-    _decided: int = 0  # full evaluations of their best
-    _spent: int = 0  # calls made or committed to
 
-    def __post_init__(self) -> None:
-        self.outage = self.n_examples  # what a full evaluation lacks may fail again, and yet be its own fault
-        self.num_trials = self._planned = self.minibatches.trials_for(self.max_calls, self.n_examples)
-        self._steps = self.minibatches.full_eval_steps if self.minibatches.enabled else self.num_trials
-        self._full: dict[Row, None] = {}  # in the order in which they were completed
-        # Full evaluations decided on or running: the examples that are still to be answered.
-        self._owed: dict[Row, Examples] = {self.baseline: tuple(range(self.n_examples))}
-        self._running: set[Row] = set()  # of these
+    def __init__(
+        self,
+        task: Task,
+        table: ScoreTable,
+        batch_size: int | None = None,
+        minibatches: Minibatches | None = None,
+    ) -> None:
+        self.task, self._table = task, table
+        self._batches = (minibatches or Minibatches()).within(task.n_examples)
+        self._planned = self._num_trials = self._batches.trials_for(task.max_calls, task.n_examples)
+        self.max_calls = task.max_calls
+        self.batch_size = batch_size or task.batch_size(self._batches.size)
+        self.outage = task.n_examples  # what a full evaluation lacks may fail again, and be its own fault
+        self.first: Examples = tuple(range(task.n_examples))
+        self.arguments: Mapping[str, Any] = {
+            "minibatch_size": self._batches.size,
+            "minibatch_full_eval_steps": self._batches.full_eval_steps,
+        }
+        self._steps = self._batches.full_eval_steps if self._batches.enabled else self._num_trials
+        self._asked = 0  # trials on minibatches
+        self._decided = 0  # full evaluations of their best
+        self._chosen = [task.baseline]  # for full evaluations, the baseline's among them
 
     def is_open(self, row: Row) -> bool:
         """Whether ``row`` could still be chosen for a full evaluation."""
-        return row not in self._full and row not in self._owed and not self.is_dropped(row)
+        return row not in self._chosen and row not in self._whole and not self._table.is_dropped(row)
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
         """Shortens the plan; what has been asked still ends with a full evaluation of its best."""
-        least = self.minibatches.calls(1, self.n_examples)
-        affordable = self.minibatches.trials_for(calls, self.n_examples) if calls >= least else 0
-        self.num_trials = max(self._asked, min(self._planned, affordable))
+        n_examples = self.task.n_examples
+        least = self._batches.calls(1, n_examples)
+        affordable = self._batches.trials_for(calls, n_examples) if calls >= least else 0
+        self._num_trials = max(self._asked, min(self._planned, affordable))
 
-    def is_dropped(self, row: Row) -> bool:
-        """Whether ``row`` has failed too often."""
-        return self.failures[row] >= MAX_FAILURES
-
-    def forgive(self, row: Row) -> None:
-        """Forgets the failures of ``row``."""
-        del self.failures[row]
-
-    def is_stuck(self, ledger: Ledger) -> bool:
-        """Whether the baseline has failed too often: nothing comes before its full evaluation."""
-        return self.is_dropped(self.baseline) and self.baseline not in self._full
-
-    def is_full(self, row: Row, ledger: Ledger) -> bool:
+    def is_full(self, row: Row) -> bool:
         """Whether ``row`` has had a full evaluation; minibatches that add up to one do not count."""
-        return row in self._full
+        return row in self._whole and not self._table.is_pending(row) and self._table.is_full(row)
 
-    def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
+    @property
+    def _whole(self) -> dict[Row, None]:
+        """Configurations of trials on all examples, the earliest first."""
+        n_examples = self.task.n_examples
+        return {row: None for row, examples in self._table.trials if len(examples) == n_examples}
+
+    def next_round(self, evidence: Evidence) -> Iterator[Request]:
         """Full evaluations that are due, or the minibatches up to the next one."""
-        if not self._is_affordable(self.minibatches.size):  # an earlier run may have spent more than planned
-            self.num_trials = min(self.num_trials, self._asked)
-        if self._is_due():
-            if not alone:
+        if not self._is_affordable(self._batches.size):  # an earlier run may have spent more than planned
+            self._num_trials = min(self._num_trials, self._asked)
+        is_left = self._decided * self._steps < self._num_trials
+        if is_left and self._asked >= self._boundary():
+            if self._table.pending:  # the choice is made when all before it have been told
                 return
-            self._decide(known.ledger)
-        due = [row for row in self._owed if row not in self._running]
+            self._decide()
+        due = [row for row in self._chosen if not self._table.is_pending(row) and self._lacking(row)]
         for row in due:
-            yield Request(row, lambda row, number: self._owed.get(row, ()))
+            yield Request(row, lambda row, number: self._lacking(row))
         if not due:
-            yield from self._explore(known)
+            yield from self._explore(evidence)
 
-    def _explore(self, known: Knowledge) -> Iterator[Request]:
+    def _lacking(self, row: Row) -> Examples:
+        """What the full evaluation of ``row`` has not answered; nothing once it has failed too often."""
+        if row not in self._whole:
+            return self.first
+        return () if self._table.is_dropped(row) else self._table.missing(row)
+
+    def _explore(self, evidence: Evidence) -> Iterator[Request]:
         for _ in range(min(self.batch_size, self._boundary() - self._asked)):
-            closed = {*self._full, *self._owed, *filter(self.is_dropped, self.failures)}
-            if len(closed) >= self.space_size:
-                return
-            if not self._is_affordable(self.minibatches.size):
+            closed = {*self._whole, *self._chosen, *filter(self._table.is_dropped, self._table.started)}
+            if len(closed) >= self.task.space_size or not self._is_affordable(self._batches.size):
                 return
             self._asked += 1
-            yield Request(self._chosen(known) if self.allocates else None, self._minibatch)
+            yield Request(self._proposed(evidence) if self.task.allocates else None, self._minibatch)
 
-    def _chosen(self, known: Knowledge) -> Row | None:
-        rng = np.random.default_rng([abs(self.seed), self._asked])
-        rows = known.propose(1, self.max_calls - self._spent, self.is_open, {}, rng)
+    def _proposed(self, evidence: Evidence) -> Row | None:
+        rng = np.random.default_rng([abs(self.task.seed), self._asked])
+        rows = evidence.propose(1, self.max_calls - self._table.asked_calls, self.is_open, rng)
         return rows[0] if rows else None
 
     def _minibatch(self, row: Row, number: int) -> Examples:
         # The last entry tells this stream from the others that start from (seed, trial number).
-        rng = np.random.default_rng([abs(self.seed), number, self.n_examples])
-        drawn = rng.choice(self.n_examples, self.minibatches.size, replace=False)
+        n_examples = self.task.n_examples
+        rng = np.random.default_rng([abs(self.task.seed), number, n_examples])
+        drawn = rng.choice(n_examples, self._batches.size, replace=False)
         return tuple(sorted(int(example) for example in drawn))
 
     def _is_affordable(self, calls: int) -> bool:
         """Whether the budget holds these calls, and after a minibatch the full evaluation that follows."""
-        follows = self.n_examples if self.minibatches.enabled else 0
-        return self._spent + calls + follows <= self.max_calls
+        follows = self.task.n_examples if self._batches.enabled else 0
+        return self._table.asked_calls + calls + follows <= self.max_calls
 
     def _boundary(self) -> int:
         """Trials before the next full evaluation."""
-        return min((self._decided + 1) * self._steps, self.num_trials)
+        return min((self._decided + 1) * self._steps, self._num_trials)
 
-    def _is_due(self) -> bool:
-        left = self._decided * self._steps < self.num_trials
-        return left and self._asked >= self._boundary()
-
-    def _decide(self, ledger: Ledger) -> None:
+    def _decide(self) -> None:
         self._decided += 1
-        lacking = [row for row in ledger.rows() if self.is_open(row)]
+        lacking = [row for row in self._table.rows if self.is_open(row)]
         if lacking and self._is_affordable(0):
-            self._owed[max(lacking, key=ledger.mean)] = tuple(range(self.n_examples))
+            self._chosen.append(max(lacking, key=self._table.mean))
 
-    def assign(self, row: Row, examples: Sequence[int]) -> None:
-        """Notes full evaluations; the number of minibatches follows from the budget."""
-        self._spent += len(examples)
-        if len(examples) == self.n_examples:
-            self._owed[row] = tuple(examples)
-        if self._owed.get(row) == tuple(examples):
-            self._running.add(row)
-
-    def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
-        """A full evaluation is done once every example of it has been answered, or a few given up."""
-        missing = tuple(lost)
-        self._spent -= len(missing)
-        self.failures[row] += bool(missing)
-        if self._owed.get(row) != tuple(examples):
-            return
-        self._running.discard(row)
-        del self._owed[row]
-        lacks_few = self.is_dropped(row) and are_few(len(missing), self.n_examples - len(missing))
-        if not missing or lacks_few:
-            self._full[row] = None
-        elif row == self.baseline or not self.is_dropped(row):
-            self._owed[row] = missing
-
-    def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
+    def winner(self, ranked: Sequence[Row], is_cut_short: bool) -> Row:
         """The best full evaluation; of equal ones the earliest, which favours the baseline.
 
         Where some lack examples, whatever is worse than the baseline on what both have is passed over.
         """
-        rivals = [row for row in self._full if ledger.is_not_worse(row, self.baseline)]
-        return max(rivals, key=ledger.mean, default=self.baseline)
-
-    def best_so_far(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
-        """The best full evaluation, if any but the baseline's has been made."""
-        if self._full.keys() - {self.baseline}:
-            return self.winner(ranked, ledger)
-        return ledger.best_so_far(ranked, self.baseline, self.n_examples)
+        baseline = self.task.baseline
+        full = [row for row in self._whole if self.is_full(row)]
+        if is_cut_short and not set(full) - {baseline}:
+            return best_so_far(self._table, ranked, baseline)
+        rivals = [row for row in full if self._table.is_not_worse(row, baseline)]
+        return max(rivals, key=self._table.mean, default=baseline)

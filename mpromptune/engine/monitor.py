@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mpromptune.engine.knowledge import Knowledge
+from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.plan import Plan
 from mpromptune.engine.trials import Trials
 from mpromptune.execution.interrupts import contained
@@ -19,21 +19,21 @@ from mpromptune.storage.findings import Findings
 
 logger = logging.getLogger(__name__)
 
-# NOTE: seconds from one report to the next while a round is awaited; no eye wants more.
+# NOTE: seconds from one report to the next while a batch is awaited; no eye wants more.
 _BEAT = 0.5
 
 
 @dataclass
 class Monitor:
-    """Reports before and after every round, now and then while one is awaited, and at the end.
+    """Reports before and after every batch, now and then while one is awaited, and at the end.
 
-    No surrogate is fitted for it: estimates are those of the last proposal, or of the last decision of
-    the plan. Everything happens in the coordinator's thread.
+    No model is fitted for it: estimates are those of the last decision of the plan. Everything happens in the
+    thread of the search.
 
     Attributes:
         on_progress: Whom to tell; None for nobody, and after it has raised an error.
         plan: Has budget and baseline.
-        known: Has the scores, and says when its surrogate has ranked them.
+        evidence: Has the scores, and the model.
         budget: What is used.
         workers: Have the calls in flight.
         trials: Those told, and whether earlier runs still have some.
@@ -43,7 +43,7 @@ class Monitor:
 
     on_progress: OnProgress | None
     plan: Plan
-    known: Knowledge
+    evidence: Evidence
     budget: Budget
     workers: Workers
     trials: Trials
@@ -53,14 +53,12 @@ class Monitor:
     def __post_init__(self) -> None:
         self._began = self._last = self.clock()
         self._speed = Speed(self.clock)
-        self._leader: Row | None = None  # by a surrogate
-        self._estimates: dict[Row, tuple[float, float]] = {}  # its mean and standard deviation, by row
-        if self.on_progress is not None:
-            self.known.on_ranked = self._note
+        self._best: Row | None = None
+        self._estimates: dict[Row, tuple[float, float]] = {}  # mean and standard deviation, by row
 
     def report(self) -> None:
         """Tells how the search stands."""
-        self._safely(lambda: self._tell(self._seconds_left(), *self._standings()))
+        self._safely(lambda: self._tell(*self._standings(), self._seconds_left()))
 
     def beat(self) -> None:
         """The same, if it is time."""
@@ -71,7 +69,7 @@ class Monitor:
         """Tells how the search has ended."""
         best = _found(result, result.best_params, result.best_score)
         baseline = _found(result, result.baseline_params, result.baseline_score)
-        self._safely(lambda: self._tell(0.0, best, baseline, finished=True))
+        self._safely(lambda: self._tell(best, baseline, 0.0, finished=True))
 
     def _safely(self, step: Callable[[], None]) -> None:
         """Nobody watches any more once anything went wrong here."""
@@ -84,7 +82,7 @@ class Monitor:
             logger.exception("Progress is not reported any more; the search goes on.")
 
     def _tell(
-        self, left: float | None, best: Standing | None, baseline: Standing | None, finished: bool = False
+        self, best: Standing | None, baseline: Standing | None, left: float | None, finished: bool = False
     ) -> None:
         assert self.on_progress is not None
         self._last = self.clock()
@@ -92,8 +90,8 @@ class Monitor:
             calls=self._calls(),
             max_calls=self.plan.max_calls,
             trials=self.trials.told,
-            rounds=self.known.ledger.rounds,
-            n_examples=self.plan.n_examples,
+            rounds=self.evidence.table.rounds,
+            n_examples=self.plan.task.n_examples,
             best=best,
             baseline=baseline,
             load=self.workers.load,
@@ -106,40 +104,36 @@ class Monitor:
         self.on_progress(progress)
 
     def _calls(self) -> int:
-        return self.known.ledger.calls + self.answered()
+        return self.evidence.table.calls + self.answered()
 
     def _seconds_left(self) -> float | None:
         if self.trials.record:  # answers of earlier runs take no time, and say nothing of new ones
             self._speed = Speed(self.clock)
         self._speed.note(self._calls())
-        rest, ledger = self.plan.max_calls - self._calls(), self.known.ledger
-        affordable = self.budget.calls_left(ledger.usage, ledger.calls)
+        rest, table = self.plan.max_calls - self._calls(), self.evidence.table
+        affordable = self.budget.calls_left(table.usage, table.calls)
         if affordable is not None:
             rest = min(rest, affordable[1] - self.answered())
         return self._speed.seconds_for(rest)
 
-    def _note(self, leader: Row) -> None:
-        self._safely(lambda: self._rank(leader))
-
-    def _rank(self, leader: Row) -> None:
-        """The posterior ranks ``leader`` first; the baseline may not have been among the others."""
-        rows = [leader, self.plan.baseline]
-        normal = zip(*(values.tolist() for values in self.known.posterior(rows)), strict=True)
-        self._estimates = dict(zip(rows, normal, strict=True))
-        measured = [row for row in rows if self.known.ledger.scores.get(row)]
-        self._leader = max(measured, key=lambda row: self._estimates[row][0], default=None)
-
     def _standings(self) -> tuple[Standing | None, Standing | None]:
-        rows = self.known.ledger.rows()
-        leader = self._leader or max(rows, key=self.known.ledger.mean, default=None)
-        return self._standing(leader), self._standing(self.plan.baseline)
+        table, baseline, ranking = self.evidence.table, self.plan.task.baseline, self.evidence.ranking
+        if ranking and self.evidence.is_fitted:
+            rows = [ranking[0], baseline]
+            normal = zip(*(values.tolist() for values in self.evidence.posterior(rows)), strict=True)
+            self._estimates = dict(zip(rows, normal, strict=True))
+            # The baseline may not have been ranked with the others.
+            measured = [row for row in rows if table.means(row)]
+            self._best = max(measured, key=lambda row: self._estimates[row][0], default=None)
+        best = self._best or max(table.rows, key=table.mean, default=None)
+        return self._standing(best), self._standing(baseline)
 
     def _standing(self, row: Row | None) -> Standing | None:
-        scores = {} if row is None else self.known.ledger.means(row)
+        scores = {} if row is None else self.evidence.table.means(row)
         if row is None or not scores:
             return None
         measured = sum(scores.values()) / len(scores)
-        mean, std = self._estimates.get(row) or (measured, self.known.standard_error(len(scores)))
+        mean, std = self._estimates.get(row) or (measured, self.evidence.standard_error(len(scores)))
         return Standing(mean, std, measured, len(scores))
 
 

@@ -1,25 +1,21 @@
-"""The options that MIPROv2 takes beside DSPy's own: names, defaults, and checks."""
+"""The options of a search, for `search`, for MIPROv2's constructor and for its compile: one home."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
-import numpy as np
 from optuna.samplers import BaseSampler
 
-from mpromptune.engine.schedule import (
-    SCHEDULE_NAMES,
-    Confirm,
-    Minibatches,
-    check_block_size,
-    check_budget,
-    default_block_size,
-    first_keys,
-)
+from mpromptune.engine.batches import BatchPlan, Confirm
+from mpromptune.engine.minibatches import Minibatches, MiproPlan
+from mpromptune.engine.plan import Plan, Task
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.interrupts import GRACE
@@ -30,42 +26,56 @@ from mpromptune.sampling import SAMPLER_NAMES, unknown_sampler
 from mpromptune.show.progress import OnProgress
 from mpromptune.storage.storage import check_storage
 
-_QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder", "device")
-_COUNTS = (
-    "n_jobs",
-    "batch_size",
-    "max_space_size",
-    "n_batches",
-    "min_cold_start",
-    "block_size",
-    "max_calls",
-    "patience",
-    "max_requests_per_minute",
-    "max_tokens_per_minute",
+# The plans by name; each is made as `plan(task, table, batch_size=..., **those of _BLOCKS_ONLY it takes)`.
+PLANS: Mapping[str, Callable[..., Plan]] = {"blocks": BatchPlan, "mipro": MiproPlan}
+
+_BLOCKS_ONLY = ("block_size", "patience", "target", "confirm")
+QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder", "device")
+# What means nothing without DSPy's earlier steps, or has an argument of its own in `search`.
+_COMPILE_ONLY = (
+    *("n_jobs", "max_calls", "prices", "dry_run", "verbose"),
+    *("max_requests_per_minute", "max_tokens_per_minute"),
 )
+
+
+# DSPy's own arguments, with the names that they have in `Minibatches`.
+_MINIBATCHES = {
+    "minibatch": "enabled",
+    "minibatch_size": "size",
+    "minibatch_full_eval_steps": "full_eval_steps",
+}
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How the search step of `MIPROv2.compile` is run.
+    """How a search is run.
+
+    `search` takes them as keywords, but for ``n_jobs``, ``prices``, ``dry_run``, ``verbose`` and the caps per
+    minute; and with ``schedule="mipro"`` DSPy's ``minibatch``, ``minibatch_size`` and
+    ``minibatch_full_eval_steps``. ``MIPROv2`` takes all of them.
 
     Attributes:
         sampler: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"`` (any case) or an Optuna sampler.
         n_jobs: Multiplies ``num_threads``: so many times as many program calls in flight.
-        batch_size: Configurations per round; by default 4, or enough to occupy all threads if the budget has
-            many such rounds.
+        batch_size: Blocks in a batch (q), or trials; by default by the budget, and as before in a study that
+            is gone on with.
         max_space_size: (qei) Spaces of up to this size are enumerated at every proposal.
         n_batches: (qei) Random joint batches that compete with the greedy one.
         min_cold_start: (qei) Finished trials before the first model.
         embedder: (qei) Model name or path, SentenceTransformer, dspy.Embedder or callable.
         device: (qei) Where the surrogate is fitted and asked; by default the CPU.
-        block_size: Validation examples of a place in a batch (default 5).
+        block_size: Examples of a block; by default 5, or 3 where several predictors are combined.
         max_calls: Program calls to spend; by default exactly what DSPy's MIPROv2 would.
-        confirm: ``True`` keeps calls back so that winner and baseline end fully measured; ``"auto"`` as far
-            as that costs little; ``False`` compares by the posterior alone.
-        patience: Stop after so many rounds in a row without a gain in sight (default: never).
-        target: Stop once a mean score of the metric is reached and confirmed (default: none).
-        schedule: ``"blocks"``, or ``"mipro"`` for minibatches and full evaluations as DSPy's.
+        confirm: ``"auto"`` ends with the winner measured on every example where that takes no more than a
+            fifth of the calls, and with the baseline measured until it is 95 % sure which of the two is
+            better. True keeps calls back so that both end measured on every example, False none.
+        patience: Stop after so many batches in a row after which, by the posterior, no open configuration is
+            expected to gain over the leader a tenth of a full evaluation's standard error. None: never. It
+            cannot judge where all scores are the same.
+        target: Stop exploring once the leader's posterior mean is at or above this mean score; go on if,
+            fully measured, it is not.
+        schedule: ``"blocks"``; ``"mipro"`` for minibatches and full evaluations as DSPy's; `Minibatches` of
+            other sizes; or what makes a `Plan`.
         max_tokens: Tokens that the whole compile may use, in both directions.
         max_cost: US dollars that it may cost.
         max_seconds: Wall-clock time that it may take, but for ``grace``.
@@ -77,16 +87,24 @@ class SearchOptions:
         failure_score: What an example scores when the candidate itself fails on it.
         timeout: Seconds after which an attempt of a program call is given up (default: never).
         max_retries: Further attempts after errors of the infrastructure, rate limits apart.
-        grace: Seconds that Ctrl-C, SIGTERM and ``max_seconds`` leave to calls in flight.
-        storage: Path of a journal file, URL of a database, or an Optuna storage, in which the same
-            call goes on where it was interrupted; by default memory.
-        study_name: Name of the study in the storage.
-        callbacks: Called as ``callback(study, trial)`` after every trial.
-        on_progress: Called as ``on_progress(progress)`` with an `mpromptune.show.progress.Progress` after
-            every round of the search, and in between.
+        grace: Seconds that Ctrl-C, SIGTERM and ``max_seconds`` leave to calls in flight. No other call
+            begins; a second Ctrl-C does not wait.
+        storage: Path of a journal file, URL of a database, or an Optuna storage, in which the same call goes
+            on where it was interrupted; by default memory.
+        study_name: Name of the study in the storage, by default ``"mpromptune"``.
+        callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which they
+            are told.
+        on_progress: Called as ``on_progress(progress)`` with a `Progress`: at the beginning, after every
+            batch, about twice a second while calls are awaited, and at the end. In the thread that searches,
+            so it should not take long; an error in it is logged, and it is not called again.
         verbose: Show how the compile is getting on.
-        executor: Where the programs of the search are run: a ``concurrent.futures.Executor``, or a
-            callable that makes one (default: threads).
+        executor: Where scores are computed; by default threads. Any ``concurrent.futures.Executor``, which is
+            left open, or a callable that makes one, which is made anew when it breaks. To all but a
+            ``ThreadPoolExecutor`` the score travels (by cloudpickle), but no context variable does. It should
+            have room for ``num_threads`` calls: what waits in its queue nears its ``timeout``.
+
+    Raises:
+        InvalidArgumentError: A value cannot work.
     """
 
     sampler: BaseSampler | str = "qei"
@@ -102,7 +120,7 @@ class SearchOptions:
     confirm: Confirm = "auto"
     patience: int | None = None
     target: float | None = None
-    schedule: str = "blocks"
+    schedule: str | Minibatches | Callable[..., Plan] = "blocks"
     max_tokens: int | None = None
     max_cost: float | None = None
     max_seconds: float | None = None
@@ -122,25 +140,36 @@ class SearchOptions:
     executor: Any = None
 
     def __post_init__(self) -> None:
-        self._check_sampler()
-        for name in _COUNTS:
+        for name, check in _CHECKS.items():
             if getattr(self, name) is not None:
-                require_count(name, getattr(self, name), least=0 if name == "n_batches" else 1)
-        self._check_embedder()
-        self._check_device()
-        self._check_callbacks()
-        check_executor(self.executor)
+                check(name, getattr(self, name))
         _ = self.limits  # checks them
-        for name in ("dry_run", "verbose"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidArgumentError(f"{name} must be True or False; got {getattr(self, name)!r}.")
-        _check_prices(self.prices)
-        require_finite("failure_score", self.failure_score)
-        self._check_waits()
-        if self.target is not None:
-            require_finite("target", self.target)
-        check_schedule(self.schedule, self.block_size, self.confirm, self.patience, self.target)
+        self._check_sampler()
+        self._check_schedule()
+        check_executor(self.executor)
         check_storage(self.storage, self.study_name)
+
+    @classmethod
+    def of_search(cls, given: Mapping[str, Any]) -> SearchOptions:
+        """Those of `search`, where None is the default; DSPy's minibatches among them.
+
+        Raises:
+            UnknownOptionError: A name is not an option of it.
+        """
+        valid = [name for name in (*OPTION_NAMES, *_MINIBATCHES) if name not in _COMPILE_ONLY]
+        for name in given:
+            if name not in valid:
+                raise unknown_option(name, valid)
+        chosen = {name: value for name, value in given.items() if value is not None}
+        sizes = {_MINIBATCHES[name]: chosen.pop(name) for name in _MINIBATCHES if name in chosen}
+        if chosen.get("schedule") == "mipro":
+            chosen["schedule"] = Minibatches(**sizes)
+        return cls(**chosen)
+
+    @property
+    def of_compile(self) -> dict[str, Any]:
+        """What a compile hands on to `search`."""
+        return {name: getattr(self, name) for name in OPTION_NAMES if name not in _COMPILE_ONLY}
 
     @property
     def limits(self) -> Limits:
@@ -153,6 +182,60 @@ class SearchOptions:
         caps = self.max_requests_per_minute, self.max_tokens_per_minute
         return None if caps == (None, None) else Pace(*caps)
 
+    @property
+    def retry(self) -> RetryPolicy:
+        """How a program call is tried."""
+        return RetryPolicy(attempts=1 + self.max_retries, timeout=self.timeout)
+
+    def made_sampler(self, seed: int) -> BaseSampler | str:
+        """The sampler, made here where options of ``"qei"`` are given; another one by its name."""
+        if isinstance(self.sampler, BaseSampler) or self.sampler.lower() != "qei":
+            return self.sampler
+        from mpromptune.sampling.sampler import qEISampler  # it loads torch
+
+        given = {name: getattr(self, name) for name in (*QEI_ONLY, "batch_size")}
+        given = {name: value for name, value in given.items() if value is not None or name == "batch_size"}
+        return qEISampler(**given, seed=seed)
+
+    @property
+    def schedule_name(self) -> str:
+        """What a study says of its plan."""
+        if isinstance(self.schedule, Minibatches):
+            return "mipro"
+        return self.schedule if isinstance(self.schedule, str) else self.schedule.__name__
+
+    def plan(self, task: Task, table: ScoreTable, batch_size: int | None = None) -> Plan:
+        """The plan that the options ask for.
+
+        Args:
+            task: What is searched.
+            table: The scores that it is to decide by.
+            batch_size: As before in a study; one that is given comes first.
+
+        Raises:
+            InvalidArgumentError: It cannot be made with this budget and these examples.
+        """
+        if isinstance(self.schedule, Minibatches):
+            maker: Callable[..., Plan] = partial(MiproPlan, minibatches=self.schedule)
+        else:
+            maker = PLANS[self.schedule] if isinstance(self.schedule, str) else self.schedule
+        own = _BLOCKS_ONLY if self.schedule == "blocks" else ()
+        given = {name: getattr(self, name) for name in own}
+        return maker(task, table, batch_size=self.batch_size or batch_size, **given)
+
+    def within(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> SearchOptions:
+        """With the budget that DSPy's arguments ask for, unless one is given, and its minibatches.
+
+        Raises:
+            InvalidArgumentError: DSPy's arguments cannot work.
+        """
+        calls = self.max_calls
+        if calls is None:
+            calls = minibatches.within(n_examples).calls(require_count("num_trials", num_trials), n_examples)
+        return replace(
+            self, max_calls=calls, schedule=minibatches if self.schedule == "mipro" else self.schedule
+        )
+
     def _check_sampler(self) -> None:
         if isinstance(self.sampler, BaseSampler):
             name = type(self.sampler).__name__
@@ -160,129 +243,71 @@ class SearchOptions:
             name = self.sampler.lower()
         else:
             raise unknown_sampler(self.sampler)
-        given = [key for key in _QEI_ONLY if getattr(self, key) is not None]
+        given = [key for key in QEI_ONLY if getattr(self, key) is not None]
         if given and name != "qei":
             raise InvalidArgumentError(
                 f"{given} only apply to sampler='qei'; got sampler {name!r}. Set them on the sampler itself."
             )
 
-    def _check_embedder(self) -> None:
-        embedder = self.embedder
-        known = embedder is None or isinstance(embedder, str) or callable(embedder)
-        if not known and not hasattr(embedder, "encode"):
+    def _check_schedule(self) -> None:
+        if not isinstance(self.confirm, bool) and self.confirm != "auto":
+            raise InvalidArgumentError(f"confirm must be True, False or 'auto'; got {self.confirm!r}.")
+        known = self.schedule in PLANS if isinstance(self.schedule, str) else callable(self.schedule)
+        if not (known or isinstance(self.schedule, Minibatches)):
+            raise InvalidArgumentError(f"schedule must be one of {list(PLANS)}; got {self.schedule!r}.")
+        foreign = {name: getattr(self, name) for name in _BLOCKS_ONLY}
+        foreign = {name: value for name, value in foreign.items() if value not in (None, True, "auto")}
+        if self.schedule != "blocks" and foreign:
             raise InvalidArgumentError(
-                "embedder must be a model name or path, a SentenceTransformer, a dspy.Embedder or a "
-                f"callable; got {embedder!r}."
+                f"{foreign} only apply to schedule='blocks'; got schedule={self.schedule!r}."
             )
 
-    def _check_device(self) -> None:
-        if self.device is not None:
-            from mpromptune.model.devices import resolve_device  # it loads torch
 
-            resolve_device(self.device)
-
-    def _check_waits(self) -> None:
-        require_count("max_retries", self.max_retries, least=0)
-        if require_finite("grace", self.grace) < 0:
-            raise InvalidArgumentError(f"grace must not be negative; got {self.grace!r}.")
-        if self.timeout is not None and require_finite("timeout", self.timeout) <= 0:
-            raise InvalidArgumentError(f"timeout must be above 0; got {self.timeout!r}.")
-
-    def _check_callbacks(self) -> None:
-        is_list = isinstance(self.callbacks, Sequence)
-        if not is_list or not all(callable(callback) for callback in self.callbacks):
-            raise InvalidArgumentError(f"callbacks must be a list of callables; got {self.callbacks!r}.")
-        if self.on_progress is not None and not callable(self.on_progress):
-            raise InvalidArgumentError(f"on_progress must be a callable; got {self.on_progress!r}.")
-
-    def check_run(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> None:
-        """Whether a search can be run at all; called before anything is paid for.
-
-        Args:
-            n_examples: Size of the validation set.
-            num_trials: DSPy's, from which the budget follows unless ``max_calls`` is given.
-            minibatches: DSPy's too.
-
-        Raises:
-            InvalidArgumentError: It cannot.
-        """
-        if self.block_size is not None:
-            check_block_size(self.block_size, n_examples)
-        if self.max_calls is None:
-            require_count("num_trials", num_trials)
-            minibatches.within(n_examples)
-        elif self.schedule == "mipro":
-            minibatches.within(n_examples).trials_for(self.max_calls, n_examples)
-        else:
-            check_budget(self.max_calls, n_examples, self.confirm)
-
-    def first_of_baseline(self, n_examples: int, seed: int, n_predictors: int) -> list[int]:
-        """The examples that the search measures the baseline on first of all; all where it confirms.
-
-        Args:
-            n_examples: Size of the validation set.
-            seed: Of the search.
-            n_predictors: Of the program.
-        """
-        order: list[int] = np.argsort(first_keys(n_examples, seed), kind="stable").tolist()
-        size = self.block_size or default_block_size(n_examples, is_combined=n_predictors > 1)
-        first = order if self.schedule == "mipro" or self.confirm is True else order[:size]
-        return first[: self.max_calls]
-
-    def search_calls(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> int:
-        """Program calls of the search, at most; arguments as in `check_run`, which has been passed."""
-        if self.max_calls is None:
-            return minibatches.calls(num_trials, n_examples)
-        if self.schedule == "blocks":
-            return self.max_calls
-        batches = minibatches.within(n_examples)
-        return batches.calls(batches.trials_for(self.max_calls, n_examples), n_examples)
-
-    @property
-    def retry(self) -> RetryPolicy:
-        """How a program call is tried."""
-        return RetryPolicy(attempts=1 + self.max_retries, timeout=self.timeout)
-
-    @property
-    def qei_arguments(self) -> dict[str, Any]:
-        """What was given of qEISampler's arguments."""
-        names = (*_QEI_ONLY, "batch_size")
-        return {key: value for key in names if (value := getattr(self, key)) is not None}
+def _check_embedder(name: str, value: Any) -> None:
+    if not (isinstance(value, str) or callable(value) or hasattr(value, "encode")):
+        raise InvalidArgumentError(
+            "embedder must be a model name or path, a SentenceTransformer, a dspy.Embedder or a "
+            f"callable; got {value!r}."
+        )
 
 
-def check_schedule(
-    schedule: str, block_size: int | None, confirm: Confirm, patience: int | None, target: float | None
-) -> None:
-    """Refuses what no schedule knows, and options that mean nothing to the one named.
+def _check_device(name: str, value: Any) -> None:
+    from mpromptune.model.devices import resolve_device  # it loads torch
 
-    Raises:
-        InvalidArgumentError: Which of them, or what ``confirm`` may be.
-    """
-    if not isinstance(confirm, bool) and confirm != "auto":
-        raise InvalidArgumentError(f"confirm must be True, False or 'auto'; got {confirm!r}.")
-    if schedule not in SCHEDULE_NAMES:
-        raise InvalidArgumentError(f"schedule must be one of {list(SCHEDULE_NAMES)}; got {schedule!r}.")
-    given = {"block_size": block_size, "patience": patience, "target": target}
-    foreign = {name: value for name, value in given.items() if value is not None}
-    if confirm is not True and confirm != "auto":
-        foreign["confirm"] = confirm
-    if schedule != "blocks" and foreign:
-        raise InvalidArgumentError(f"{foreign} only apply to schedule='blocks'; got schedule={schedule!r}.")
+    resolve_device(value)
 
 
-def _check_prices(prices: Any) -> None:
-    """Refuses what is no table of prices.
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} must be True or False; got {value!r}.")
 
-    Raises:
-        InvalidArgumentError: It is neither a mapping to two prices each nor a callable.
-    """
-    if prices is None or callable(prices):
-        return
-    rows = prices.values() if isinstance(prices, Mapping) else [None]
-    if not all(_is_price(row) for row in rows):
+
+def _check_callbacks(name: str, value: Any) -> None:
+    if not isinstance(value, Sequence) or not all(callable(callback) for callback in value):
+        raise InvalidArgumentError(f"{name} must be a list of callables; got {value!r}.")
+
+
+def _check_callable(name: str, value: Any) -> None:
+    if not callable(value):
+        raise InvalidArgumentError(f"{name} must be a callable; got {value!r}.")
+
+
+def _check_grace(name: str, value: Any) -> None:
+    if require_finite(name, value) < 0:
+        raise InvalidArgumentError(f"{name} must not be negative; got {value!r}.")
+
+
+def _check_timeout(name: str, value: Any) -> None:
+    if require_finite(name, value) <= 0:
+        raise InvalidArgumentError(f"{name} must be above 0; got {value!r}.")
+
+
+def _check_prices(name: str, value: Any) -> None:
+    rows = value.values() if isinstance(value, Mapping) else [None]
+    if not callable(value) and not all(map(_is_price, rows)):
         raise InvalidArgumentError(
             "prices must map each model to (US dollars per million prompt tokens, completion tokens), or "
-            f"be a callable of model and usage; got {prices!r}."
+            f"be a callable of model and usage; got {value!r}."
         )
 
 
@@ -291,48 +316,32 @@ def _is_price(row: Any) -> bool:
     return is_pair and all(isinstance(x, Real) and 0.0 <= float(x) < math.inf for x in row)
 
 
+_POSITIVE = (
+    *("n_jobs", "batch_size", "max_space_size", "min_cold_start", "block_size", "max_calls", "patience"),
+    *("max_requests_per_minute", "max_tokens_per_minute"),
+)
+# What a value has to pass, unless it is None.
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    **dict.fromkeys(_POSITIVE, require_count),
+    **dict.fromkeys(("n_batches", "max_retries"), partial(require_count, least=0)),
+    **dict.fromkeys(("failure_score", "target"), require_finite),
+    **dict.fromkeys(("dry_run", "verbose"), _check_bool),
+    "embedder": _check_embedder,
+    "device": _check_device,
+    "callbacks": _check_callbacks,
+    "on_progress": _check_callable,
+    "grace": _check_grace,
+    "timeout": _check_timeout,
+    "prices": _check_prices,
+}
+
 OPTION_NAMES = tuple(field.name for field in fields(SearchOptions))
 
 
-def gather(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Merges options given in several places of one call; None means not given.
-
-    Raises:
-        InvalidArgumentError: The same option is given twice, or a source is not a mapping.
-        UnknownOptionError: A name is not an option.
-    """
-    merged: dict[str, Any] = {}
-    for source in sources:
-        if source is not None and not isinstance(source, Mapping):
-            raise InvalidArgumentError(f"sampler_config must be a dict of options; got {source!r}.")
-        for key, value in (source or {}).items():
-            if key not in OPTION_NAMES:
-                raise unknown_option(key)
-            if value is None:
-                continue
-            if key in merged:
-                raise InvalidArgumentError(f"{key!r} is given twice: {merged[key]!r} and {value!r}.")
-            merged[key] = value
-    return merged
-
-
-def resolve(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SearchOptions | None:
-    """The options in force; None when nothing asks for a sampler, which means DSPy's own search.
-
-    ``n_jobs`` and ``verbose`` alone ask for nothing: the one has no meaning for DSPy's serial loop, the
-    other is also an argument of DSPy's own. A sampler given now takes no arguments that were meant for
-    the default one.
-    """
-    sampler = given.get("sampler", "qei")
-    if not isinstance(sampler, str) or sampler.lower() != "qei":
-        defaults = {key: value for key, value in defaults.items() if key not in _QEI_ONLY}
-    merged = {**defaults, **given}
-    options = SearchOptions(**merged)
-    silent = {"n_jobs", "verbose"} if options.dry_run else {"n_jobs", "verbose", "dry_run"}
-    return options if set(merged) - silent else None
-
-
-def unknown_option(name: str, others: Sequence[str] = ()) -> UnknownOptionError:
-    """The error for a name that is neither ours nor DSPy's."""
-    valid = sorted({*OPTION_NAMES, *others})
-    return UnknownOptionError(f"Unknown option {name!r}. Valid options are: {', '.join(valid)}.")
+def unknown_option(name: str, valid: Sequence[str]) -> UnknownOptionError:
+    """The error for a name that is not known, with the nearest one that is."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    return UnknownOptionError(
+        f"Unknown option {name!r}.{meant} Valid options are: {', '.join(sorted(valid))}."
+    )

@@ -2,13 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from mpromptune.engine.knowledge import Knowledge
+from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.scores import Examples, ScoreTable
 from mpromptune.model.space import Row
-from mpromptune.storage.ledger import Examples, Ledger
+
+# NOTE: threads up to which trials do not depend on their number, and the calls in flight for all of these, at
+# which 32 threads are busy for 0.95 of the time; but no more than a part of the budget, since what is asked
+# for before earlier answers are known is asked blindly.
+_SMALL_POOL = 32
+_IN_FLIGHT = 96
+_SHARE = 0.08
+# NOTE: calls in flight for each thread of a larger pool, which rides out slow calls, and what part of the
+# budget they may be. In a simulation of 2130 calls with lognormal latencies (sigma 0.5), 64 threads are busy
+# for 0.90, 0.94 and 0.95 of the time with three, four and five; 128 for 0.80, 0.86 and 0.88.
+_PER_THREAD = 4
+_LARGEST_SHARE = 0.25
+# Batches that these calls are made of, so that the pool never waits for a decision.
+_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a plan is made for.
+
+    Attributes:
+        n_examples: Size of the validation set.
+        max_calls: Budget of program calls.
+        baseline: The configuration that the winner is compared with.
+        space_size: Number of configurations.
+        seed: Of all draws, together with the number of trials before.
+        num_threads: Calls in flight at once.
+        is_combined: Whether configurations combine the candidates of several predictors.
+        allocates: Whether the plan chooses the configurations by what is known; otherwise a sampler does.
+    """
+
+    n_examples: int
+    max_calls: int
+    baseline: Row
+    space_size: int
+    seed: int
+    num_threads: int = 1
+    is_combined: bool = False
+    allocates: bool = False
+
+    def batch_size(self, trial_size: int) -> int:
+        """Trials or blocks of ``trial_size`` calls each in a batch."""
+        return max(2, round(self._usual_calls / (_BATCHES * trial_size)))
+
+    def rounds_in_flight(self, calls_of_a_batch: int) -> int:
+        """Batches being measured at any time, at most; at least two, so that the pool never drains."""
+        calls = self._usual_calls
+        if self.num_threads > _SMALL_POOL:
+            calls = max(calls, min(_PER_THREAD * self.num_threads, _LARGEST_SHARE * self.max_calls))
+        return max(2, math.ceil(calls / calls_of_a_batch))
+
+    @property
+    def _usual_calls(self) -> float:
+        """Calls in flight for a pool of up to 32 threads."""
+        return min(_IN_FLIGHT, _SHARE * self.max_calls)
 
 
 @dataclass(frozen=True)
@@ -25,58 +81,65 @@ class Request:
 
 
 class Plan(Protocol):
-    """Spends the budget. Only the coordinator's thread talks to it, so it may count as it goes.
+    """Spends the budget, by what the table of scores says. A class is listed in `plans.PLANS`.
 
-    Every request becomes a trial at once: `assign` is called before the next request is taken, and
-    `settle` when the trial has been told.
+    Every request becomes a trial, and is in the table, before the next one is taken.
+
+    Attributes:
+        task: What it was made for.
+        max_calls: Calls that it spends.
+        batch_size: Trials, or blocks, of a batch.
+        rounds_in_flight: Batches at a time: while one is being told, the others keep the workers busy.
+        outage: Failures in a batch that are read as an outage, though all of one configuration.
+        arguments: What must stay as it is in a study.
+        first: Examples of the baseline that are measured first of all.
+        measures_baseline: Whether the baseline has to be measured on all examples.
     """
 
-    n_examples: int
+    task: Task
     max_calls: int
-    baseline: Row
-    batch_size: int  # configurations in a round
-    rounds_in_flight: int  # at most; while one is being told, the others keep the workers busy
-    outage: int  # failures in a round that are read as an outage, though all of one configuration
+    batch_size: int
+    rounds_in_flight: int
+    outage: int
+    arguments: Mapping[str, Any]
+    first: Examples
+    measures_baseline: bool
 
     def is_open(self, row: Row) -> bool:
         """Whether the sampler may propose ``row``."""
 
-    def next_round(self, known: Knowledge, alone: bool) -> Iterator[Request]:
-        """The trials of the next round; none when there is nothing to start now.
-
-        Args:
-            known: Everything told so far.
-            alone: Whether all earlier rounds have been told.
-        """
-
-    def assign(self, row: Row, examples: Sequence[int]) -> None:
-        """A trial of ``row`` has started."""
-
-    def settle(self, row: Row, examples: Sequence[int], lost: Iterable[int]) -> None:
-        """That trial has been told; the ``lost`` ones of its examples have no score."""
+    def next_round(self, evidence: Evidence) -> Iterator[Request]:
+        """The trials of the next batch; none when there is nothing to start now."""
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
-        """Only ``calls`` calls can be paid in all, if that is less than ``max_calls``; asked every round.
+        """Only ``calls`` calls can be paid in all, if that is less than ``max_calls``; asked every batch.
 
         Args:
             calls: Those told so far and those that what is left allows.
             price: How many times the average call one of a configuration costs.
         """
 
-    def is_dropped(self, row: Row) -> bool:
-        """Whether so many trials of ``row`` failed that no further call is risked on it."""
-
-    def is_stuck(self, ledger: Ledger) -> bool:
-        """Whether the baseline's failures leave nothing to compare with, so that the search has to stop."""
-
-    def forgive(self, row: Row) -> None:
-        """Forgets the failures of ``row``: they ended an earlier run, and may have been mended since."""
-
-    def is_full(self, row: Row, ledger: Ledger) -> bool:
+    def is_full(self, row: Row) -> bool:
         """Whether ``row`` is fully evaluated."""
 
-    def winner(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
-        """The configuration to return, of those measured, by posterior mean, the highest first."""
+    def winner(self, ranked: Sequence[Row], is_cut_short: bool) -> Row:
+        """The configuration to return.
 
-    def best_so_far(self, ranked: Sequence[Row], ledger: Ledger) -> Row:
-        """The configuration to return if the search ends before the plan does; ``ranked`` as above."""
+        Args:
+            ranked: Those measured, by posterior mean, the highest first; at least one if cut short.
+            is_cut_short: Whether the search ends before the plan does.
+        """
+
+
+def best_so_far(table: ScoreTable, ranked: Sequence[Row], baseline: Row) -> Row:
+    """Whom to return when a search is cut short.
+
+    The first of ``ranked`` that is fully measured, or, where nothing is but the baseline, the first of all;
+    passing over what scores worse than the baseline on the examples that both were measured on, or shares
+    none with it. If nothing is left, the baseline; but where that has no score yet, there is nothing to pass
+    over.
+    """
+    full = [row for row in ranked if row != baseline and table.is_full(row)]
+    if not table.means(baseline):
+        return (full or ranked)[0]
+    return next((row for row in full or ranked if table.is_not_worse(row, baseline)), baseline)

@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
-from optuna.samplers import BaseSampler
-
-from mpromptune.engine.batches import BatchPlan
-from mpromptune.engine.coordinator import Callback, Coordinator
-from mpromptune.engine.knowledge import Knowledge
-from mpromptune.engine.minibatches import MiproPlan
-from mpromptune.engine.options import check_schedule
-from mpromptune.engine.pairs import Pairs
-from mpromptune.engine.plan import Plan
+from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.loop import Loop
+from mpromptune.engine.options import SearchOptions
+from mpromptune.engine.plan import Plan, Task
 from mpromptune.engine.result import SearchResult
-from mpromptune.engine.schedule import (
-    Confirm,
-    Minibatches,
-    check_block_size,
-    check_budget,
-    default_block_size,
-    warn_of_little,
-)
-from mpromptune.engine.setup import Setup
-from mpromptune.engine.trials import Trials
-from mpromptune.errors import require_count, require_finite
+from mpromptune.engine.scores import ScoreTable
+from mpromptune.engine.settings import recorded_settings, require_same, settings_of, write_settings
+from mpromptune.engine.trials import Trials, table_of
+from mpromptune.errors import require_count
 from mpromptune.execution.attempts import Classify, RetryAfter, RetryPolicy, no_hint
-from mpromptune.execution.interrupts import GRACE, handled
-from mpromptune.execution.limits import SEARCH, Budget, Limits
-from mpromptune.execution.pool import Score, Workers, as_score, classify_builtin
-from mpromptune.execution.remote import ExecutorSpec, Workplace, measuring
+from mpromptune.execution.interrupts import handled
+from mpromptune.execution.limits import SEARCH, Budget
+from mpromptune.execution.pool import Score, Workers, classify_builtin
+from mpromptune.execution.remote import Workplace, measuring
 from mpromptune.execution.usage import Usage, metered
-from mpromptune.model.space import PromptSpace, Row
-from mpromptune.model.statistics import Stopping
+from mpromptune.model.space import PromptSpace
 from mpromptune.sampling.sampler import qEISampler
-from mpromptune.sampling.samplers import is_qei
-from mpromptune.show.progress import OnProgress
+from mpromptune.sampling.samplers import bind, distributions_of, is_qei, resolve_sampler
+from mpromptune.storage.damage import named, readable, require_readable
 from mpromptune.storage.lease import Lease, held
-from mpromptune.storage.storage import StorageSpec, open_study
+from mpromptune.storage.record import check_left, read_record
+from mpromptune.storage.storage import open_study
+
+logger = logging.getLogger(__name__)
 
 
 def search(
@@ -49,31 +39,15 @@ def search(
     *,
     n_examples: int,
     max_calls: int,
-    sampler: BaseSampler | str | None = None,
     num_threads: int = 8,
-    batch_size: int | None = None,
-    block_size: int | None = None,
     baseline: Mapping[str, int] | None = None,
     seed: int = 0,
-    storage: StorageSpec = None,
-    study_name: str | None = None,
-    callbacks: Sequence[Callback] = (),
-    confirm: Confirm = "auto",
-    patience: int | None = None,
-    target: float | None = None,
-    schedule: str = "blocks",
-    minibatch: bool = True,
-    minibatch_size: int = 35,
-    minibatch_full_eval_steps: int = 5,
-    executor: ExecutorSpec = None,
     classify: Classify = classify_builtin,
     retry: RetryPolicy | None = None,
     retry_after: RetryAfter = no_hint,
-    grace: float = GRACE,
-    failure_score: float = 0.0,
-    on_progress: OnProgress | None = None,
-    limits: Limits | Budget | None = None,
+    budget: Budget | None = None,
     stopped: threading.Event | None = None,
+    **options: Any,
 ) -> SearchResult:
     """Finds the configuration with the highest mean score for a budget of program calls.
 
@@ -96,133 +70,115 @@ def search(
 
     Args:
         space: The configurations.
-        score: ``score(params, example) -> float``, the higher the better; called from threads.
+        score: ``score(params, example) -> float``, the higher the better; called from threads. It calls
+            `mpromptune.execution.usage.record` to say what it used, where there are limits on that.
         n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
         max_calls: Calls of ``score`` to spend. Fewer are spent when nothing is left to measure.
-        sampler: ``"qei"`` (default), ``"tpe"``, ``"gp"``, ``"random"``, or an Optuna sampler.
         num_threads: Calls in flight at once.
-        batch_size: Blocks in a batch (q); by default as before in a study that is gone on with, otherwise 6,
-            fewer where there are fewer than 1200 calls.
-        block_size: Examples of a block; by default 5, or 3 where several predictors are combined.
         baseline: Configuration to compare with; by default the first of the space.
         seed: Fixes blocks, proposals and so the whole search.
-        storage: Path of a journal file, URL of a database, or an Optuna storage; None for memory.
-        study_name: Name of the study in the storage, by default ``"mpromptune"``.
-        callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which
-            they are told.
-        confirm: ``"auto"`` ends with the winner measured on every example where that takes no more than a
-            fifth of the calls, and with the baseline measured until it is 95 % sure which of the two is
-            better. True keeps calls back so that both end measured on every example, False none.
-        patience: Stop after so many batches in a row after which, by the posterior, no open
-            configuration is expected to gain over the leader a tenth of a full evaluation's
-            standard error. None: never. It cannot judge where all scores are the same.
-        target: Stop exploring once the leader's posterior mean is at or above this mean score; go
-            on if, fully measured, it is not.
-        schedule: ``"blocks"`` or ``"mipro"``.
-        minibatch: (mipro) False measures every trial on all examples.
-        minibatch_size: (mipro) Examples of a trial.
-        minibatch_full_eval_steps: (mipro) Trials from one full evaluation to the next.
-        executor: Where scores are computed; by default threads. Any ``concurrent.futures.Executor``, which
-            is left open, or a callable that makes one, which is made anew when it breaks. To all but a
-            ``ThreadPoolExecutor`` the score travels (by cloudpickle), but no context variable does. It
-            should have room for ``num_threads`` calls: what waits in its queue nears its ``timeout``.
         classify: The verdict on an exception of ``score``.
-        retry: How infrastructure errors are retried, and after how long an attempt is given up.
+        retry: How infrastructure errors are retried; by default as ``timeout`` and ``max_retries`` say.
         retry_after: Seconds that an exception of ``score`` asks to wait, or None.
-        grace: Seconds that Ctrl-C, SIGTERM and a limit in seconds leave to calls in flight. No other
-            call begins; a second Ctrl-C does not wait. SIGTERM is listened to in the main thread, unless it
-            has a handler already.
-        failure_score: What an example scores when the candidate itself failed on it.
-        on_progress: Called as ``on_progress(progress)`` with a `Progress`: at the beginning, after every
-            round, about twice a second while calls are awaited, and at the end. In the thread that
-            searches, so it should not take long; an error in it is logged, and it is not called again.
-        limits: On tokens, money and time: ``score`` calls `mpromptune.execution.usage.record` to say what it
-            used. Exploration ends early enough to confirm the winner as far as can be foreseen; no
-            call begins once a limit is used up. A `Budget` where something was used before.
+        budget: Limits that count already, in the place of ``max_tokens``, ``max_cost`` and ``max_seconds``.
         stopped: Set from outside, no further call begins; set when nothing more may be spent.
+        options: See `SearchOptions`; None is the default.
 
     Returns:
         The winner, its score, the baseline's, and the study.
 
     Raises:
         InvalidArgumentError: An argument cannot work; no call was made.
+        UnknownOptionError: An option is not known; the message names the nearest.
         TravelError: The score cannot be sent to the workers of the executor; no call was made.
         StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
             seed or schedule, or to none; no call was made.
         StudyInUseError: Another run is at work on the study; no call was made.
         SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
             where the storage failed, and ``.result`` is what can be said from it.
-        SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
+        SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same. SIGTERM is listened to
+            in the main thread, unless it has a handler already.
     """
-    _check_counts(n_examples=n_examples, max_calls=max_calls, num_threads=num_threads)
-    _check_given(batch_size=batch_size, block_size=block_size, patience=patience)
-    if target is not None:
-        require_finite("target", target)
-    require_finite("grace", grace)
-    as_score(failure_score)
-    check_schedule(schedule, block_size, confirm, patience, target)
-    start = space.first() if baseline is None else space.row(baseline)
-    plan: Plan
-    if schedule == "mipro":
-        batches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch).within(n_examples)
-        trial_size, sizes = batches.size, batches.as_arguments()
-        plan = MiproPlan(n_examples, max_calls, start, space.size, 1, batches, seed, is_qei(sampler))
-    else:
-        plan = _batches(space, n_examples, max_calls, start, block_size, confirm)
-        plan.stopping, plan.allocates, plan.seed = Stopping(target, patience), is_qei(sampler), seed
-        trial_size, sizes = plan.block_size, {"block_size": plan.block_size}
-    arguments = {"n_examples": n_examples, "baseline": space.params(start), "seed": seed}
-    arguments.update(schedule=schedule, **sizes)
-    confirmed = confirm is True and schedule == "blocks"  # mipro measures the baseline first of all
-    setup = Setup(space, plan, arguments, sampler, batch_size, num_threads, trial_size, confirmed)
-    budget = limits if isinstance(limits, Budget) else Budget(limits, grace=grace)
-    told: dict[str, Any] = {
-        "failure_score": failure_score,
-        "callbacks": callbacks,
-        "on_progress": on_progress,
-        "grace": grace,
-    }
-    run = partial(Coordinator, space=space, plan=plan, budget=budget, **told)
-    stopped, place = stopped or threading.Event(), Workplace(executor)
-    study = open_study(storage, study_name)
+    for name, count in {"n_examples": n_examples, "max_calls": max_calls, "num_threads": num_threads}.items():
+        require_count(name, count)
+    chosen = SearchOptions.of_search(options)
+    task = Task(
+        n_examples=n_examples,
+        max_calls=max_calls,
+        baseline=space.first() if baseline is None else space.row(baseline),
+        space_size=space.size,
+        seed=seed,
+        num_threads=num_threads,
+        is_combined=space.combinations is None and len(set(space.groups)) > 1,
+        allocates=is_qei(chosen.sampler),
+    )
+    _warn_of_little(chosen.plan(task, ScoreTable(n_examples)))
+    budget = budget or Budget(chosen.limits, grace=chosen.grace)
+    retry, stopped = retry or chosen.retry, stopped or threading.Event()
+    study = open_study(chosen.storage, chosen.study_name)
     with (
         budget.ending(),
         handled(),
         held(study, stopped) as lease,
-        measuring(score, place, num_threads, retry, stopped) as (score, pool),
+        measuring(score, Workplace(chosen.executor), num_threads, retry, stopped) as (score, pool),
     ):
         workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
-        return _run(setup, lease, budget, run, workers)
+        loop = _take_up(space, task, chosen, lease, workers, budget)
+        with metered(budget.begin_search()):
+            return loop.run()
 
 
-def _batches(
-    space: PromptSpace, n_examples: int, max_calls: int, start: Row, block_size: int | None, confirm: Confirm
-) -> BatchPlan:
-    is_combined = space.combinations is None and len(set(space.groups)) > 1
-    size = block_size or default_block_size(n_examples, is_combined)
-    check_budget(max_calls, n_examples, confirm)
-    warn_of_little(max_calls, n_examples, confirm)
-    check_block_size(size, n_examples)
-    return BatchPlan(Pairs(n_examples, max_calls), start, space.size, size, confirm=confirm)
+def _warn_of_little(plan: Plan) -> None:
+    n_examples, max_calls = plan.task.n_examples, plan.task.max_calls
+    if plan.measures_baseline and 4 * n_examples > max_calls:
+        logger.warning(
+            "Measuring the winner and the baseline on all %d validation examples takes up to %d of "
+            "max_calls=%d: little is left to find a winner with. Raise max_calls, use fewer validation "
+            "examples, or pass confirm=False.",
+            *(n_examples, 2 * n_examples, max_calls),
+        )
 
 
-def _run(
-    setup: Setup, lease: Lease, budget: Budget, run: partial[Coordinator], workers: Workers
-) -> SearchResult:
-    study = lease.study
-    record, encoding = setup.take_up(study)
+def _take_up(
+    space: PromptSpace, task: Task, options: SearchOptions, lease: Lease, workers: Workers, budget: Budget
+) -> Loop:
+    """The search made ready on its study: settings compared, the record read, the sampler set.
+
+    Raises:
+        InvalidArgumentError: The budget is too low to go on.
+        StudyMismatchError: The study belongs to another search.
+        StorageError: It is damaged.
+    """
+    study, table = lease.study, ScoreTable(task.n_examples)
+    sampler = options.made_sampler(task.seed)
+    with readable(f"What {named(study)} says of its search"):
+        before = recorded_settings(study)
+        own = sampler.batch_size if isinstance(sampler, qEISampler) else None
+        plan = options.plan(task, table, own or before.get("batch_size"))
+        if before.get("batch_size") == plan.batch_size:  # so that other threads make no other trials
+            plan.rounds_in_flight = int(before["rounds_in_flight"])
+        settings = settings_of(space, task, options.schedule_name, plan)
+        require_same(study, before, settings)
+    require_readable(study, distributions_of(space), task.n_examples)
+    record = read_record(study)
+    missing = table_of(record, space, task.n_examples).missing(task.baseline)
+    check_left(record, task.max_calls, len(missing) if plan.measures_baseline else 0)
+    made = resolve_sampler(sampler, space, task.seed, len(study.get_trials(deepcopy=False)))
+    study.sampler, encoding = bind(made, space, plan.is_open, task.seed)
+    if made is options.sampler and record:  # its stream is at its beginning, and would come again
+        study.sampler.reseed_rng()
+    write_settings(study, settings, encoding)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
-    trials = Trials(study, setup.space, record, lease)
-    cold = setup.sampler.min_cold_start if isinstance(setup.sampler, qEISampler) else 1
-    known = Knowledge(study, encoding, setup.plan.n_examples, cold)
-    with metered(budget.begin_search()):
-        return run(workers=workers, trials=trials, known=known).run()
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        require_count(name, count)
-
-
-def _check_given(**counts: int | None) -> None:
-    _check_counts(**{name: count for name, count in counts.items() if count is not None})
+    cold = sampler.min_cold_start if isinstance(sampler, qEISampler) else 1
+    return Loop(
+        space,
+        plan,
+        workers,
+        Trials(study, space, record, lease),
+        Evidence(encoding, table, cold),
+        budget,
+        options.failure_score,
+        options.callbacks,
+        options.on_progress,
+        options.grace,
+    )

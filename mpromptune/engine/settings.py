@@ -12,11 +12,12 @@ import numpy as np
 from optuna.study import Study
 
 from mpromptune import __version__
-from mpromptune.engine.plan import Plan
+from mpromptune.engine.plan import Plan, Task
 from mpromptune.errors import StudyMismatchError
 from mpromptune.model.space import PromptSpace
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.storage.attributes import GEOMETRY, N_EXAMPLES, SETTINGS
+from mpromptune.storage.damage import named, readable
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +31,15 @@ _ADVICE = "Give another study_name or storage. No call was made."
 _TOLERANCE = 1e-2
 
 
-def settings_of(space: PromptSpace, arguments: Mapping[str, Any], plan: Plan) -> Settings:
-    """What is written down of a search, with hashes in the place of texts.
-
-    Args:
-        space: The configurations.
-        arguments: What must stay as it is, as the space must.
-        plan: Its rounds are as large as ever unless the user says otherwise.
-    """
+def settings_of(space: PromptSpace, task: Task, schedule: str, plan: Plan) -> Settings:
+    """What is written down of a search, with hashes in the place of texts."""
+    arguments = {
+        "n_examples": task.n_examples,
+        "baseline": space.params(task.baseline),
+        "seed": task.seed,
+        "schedule": schedule,
+        **plan.arguments,
+    }
     listed = None if space.combinations is None else _sha256(space.combinations.tolist())
     candidates = {name: [len(texts), _sha256(texts)] for name, texts in space.components.items()}
     return {
@@ -111,14 +113,20 @@ def _change(what: str, before: Any, now: Any) -> str:
     return f"{what} {verb} {before!r} and now {now!r}"
 
 
-def write_settings(study: Study, settings: Settings) -> None:
-    """Keeps the settings with the study."""
+def write_settings(study: Study, settings: Settings, encoding: Encoding) -> None:
+    """Keeps the settings with the study, and how far its candidates are from each other.
+
+    Raises:
+        StorageError: What the study says of its candidates is damaged.
+    """
+    with readable(f"What {named(study)} says of its candidates"):
+        _compare_geometry(study, encoding)
     if settings != study.user_attrs.get(SETTINGS):
         study.set_user_attr(N_EXAMPLES, settings["arguments"]["n_examples"])
         study.set_user_attr(SETTINGS, settings)
 
 
-def compare_geometry(study: Study, encoding: Encoding) -> None:
+def _compare_geometry(study: Study, encoding: Encoding) -> None:
     """Warns when an embedder sees the candidates otherwise than in the run that the study goes on from.
 
     What was measured holds whatever the embedder, so this is no reason to refuse; but the trials to

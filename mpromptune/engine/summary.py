@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from optuna.study import Study
 
-from mpromptune.engine.knowledge import Knowledge
-from mpromptune.engine.plan import Plan
+from mpromptune.engine.batches import BatchPlan
+from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.minibatches import Minibatches, MiproPlan
+from mpromptune.engine.plan import Plan, Task
 from mpromptune.engine.result import Measured, SearchResult
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import SearchStoppedError
 from mpromptune.execution.limits import Budget
+from mpromptune.execution.usage import StepUsage
 from mpromptune.model.space import PromptSpace, Row
+from mpromptune.sampling.encoding import encode_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +31,14 @@ class Summary:
     Attributes:
         space: The configurations.
         plan: Says who wins.
-        known: The scores, and what the surrogate makes of them.
+        evidence: The scores, and what the model makes of them.
         budget: What was used.
         binding: The limit that leaves fewer calls than the plan has, if any.
     """
 
     space: PromptSpace
     plan: Plan
-    known: Knowledge
+    evidence: Evidence
     budget: Budget
     binding: str | None = None
 
@@ -42,76 +48,97 @@ class Summary:
         Raises:
             SearchStoppedError: A limit was reached before anything was measured.
         """
-        ranked = self._ranked()
-        return self._of(self._winner(ranked, study), ranked, study)
+        ranked = self.evidence.best_first(self.evidence.table.rows)
+        limit = self.budget.reached or self.binding
+        if limit is not None and not ranked:
+            raise SearchStoppedError(
+                f"{limit} was reached before anything was measured: {self.budget.usage.total}.", study
+            )
+        # A plan that a limit has cut short may not have got to its winner.
+        return self._of(self.plan.winner(ranked, is_cut_short=limit is not None), ranked, study)
 
     def so_far(self, study: Study) -> SearchResult | None:
-        """Of a search that stopped, as by a limit; nothing that goes wrong here hides why it did."""
+        """Of a search that stopped, as by an error; nothing that goes wrong here hides why it did."""
         try:
-            ranked = self._ranked()
-            best = self.plan.best_so_far(ranked, self.known.ledger) if ranked else None
-            return None if best is None else self._of(best, ranked, study)
+            ranked = self.evidence.best_first(self.evidence.table.rows)
+            return self._of(self.plan.winner(ranked, is_cut_short=True), ranked, study) if ranked else None
         except Exception:
             logger.exception("No result could be made of what was measured.")
             return None
 
-    def _ranked(self) -> list[Row]:
-        return self.known.best_first(self.known.ledger.rows())
-
-    @property
-    def _stopped_by(self) -> str | None:
-        return self.budget.reached or self.binding
-
-    def _winner(self, ranked: Sequence[Row], study: Study) -> Row:
-        """The plan's, unless a limit cut it short; the plan may then not have got to its winner."""
-        if self._stopped_by is None:
-            return self.plan.winner(ranked, self.known.ledger)
-        if not ranked:
-            raise SearchStoppedError(
-                f"{self._stopped_by} was reached before anything was measured: {self.budget.usage.total}.",
-                study,
-            )
-        return self.plan.best_so_far(ranked, self.known.ledger)
-
     def _of(self, winner: Row, ranked: Sequence[Row], study: Study) -> SearchResult:
-        ledger = self.known.ledger
+        best_score, *interval = self._score(winner)
         return SearchResult(
             best_params=self.space.params(winner),
-            best_score=self._score(winner),
-            baseline_score=self._score(self.plan.baseline),
-            best_interval=self._interval(winner),
-            calls=ledger.calls,
-            n_examples=self.plan.n_examples,
-            configurations=tuple(self._measured(ranked)),
+            best_score=best_score,
+            baseline_score=self._score(self.plan.task.baseline)[0],
+            best_interval=(interval[0], interval[1]),
+            calls=self.evidence.table.calls,
+            n_examples=self.plan.task.n_examples,
+            configurations=measured(self.space, self.plan, self.evidence, ranked),
             study=study,
             usage=self.budget.usage,
-            stopped_by=self._stopped_by,
+            stopped_by=self.budget.reached or self.binding,
             overspent=self.budget.overspent,
             space=self.space,
-            distances=self.known.encoding.distances(),
-            drawn=self.known.drawn(),
-            text_chance=self.known.text_chance(),
+            distances=self.evidence.encoding.distances(),
+            drawn=self.evidence.drawn(),
+            text_chance=self.evidence.text_chance(),
         )
 
-    def _score(self, row: Row) -> float:
-        """Its mean over the validation set; foreseen where it was not measured on all of it."""
-        is_full = self.plan.is_full(row, self.known.ledger)
-        return self.known.ledger.mean(row) if is_full else self.known.whole_score(row)[0]
+    def _score(self, row: Row) -> tuple[float, float, float]:
+        """Mean over the validation set, and its interval; foreseen where it was not measured on all of it."""
+        if self.plan.is_full(row):
+            return (self.evidence.table.mean(row),) * 3
+        return self.evidence.whole_score(row)
 
-    def _interval(self, row: Row) -> tuple[float, float]:
-        if self.plan.is_full(row, self.known.ledger):
-            return self.known.ledger.mean(row), self.known.ledger.mean(row)
-        return self.known.whole_score(row)[1:]
 
-    def _measured(self, rows: Sequence[Row]) -> list[Measured]:
-        means, deviations = self.known.posterior(rows)
-        return [
-            Measured(
-                params=self.space.params(row),
-                scores=self.known.ledger.means(row),
-                posterior_mean=mean,
-                posterior_std=deviation,
-                fully=self.plan.is_full(row, self.known.ledger),
-            )
-            for row, mean, deviation in zip(rows, means.tolist(), deviations.tolist(), strict=True)
-        ]
+def result_of_study(
+    study: Study, arguments: Mapping[str, Any], table: ScoreTable, space: PromptSpace, usage: StepUsage
+) -> SearchResult | None:
+    """The result of a search from its study alone, by a model that knows nothing of the texts.
+
+    Args:
+        study: The study.
+        arguments: What its settings say of the search.
+        table: All of its scores.
+        space: Its configurations.
+        usage: What each step has used.
+
+    Returns:
+        What the search would return if it were cut short now; None where nothing was measured.
+    """
+    # As many calls as any plan may need: none is made.
+    calls = 100 * table.n_examples + table.asked_calls
+    task = Task(table.n_examples, calls, space.row(arguments["baseline"]), space.size, arguments["seed"])
+    plan: Plan
+    if arguments["schedule"] == "mipro":
+        sizes = arguments["minibatch_size"], arguments["minibatch_full_eval_steps"]
+        plan = MiproPlan(task, table, minibatches=Minibatches(*sizes))
+    else:
+        plan = BatchPlan(task, table, confirm=True)
+    evidence = Evidence(encode_prompts(space, None), table)
+    ranked = evidence.best_first(table.rows)
+    if not ranked:
+        return None
+    best = plan.winner(ranked, is_cut_short=True)
+    return SearchResult(
+        best_params=space.params(best),
+        best_score=table.mean(best),
+        baseline_score=table.mean(task.baseline),
+        calls=table.calls,
+        n_examples=table.n_examples,
+        configurations=measured(space, plan, evidence, ranked),
+        study=study,
+        usage=usage,
+        drawn=evidence.drawn() if arguments.get("combinations") is None else None,
+    )
+
+
+def measured(space: PromptSpace, plan: Plan, evidence: Evidence, rows: Sequence[Row]) -> tuple[Measured, ...]:
+    """Configurations as a result has them."""
+    posterior = zip(*(values.tolist() for values in evidence.posterior(rows)), strict=True)
+    return tuple(
+        Measured(space.params(row), evidence.table.means(row), mean, deviation, plan.is_full(row))
+        for row, (mean, deviation) in zip(rows, posterior, strict=True)
+    )

@@ -1,4 +1,9 @@
-"""The trials of a search in their study: asked anew or taken from an earlier run, kept, and told."""
+"""The trials of a search in their study: asked anew or taken from an earlier run, kept, and told.
+
+A search that goes on takes every step again that it took before. Trials that were told are answers without a
+call. Those that a killed run left open go on under their own number, so that nobody could tell that it was
+killed; abandoned ones, which are closed, under a new one.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,13 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from mpromptune.engine.scores import Examples, ScoreTable
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.usage import Meter, Usage
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.sampling.samplers import distributions_of
 from mpromptune.storage.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
 from mpromptune.storage.lease import Lease
-from mpromptune.storage.ledger import Examples
 from mpromptune.storage.record import Record, Recorded, abandoned_attributes, recorded_of
 
 
@@ -32,24 +37,28 @@ class Asked:
         examples: What an earlier run chose to measure it on, or None; empty for nothing.
         scores: What an earlier run paid for.
         meter: What it has used, in earlier runs too.
-        refused: Examples of which the prompt was refused.
+        refused: Examples on which the prompt was refused, as an earlier run has told.
     """
 
     trial: Trial | None
     number: int
     row: Row
-    examples: Examples | None
-    scores: Mapping[int, float]
+    examples: Examples | None = None
+    scores: Mapping[int, float] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
     refused: Examples = ()
+
+    @classmethod
+    def of(cls, recorded: Recorded, row: Row, trial: Trial | None = None) -> Asked:
+        """A trial of an earlier run; ``trial`` unless it was told."""
+        examples = recorded.examples if trial is not None else recorded.examples or ()
+        asked = cls(trial, recorded.number, row, examples, recorded.scores, refused=recorded.refused)
+        asked.meter.add(recorded.usage)
+        return asked
 
 
 class Trials:
     """Answers requests from the record of earlier runs first, and then from the sampler.
-
-    A search that goes on takes every step again that it took before. Trials that were told are
-    answers without a call. Those that a killed run left open go on under their own number, so that
-    nobody could tell that it was killed; abandoned ones, which are closed, under a new one.
 
     Args:
         study: The study; its sampler proposes configurations.
@@ -58,14 +67,11 @@ class Trials:
         lease: Says whether this run may write to the study.
 
     Attributes:
-        lease: As given.
         told: Trials told, in earlier runs too.
     """
 
     def __init__(self, study: Study, space: PromptSpace, record: Record, lease: Lease) -> None:
-        self.study = study
-        self.lease = lease
-        self.record = record
+        self.study, self.record, self.lease = study, record, lease
         self._space = space
         self._distributions = distributions_of(space)
         self._lock = threading.Lock()
@@ -76,27 +82,22 @@ class Trials:
         """The next trial of the record; after the last, a new one of ``row``, or of the sampler's choice."""
         self.lease.require()
         while self.record:
-            asked = self._again(self.record.popleft())
+            recorded = self.record.popleft()
+            asked = self._told(recorded) if recorded.told else self._again(recorded)
             if asked is not None:
                 return asked
-        if row is None:
-            trial = self.study.ask(fixed_distributions=self._distributions)
-        else:
-            with deferred():  # an interrupt in between would leave a trial that waits, and that nobody closes
+        with deferred():  # an interrupt in between would leave a trial that waits, and that nobody closes
+            if row is not None:
                 self.study.enqueue_trial(self._space.params(row))
-                trial = self.study.ask(fixed_distributions=self._distributions)
-        return Asked(trial, trial.number, self._space.row(trial.params), None, {})
-
-    def _again(self, recorded: Recorded) -> Asked | None:
-        if recorded.told:
-            return self._told(recorded)
-        with deferred():
-            return self._open(recorded if recorded.is_open else self._taken_up(recorded))
+            trial = self.study.ask(fixed_distributions=self._distributions)
+        return Asked(trial, trial.number, self._space.row(trial.params))
 
     def _told(self, recorded: Recorded) -> Asked:
-        row = self._space.row(recorded.params) if recorded.examples else ()
-        known = recorded.examples or (), recorded.scores, _metered(recorded), recorded.refused
-        return Asked(None, recorded.number, row, *known)
+        return Asked.of(recorded, self._space.row(recorded.params) if recorded.examples else ())
+
+    def _again(self, recorded: Recorded) -> Asked | None:
+        with deferred():
+            return self._open(recorded if recorded.is_open else self._taken_up(recorded))
 
     def _taken_up(self, abandoned: Recorded) -> Recorded:
         """A new trial in the place of a closed one; with its scores, in a single write."""
@@ -122,10 +123,10 @@ class Trials:
             assert isinstance(distribution, CategoricalDistribution)
             trial.suggest_categorical(name, distribution.choices)  # what is stored, where it is
         row = tuple(int(trial.params[name]) for name in self._space.names)
-        if not self._space.exists(row):  # half of it from a sampler that has forgotten what it drew
-            self._forget(trial)
-            return None
-        return Asked(trial, trial.number, row, recorded.examples, recorded.scores, _metered(recorded))
+        if self._space.exists(row):
+            return Asked.of(recorded, row, trial)
+        self._forget(trial)  # half of it is from a sampler that has forgotten what it drew
+        return None
 
     def _forget(self, trial: Trial) -> None:
         """Closes one of which nothing was measured, as if it had not been asked for."""
@@ -159,14 +160,20 @@ class Trials:
             self.study.tell(asked.trial, state=TrialState.FAIL)
 
     def tell(
-        self, asked: Asked, examples: Examples, measured: Mapping[int, float], abandoned: bool = False
+        self,
+        asked: Asked,
+        examples: Examples,
+        scores: Mapping[int, float],
+        refused: Sequence[int] = (),
+        abandoned: bool = False,
     ) -> FrozenTrial | None:
         """Tells a trial: its mean when every example was measured, FAIL otherwise.
 
         Args:
             asked: The trial; None is returned for one that an earlier run has told.
             examples: What it was to be measured on.
-            measured: Example to score.
+            scores: Example to score.
+            refused: Of those, the examples on which the prompt was refused.
             abandoned: Whether the run ends, and the next one is to take up what it lacks.
         """
         self.lease.require()
@@ -176,18 +183,20 @@ class Trials:
             return None
         with self._lock:  # no score is being saved
             self._closed.add(asked.number)
-        failed = len(measured) < len(examples)
-        if failed:  # first, so that it is never lost what was planned
-            trial.set_user_attr(PLANNED, list(examples))
-        if failed and abandoned:
-            trial.set_user_attr(ABANDONED, True)
-        if asked.refused:
-            trial.set_user_attr(REFUSED, list(asked.refused))
-        trial.set_user_attr(EXAMPLES, list(measured))
-        trial.set_user_attr(SCORES, list(measured.values()))
+        failed = len(scores) < len(examples)
+        attributes = {
+            # First, so that it is never lost what was planned.
+            **({PLANNED: list(examples)} if failed else {}),
+            **({ABANDONED: True} if failed and abandoned else {}),
+            **({REFUSED: list(refused)} if refused else {}),
+            EXAMPLES: list(scores),
+            SCORES: list(scores.values()),
+        }
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
         if failed:
             return self.study.tell(trial, state=TrialState.FAIL)
-        return self.study.tell(trial, sum(measured.values()) / len(measured))
+        return self.study.tell(trial, sum(scores.values()) / len(scores))
 
     def rest(self) -> Iterator[Asked]:
         """What is left of the record when the search needs no more of it; it was paid for all the same."""
@@ -211,7 +220,12 @@ class Trials:
             self.study.tell(trial.number, state=TrialState.FAIL)
 
 
-def _metered(recorded: Recorded) -> Meter:
-    meter = Meter()
-    meter.add(recorded.usage)
-    return meter
+def table_of(record: Record, space: PromptSpace, n_examples: int) -> ScoreTable:
+    """The scores of earlier runs."""
+    table = ScoreTable(n_examples)
+    for recorded in record:
+        if recorded.params.keys() == set(space.names) and recorded.examples:
+            row, refused = space.row(recorded.params), set(recorded.refused)
+            known = {"usage": recorded.usage, "refused": refused, "is_over": recorded.told}
+            table.add(row, recorded.examples, recorded.scores, **known)
+    return table

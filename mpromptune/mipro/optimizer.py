@@ -19,11 +19,12 @@ import dspy
 
 # Where it is defined: others may put another class, ours among them, in place of `dspy.MIPROv2`.
 from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
-from optuna.samplers import BaseSampler
 
-from mpromptune.engine.arguments import extending, split
-from mpromptune.engine.options import SearchOptions, gather, resolve
-from mpromptune.engine.schedule import Minibatches
+from mpromptune.engine.arguments import extending, gather, resolve, split
+from mpromptune.engine.minibatches import Minibatches
+from mpromptune.engine.options import SearchOptions
+from mpromptune.engine.plan import Task
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution.interrupts import handled
 from mpromptune.lms.errors import classify, retry_after
@@ -197,22 +198,24 @@ def _prepare(
     num_demo_sets: int,
 ) -> None:
     """Checks what is known of the run, and looks up what an interrupted one has paid for."""
-    options, arguments = run.options, run.arguments
+    arguments = run.arguments
     minibatches = Minibatches(arguments["minibatch_size"], arguments["minibatch_full_eval_steps"], minibatch)
-    options.check_run(len(valset), num_trials, minibatches)
-    run.num_instructions = num_instructions
-    run.search_calls = options.search_calls(len(valset), num_trials, minibatches)
+    options = run.options.within(len(valset), num_trials, minibatches)
+    run.num_instructions, run.search_calls = num_instructions, options.max_calls or 0
+    is_combined = len(program.predictors()) > 1
+    task = Task(len(valset), run.search_calls, (), 1, run.seed, is_combined=is_combined)
+    plan = options.plan(task, ScoreTable(len(valset)))  # refuses what cannot work
     if options.dry_run:
         return
     if options.storage is not None:
         numbers = num_instructions, num_demo_sets
         identity = fingerprint(run.optimizer, program, valset, numbers, arguments)
         run.resume(open_study(options.storage, options.study_name), identity)
-    if check := getattr(_sampler(options, 0), "check_embedder", None):
+    if check := getattr(options.made_sampler(0), "check_embedder", None):
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
     with dspy.context(lm=run.optimizer.task_model), _remote(run, ProgramSpace(program, {}), valset):
         pass  # whatever cannot be sent to the workers has been named
-    run.want_scores(valset, options.first_of_baseline(len(valset), run.seed, len(program.predictors())))
+    run.want_scores(valset, list(plan.first))
 
 
 def _estimate(run: Run, given: Mapping[str, Any]) -> Estimate:
@@ -237,6 +240,7 @@ def _best_program(
 ) -> Any:
     """The winner of the search as a program, with what the search found out; or what ended it, with that."""
     minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
+    options = run.options.within(len(valset), num_trials, minibatches)
     run.end_steps()
     forget_statistics(program)
     programs = ProgramSpace(program, instruction_candidates, demo_candidates)
@@ -246,8 +250,7 @@ def _best_program(
             runner = remote or ProgramRunner(programs, valset, run.metric, run.evaluations.keep)
             score = scorer(runner, wants_traceback(evaluate.provide_traceback))
             score = run.known_or(score, programs, valset)
-            max_calls = run.options.max_calls or minibatches.calls(num_trials, len(valset))
-            result = _search(run, programs, score, len(valset), max_calls, minibatches)
+            result = _search(run, options, programs, score, len(valset))
     except (SearchInterrupted, SearchStoppedError) as error:
         error.program = program if error.result is None else _finished(run, programs, error.result)
         raise
@@ -259,53 +262,32 @@ def _remote(run: Run, programs: ProgramSpace, valset: list[Any]) -> Any:
     return remote_programs(run.place, run.guard, timeout, programs, valset, metric)
 
 
-def _search(
-    run: Run, programs: ProgramSpace, score: Any, n_examples: int, max_calls: int, minibatches: Minibatches
-) -> Any:
+def _search(run: Run, options: SearchOptions, programs: ProgramSpace, score: Any, n_examples: int) -> Any:
     # Torch is loaded here, once the bootstrap has shown that the program runs at all.
     from mpromptune.engine.search import search
 
-    options = run.options
+    max_calls = options.max_calls or 0
     run.view.bar("Searching", max_calls, "calls")
+    ours = {
+        "storage": run.storage,
+        "callbacks": (run.evaluations.on_trial, *options.callbacks),
+        "executor": run.place.threads,
+        "on_progress": together(run.view.on_progress if options.verbose else None, options.on_progress),
+    }
     return search(
         programs.prompt_space(),
         score,
         n_examples=n_examples,
         max_calls=max_calls,
-        sampler=_sampler(options, run.seed),
         num_threads=run.num_threads,
-        batch_size=options.batch_size,
-        block_size=options.block_size,
         baseline=programs.baseline,
         seed=run.seed,
-        storage=run.storage,
-        study_name=options.study_name,
-        callbacks=(run.evaluations.on_trial, *options.callbacks),
-        confirm=options.confirm,
-        patience=options.patience,
-        target=options.target,
-        schedule=options.schedule,
-        minibatch=minibatches.enabled,
-        minibatch_size=minibatches.size,
-        minibatch_full_eval_steps=minibatches.full_eval_steps,
-        executor=run.place.threads,
         classify=classify,
-        retry=options.retry,
         retry_after=retry_after,
-        grace=options.grace,
-        failure_score=options.failure_score,
-        on_progress=together(run.view.on_progress if options.verbose else None, options.on_progress),
-        limits=run.budget,
+        budget=run.budget,
         stopped=run.guard.stopped,
+        **{**options.of_compile, **ours},
     )
-
-
-def _sampler(options: SearchOptions, seed: int) -> BaseSampler | str:
-    if isinstance(options.sampler, BaseSampler) or options.sampler.lower() != "qei":
-        return options.sampler
-    from mpromptune.sampling.sampler import qEISampler
-
-    return qEISampler(**{"batch_size": None, **options.qei_arguments}, seed=seed)
 
 
 def _finished(run: Run, programs: ProgramSpace, result: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,18 @@ from typing import Any
 import optuna
 from optuna.study import Study
 
-from mpromptune.engine.knowledge import Knowledge
-from mpromptune.engine.result import Measured, SearchResult
+from mpromptune.engine.result import SearchResult
 from mpromptune.engine.settings import recorded_settings
+from mpromptune.engine.summary import result_of_study
+from mpromptune.engine.trials import table_of
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.checkpoint import kept_usage, read_candidates
 from mpromptune.mipro.configurations import candidate_text
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.model.space import Candidate, PromptSpace
-from mpromptune.sampling.encoding import encode_prompts
 from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, STUDENT
 from mpromptune.storage.damage import reported
-from mpromptune.storage.ledger import Ledger
 from mpromptune.storage.record import Record, read_record
 from mpromptune.storage.storage import DEFAULT_STUDY_NAME, StorageSpec, check_storage, open_storage
 
@@ -63,7 +62,11 @@ def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
     unknown = [name for name, (_, is_complete) in texts.items() if not is_complete]
     space = PromptSpace({name: found for name, (found, _) in texts.items()})
     has_texts = len(unknown) < len(texts) or any(_OWN in found for found, _ in texts.values())
-    return _result(study, settings["arguments"], record, space, has_texts, usage), _notes(unknown)
+    table = table_of(record, space, int(settings["arguments"]["n_examples"]))
+    result = result_of_study(study, settings["arguments"], table, space, usage)
+    if result is None:
+        raise InvalidArgumentError(f"Nothing has been measured in the study {study.study_name!r} yet.")
+    return (replace(result, space=space) if has_texts else result), _notes(unknown)
 
 
 def load_study(storage: StorageSpec, study_name: str | None = None) -> Study:
@@ -106,48 +109,6 @@ def _texts(study: Study, component: str, count: int) -> tuple[list[Candidate], b
     if len(texts) == count - 1:  # a compile adds the student's own where no candidate equals it
         return [*texts, _OWN], False
     return [_UNKNOWN.format(i) for i in range(count)], False
-
-
-def _result(
-    study: Study,
-    arguments: Mapping[str, Any],
-    record: Record,
-    space: PromptSpace,
-    has_texts: bool,
-    usage: StepUsage,
-) -> SearchResult:
-    n, baseline, ledger = int(arguments["n_examples"]), space.row(arguments["baseline"]), Ledger()
-    for recorded in record:  # what a failed candidate counts is only known once its trial has been told
-        if len(recorded.params) == len(space.names):
-            row = space.row(recorded.params)
-            ledger.add(row, recorded.scores, lost=recorded.lost, refused=recorded.refused)
-    known = Knowledge(study, encode_prompts(space, None), n, ledger=ledger)
-    ranked = known.best_first(ledger.rows())
-    if not ranked:
-        raise InvalidArgumentError(f"Nothing has been measured in the study {study.study_name!r} yet.")
-    best = ledger.best_so_far(ranked, baseline, n)
-    whole = [row for row in ledger.rows() if ledger.covers(row, n)]
-    if (
-        arguments["schedule"] == "mipro"
-    ):  # by whose full evaluations, in the order of trials, the winner is chosen
-        whole = [space.row(r.params) for r in record if r.told and len(r.scores) == n]
-        best = max(whole, key=ledger.mean) if {*whole} - {baseline} else best
-    posterior = zip(ranked, *(part.tolist() for part in known.posterior(ranked)), strict=True)
-    return SearchResult(
-        best_params=space.params(best),
-        best_score=ledger.mean(best),
-        baseline_score=ledger.mean(baseline),
-        calls=ledger.calls,
-        n_examples=n,
-        configurations=tuple(
-            Measured(space.params(row), ledger.means(row), mean, deviation, row in whole)
-            for row, mean, deviation in posterior
-        ),
-        study=study,
-        usage=usage,
-        drawn=known.drawn() if arguments.get("combinations") is None else None,
-        space=space if has_texts else None,
-    )
 
 
 def _used(study: Study, record: Record) -> StepUsage:

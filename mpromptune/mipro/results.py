@@ -16,12 +16,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from mpromptune.engine.result import SearchResult
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import TrialFailedError
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.usage import Usage
 from mpromptune.mipro.configurations import ProgramSpace
 from mpromptune.storage.attributes import EXAMPLES, PLANNED, SCORES
-from mpromptune.storage.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -198,13 +198,14 @@ class Evaluations:
 
     def _scores(self, study: Study, trial: FrozenTrial) -> dict[int, float]:
         """The trial's own, or all of its configuration's once they are complete by it."""
-        n, known, own = len(self.valset), Ledger(), _scores_of(trial)
+        n, own = len(self.valset), _scores_of(trial)
+        known = ScoreTable(n)
         for other in study.get_trials(deepcopy=False):
             if other.params == trial.params and other.number != trial.number:
-                known.add((), _scores_of(other))
-        was_complete = known.covers((), n)
-        known.add((), own)
-        completes = known.covers((), n) and (len(own) == n or not was_complete)
+                known.add((), tuple(_scores_of(other)), _scores_of(other))
+        was_complete = known.is_full(())
+        known.add((), tuple(own), own)
+        completes = known.is_full(()) and (len(own) == n or not was_complete)
         return known.means(()) if completes else own
 
 

@@ -1,9 +1,8 @@
-r"""Statistics of a search: noise, when to stop, what random choice would find, whether texts say anything."""
+r"""Statistics of a search: noise, what random choice would find, whether texts say anything."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtr
@@ -15,11 +14,6 @@ from mpromptune.model.space import FloatArray, IndexArray
 # NOTE: larger values stand for failures: whatever they are, they leave no digit for the others once these are
 # scaled to one deviation. float32, of which some of BoTorch's constants are, ends at 3.4e38.
 LARGEST = 1e30
-# NOTE: part of a full evaluation's standard error that counts as no gain. The validation set is
-# itself a sample, so the winner's score is known to one standard error (2.8 points at 80 % of 200
-# examples). A gain of a tenth of it would widen that uncertainty, added in quadrature, by half a
-# percent: nobody could tell it from the luck of the examples. It was reasoned, not tuned.
-_NEGLIGIBLE = 0.1
 # NOTE: of the integral over normal distributions; its error is below a hundredth of their deviation.
 _POINTS, _DEVIATIONS = 400, 5.0
 # NOTE: the smallest share that can be told is one in five hundred.
@@ -34,33 +28,6 @@ def pooled_variance(samples: Sequence[FloatArray]) -> float:
     if not df:
         return float(np.var(np.concatenate(samples)))
     return sum(float(((scores - scores.mean()) ** 2).sum()) for scores in samples) / df
-
-
-@dataclass
-class Stopping:
-    """The user's rules for ending a search before its budget.
-
-    Attributes:
-        target: A mean score that is good enough.
-        patience: Rounds in a row without a gain in sight after which to stop.
-        quiet: Such rounds so far.
-    """
-
-    target: float | None = None
-    patience: int | None = None
-    quiet: int = 0
-
-    def is_enough(self, score: float) -> bool:
-        """Whether ``score`` reaches the target."""
-        return self.target is not None and score >= self.target
-
-    def is_hopeless(self) -> bool:
-        """Whether there has been no gain in sight for long enough."""
-        return self.patience is not None and self.quiet >= self.patience
-
-    def note(self, gain: float, standard_error: float) -> None:
-        """Counts a round, by the largest expected gain after it and a full evaluation's standard error."""
-        self.quiet = self.quiet + 1 if gain < _NEGLIGIBLE * standard_error else 0
 
 
 def expected_best(means: FloatArray, stds: FloatArray, draws: int) -> FloatArray:

@@ -12,12 +12,11 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.execution.refusals import Refusals
 from mpromptune.execution.usage import Usage
-from mpromptune.model.space import Row
 from mpromptune.storage.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
 from mpromptune.storage.findings import in_memory
-from mpromptune.storage.ledger import Examples, Ledger
+
+Examples = tuple[int, ...]
 
 _OPEN = (TrialState.RUNNING, TrialState.WAITING)
 
@@ -118,25 +117,6 @@ def check_left(record: Record, max_calls: int, missing: int) -> None:
             f"max_calls={max_calls} is too low to go on: the study holds {spent} calls, and to finish the "
             f"trials that were left open and to measure the baseline takes {due} more. Raise max_calls."
         )
-
-
-def missing_of(record: Record, params: Mapping[str, int], n_examples: int) -> int:
-    """Examples of which the record neither has nor will have a score for ``params``, and not for failures."""
-    of_it = [recorded for recorded in record if recorded.params == params]
-    have = {e for r in of_it for e in (r.scores if r.told else r.examples or ())}
-    refusals = _refusals(record)
-    return n_examples - len(have | refusals.unanswerable() | refusals.given_up(_row(params)))
-
-
-def _refusals(record: Record) -> Refusals:
-    ledger = Ledger()
-    for recorded in record:
-        ledger.add(_row(recorded.params), recorded.scores, lost=recorded.lost, refused=recorded.refused)
-    return ledger.refusals
-
-
-def _row(params: Mapping[str, int]) -> Row:
-    return tuple(params[name] for name in sorted(params))
 
 
 def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:

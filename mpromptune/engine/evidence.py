@@ -1,21 +1,19 @@
-"""What a search knows: the scores that came in, and what they say about every configuration."""
+"""What a search has to decide by: the scores that came in, and the posterior that they give."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from optuna.study import Study
 
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.model.allocation import gains, propose
 from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.space import FloatArray, Row
 from mpromptune.model.statistics import LARGEST, chance_of_likeness, pooled_variance
 from mpromptune.sampling.encoding import Encoding
-from mpromptune.storage.ledger import Ledger
 
 # NOTE: the standard normal quantile of 97.5 %: the posterior of a mean score is normal.
 QUANTILE = 1.959964
@@ -24,45 +22,48 @@ _DRAWN = 500
 
 
 @dataclass
-class Knowledge:
-    """The ledger, and the posterior of everything told.
+class Evidence:
+    """The table of scores, and the model of all of them.
 
     Attributes:
-        study: Its trials are told to the ledger.
         encoding: Configurations as the model sees them.
+        table: The scores.
         min_cold_start: Configurations measured before the model chooses any.
-        ledger: The scores.
-        on_ranked: Called with the posterior's ranking of measured configurations, whenever it is made.
+        ranking: Measured configurations by posterior mean, as they were last ranked.
     """
 
-    study: Study
     encoding: Encoding
-    n_examples: int
+    table: ScoreTable
     min_cold_start: int = 1
-    ledger: Ledger = field(default_factory=Ledger)
-    on_ranked: Callable[[Row], None] = lambda leader: None
 
     def __post_init__(self) -> None:
         self._beliefs = Beliefs(self.encoding.space, self.encoding.geometries)
         self._told = 0
         self._information: FloatArray | None = None
         self._range = (-math.inf, math.inf)  # of all scores: nothing beyond them is foreseen
+        self.ranking: list[Row] = []
 
     @property
     def is_additive(self) -> bool:
         """Whether a configuration's skill is a sum, of which every trial tells a part."""
         return self._beliefs.is_additive
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the model knows all that was told."""
+        return self._told == self.table.calls > 0
+
     def _model(self) -> Beliefs | None:
         """Fitted again only when another score has been told; None before the first."""
-        if self.ledger.calls and self._told != self.ledger.calls:
-            rows = self.ledger.rows()
-            scores = np.full((len(rows), self.n_examples), np.nan)
+        table = self.table
+        if table.calls and not self.is_fitted:
+            rows = table.rows
+            scores = np.full((len(rows), table.n_examples), np.nan)
             for by_example, row in zip(scores, rows, strict=True):
-                means = self.ledger.means(row)
+                means = table.means(row)
                 by_example[list(means)] = list(means.values())
             self._beliefs.tell(rows, np.clip(scores, -LARGEST, LARGEST))
-            self._told, self._information = self.ledger.calls, None
+            self._told, self._information = table.calls, None
             self._range = float(np.nanmin(scores)), float(np.nanmax(scores))
         return self._beliefs if self._told else None
 
@@ -79,11 +80,11 @@ class Knowledge:
         What was not measured is foreseen, within the range of all scores so far; not a number where nothing
         was measured.
         """
-        known, model = self.ledger.means(row), self._model()
+        known, model = self.table.means(row), self._model()
         if model is None or not known:
-            return self.ledger.mean(row), math.nan, math.nan
-        left_out = known.keys() | self.ledger.refusals.unanswerable()
-        rest = [example for example in range(self.n_examples) if example not in left_out]
+            return self.table.mean(row), math.nan, math.nan
+        left_out = known.keys() | self.table.unanswerable
+        rest = [example for example in range(self.table.n_examples) if example not in left_out]
         means, variances = model.skills([row])
         total, deviation = model.posterior.sum_of(rest, float(means[0]), float(variances[0]))
         n = len(known) + len(rest)
@@ -95,28 +96,21 @@ class Knowledge:
         """Configurations by their posterior means, the highest first."""
         if not rows:
             return []
-        means = self.posterior(rows)[0]
-        ranked = [rows[i] for i in np.argsort(-means, kind="stable")]
-        self.on_ranked(ranked[0])
-        return ranked
+        self.ranking = [rows[i] for i in np.argsort(-self.posterior(rows)[0], kind="stable")]
+        return self.ranking
 
     def propose(
-        self,
-        n: int,
-        calls_left: int,
-        is_open: Callable[[Row], bool],
-        asked: Mapping[Row, AbstractSet[int]],
-        rng: np.random.Generator,
+        self, n: int, calls_left: int, is_open: Callable[[Row], bool], rng: np.random.Generator
     ) -> list[Row]:
         """Configurations for the ``n`` places of a batch; those never asked for, before there is a model."""
         model = self._model()
         rows: list[Row] = []
-        if model is not None and len(self.ledger.rows()) >= self.min_cold_start:
+        if model is not None and len(self.table.rows) >= self.min_cold_start:
             rows = propose(model, n, calls_left, is_open, rng)
         if not rows:
             sample = map(tuple, rng.permutation(self.encoding.space.sample(_DRAWN, rng)).tolist())
             open_ = [row for row in sample if is_open(row)]
-            rows = sorted(open_, key=asked.__contains__)[:n]
+            rows = sorted(open_, key=self.table.started.__contains__)[:n]
         return rows
 
     def information(self) -> FloatArray | None:
@@ -125,7 +119,7 @@ class Knowledge:
         if model is None:
             return None
         if self._information is None:
-            self._information = model.posterior.information(float(model.skills(self.ledger.rows())[0].max()))
+            self._information = model.posterior.information(float(model.skills(self.table.rows)[0].max()))
         return self._information
 
     def chance_of_gain(self, row: Row, other: Row) -> float:
@@ -137,12 +131,12 @@ class Knowledge:
         """The most that is expected from any open configuration over ``leader``; infinite unfitted."""
         model = self._model()
         if model is None:
-            return float("inf")
-        return gains(model, leader, is_open, np.random.default_rng(self.ledger.rounds))
+            return math.inf
+        return gains(model, leader, is_open, np.random.default_rng(self.table.rounds))
 
     def standard_error(self, n_examples: int) -> float:
         """Of a configuration's mean over a whole validation set."""
-        scores = [np.array(list(self.ledger.means(row).values())) for row in self.ledger.rows()]
+        scores = [np.array(list(self.table.means(row).values())) for row in self.table.rows]
         cut = [np.clip(some, -LARGEST, LARGEST) for some in scores]
         return float(np.sqrt(pooled_variance(cut) / n_examples))
 
