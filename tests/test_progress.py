@@ -159,7 +159,7 @@ def test_a_limit_ends_the_time_that_is_left() -> None:
     clock, answers = Clock(), [0]
     budget = Budget(Limits(max_cost=8.0), clock=clock)
     monitor = by_hand(told, clock, budget=budget, answered=lambda: answers[0])
-    monitor.known.ledger.usage = Usage(cost=5.0)
+    monitor.evidence.table.usage = Usage(cost=5.0)
     monitor.report()
     clock.sleep(2.0)
     answers[0] = 1
@@ -188,15 +188,17 @@ def test_answers_of_earlier_runs_say_nothing_of_the_time() -> None:
 def test_the_best_is_what_the_last_posterior_ranks_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean and deviation are those of the posterior that was ranked with."""
     expected: list[Any] = []
-    rank = Monitor._rank
+    rank = Evidence.best_first
 
-    def spy(self: Monitor, leader: Row) -> None:
-        means, deviations = self.known.posterior([leader, self.plan.baseline])
-        first = int(means.argmax())
-        expected.append((float(means[first]), float(deviations[first])))
-        rank(self, leader)
+    def spy(self: Evidence, rows: list[Row]) -> list[Row]:
+        ranked = rank(self, rows)
+        if ranked:
+            means, deviations = self.posterior([ranked[0], (0, 0)])
+            first = int(means.argmax())
+            expected.append((float(means[first]), float(deviations[first])))
+        return ranked
 
-    monkeypatch.setattr(Monitor, "_rank", spy)
+    monkeypatch.setattr(Evidence, "best_first", spy)
     seen: list[Any] = []
 
     def compare(progress: Progress) -> None:

@@ -81,8 +81,6 @@ class BatchPlan:
         # A fixed order for all: what one configuration is measured on, another one is too.
         rng = np.random.default_rng([abs(task.seed), n_examples])
         self._uniform: FloatArray = -np.log(1.0 - rng.random(n_examples))
-        first = np.argsort(self._uniform, kind="stable").tolist()
-        self.first: Examples = tuple(first if confirm is True else first[: self._size])[: task.max_calls]
         self._price: Callable[[Row], float] = lambda row: 1.0
         self._judged = self._quiet = 0  # batches judged by `patience`, and those in a row that gained nothing
         self._over = False
@@ -117,12 +115,23 @@ class BatchPlan:
         """A batch to explore with; once the calls for that are spent, what winner and baseline lack."""
         before, is_alone, baseline = self._table.asked_calls, not self._table.pending, self.task.baseline
         if not self._table.asked(baseline) and self._remaining > 0:
-            yield Request(baseline, lambda row, _: self._table.open_of(row, self.first)[: self._remaining])
+            yield Request(baseline, self._first)
         self._over = self._is_over(evidence)
         if not self._over:
             yield from self._explore(evidence, self._available(evidence))
         if self._table.asked_calls == before:
             yield from self._complete(evidence, is_alone)
+
+    @property
+    def first(self) -> Examples:
+        """What the baseline is to be measured on first of all."""
+        return self._first(self.task.baseline, 0)
+
+    def _first(self, row: Row, number: int) -> Examples:
+        """All where it is to be measured in full anyway: that tells how hard the examples are."""
+        order = np.argsort(self._uniform, kind="stable").tolist()
+        size = self.task.n_examples if self.measures_baseline else self._size
+        return self._table.open_of(row, order)[: min(size, self._remaining)]
 
     # Exploring.
 

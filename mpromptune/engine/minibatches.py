@@ -116,7 +116,6 @@ class MiproPlan:
         self.max_calls = task.max_calls
         self.batch_size = batch_size or task.batch_size(self._batches.size)
         self.outage = task.n_examples  # what a full evaluation lacks may fail again, and be its own fault
-        self.first: Examples = tuple(range(task.n_examples))
         self.arguments: Mapping[str, Any] = {
             "minibatch_size": self._batches.size,
             "minibatch_full_eval_steps": self._batches.full_eval_steps,
@@ -125,6 +124,11 @@ class MiproPlan:
         self._asked = 0  # trials on minibatches
         self._decided = 0  # full evaluations of their best
         self._chosen = [task.baseline]  # for full evaluations, the baseline's among them
+
+    @property
+    def first(self) -> Examples:
+        """All examples."""
+        return tuple(range(self.task.n_examples))
 
     def is_open(self, row: Row) -> bool:
         """Whether ``row`` could still be chosen for a full evaluation."""

@@ -92,7 +92,6 @@ class Plan(Protocol):
         rounds_in_flight: Batches at a time: while one is being told, the others keep the workers busy.
         outage: Failures in a batch that are read as an outage, though all of one configuration.
         arguments: What must stay as it is in a study.
-        first: Examples of the baseline that are measured first of all.
         measures_baseline: Whether the baseline has to be measured on all examples.
     """
 
@@ -102,8 +101,11 @@ class Plan(Protocol):
     rounds_in_flight: int
     outage: int
     arguments: Mapping[str, Any]
-    first: Examples
     measures_baseline: bool
+
+    @property
+    def first(self) -> Examples:
+        """Examples that the baseline is measured on first of all."""
 
     def is_open(self, row: Row) -> bool:
         """Whether the sampler may propose ``row``."""
