@@ -224,8 +224,8 @@ def table_of(record: Record, space: PromptSpace, n_examples: int) -> ScoreTable:
     """The scores of earlier runs."""
     table = ScoreTable(n_examples)
     for recorded in record:
-        if recorded.params.keys() == set(space.names) and recorded.examples:
-            row, refused = space.row(recorded.params), set(recorded.refused)
-            known = {"usage": recorded.usage, "refused": refused, "is_over": recorded.told}
-            table.add(row, recorded.examples, recorded.scores, **known)
+        if recorded.params.keys() == set(space.names):
+            examples = recorded.examples or tuple(recorded.scores)
+            known = {"usage": recorded.usage, "refused": set(recorded.refused), "is_over": recorded.told}
+            table.add(space.row(recorded.params), examples, recorded.scores, **known)
     return table
