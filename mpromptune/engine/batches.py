@@ -256,8 +256,9 @@ class BatchPlan:
     def _complete_both(self, evidence: Evidence, leader: Row | None, is_alone: bool) -> Iterator[Request]:
         """All that both lack; what failed for the baseline waits for a rival that may fail on it, too."""
         baseline, is_enough = self.task.baseline, self._has_target(evidence)
-        is_found = leader is not None and not is_enough and (is_alone or self._is_well_known(leader))
-        rivals = [leader] if leader is not None and is_found else []
+        rivals = [leader] if leader is not None and not is_enough else []
+        if not is_alone:  # another one may lead yet, unless this one is well known
+            rivals = [row for row in rivals if 2 * len(self._table.missing(row)) <= self.task.n_examples]
         waits = not (is_alone or is_enough or rivals) and self._table.has_tried_all(baseline)
         for row in dict.fromkeys(rivals if waits else [baseline, *rivals]):
             yield from self._rest_of(row)
@@ -267,9 +268,6 @@ class BatchPlan:
         is_lacking = 0 < len(self._table.missing(row)) <= self._remaining
         if is_lacking and not self._table.is_dropped(row):
             yield Request(row, lambda row, number: self._table.missing(row))
-
-    def _is_well_known(self, row: Row) -> bool:
-        return 2 * len(self._table.missing(row)) <= self.task.n_examples
 
     def _is_sure(self, evidence: Evidence, leader: Row) -> bool:
         """Whether it is known which is better, the leader or the baseline."""
