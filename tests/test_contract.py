@@ -14,11 +14,18 @@ from optuna.testing.pytest_samplers import (
 )
 
 from mpromptune import qEISampler
+from mpromptune.model import surrogate
+
+
+@pytest.fixture(autouse=True)
+def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract is about what is proposed, not how well."""
+    monkeypatch.setattr(surrogate, "_FIT", {"options": {"ftol": 0.1}})
 
 
 @pytest.fixture
 def sampler() -> Callable[[], BaseSampler]:
-    return lambda: qEISampler(embedder=hashed, min_cold_start=1, batch_size=2, seed=0)
+    return lambda: qEISampler(embedder=hashed, min_cold_start=1, batch_size=2, n_batches=2, seed=0)
 
 
 class TestBasic(BasicSamplerTestCase):

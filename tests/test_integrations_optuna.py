@@ -56,6 +56,14 @@ def _search(storage: Path | str) -> SearchResult:
     )
 
 
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    """A finished search, with trials of both kinds."""
+    found = _search(tmp_path_factory.mktemp("journal") / "run.log")
+    assert {t.state for t in found.study.trials} == {TrialState.COMPLETE, TrialState.FAIL}
+    return found
+
+
 @pytest.fixture(scope="module", params=["journal", "sqlite"])
 def stored(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -105,26 +113,21 @@ def test_the_dashboard_shows_a_search(stored: tuple[str, SearchResult], dashboar
     assert b"<html" in dashboard("/dashboard/")
 
 
-def test_there_are_failed_trials(stored: tuple[str, SearchResult]) -> None:
-    """What is drawn and shown below holds trials of both kinds."""
-    assert {t.state for t in stored[1].study.trials} == {TrialState.COMPLETE, TrialState.FAIL}
-
-
 @pytest.mark.parametrize("plot", SINGLE_OBJECTIVE)
-def test_optunas_figures_with_plotly(stored: tuple[str, SearchResult], plot: str) -> None:
+def test_optunas_figures_with_plotly(result: SearchResult, plot: str) -> None:
     """Each of Optuna's figures for one objective is drawn, and has data."""
     pytest.importorskip("plotly")
-    figure = getattr(optuna.visualization, plot)(stored[1].study)
+    figure = getattr(optuna.visualization, plot)(result.study)
     assert json.loads(figure.to_json())["data"]
 
 
 @pytest.mark.parametrize("plot", SINGLE_OBJECTIVE)
-def test_optunas_figures_with_matplotlib(stored: tuple[str, SearchResult], plot: str) -> None:
+def test_optunas_figures_with_matplotlib(result: SearchResult, plot: str) -> None:
     """The same with its other backend."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
     try:
-        axes = getattr(optuna.visualization.matplotlib, plot)(stored[1].study)
+        axes = getattr(optuna.visualization.matplotlib, plot)(result.study)
         figure = (axes if hasattr(axes, "figure") else axes.flat[0]).figure
         figure.canvas.draw()
         assert any(one.has_data() for one in figure.axes)
@@ -132,8 +135,8 @@ def test_optunas_figures_with_matplotlib(stored: tuple[str, SearchResult], plot:
         pyplot.close("all")
 
 
-def test_figures_know_the_components(stored: tuple[str, SearchResult]) -> None:
+def test_figures_know_the_components(result: SearchResult) -> None:
     """Importances add up to 1 over the components of the program, under their names."""
-    importances = optuna.importance.get_param_importances(stored[1].study)
+    importances = optuna.importance.get_param_importances(result.study)
     assert importances.keys() == SPACE.components.keys()
     assert sum(importances.values()) == pytest.approx(1.0)
