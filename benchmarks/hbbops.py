@@ -17,8 +17,7 @@ import torch
 
 from benchmarks.tables import Task
 from mpromptune.model.acquisition import PosteriorTable, expected_improvement, ranked
-from mpromptune.model.embedding import as_embedder
-from mpromptune.model.geometry import geometry_of
+from mpromptune.model.embedding import as_embedder, geometry_of
 from mpromptune.model.space import Row
 from mpromptune.model.surrogate import fit, quiet_single_thread
 

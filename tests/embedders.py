@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpromptune.model.geometry import Geometry, point_views
+from mpromptune.model.embedding import Geometry, point_views
 from mpromptune.model.space import FloatArray
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mpromptune.model.allocation import gains, propose
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.geometry import Geometry, identity_views
+from mpromptune.model.embedding import Geometry, identity_views
 from mpromptune.model.space import IndexSpace, Row
 
 N = 40

@@ -9,8 +9,7 @@ from embedders import letters
 from mpromptune import PromptSpace
 from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidArgumentError
 from mpromptune.model import embedding
-from mpromptune.model.embedding import CachedEmbedder, as_embedder, split_text
-from mpromptune.model.geometry import geometry_of, squared_distances
+from mpromptune.model.embedding import CachedEmbedder, as_embedder, geometry_of, split_text, squared_distances
 
 
 def test_each_text_is_embedded_once() -> None:

@@ -137,13 +137,13 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     file.write_text(
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    import dspy.utils\n"
-        "def f():\n    from mpromptune.model import space, geometry\n    import optuna as o\n"
+        "def f():\n    from mpromptune.model import space, embedding\n    import optuna as o\n"
     )
     assert imports(file) == {
         "typing.TYPE_CHECKING",
         "dspy.utils",
         "mpromptune.model.space",
-        "mpromptune.model.geometry",
+        "mpromptune.model.embedding",
         "optuna",
     }
 

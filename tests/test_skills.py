@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from mpromptune.model.geometry import Geometry
+from mpromptune.model.embedding import Geometry
 from mpromptune.model.skills import Option, groups_of
 
 DISTANCES = np.array([[0.0, 1.0, 4.0], [1.0, 0.0, 1.0], [4.0, 1.0, 0.0]])

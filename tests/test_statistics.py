@@ -11,8 +11,7 @@ from embedders import on_a_line
 
 from mpromptune import PromptSpace
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.embedding import CachedEmbedder
-from mpromptune.model.geometry import geometry_of
+from mpromptune.model.embedding import CachedEmbedder, geometry_of
 from mpromptune.model.space import IndexSpace
 from mpromptune.model.statistics import chance_of_likeness, expected_best, pooled_variance
 

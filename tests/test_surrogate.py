@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpromptune.model import surrogate
-from mpromptune.model.geometry import Geometry, identity_views, squared_distances
+from mpromptune.model.embedding import Geometry, identity_views, squared_distances
 from mpromptune.model.surrogate import PromptKernel, Surrogate, fit, quiet_single_thread
 
 N_CANDIDATES = 12

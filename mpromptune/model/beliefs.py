@@ -10,7 +10,7 @@ from scipy.linalg import block_diag
 from scipy.special import ndtr
 
 from mpromptune.model import rasch
-from mpromptune.model.geometry import Geometry
+from mpromptune.model.embedding import Geometry
 from mpromptune.model.likelihood import likelihood_of
 from mpromptune.model.rasch import Posterior
 from mpromptune.model.skills import Option, groups_of

@@ -5,23 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from mpromptune.errors import InvalidArgumentError
 
-
-# Settings that torch has once in a process; whoever comes last puts them back.
-@dataclass
-class _Shared:
-    users: int = 0
-    threads: int = 1
-    dtype: torch.dtype = torch.float32
-
-
 _LOCK = threading.Lock()
-_SHARED = _Shared()
+_USERS: list[tuple[int, torch.dtype]] = []  # threads that are in here, with the settings before the first
 _HERE = threading.local()
 
 
@@ -55,13 +45,13 @@ def plain_torch() -> Iterator[None]:
 
 @contextmanager
 def _shared_settings() -> Iterator[None]:
+    """Settings that torch has once in a process; whoever leaves last puts them back."""
     with _LOCK:
         threads = torch.get_num_threads()
-        if not _SHARED.users:
-            _SHARED.threads, _SHARED.dtype = threads, torch.get_default_dtype()
-        elif threads == 1:  # a new thread, which has it from another one that is in here
-            threads = _SHARED.threads
-        _SHARED.users += 1
+        before = _USERS[0] if _USERS else (threads, torch.get_default_dtype())
+        if threads == 1:  # a new thread may have it from another one that is in here
+            threads = before[0]
+        _USERS.append(before)
         torch.set_num_threads(1)
         if torch.get_default_dtype() != torch.float32:
             torch.set_default_dtype(torch.float32)
@@ -69,10 +59,10 @@ def _shared_settings() -> Iterator[None]:
         yield
     finally:
         with _LOCK:
-            _SHARED.users -= 1
+            _USERS.pop()
             torch.set_num_threads(threads)
-            if not _SHARED.users and torch.get_default_dtype() != _SHARED.dtype:
-                torch.set_default_dtype(_SHARED.dtype)
+            if not _USERS and torch.get_default_dtype() != before[1]:
+                torch.set_default_dtype(before[1])
 
 
 def _is_on_cpu() -> bool:

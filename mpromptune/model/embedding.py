@@ -1,4 +1,7 @@
-"""Texts to vectors: the Embedder seam, the default model, and a content-hash cache."""
+"""Texts to vectors, and vectors to the distances between candidates that kernels look up.
+
+A model of sentence-transformers embeds; the pieces of long texts and the cache by content are ours.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidArgumentError
 from mpromptune.model.devices import plain_torch
-from mpromptune.model.space import FloatArray as FloatArray
+from mpromptune.model.space import Candidate, FloatArray, PromptSpace
 
 # Not of numpy.typing, which cannot be imported after DSPy 3.3.1: that leaves numpy itself for later.
 Embedder = Callable[[list[str]], Any]
@@ -99,7 +105,7 @@ def as_embedder(spec: Any = None) -> CachedEmbedder:
     if spec is None or isinstance(spec, str):
         return _named_embedder(spec)
     if hasattr(spec, "encode"):
-        return CachedEmbedder(_SentenceEmbedder(spec))
+        return CachedEmbedder(partial(_encode, spec))
     if callable(spec):
         return CachedEmbedder(spec)
     raise InvalidArgumentError(
@@ -109,34 +115,30 @@ def as_embedder(spec: Any = None) -> CachedEmbedder:
 
 @lru_cache(maxsize=8)
 def _named_embedder(name: str | None) -> CachedEmbedder:
-    def embed(texts: list[str]) -> Any:
-        return _load(name)(texts)
-
-    return CachedEmbedder(embed)
+    return CachedEmbedder(partial(_encode, name))
 
 
 @lru_cache(maxsize=8)
 @plain_torch()
-def _load(name: str | None) -> _SentenceEmbedder:
+def _load(name: str | None) -> Any:
     from sentence_transformers import SentenceTransformer
 
     is_default = name in _NAMES_OF_DEFAULT and not os.path.exists(name or "")
     source = (_offline_path() if is_default else None) or name or DEFAULT_MODEL
     is_local = os.path.exists(source) or not _reaches_hub(source)
     try:
-        return _SentenceEmbedder(SentenceTransformer(source, device="cpu", local_files_only=is_local))
+        return SentenceTransformer(source, device="cpu", local_files_only=is_local)
     except Exception as error:
+        package = "the package of `pip install 'm-promptune[offline]'`"
+        advice = (
+            f"The default model, embedder=None, needs no access to the model hub: {package} is installed."
+        )
+        if _offline_path() is None:
+            advice = f"Without access to the model hub, the default model can be had from {package}."
         raise EmbedderUnavailableError(
             f"The embedding model {source!r} could not be loaded ({type(error).__name__}: {error}). "
-            f"{_help()} Or pass `embedder=` a local path or a callable `texts -> (n, d) array`."
+            f"{advice} Or pass `embedder=` a local path or a callable `texts -> (n, d) array`."
         ) from error
-
-
-def _help() -> str:
-    package = "the package of `pip install 'm-promptune[offline]'`"
-    if _offline_path() is None:
-        return f"Without access to the model hub, the default model can be had from {package}."
-    return f"The default model, embedder=None, needs no access to the model hub: {package} is installed."
 
 
 def _reaches_hub(name: str) -> bool:
@@ -157,20 +159,15 @@ def _offline_path() -> str | None:
     return f"{spec.submodule_search_locations[0]}/model"
 
 
-class _SentenceEmbedder:
-    """A SentenceTransformer that pools over pieces, since the model itself cuts long texts off."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._limit = _CHARS_PER_TOKEN * int(getattr(model, "max_seq_length", None) or 256)
-
-    @plain_torch()
-    def __call__(self, texts: list[str]) -> FloatArray:
-        pieces = [_some(split_text(text, self._limit)) for text in texts]
-        flat = [piece for parts in pieces for piece in parts]
-        vectors = np.asarray(self._model.encode(flat, show_progress_bar=False), dtype=np.float64)
-        ends = np.cumsum([len(parts) for parts in pieces])
-        return np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])])
+@plain_torch()
+def _encode(model: Any, texts: list[str]) -> FloatArray:
+    """The mean over the pieces of each text, since a model, or that of a name, cuts long texts off."""
+    model = _load(model) if model is None or isinstance(model, str) else model
+    limit = _CHARS_PER_TOKEN * int(getattr(model, "max_seq_length", None) or 256)
+    pieces = [_some(split_text(text, limit)) for text in texts]
+    vectors = np.asarray(model.encode([p for parts in pieces for p in parts], show_progress_bar=False), float)
+    ends = np.cumsum([len(parts) for parts in pieces])
+    return np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])])
 
 
 def _some(pieces: list[str]) -> list[str]:
@@ -189,3 +186,84 @@ def split_text(text: str, limit: int) -> list[str]:
         pieces.append(text[:cut])
         text = text[cut:].lstrip()
     return [*pieces, text] if text or not pieces else pieces
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Squared distances between the ``n`` candidates of one component.
+
+    Attributes:
+        views: ``v x n x n``; one slice per view of a candidate (its text, the number of its demos),
+            each divided by its median. With ``v = 0`` candidates are only the same or different.
+        group: The predictor that the component belongs to.
+        has_text: Whether the first view is that of texts' embeddings.
+    """
+
+    views: Tensor
+    group: int
+    has_text: bool = False
+
+    @plain_torch()
+    def mean_distances(self) -> FloatArray:
+        """Squared distances, the mean over views; without any, 1 between different candidates: ``n x n``."""
+        if not len(self.views):
+            return 1.0 - np.eye(self.views.shape[-1])
+        distances: FloatArray = self.views.mean(dim=0).cpu().numpy()
+        return distances
+
+
+def geometry_of(space: PromptSpace, embedder: Embedder | None) -> tuple[Geometry, ...]:
+    """The geometry of every component; with ``embedder`` None, by identity alone.
+
+    The embedder sees every distinct text once: the cost is the sum of the candidates, never
+    their product.
+    """
+    components = zip(space.components.values(), space.groups, strict=True)
+    return tuple(_geometry(candidates, embedder, group) for candidates, group in components)
+
+
+def _geometry(candidates: Sequence[Candidate], embedder: Embedder | None, group: int) -> Geometry:
+    if embedder is None:
+        return Geometry(identity_views(len(candidates)), group)
+    if all(isinstance(candidate, str) for candidate in candidates):
+        views = point_views(embedder([str(candidate) for candidate in candidates]))
+        return Geometry(views, group, has_text=len(views) > 0)
+    sets = [(c,) if isinstance(c, str) else tuple(c) for c in candidates]
+    text, size = _set_points(sets, embedder)
+    return Geometry(point_views(text, size), group, has_text=bool(squared_distances(text).any()))
+
+
+def _set_points(sets: Sequence[Sequence[str]], embedder: Embedder) -> tuple[FloatArray, FloatArray]:
+    """Two views of a demo set: the mean embedding of its demos, and how many they are."""
+    counts = np.array([len(demos) for demos in sets])
+    texts = [text for demos in sets for text in demos]
+    if not texts:
+        return np.zeros((len(sets), 1)), np.zeros((len(sets), 1))
+    vectors = embedder(texts)
+    pooled = np.zeros((len(sets), vectors.shape[1]))
+    np.add.at(pooled, np.repeat(np.arange(len(sets)), counts), vectors)
+    pooled /= np.maximum(counts, 1.0)[:, None]
+    # Zero-shot against few-shot is a step of its own, larger than one demo more or less.
+    return pooled, np.stack([counts / counts.max(), counts > 0], axis=1)
+
+
+@plain_torch()
+def identity_views(n: int) -> Tensor:
+    """No view at all: ``0 x n x n``."""
+    return torch.empty(0, n, n, dtype=torch.float64, device="cpu")
+
+
+@plain_torch()
+def point_views(*points: FloatArray) -> Tensor:
+    """A view for each array of points, ``n x d``, that tells at least two of them apart."""
+    useful = [view for view in map(squared_distances, points) if view.any()]
+    return torch.from_numpy(np.stack(useful)) if useful else identity_views(len(points[0]))
+
+
+def squared_distances(points: FloatArray) -> FloatArray:
+    """``n x d`` points to ``n x n`` squared distances, scaled to a median of 1 where they differ."""
+    squares = (points**2).sum(axis=1)
+    distances: FloatArray = np.maximum(squares[:, None] + squares[None, :] - 2.0 * points @ points.T, 0.0)
+    np.fill_diagonal(distances, 0.0)
+    apart = distances[distances > 1e-9]
+    return distances / float(np.median(apart)) if apart.size else distances

@@ -3,7 +3,7 @@ r"""Prior covariances of the skills of configurations, by the text of their cand
 Notation
     G       number of groups; the skill of a configuration is the sum of one latent per group
     n       latents of a group that are looked at: ``n x c`` rows of candidate indices
-    d_cv^2  squared distance between two candidates of component c in view v (see `geometry`)
+    d_cv^2  squared distance between two candidates of component c in view v (see `embedding`)
     w       share of the variance that likeness explains; 1 - w is each latent's own
     l       length-scale of texts, in units of the median distance; 0 compares by identity
     a       standard deviation of a latent, in logits
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpromptune.model.geometry import Geometry
+from mpromptune.model.embedding import Geometry
 from mpromptune.model.space import FloatArray, IndexArray
 
 # NOTE: (w, l). A grid instead of a gradient: with some hundred right-or-wrong answers the evidence tells

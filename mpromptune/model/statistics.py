@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.geometry import Geometry
+from mpromptune.model.embedding import Geometry
 from mpromptune.model.space import FloatArray, IndexArray
 
 # NOTE: larger values stand for failures: whatever they are, they leave no digit for the others once these are

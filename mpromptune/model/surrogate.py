@@ -2,7 +2,7 @@ r"""The surrogate of plain Optuna studies, of one value a trial: a Gaussian proc
 
 Notation
     C       components; the columns of an input are candidate indices
-    d_cv^2  squared distance between two candidates of component c in view v (see `geometry`)
+    d_cv^2  squared distance between two candidates of component c in view v (see `embedding`)
     k_c     component kernel, in [0, 1]; k_g group (predictor) kernel
     K_zf    covariances of the M points Z that the posterior is expressed by, with the n observed ones
 
@@ -35,7 +35,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from mpromptune.model.devices import plain_torch
-from mpromptune.model.geometry import Geometry
+from mpromptune.model.embedding import Geometry
 
 # Priors, in units of the standard deviation of the observed trial values. All positive
 # hyper-parameters are optimised as logarithms, so a normal prior is a log-normal one.

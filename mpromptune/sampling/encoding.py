@@ -24,8 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from mpromptune.model.devices import plain_torch
-from mpromptune.model.embedding import Embedder
-from mpromptune.model.geometry import Geometry, geometry_of, identity_views, point_views
+from mpromptune.model.embedding import Embedder, Geometry, geometry_of, identity_views, point_views
 from mpromptune.model.space import FloatArray, IndexSpace, PromptSpace, Row, groups_of
 from mpromptune.model.statistics import LARGEST
 from mpromptune.storage.attributes import PROPOSED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import optuna
@@ -126,7 +126,9 @@ class OpenSampler(BaseSampler):
         self._inner.before_trial(study, _not_enqueued(trial))
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: Any, values: Any) -> None:
-        self._inner.after_trial(cast(Study, _Endless(study)), trial, state, values)
+        endless = copy.copy(study)  # exhaustive samplers stop their study; a search ends when its plan does
+        vars(endless)["stop"] = _nothing
+        self._inner.after_trial(endless, trial, state, values)
 
     def _nearest_open(self, row: Row, number: int) -> Row:
         if self._space.exists(row) and self._is_open(row):
@@ -144,17 +146,8 @@ class OpenSampler(BaseSampler):
         return open_rows
 
 
-class _Endless:
-    """A study that no sampler can stop: it is the search that ends, when its plan does."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-    def stop(self) -> None:
-        """Exhaustive samplers stop their study once they have proposed everything."""
+def _nothing() -> None:
+    pass
 
 
 def _not_enqueued(trial: FrozenTrial) -> FrozenTrial:
