@@ -387,15 +387,11 @@ def test_waiting_for_leave_can_be_ended() -> None:
 # Equal requests.
 
 
-def _nothing() -> None:
-    pass
-
-
 class Arrivals:
-    """A check that says when so many threads are waiting."""
+    """A check that says when so many threads are waiting, and ends their waiting with an error, if any."""
 
-    def __init__(self, wanted: int) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: int = 1, error: BaseException | None = None) -> None:
+        self.wanted, self.error = wanted, error
         self.there: set[int] = set()
         self.complete = threading.Event()
 
@@ -403,16 +399,25 @@ class Arrivals:
         self.there.add(threading.get_ident())
         if len(self.there) == self.wanted:
             self.complete.set()
+        if self.error is not None:
+            raise self.error
+
+
+def _first(flights: Flights, **given: Any) -> Any:
+    """A request that others wait for; another one, even of the same thread, does not wait for it."""
+    first = flights.join("a", Arrivals(), **given)
+    assert first is not None
+    assert flights.join("b", Arrivals()) is not None
+    assert flights.join("a", Arrivals()) is None
+    return first
 
 
 def test_an_equal_request_waits_for_the_first() -> None:
-    """It goes on when the first has landed, with its answer; another request does not wait."""
-    flights, waiting = Flights(patience=60), Arrivals(1)
-    first = flights.join("a", _nothing)
-    assert first is not None
+    """It goes on when the first has landed, with its answer."""
+    flights, waiting = Flights(patience=60), Arrivals()
+    first = _first(flights)
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(flights.join, "a", waiting)
-        assert flights.join("b", _nothing) is not None
         assert waiting.complete.wait(10)
         assert not second.done()
         flights.land(first, succeeded=True)
@@ -422,8 +427,7 @@ def test_an_equal_request_waits_for_the_first() -> None:
 def test_the_next_in_line_sends_it_when_the_first_has_failed() -> None:
     """One of those that waited takes the lead, and the other waits for that one."""
     flights, waiting = Flights(patience=60), Arrivals(2)
-    first = flights.join("a", _nothing)
-    assert first is not None
+    first = _first(flights)
     with ThreadPoolExecutor(2) as pool:
         waiters = [pool.submit(flights.join, "a", waiting) for _ in range(2)]
         assert waiting.complete.wait(10)
@@ -437,21 +441,15 @@ def test_the_next_in_line_sends_it_when_the_first_has_failed() -> None:
         assert others.pop().result(10) is not None
 
 
-def test_nobody_waits_for_a_request_that_hangs() -> None:
-    """Once it is as old as one's patience, an equal one is sent beside it."""
-    clock = Clock()
-    flights = Flights(patience=60, clock=clock)
-    flights.join("a", _nothing)
+def test_nobody_waits_for_a_request_that_hangs_or_was_given_up() -> None:
+    """Once it is too old, or its attempt is over its timeout, an equal one is sent beside it."""
+    clock, given_up, waiting = Clock(), threading.Event(), Arrivals()
+    old, flights = Flights(patience=60, clock=clock), Flights(patience=60)
+    _first(old)
+    _first(flights, is_given_up=given_up.is_set)
     clock.sleep(61)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(flights.join, "a", _nothing).result(10) is None
-
-
-def test_nobody_waits_for_a_request_that_was_given_up() -> None:
-    """An attempt that hangs is made again after its timeout; the new one sends the request anew."""
-    flights, given_up, waiting = Flights(patience=60), threading.Event(), Arrivals(1)
-    flights.join("a", _nothing, given_up.is_set)
-    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(old.join, "a", Arrivals()).result(10) is None
         second = pool.submit(flights.join, "a", waiting)
         assert waiting.complete.wait(10)
         assert not second.done()
@@ -459,23 +457,9 @@ def test_nobody_waits_for_a_request_that_was_given_up() -> None:
         assert second.result(10) is None
 
 
-def test_a_thread_never_waits_for_itself() -> None:
-    """A request within a request, equal or not, goes on at once while others are under way."""
-    flights = Flights(patience=60)
-    flights.join("a", _nothing)
-    assert flights.join("a", _nothing) is None
-
-
-def test_waiting_can_be_ended() -> None:
+def test_waiting_for_an_equal_request_can_be_ended() -> None:
     """The check raises when the run is over."""
-
-    class Over(BaseException):
-        pass
-
-    def over() -> None:
-        raise Over
-
     flights = Flights(patience=60)
-    flights.join("a", _nothing)
-    with ThreadPoolExecutor(1) as pool, pytest.raises(Over):
-        pool.submit(flights.join, "a", over).result(10)
+    _first(flights)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+        pool.submit(flights.join, "a", Arrivals(error=KeyboardInterrupt())).result(10)
