@@ -156,7 +156,7 @@ def test_ctrl_c_between_a_trial_that_waits_and_its_begin(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("at", range(1, 40, 3))
 def test_ctrl_c_in_the_storage_waits_until_a_trial_is_whole(at: int) -> None:
-    """At the how-manieth write to the study it may come: no trial stays open, no score is lost."""
+    """Whichever write to the study it comes with, no trial stays open and no score is lost."""
 
     class Storage(optuna.storages.InMemoryStorage):
         writes = 0

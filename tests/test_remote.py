@@ -29,7 +29,7 @@ from mpromptune.errors import (
 )
 from mpromptune.execution import worker
 from mpromptune.execution.attempts import RetryPolicy
-from mpromptune.execution.remote import Workplace, sent
+from mpromptune.execution.remote import Workplace, remote_score
 from mpromptune.execution.usage import Usage, metered, record
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -150,7 +150,7 @@ def test_what_cannot_travel_is_refused_before_any_call(undisturbed: SearchResult
         assert run(score, executor=pool).calls == undisturbed.calls
 
 
-class Homesick:
+class Unloadable:
     """Can be pickled, and not be unpickled."""
 
     def __reduce__(self) -> Any:
@@ -163,7 +163,7 @@ class Homesick:
 def test_what_cannot_arrive_is_refused_before_any_call() -> None:
     """What goes wrong in the worker is named as well."""
     with pytest.raises(TravelError, match=r"The score cannot travel.*invalid literal.*home"):
-        run(Homesick(), executor=Distant())
+        run(Unloadable(), executor=Distant())
 
 
 @pytest.mark.parametrize("given", [3, "dask", object()])
@@ -193,7 +193,7 @@ def test_a_score_travels_once_and_its_usage_comes_back(undisturbed: SearchResult
 def test_a_worker_that_lacks_the_score_is_sent_it() -> None:
     """One that came later, or has dropped it for newer ones, says so; that is no attempt, and not counted."""
     params = {"0_predictor_instruction": 3, "0_predictor_demos": 2}
-    with Workplace(Distant()) as place, sent(place, value, {}) as remote, metered() as meter:
+    with Workplace(Distant()) as place, remote_score(place, value, {}) as remote, metered() as meter:
         first = remote(params, 0)
         for key in map(str, range(20)):
             assert worker.hold(key, worker.pack(value, {})) is None

@@ -99,7 +99,7 @@ class Workplace:
             while not future.done():
                 if self._closed.is_set():
                     raise Stopped
-                # Dask's futures do not say which calls are under way; its workers are told (`tell`).
+                # Dask's futures do not say which calls are under way; its workers are told (`broadcast`).
                 if unwanted() and not hasattr(executor, "_client"):
                     future.cancel()  # unless it has begun: what is paid for is waited for
                 wait([future], SLICE)
@@ -112,7 +112,7 @@ class Workplace:
             raise self._lost(executor, failed, isinstance(failed, BrokenExecutor)) from failed
         return future.result()
 
-    def tell(self, function: Callable[..., T], *args: Any) -> list[T]:
+    def broadcast(self, function: Callable[..., T], *args: Any) -> list[T]:
         """What a call in every worker there is now returns, where the executor can do that: Dask's can."""
         client: Any = getattr(self._executor, "_client", None)
         if not hasattr(client, "run"):
@@ -158,7 +158,7 @@ def _close(executor: Executor, hangs: bool) -> None:
 
 
 @contextmanager
-def sent(
+def remote_score(
     place: Workplace,
     score: Score,
     parts: Mapping[str, Any],
@@ -191,17 +191,17 @@ def sent(
             raise CallTimeoutError(f"no answer within {timeout:g} s")
         raise error
 
-    def tell_stop() -> None:
+    def stop_workers() -> None:
         while not over.wait(SLICE):
             if stopped.is_set():
-                place.tell(worker.stop, key)
+                place.broadcast(worker.stop, key)
                 over.wait()
-        place.tell(worker.stop, key, True)
+        place.broadcast(worker.stop, key, True)
 
-    told = place.tell(worker.hold, key, payload)
+    told = place.broadcast(worker.hold, key, payload)
     _require_readable(place, told or [_ask(place, key, payload)], parts)
     if told:
-        in_daemon(tell_stop)
+        in_daemon(stop_workers)
     try:
         yield remote
     finally:
@@ -249,7 +249,7 @@ def measuring(
                 yield score, pool
                 return
             timeout = None if retry is None else retry.timeout
-            with sent(place, score, {"the score": score}, timeout, stopped) as remote:
+            with remote_score(place, score, {"the score": score}, timeout, stopped) as remote:
                 yield remote, pool
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

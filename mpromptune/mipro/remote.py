@@ -14,7 +14,7 @@ from mpromptune.errors import WorkerLostError
 from mpromptune.execution.interrupts import Stopped
 from mpromptune.execution.pace import Pace, Ticket
 from mpromptune.execution.pool import Score
-from mpromptune.execution.remote import Workplace, sent
+from mpromptune.execution.remote import Workplace, remote_score
 from mpromptune.execution.usage import Meter, current_meter, metered
 from mpromptune.lms.adapters import given_adapter
 from mpromptune.lms.guard import Guard
@@ -61,7 +61,7 @@ def remote_programs(
     parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
     parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
     parts["the option 'prices'"] = guard.pricing
-    with sent(place, run, parts, timeout, guard.stopped) as score:
+    with remote_score(place, run, parts, timeout, guard.stopped) as score:
         yield (
             score
             if guard.pace is None
