@@ -25,8 +25,9 @@ from mpromptune.execution.pace import Pace
 from mpromptune.execution.usage import Usage, record
 from mpromptune.execution.worker import pack
 from mpromptune.lms.guard import Guard
+from mpromptune.lms.metering import Pricing
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace
-from mpromptune.mipro.remote import _Paced, _Run
+from mpromptune.mipro.remote import _Paced, _RemoteRunner, dspy_settings
 
 CALLS = 60
 
@@ -200,13 +201,17 @@ def test_a_failing_candidate_is_logged_here(tmp_path: Path, caplog: pytest.LogCa
     assert sum("failed with" in r.message and "gibberish" in r.message for r in caplog.records) == 1
 
 
+def _run() -> _RemoteRunner:
+    return _RemoteRunner(ProgramRunner(ProgramSpace(Planner(), {}), VAL, exact), Pricing(), dspy_settings())
+
+
 def test_a_worker_has_the_cache_of_where_its_work_comes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where DSPy's disk cache is off, or elsewhere, it is so in the workers."""
     with dspy.context(lm=WrittenLM(tmp_path / "log")):
         monkeypatch.setattr(dspy, "cache", dspy.clients.Cache(False, True, str(tmp_path)))
-        packed = pack(_Run(ProgramRunner(ProgramSpace(Planner(), {0: [], 1: []}, None), VAL, exact)), {})
+        packed = pack(_run(), {})
         monkeypatch.setattr(dspy, "cache", dspy.clients.Cache(True, True, str(tmp_path / "other")))
         pickle.loads(packed)
     assert (dspy.cache.enable_disk_cache, dspy.cache.disk_cache_dir) == (False, str(tmp_path))
@@ -217,7 +222,7 @@ def test_the_history_of_an_lm_stays_here(tmp_path: Path) -> None:
     lm = WrittenLM(tmp_path / "log")
     lm.history.append({"prompt": "x" * 1000})
     with dspy.context(lm=lm):
-        run = _Run(ProgramRunner(ProgramSpace(Planner(), {0: [], 1: []}, None), VAL, exact))
+        run = _run()
     assert b"x" * 1000 not in pack(run, {})
     assert len(lm.history) == 1
 

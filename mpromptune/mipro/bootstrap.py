@@ -44,17 +44,16 @@ def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
     checkpoint, program, trainset = run.checkpoint, given["program"], given["trainset"]
     with run.step("bootstrap"):
         kept = None if checkpoint is None else checkpoint.demo_sets()
-        is_over = kept is not None and checkpoint is not None and checkpoint.instructions() is not None
+        is_proposed = checkpoint is not None and checkpoint.instructions() is not None
         number = given["num_fewshot_candidates"]
         bar = run.view.bar("Bootstrapping", number, "demo sets")
         # What DSPy refuses about student and teacher it refuses here, before any call; and what it draws at
         # random is drawn here, also where the sets are known.
         build = _prepared(run, given, bar.advance)
-        if not is_over and run.num_threads > 1:
+        if not is_proposed and run.num_threads > 1:
             proposal.begin(run, program, trainset)
-        run.score_ahead(
-            program, trainset, is_idle=not is_over, is_first=kept is None and _labelled_only(given)
-        )
+        is_idle = kept is None or not is_proposed
+        run.score_ahead(program, trainset, is_idle, is_first=kept is None and _labelled_only(given))
         if kept is not None:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
             bar.advance(number)

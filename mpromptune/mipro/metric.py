@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import Any
 
 from mpromptune.errors import ScoreError
@@ -28,10 +28,9 @@ class CheckedMetric:
 
     In an evaluation it has to return a number. In the bootstrap, where it is given a trace, it may return
     anything: DSPy takes its truth. If that is no number, and the metric has not worked in an evaluation yet,
-    it is called once more as in one. So a metric without a return statement is found.
-
-    What it raises before it has worked, with a trace or without as in this call, may be a mistake in it;
-    later on it is the candidate's failure.
+    it is called once more as in one. So a metric without a return statement is found. What it raises before
+    it has worked, with a trace or without as in this call, may be a mistake in it; later on it is the
+    candidate's failure.
 
     Args:
         metric: As given to MIPROv2.
@@ -45,7 +44,6 @@ class CheckedMetric:
     def __init__(self, metric: Any, on_failure: Callable[[], None] = lambda: None) -> None:
         self._metric = metric
         self._on_failure = on_failure
-        self._lock = Lock()
         self._has_worked: set[bool] = set()  # True: with a trace; False: without one
         self.failure: ScoreError | None = None
         self.known = Event()
@@ -59,13 +57,18 @@ class CheckedMetric:
         Raises:
             ScoreError: It cannot score.
         """
-        if trace is None:
-            return self._score(example, prediction)
-        value = self._ask(example, prediction, trace)
-        if False not in self._has_worked and not _is_number(value):
-            self._score(example, prediction)
-        self._note(with_trace=True)
-        return value
+        asked = (example, prediction) if trace is None else (example, prediction, trace)
+        value = self._ask(*asked)
+        try:
+            number = metric_value(value)
+        except ScoreError as error:
+            if trace is None:
+                raise self._failed(str(error), example, prediction) from error
+            if False not in self._has_worked:
+                self(example, prediction)
+        self._has_worked.add(trace is not None)
+        self.known.set()
+        return number if trace is None else value
 
     def wait(self) -> None:
         """Waits until it is `known` whether it works.
@@ -77,15 +80,6 @@ class CheckedMetric:
             check_stopped()
         if self.failure is not None:
             raise Stopped
-
-    def _score(self, example: Any, prediction: Any) -> float:
-        value = self._ask(example, prediction)
-        try:
-            score = metric_value(value)
-        except ScoreError as error:
-            raise self._failed(str(error), example, prediction) from error
-        self._note(with_trace=False)
-        return score
 
     def _ask(self, example: Any, prediction: Any, *trace: Any) -> Any:
         try:
@@ -103,25 +97,11 @@ class CheckedMetric:
             )
             raise self._failed(message, example, prediction) from error
 
-    def _failed(self, message: str, example: Any, prediction: Any) -> ScoreError:
-        shown = [
-            text if len(text := repr(x)) <= _SHOWN else f"{text[:_SHOWN]}..." for x in (example, prediction)
-        ]
-        error = ScoreError(f"{message} It was asked about {shown[0]} and the prediction {shown[1]}.")
-        with self._lock:
-            self.failure = self.failure or error
+    def _failed(self, message: str, *asked: Any) -> ScoreError:
+        texts = map(repr, asked)
+        example, prediction = (t if len(t) <= _SHOWN else f"{t[:_SHOWN]}..." for t in texts)
+        error = ScoreError(f"{message} It was asked about {example} and the prediction {prediction}.")
+        self.failure = self.failure or error
         self._on_failure()
         self.known.set()
         return error
-
-    def _note(self, with_trace: bool) -> None:
-        self._has_worked.add(with_trace)
-        self.known.set()
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        metric_value(value)
-    except ScoreError:
-        return False
-    return True

@@ -57,37 +57,22 @@ def remote_programs(
     if not place.is_remote:
         yield None
         return
-    run = _Run(ProgramRunner(programs, valset, metric), guard.pricing)
+    run = _RemoteRunner(ProgramRunner(programs, valset, metric), guard.pricing, dspy_settings())
     parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
     parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
     parts["the option 'prices'"] = guard.pricing
     with remote_score(place, run, parts, timeout, guard.stopped) as score:
-        yield (
-            score
-            if guard.pace is None
-            else _Paced(score, guard, guard.pace, len(programs.program.predictors()))
-        )
+        expected = len(programs.program.predictors())
+        yield score if guard.pace is None else _Paced(score, guard, guard.pace, expected)
 
 
-class _Run:
-    """A run of a program as it is sent to a worker: with the settings and the cache of where it came from.
+class _RemoteRunner:
+    """A run of a program as it is sent to a worker: with DSPy's settings and cache of where it came from."""
 
-    Args:
-        run: Runs a configuration on an example.
-        pricing: What answers cost.
-        settings: DSPy's, by default those of this context.
-    """
-
-    def __init__(
-        self,
-        run: ProgramRunner,
-        pricing: Pricing | None = None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.settings = _settings() if settings is None else settings
-        self._run = run
-        self._pricing = pricing or Pricing()
-        self._guard = Guard(pricing=self._pricing)
+    def __init__(self, run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+        self._run, self._pricing = run, pricing
+        self._guard = Guard(pricing=pricing)
 
     def __reduce__(self) -> Any:
         return _arrived, (self._run, self._pricing, self.settings, _cache())
@@ -100,14 +85,14 @@ class _Run:
 
 def _arrived(
     run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any], cache: Mapping[str, Any]
-) -> _Run:
+) -> _RemoteRunner:
     """The same in a worker, once in each."""
     if any(getattr(dspy.cache, name) != value for name, value in cache.items()):
         dspy.configure_cache(**cache)
-    return _Run(run, pricing, settings)
+    return _RemoteRunner(run, pricing, settings)
 
 
-def _settings() -> dict[str, Any]:
+def dspy_settings() -> dict[str, Any]:
     """DSPy's settings in this context, without what is of this process."""
     settings = {name: value for name, value in dspy.settings.copy().items() if name not in _OF_A_CALL}
     settings["callbacks"] = [c for c in settings.get("callbacks") or [] if not isinstance(c, Guard)]

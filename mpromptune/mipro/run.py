@@ -43,13 +43,11 @@ logger = logging.getLogger(__name__)
 class Run:
     """A compile with options, while it is under way.
 
-    Args:
+    Attributes:
         optimizer: The ``dspy.MIPROv2``; its ``rng`` is drawn from as DSPy does.
         student: The program.
         options: Ours.
         arguments: Of ``dspy.MIPROv2.compile``, with defaults.
-
-    Attributes:
         seed: Of the whole compile.
         num_threads: Program calls at a time.
         budget: What may be used, and what each step has used.
@@ -240,11 +238,6 @@ class Ahead:
     """Scores the student ahead of the search, which will ask for these scores in any case.
 
     It ends where the bootstrap would: after ``max_errors`` errors, or one that is not the program's own.
-
-    Args:
-        run: The compile.
-        program: The student.
-        valset: The validation set.
     """
 
     def __init__(self, run: Run, program: Any, valset: list[Any]) -> None:
