@@ -6,6 +6,10 @@ import threading
 from typing import Any
 
 import dspy
+from embedders import hashed
+from lms import arithmetic_lm
+
+from mpromptune import MIPROv2
 
 
 class Adder(dspy.Module):
@@ -59,6 +63,34 @@ VAL = additions(12, offset=6)
 # 4 trials on minibatches of 4, a full evaluation after every 2 of them and of the default program.
 SMALL_RUN = {"num_trials": 4, "minibatch_size": 4, "minibatch_full_eval_steps": 2}
 SMALL_RUN_CALLS = 4 * 4 + 12 * (1 + 2)
+
+
+QEI = {"sampler": "qei", "embedder": hashed}
+
+
+def compiled(
+    program: dspy.Module | None = None,
+    *,
+    lm: Any = None,
+    metric: Any = None,
+    init: Any = None,
+    optimizer: type[MIPROv2] = MIPROv2,
+    **options: Any,
+) -> Any:
+    """The best program of a small compile.
+
+    Args:
+        program: The student; by default, one predictor.
+        lm: Asked for everything.
+        metric: Exact match, if not given.
+        init: Arguments of the optimizer, over the few shots and 4 threads that it has by default.
+        optimizer: Its class.
+        **options: Of ``compile``, over a small run.
+    """
+    settings = {"auto": None, "num_candidates": 3, "num_threads": 4, **FEW_SHOT, **(init or {})}
+    with dspy.context(lm=lm or arithmetic_lm()):
+        run = {"trainset": TRAIN, "valset": VAL, **SMALL_RUN, **options}
+        return optimizer(metric=metric or Counted(), **settings).compile(program or Adder(), **run)
 
 
 def is_spent(result: Any, budget: int, apart_from: dict[str, int] | None = None) -> bool:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -17,9 +13,8 @@ from typing import Any
 
 import dspy
 import pytest
-from embedders import hashed
 from lms import ScriptedLM, arithmetic_lm
-from tasks import FEW_SHOT, LABELLED_ONLY, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Counted, Planner
+from tasks import FEW_SHOT, LABELLED_ONLY, QEI, SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Counted, Planner, compiled
 
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchStoppedError, StorageError, StudyMismatchError
@@ -79,16 +74,17 @@ class Watched(MIPROv2):
 
 def _compile(storage: Any, lm: Any = None, shots: Any = FEW_SHOT, program: Any = None, **options: Any) -> Any:
     """The optimizer, and the program that it returned."""
-    lm = lm or arithmetic_lm()
-    own = {name: options.pop(name) for name in ("metric", "seed", "num_candidates") if name in options}
-    settings = {"metric": Counted(), "auto": None, "num_candidates": 3, "num_threads": 4, **shots, **own}
-    run = {"trainset": TRAIN, "valset": VAL, "sampler": "qei", "embedder": hashed, "batch_size": 4}
-    run["confirm"] = True  # so that the student is scored in any case
-    with dspy.context(lm=lm):
-        optimizer = Watched(**settings)
-        return optimizer, optimizer.compile(
-            program or Planner(), storage=storage, **{**run, **SMALL_RUN, **options}
-        )
+    seen: list[Watched] = []
+
+    def watched(**settings: Any) -> Watched:
+        seen.append(Watched(**settings))
+        return seen[0]
+
+    init = {**shots, **{name: options.pop(name) for name in ("seed", "num_candidates") if name in options}}
+    # Confirmed, so that the student is scored in any case.
+    run = {**QEI, "batch_size": 4, "confirm": True, "optimizer": watched, **options}
+    best = compiled(program or Planner(), lm=lm, init=init, storage=storage, **run)
+    return seen[0], best
 
 
 def _measured(best: Any) -> list[Any]:
@@ -112,17 +108,27 @@ def test_storage_changes_nothing(tmp_path: Path, shots: Any) -> None:
     assert Counter(map(repr, lms[1].calls)) == Counter(map(repr, lms[0].calls))
 
 
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """The LM, the optimizer and the program of a compile in one go."""
+    lm = arithmetic_lm()
+    return lm, *_compile(None, lm)
+
+
 @pytest.mark.parametrize(
-    ("kind", "n"),
-    [(_is_bootstrap, 1), (_is_bootstrap, 3), (_is_proposal, 1), (_is_proposal, 4), (_is_of_valset, 5)],
-    ids=["bootstrap-1", "bootstrap-3", "proposal-1", "proposal-4", "student-5"],
+    ("kind", "n", "place"),
+    [
+        (_is_bootstrap, 3, "{}/run.log"),
+        (_is_proposal, 1, "{}/run.log"),
+        (_is_proposal, 4, "sqlite:///{}/run.db"),
+        (_is_of_valset, 5, "{}/run.log"),
+    ],
+    ids=["bootstrap", "proposal", "proposal in a database", "student"],
 )
-@pytest.mark.parametrize("suffix", ["run.log", "sqlite:///{}/run.db"], ids=["journal", "sqlite"])
-def test_interrupted_steps(tmp_path: Path, kind: Any, n: int, suffix: str) -> None:
+def test_interrupted_steps(tmp_path: Path, kind: Any, n: int, place: str, whole: Any) -> None:
     """After the end of a step it is not repeated, and the run ends as if nothing had happened."""
-    storage = suffix.format(tmp_path) if "://" in suffix else tmp_path / suffix
-    whole_lm, rest_lm = arithmetic_lm(), arithmetic_lm()
-    expected_optimizer, expected = _compile(None, whole_lm)
+    storage, rest_lm = place.format(tmp_path), arithmetic_lm()
+    whole_lm, expected_optimizer, expected = whole
     mortal = Mortal(arithmetic_lm(), kind, n)
     with pytest.raises((Killed, KeyboardInterrupt)):
         _compile(storage, mortal)
@@ -141,44 +147,35 @@ def test_interrupted_steps(tmp_path: Path, kind: Any, n: int, suffix: str) -> No
     assert sum(map(_is_of_valset, rest_lm.calls)) == of_valset - answers
 
 
-def test_killed_between_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the proposal draws at random follows from where the bootstrap left the generator."""
-    expected = _compile(None)[0]
+@pytest.mark.parametrize(
+    "where", ["mpromptune.mipro.optimizer.MIPROv2._propose_instructions", "mpromptune.engine.search.search"]
+)
+def test_killed_between_the_steps(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any
+) -> None:
+    """What the proposal draws at random follows from where the bootstrap left the generator; with both steps
+    behind it, only the search makes calls.
+    """
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(MIPROv2, "_propose_instructions", killed)
-        with pytest.raises(Killed):
-            _compile(tmp_path / "run.log")
-    lm = arithmetic_lm()
-    optimizer, _ = _compile(tmp_path / "run.log", lm)
-    assert optimizer.instructions == expected.instructions
-    assert not any(map(_is_bootstrap, lm.calls))
-
-
-def test_killed_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With both steps behind it, only the search makes calls."""
-    expected_lm, lm = arithmetic_lm(), arithmetic_lm()
-    expected = _compile(None, expected_lm)[1]
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("mpromptune.engine.search.search", killed)
+        patch.setattr(where, killed)
         with pytest.raises(Killed):
             _compile(tmp_path / "run.log")
     students = sum(key.startswith(STUDENT) for key in open_study(tmp_path / "run.log").user_attrs)
-    _, best = _compile(tmp_path / "run.log", lm)
-    assert _measured(best) == _measured(expected)
-    assert all(map(_is_of_valset, lm.calls))
-    assert len(lm.calls) == sum(map(_is_of_valset, expected_lm.calls)) - 2 * students
+    lm = arithmetic_lm()
+    optimizer, best = _compile(tmp_path / "run.log", lm)
+    assert optimizer.instructions == whole[1].instructions
+    assert _measured(best) == _measured(whole[2])
+    assert not any(map(_is_bootstrap, lm.calls))
+    if where.endswith("search"):
+        assert all(map(_is_of_valset, lm.calls))
+        assert len(lm.calls) == sum(map(_is_of_valset, whole[0].calls)) - 2 * students
 
 
-@pytest.mark.parametrize("n", [30, 60, 90])
-@pytest.mark.parametrize("schedule", ["blocks", "mipro"])
+@pytest.mark.parametrize(("n", "schedule"), [(40, "blocks"), (80, "blocks"), (60, "mipro")])
 def test_interrupted_search(tmp_path: Path, n: int, schedule: str) -> None:
     """Wherever the run stops, the steps are not repeated, and no example of a configuration is."""
     whole, before, after = Counted(), Counted(), Counted()
@@ -192,39 +189,22 @@ def test_interrupted_search(tmp_path: Path, n: int, schedule: str) -> None:
     assert before.calls + after.calls == best.search_result.calls == whole.calls
 
 
-def test_what_the_steps_used_counts_for_all_runs(tmp_path: Path) -> None:
-    """Tokens and calls of the bootstrap, of the proposal and of the search, of limits too, are kept."""
-    first = _compile(tmp_path / "run.log")[1].search_result.usage
-    again = _compile(tmp_path / "run.log")[1].search_result.usage
-    for step in ("bootstrap", "propose", "search"):
-        assert replace(again[step], seconds=0.0) == replace(first[step], seconds=0.0)
-    spent = first.total.tokens
-    lm = arithmetic_lm()
-    limited = _compile(tmp_path / "run.log", lm, max_calls=200, max_tokens=spent)[1].search_result
-    assert (limited.stopped_by, lm.calls) == ("max_tokens", [])
-
-
 def test_second_call_is_free(tmp_path: Path) -> None:
-    """A run that has ended is loaded: the same program, without a single LM call."""
-    best = _compile(tmp_path / "run.log")[1]
-    lm = arithmetic_lm()
-    again = _compile(tmp_path / "run.log", lm)[1]
-    assert lm.calls == []
-    assert again.dump_state() == best.dump_state()
-    assert again.score == best.score
-    assert _measured(again) == _measured(best)
-    for step, used in best.search_result.usage.items():
-        assert again.search_result.usage[step].lm_calls == used.lm_calls
-        assert again.search_result.usage[step].tokens == used.tokens
-
-
-def test_other_threads_make_no_other_trials(tmp_path: Path) -> None:
-    """Rounds stay as large as they were when a run goes on with more threads."""
+    """A run that has ended is loaded without a single LM call, whatever the threads: the same program, and
+    what all steps used, for limits too.
+    """
     best = _compile(tmp_path / "run.log", batch_size=None)[1]
     lm = arithmetic_lm()
     again = _compile(tmp_path / "run.log", lm, batch_size=None, n_jobs=16)[1]
-    assert lm.calls == []
+    assert again.dump_state() == best.dump_state()
+    assert again.score == best.score
     assert _measured(again) == _measured(best)
+    first, second = best.search_result.usage, again.search_result.usage
+    for step in ("bootstrap", "propose", "search"):
+        assert replace(second[step], seconds=0.0) == replace(first[step], seconds=0.0)
+    spent = first.total.tokens
+    limited = _compile(tmp_path / "run.log", lm, batch_size=None, max_calls=200, max_tokens=spent)[1]
+    assert (limited.search_result.stopped_by, lm.calls) == ("max_tokens", [])
 
 
 class Verbose(Planner):
@@ -290,12 +270,16 @@ def test_another_run_is_refused(bootstrapped: Path, part: str) -> None:
 
 
 def test_what_may_change(bootstrapped: Path, tmp_path: Path) -> None:
-    """Budget, threads, callbacks and how the search stops are no part of what a run is."""
+    """Budget, threads, callbacks and how the search stops are no part of what a run is; and a study name of
+    its own keeps another run apart in the same file.
+    """
     path = tmp_path / "run.log"
     path.write_bytes(bootstrapped.read_bytes())
     lm = arithmetic_lm()
     _compile(path, lm, max_calls=40, n_jobs=2, callbacks=[lambda study, trial: None], patience=50)
     assert not any(map(_is_bootstrap, lm.calls))
+    other = _compile(path, study_name="b", seed=1, sampler="random", embedder=None)[1]
+    assert other.search_result.study.study_name == "b"
 
 
 def test_nothing_is_lost_by_a_change_before_the_first_call(tmp_path: Path) -> None:
@@ -304,14 +288,6 @@ def test_nothing_is_lost_by_a_change_before_the_first_call(tmp_path: Path) -> No
         _compile(tmp_path / "run.log", embedder=lambda texts: 1 / 0)
     _, best = _compile(tmp_path / "run.log", seed=1)
     assert _measured(best) == _measured(_compile(None, seed=1)[1])
-
-
-def test_two_runs_in_one_storage(tmp_path: Path) -> None:
-    """A name of its own keeps a run from another one in the same file."""
-    path = tmp_path / "run.log"
-    _compile(path, study_name="a")
-    _, other = _compile(path, study_name="b", seed=1)
-    assert other.search_result.study.study_name == "b"
 
 
 def test_study_of_a_search_is_refused(tmp_path: Path) -> None:
@@ -326,7 +302,9 @@ def test_study_of_a_search_is_refused(tmp_path: Path) -> None:
     assert lm.calls == []
 
 
-def test_damaged_checkpoint(bootstrapped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_checkpoint(
+    bootstrapped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, whole: Any
+) -> None:
     """A demo set whose line is unreadable costs another bootstrap, and the run ends as it would have."""
     path = tmp_path / "run.log"
     lines = bootstrapped.read_bytes().splitlines(keepends=True)
@@ -335,9 +313,8 @@ def test_damaged_checkpoint(bootstrapped: Path, tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         optimizer, best = _compile(path)
     assert f"Line {at + 1} of {path} is unreadable" in caplog.text
-    expected_optimizer, expected = _compile(None)
-    assert _plain(optimizer.demos) == _plain(expected_optimizer.demos)
-    assert _measured(best) == _measured(expected)
+    assert _plain(optimizer.demos) == _plain(whole[1].demos)
+    assert _measured(best) == _measured(whole[2])
 
 
 class Opaque:
@@ -356,7 +333,7 @@ def test_objects_in_examples(tmp_path: Path) -> None:
 
 
 def test_demos_that_are_no_json(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, whole: Any
 ) -> None:
     """A warning says that they are not kept; the run itself goes on, and loses nothing."""
 
@@ -367,13 +344,15 @@ def test_demos_that_are_no_json(
     with caplog.at_level(logging.WARNING):
         optimizer, best = _compile(tmp_path / "run.log")
     assert "The demo sets cannot be kept in the study (TypeError: Object of type Opaque" in caplog.text
-    assert _plain(optimizer.demos) == _plain(_compile(None)[0].demos)
+    assert _plain(optimizer.demos) == _plain(whole[1].demos)
     kept = best.search_result.study.user_attrs
     assert DEMOS not in kept
     assert INSTRUCTIONS in kept
 
 
-def test_disk_that_is_full_after_the_bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_is_full_after_the_bootstrap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any
+) -> None:
     """It stops with a StorageError before the proposal; later the same call goes on."""
     from mpromptune.mipro.checkpoint import Checkpoint
 
@@ -391,7 +370,7 @@ def test_disk_that_is_full_after_the_bootstrap(tmp_path: Path, monkeypatch: pyte
         patch.setattr(Checkpoint, "keep_demo_sets", keeping)
         with pytest.raises(StorageError, match="No space left on device"):
             _compile(tmp_path / "run.log")
-    assert _measured(_compile(tmp_path / "run.log")[1]) == _measured(_compile(None)[1])
+    assert _measured(_compile(tmp_path / "run.log")[1]) == _measured(whole[2])
 
 
 def test_failures_of_the_student_are_kept(tmp_path: Path) -> None:
@@ -447,36 +426,10 @@ def test_no_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             task_model=lm,
             **FEW_SHOT,
         )
-        run = {"sampler": "qei", "embedder": hashed, **SMALL_RUN}
+        run = {**QEI, **SMALL_RUN}
         best = optimizer.compile(program, trainset=TRAIN, valset=VAL, storage=tmp_path / "run.log", **run)
     files = [path.read_bytes() for path in tmp_path.iterdir()]
     assert files
     assert not any(b"sk-secret" in content for content in files)
     assert "sk-secret" not in caplog.text
     assert b"sk-secret" not in pickle.dumps(best.search_result)
-
-
-SCRIPT = """
-    import os, signal, sys
-    sys.path[:0] = sys.argv[2:]
-    import test_checkpoint as t
-    lm = t.Mortal(t.arithmetic_lm(), getattr(t, {kind!r}), {n})
-    t.Killed.__init__ = lambda self: os.kill(os.getpid(), signal.SIGKILL)
-    t._compile(sys.argv[1], lm)
-"""
-
-
-@pytest.mark.parametrize(("kind", "n"), [("_is_bootstrap", 3), ("_is_proposal", 3), ("_is_of_valset", 80)])
-def test_kill_9(tmp_path: Path, kind: str, n: int) -> None:
-    """A process that is killed leaves what another one goes on with."""
-    path = tmp_path / "run.log"
-    code = textwrap.dedent(SCRIPT).format(kind=kind, n=n)
-    tests = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code, str(path), str(tests), str(tests.parent)], timeout=60)
-    assert done.returncode == -signal.SIGKILL
-    lm = arithmetic_lm()
-    optimizer, best = _compile(path, lm)
-    expected_optimizer, expected = _compile(None)
-    assert optimizer.instructions == expected_optimizer.instructions
-    assert _measured(best) == _measured(expected)
-    assert any(map(_is_bootstrap, lm.calls)) == (kind == "_is_bootstrap")
