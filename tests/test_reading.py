@@ -8,11 +8,9 @@ from typing import Any
 import dspy
 import optuna
 import pytest
-from embedders import hashed
-from lms import arithmetic_lm
-from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
+from tasks import QEI, Adder, compiled
 
-from mpromptune import MIPROv2, PromptSpace, SearchResult, search
+from mpromptune import PromptSpace, SearchResult, search
 from mpromptune.cli import main as cli
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.mipro.reading import read_result
@@ -94,10 +92,7 @@ def test_studies_of_others_are_refused(tmp_path: Path) -> None:
 
 def test_a_compile_is_read_with_its_texts(tmp_path: Path) -> None:
     """Its study has the candidates: the same texts as in the result, under the same indices."""
-    with dspy.context(lm=arithmetic_lm()):
-        optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=4, **FEW_SHOT)
-        options = {"sampler": "qei", "embedder": hashed, "storage": tmp_path / "run.log"}
-        best = optimizer.compile(Adder(), trainset=TRAIN, valset=VAL, **SMALL_RUN, **options)
+    best = compiled(storage=tmp_path / "run.log", **QEI)
     read, notes = read_result(tmp_path / "run.log")
     assert read.space is not None
     assert read.space.components == best.search_result.space.components
@@ -120,10 +115,7 @@ def test_texts_that_a_compile_does_not_keep_are_named(tmp_path: Path) -> None:
     """A student whose own demos no candidate equals: its study has all texts but those."""
     student = Adder()
     student.solve.demos = [dspy.Example(question="90+9", answer="99")]
-    with dspy.context(lm=arithmetic_lm()):
-        optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=4, **FEW_SHOT)
-        options = {"sampler": "random", "storage": tmp_path / "run.log"}
-        best = optimizer.compile(student, trainset=TRAIN, valset=VAL, **SMALL_RUN, **options)
+    best = compiled(student, sampler="random", storage=tmp_path / "run.log")
     read, notes = read_result(tmp_path / "run.log")
     assert read.space is not None
     known, kept = best.search_result.space.components, read.space.components

@@ -9,17 +9,13 @@ import cloudpickle
 import dspy
 import pytest
 from embedders import hashed
-from lms import arithmetic_lm
-from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
+from tasks import QEI, Adder, compiled
 
-from mpromptune import MIPROv2, qEISampler
+from mpromptune import qEISampler
 
 
 def _compile(program: dspy.Module, **options: Any) -> Any:
-    with dspy.context(lm=arithmetic_lm()):
-        optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=4, **FEW_SHOT)
-        options = {"sampler": "qei", "embedder": hashed, **options}
-        return optimizer.compile(program, trainset=TRAIN, valset=VAL, **SMALL_RUN, **options)
+    return compiled(program, **{**QEI, **options})
 
 
 @pytest.fixture(scope="module")

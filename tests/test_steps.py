@@ -10,9 +10,8 @@ from typing import Any
 
 import dspy
 import pytest
-from embedders import hashed
 from lms import ScriptedLM, arithmetic_lm, digest
-from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, Planner
+from tasks import FEW_SHOT, QEI, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, Planner, compiled
 
 from mpromptune import MIPROv2
 from mpromptune.execution.interrupts import Stopped, current_stop
@@ -58,12 +57,18 @@ def _jittery_lm() -> ScriptedLM:
 
 def _compile(metric: Any, lm: ScriptedLM | None = None, shots: Any = FEW_SHOT, **options: Any) -> Any:
     """The optimizer, and the program that it returned."""
-    valset = options.pop("valset", VAL)
-    settings = {"auto": None, "num_candidates": 3, "num_threads": 8, **shots}
-    with dspy.context(lm=lm or _jittery_lm()):
-        optimizer = Seen(metric=metric, **settings)
-        run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "batch_size": 4, "confirm": True, **options}
-        return optimizer, optimizer.compile(Planner(), trainset=TRAIN, valset=valset, **run)
+    seen: list[Any] = []
+    cls = options.pop("optimizer", Seen)
+    options = {**QEI, "batch_size": 4, "confirm": True, **options}
+
+    def optimizer(**settings: Any) -> Any:
+        seen.append(cls(**settings))
+        return seen[0]
+
+    init = {"num_threads": 8, **shots}
+    lm = lm or _jittery_lm()
+    best = compiled(Planner(), lm=lm, metric=metric, init=init, optimizer=optimizer, **options)
+    return seen[0], best
 
 
 def _measured(best: Any) -> list[Any]:
@@ -134,10 +139,7 @@ def test_a_program_that_was_replaced_is_measured_itself() -> None:
             return super()._optimize_prompt_parameters(program.deepcopy(), *args, **kwargs)
 
     metric = Exact()
-    with dspy.context(lm=_jittery_lm()):
-        optimizer = Another(metric=metric, auto=None, num_candidates=3, num_threads=8, **FEW_SHOT)
-        run = {**SMALL_RUN, "sampler": "qei", "embedder": hashed, "batch_size": 4, "confirm": True}
-        optimizer.compile(Planner(), trainset=TRAIN, valset=VAL, **run)
+    _compile(metric, optimizer=Another)
     assert SMALL_RUN_CALLS < metric.calls <= SMALL_RUN_CALLS + len(VAL)
 
 
