@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import os
-import subprocess
-import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -80,14 +77,16 @@ def _digests() -> list[str]:
     ]
 
 
-def test_same_in_another_process() -> None:
+def _write_digests(path: Path) -> None:
+    path.write_text("|".join(_digests()))
+
+
+def test_same_in_another_process(forks: Any, tmp_path: Path) -> None:
     """Neither addresses nor the order of sets, which differ from process to process, are part of it."""
-    code = "import test_fingerprint as t; print(*t._digests(), sep='|')"
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests.parent)])
-    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip().split("|") == _digests()
+    process = forks.Process(target=_write_digests, args=(tmp_path / "digests",))
+    process.start()
+    process.join()
+    assert (tmp_path / "digests").read_text().split("|") == _digests()
 
 
 def test_kinds_differ() -> None:

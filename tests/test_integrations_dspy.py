@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import dspy
 import pytest
 from dspy.teleprompt import BootstrapFewShotWithRandomSearch, Teleprompter
-from embedders import hashed
 from lms import ScriptedLM, arithmetic_lm
-from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Adder, Counted
+from tasks import FEW_SHOT, QEI, SMALL_RUN, TRAIN, VAL, Adder, Counted
 
 from mpromptune import MIPROv2
-
-QEI = {"sampler": "qei", "embedder": hashed}
 
 
 def _optimizer(**options: Any) -> MIPROv2:
@@ -40,27 +36,6 @@ def test_scores_are_those_of_dspys_evaluation(best: Any) -> None:
     assert [_score(one["program"]) for one in best.candidate_programs] == [
         one["score"] for one in best.candidate_programs
     ]
-
-
-def test_a_loaded_program_scores_the_same(best: Any, tmp_path: Path) -> None:
-    """Saved as state or as a whole, the program scores after loading what it scored before."""
-    best.save(tmp_path / "state.json")
-    loaded = Adder()
-    loaded.load(tmp_path / "state.json")
-    best.save(tmp_path / "whole", save_program=True)
-    whole = dspy.load(str(tmp_path / "whole"), allow_pickle=True)
-    assert _score(loaded) == _score(whole) == best.score
-
-
-def test_compiling_a_loaded_program(best: Any, tmp_path: Path) -> None:
-    """What was loaded is a student like any other: its baseline is what was saved."""
-    best.save(tmp_path / "state.json")
-    loaded = Adder()
-    loaded.load(tmp_path / "state.json")
-    with dspy.context(lm=arithmetic_lm()):
-        again = _optimizer().compile(loaded, trainset=TRAIN, valset=VAL, **SMALL_RUN)
-    assert 100 * again.search_result.baseline_score == pytest.approx(best.score, abs=0.01)
-    assert again.score >= best.score
 
 
 def test_an_ensemble_of_candidate_programs(best: Any) -> None:

@@ -17,7 +17,6 @@ from tasks import (
     FEW_SHOT,
     LABELLED_ONLY,
     QEI,
-    SMALL_RUN,
     SMALL_RUN_CALLS,
     TRAIN,
     VAL,
@@ -150,20 +149,6 @@ def test_every_option_in_the_constructor() -> None:
     assert best.search_result.n_examples == 14  # DSPy keeps 80 % of 18 for validation
     assert best.search_result.calls == metric.calls
     assert is_spent(best.search_result, 30)
-
-
-def test_inside_better_together() -> None:
-    """BetterTogether, which passes on what the signature of compile accepts, runs our search."""
-    lm = arithmetic_lm()
-    lm.launch = lm.kill = lambda: None
-    with dspy.context(lm=lm):
-        ours = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=2, **ZERO_SHOT, **QEI)
-        program = Adder()
-        program.set_lm(lm)
-        best = dspy.BetterTogether(metric=Counted(), p=ours).compile(
-            program, trainset=TRAIN, valset=VAL, strategy="p", optimizer_compile_args={"p": SMALL_RUN}
-        )
-    assert best.candidate_programs
 
 
 class Describer(dspy.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable
@@ -12,14 +11,14 @@ from typing import Any
 
 import dspy
 import pytest
+import tasks
 from clocks import Clock
 from faults import RUN, BadKey, RateLimited, sdk_error
 from lms import arithmetic_lm
 from remote_lms import WrittenLM
 from remote_scores import Distant, write, written
-from tasks import FEW_SHOT, TRAIN, VAL, Planner
+from tasks import VAL, Planner
 
-from mpromptune import MIPROv2
 from mpromptune.errors import SearchStoppedError, TravelError, WorkerLostError
 from mpromptune.execution.pace import Pace
 from mpromptune.execution.usage import Usage, record
@@ -38,14 +37,8 @@ def exact(example: Any, prediction: Any, trace: Any = None) -> bool:
 
 def compiled(lm: Any, metric: Callable[..., Any] = exact, program: Any = None, **options: Any) -> Any:
     """The best program of a small compile."""
-    given = {**RUN, "max_calls": CALLS, **options}
-    with dspy.context(lm=lm):
-        optimizer = MIPROv2(metric=metric, auto=None, num_candidates=3, num_threads=4, **FEW_SHOT)
-        return optimizer.compile(program or Planner(), trainset=TRAIN, valset=VAL, **given)
-
-
-def spawned() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+    run = {**RUN, "max_calls": CALLS, **options}
+    return tasks.compiled(program or Planner(), lm=lm, metric=metric, **run)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +57,10 @@ def same_prompts(a: Any, b: Any) -> bool:
     ]
 
 
-def test_a_killed_process_loses_no_trial_of_a_compile(at_home: Any, tmp_path: Path) -> None:
+def test_a_killed_process_loses_no_trial_of_a_compile(at_home: Any, tmp_path: Path, forks: Any) -> None:
     """Its calls are made again; the requests that died with it are all that the ledger lacks."""
     lm = WrittenLM(tmp_path / "log", dies=150)
-    best = compiled(lm, executor=spawned)
+    best = compiled(lm, executor=lambda: ProcessPoolExecutor(2, mp_context=forks))
     assert (tmp_path / "log.killed").exists()
     assert trials_of(best) == trials_of(at_home)
     assert same_prompts(best, at_home)

@@ -53,7 +53,9 @@ def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
         if not is_proposed and run.num_threads > 1:
             proposal.begin(run, program, trainset)
         is_idle = kept is None or not is_proposed
-        run.score_ahead(program, trainset, is_idle, is_first=kept is None and _labelled_only(given))
+        # Without a bootstrap nothing else would call the metric before the proposals are paid.
+        is_first = kept is None and demo_numbers(given)[0] == 0
+        run.score_ahead(program, trainset, is_idle, is_first)
         if kept is not None:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
             bar.advance(number)
@@ -64,11 +66,6 @@ def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
         if (down := run.threads.attempts.down) is not None:  # an outage, not a bad teacher
             raise down
         return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos)
-
-
-def _labelled_only(given: Mapping[str, Any]) -> bool:
-    """Demo sets without a bootstrap, and so without a call of the metric."""
-    return bool(given["max_bootstrapped_demos"] == 0 and given["max_labeled_demos"] > 0)
 
 
 def _prepared(run: Run, given: Mapping[str, Any], on_set: Callable[[], None]) -> Callable[[], DemoSets]:
@@ -123,10 +120,9 @@ def prepared_demo_sets(
         examples, size = list(trainset), max_bootstrapped_demos
         if number == 0:
             makers.append(student.reset_copy)
-        elif not max_bootstrapped_demos:
-            rng.shuffle(examples)
-            makers.append(partial(_same, label(student, trainset=examples)))
-        elif number == 1 and max_labeled_demos:
+        elif not size or (number == 1 and max_labeled_demos):
+            if not size:
+                rng.shuffle(examples)
             makers.append(partial(_same, label(student, trainset=examples)))
         else:
             if number != 2:

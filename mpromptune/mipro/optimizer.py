@@ -34,7 +34,7 @@ from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
 from mpromptune.mipro.estimate import Estimate, estimate, interceptor
 from mpromptune.mipro.fingerprint import fingerprint
 from mpromptune.mipro.remote import remote_programs
-from mpromptune.mipro.results import attach_statistics, forget_statistics, percent, save_programs
+from mpromptune.mipro.results import attach_statistics, forget_statistics, percent
 from mpromptune.mipro.run import Run, wants_traceback
 from mpromptune.show.progress import together
 from mpromptune.storage.storage import open_study
@@ -292,12 +292,9 @@ def _search(run: Run, options: SearchOptions, programs: ProgramSpace, score: Any
 
 def _finished(run: Run, programs: ProgramSpace, result: Any) -> Any:
     """The winner as a program, with what the search found out."""
-    optimizer, best = run.optimizer, programs.build(result.best_params)
+    best = programs.build(result.best_params)
     best.search_result = result
-    if optimizer.track_stats:
-        attach_statistics(best, programs, result, optimizer.log_dir)
-    elif optimizer.log_dir:
-        save_programs(programs, result, optimizer.log_dir)
+    attach_statistics(best, programs, result, run.optimizer)
     scores = percent(result.best_score), percent(result.baseline_score)
     logger.info("Best program scores %.2f (baseline %.2f).", *scores)
     logger.info("The compile took %s.", result.usage.total)

@@ -43,26 +43,26 @@ def forget_statistics(program: Any) -> None:
         program.__dict__.pop(name, None)
 
 
-def attach_statistics(best: Any, programs: ProgramSpace, result: SearchResult, log_dir: str | None) -> None:
-    """Sets ``score``, ``trial_logs``, ``candidate_programs`` and ``mb_candidate_programs``.
+def attach_statistics(best: Any, programs: ProgramSpace, result: SearchResult, optimizer: Any) -> None:
+    """Sets what MIPROv2 sets, as far as the ``optimizer`` is to: ``score``, ``trial_logs`` and so on.
 
     Scores are percentages, as DSPy's are. One program object serves all entries of a configuration.
     """
+    if not (optimizer.track_stats or optimizer.log_dir):
+        return
     build = lru_cache(maxsize=None)(lambda key: programs.build(dict(key)))
+    logs = _logs(result, build, optimizer.log_dir)
+    if not optimizer.track_stats:
+        return
     parts = [t for t in _completed(result) if len(t.user_attrs[EXAMPLES]) < result.n_examples]
     best.score = percent(result.best_score)
-    best.trial_logs = _logs(result, build, log_dir)
+    best.trial_logs = logs
     best.candidate_programs = _ranked(
         (m.mean, build(_key(m.params)), True) for m in result.configurations if m.fully
     )
     best.mb_candidate_programs = _ranked((t.value, build(_key(t.params)), False) for t in parts)
     best.total_calls = result.calls
     best.prompt_model_total_calls = result.usage.get("propose", Usage()).lm_calls
-
-
-def save_programs(programs: ProgramSpace, result: SearchResult, log_dir: str) -> None:
-    """Writes the program of every trial to ``log_dir``."""
-    _logs(result, lambda key: programs.build(dict(key)), log_dir)
 
 
 def _logs(result: SearchResult, build: Any, log_dir: str | None) -> dict[int, dict[str, Any]]:
