@@ -11,16 +11,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
-from embedders import letters
+from embedders import hashed, letters
 from handmade import BASELINE, INSTRUCTION, OTHER, SPACE, TRIALS, WINNER, findings, study_of
+from lms import arithmetic_lm
+from tasks import FEW_SHOT, SMALL_RUN, TRAIN, VAL, Counted, Planner
 
-from mpromptune import PromptSpace, SearchResult, qEISampler, search
+from mpromptune import MIPROv2, PromptSpace, SearchResult, qEISampler, search
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
 from mpromptune.execution.attempts import RetryPolicy
-from mpromptune.execution.usage import Usage
+from mpromptune.mipro.reading import read_result
 from mpromptune.show.page import render, write_report
-from mpromptune.storage.attributes import ESTIMATE, PREDICTORS
 
 
 class Checked(HTMLParser):
@@ -101,15 +103,25 @@ def test_the_first_screen_answers_five_questions_in_order(page: str) -> None:
     assert "Measure the program on a test set" in text
 
 
-def test_the_programs_own_names_and_the_estimate_are_shown(tables: Any) -> None:
-    """As the study has them of a compile."""
-    study = study_of(TRIALS)
-    study.set_user_attr(PREDICTORS, ["solve.steps"])
-    study.set_user_attr(ESTIMATE, {"search": Usage(program_calls=16, lm_calls=20).as_dict()})
-    text = text_of(tables(study=study))
-    assert "solve.steps, instruction: own instruction → " in text
-    assert "solve.steps: own instruction, no demos — baseline" in text
-    assert "10 program calls of 16 estimated at most 7 LM calls of 20 estimated at most" in text
+def test_the_programs_own_names_and_the_estimate_are_shown(tables: Any, tmp_path: Path) -> None:
+    """Of a compile, also from its storage alone."""
+    with dspy.context(lm=arithmetic_lm()):
+        optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=4, **FEW_SHOT)
+        run = {
+            "trainset": TRAIN,
+            "valset": VAL,
+            "embedder": hashed,
+            "storage": tmp_path / "run.log",
+            **SMALL_RUN,
+        }
+        found = optimizer.compile(Planner(), **run).search_result
+        usage = optimizer.compile(Planner(), **run, dry_run=True).usage.total
+    for result in (found, read_result(tmp_path / "run.log")[0]):
+        text = text_of(render(result))
+        assert "plan: own instruction" in text
+        assert "solve: own instruction" in text
+        assert f"program calls of {usage.program_calls} estimated at most" in text
+        assert f"LM calls of {usage.lm_calls} estimated at most" in text
 
 
 def test_estimates_are_marked_with_their_interval(tables: Any) -> None:

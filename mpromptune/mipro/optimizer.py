@@ -19,6 +19,8 @@ import dspy
 
 # Where it is defined: others may put another class, ours among them, in place of `dspy.MIPROv2`.
 from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from mpromptune.engine.arguments import extending, gather, resolve, split
 from mpromptune.engine.minibatches import Minibatches
@@ -37,6 +39,7 @@ from mpromptune.mipro.remote import remote_programs
 from mpromptune.mipro.results import attach_statistics, forget_statistics, percent
 from mpromptune.mipro.run import Run, wants_traceback
 from mpromptune.show.progress import together
+from mpromptune.storage.attributes import ESTIMATE, PREDICTORS
 from mpromptune.storage.storage import open_study
 
 logger = logging.getLogger(__name__)
@@ -157,6 +160,7 @@ class MIPROv2(StockMIPROv2):
         interceptor().on_estimate(partial(_estimate, run, given))
         if run.options.dry_run:
             raise _Planned(_estimate(run, given))
+        run.estimated = estimate(given, run.arguments, run.num_instructions, run.search_calls).usage
         return bootstrap.demo_sets(run, given)
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +274,7 @@ def _search(run: Run, options: SearchOptions, programs: ProgramSpace, score: Any
     run.view.bar("Searching", max_calls, "calls")
     ours = {
         "storage": run.storage,
-        "callbacks": (run.evaluations.on_trial, *options.callbacks),
+        "callbacks": (_describing(run, programs.program), run.evaluations.on_trial, *options.callbacks),
         "executor": run.place.threads,
         "on_progress": together(run.view.on_progress if options.verbose else None, options.on_progress),
     }
@@ -288,6 +292,20 @@ def _search(run: Run, options: SearchOptions, programs: ProgramSpace, score: Any
         stopped=run.guard.stopped,
         **{**options.of_compile, **ours},
     )
+
+
+def _describing(run: Run, program: Any) -> Callable[[Study, FrozenTrial], None]:
+    """A callback that writes to the study, with the first trial, what its report says of the compile."""
+    described = {
+        PREDICTORS: [name for name, _ in program.named_predictors()],
+        ESTIMATE: {step: usage.as_dict() for step, usage in run.estimated.items()},
+    }
+
+    def describe(study: Study, trial: FrozenTrial) -> None:
+        while described:
+            study.set_user_attr(*described.popitem())
+
+    return describe
 
 
 def _finished(run: Run, programs: ProgramSpace, result: Any) -> Any:

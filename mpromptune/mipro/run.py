@@ -22,7 +22,7 @@ from mpromptune.execution.interrupts import Stopped, interrupted, is_over, resul
 from mpromptune.execution.limits import SEARCH, Budget, patience
 from mpromptune.execution.pool import Score
 from mpromptune.execution.remote import Workplace
-from mpromptune.execution.usage import Usage, current_meter, record
+from mpromptune.execution.usage import StepUsage, Usage, current_meter, record
 from mpromptune.lms.adapters import keeping, reusing
 from mpromptune.lms.errors import classify
 from mpromptune.lms.guard import Guard
@@ -61,6 +61,7 @@ class Run:
         proposer: Proposes instructions, once it has been begun.
         num_instructions: Instructions wanted for each predictor.
         search_calls: Program calls of the search, at most.
+        estimated: What each step will use at most.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Run:
         self.checkpoint: Checkpoint | None = None
         self.proposer: Any = None
         self.num_instructions = self.search_calls = 0  # what DSPy makes of the compile's arguments
+        self.estimated = StepUsage()
         self._valset: list[Any] | None = None
         self._first: Sequence[int] = ()
         self._ahead: Ahead | None = None
