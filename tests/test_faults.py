@@ -44,6 +44,7 @@ from mpromptune.engine import options
 from mpromptune.errors import SearchInterrupted, SearchStoppedError, StorageError
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.usage import StepUsage, Usage
+from mpromptune.storage import journal
 from mpromptune.storage.attributes import DEMOS, INSTRUCTIONS, SCORES
 from mpromptune.storage.storage import open_study
 
@@ -373,12 +374,21 @@ def kill_points() -> list[tuple[str, int]]:
     return [(step, at) for step, n in requests.items() for at in sorted(rng.sample(range(1, n + 1), 3))]
 
 
+@pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 @pytest.mark.parametrize(("step", "at"), kill_points())
-def test_kill_9(step: str, at: int, tmp_path: Path, whole: tuple[Any, Path], forks: Any) -> None:
+def test_kill_9(
+    step: str,
+    at: int,
+    tmp_path: Path,
+    whole: tuple[Any, Path],
+    forks: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The same call ends with the same trials and winner; no step that was over is repeated, no answer that
     was kept is paid again, and what is paid again is what was in flight.
     """
     storage, log = tmp_path / "run.log", tmp_path / "lm.log"
+    monkeypatch.setattr(journal, "_GRACE", 1)  # what holds the lock may be killed
     sound, requests = whole[0], log_lines(whole[1], "start", "search", "answer")
     killed = forks.Process(target=compile_and_die, args=(storage, log, step, at))
     killed.start()

@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from mpromptune import PromptSpace, search
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, StorageError, StudyMismatchError
+from mpromptune.storage import journal
 from mpromptune.storage.storage import DEFAULT_STUDY_NAME, open_storage, open_study
 
 
@@ -274,9 +275,11 @@ def test_lost_creation_of_the_study(tmp_path: Path) -> None:
         open_study(path)
 
 
+@pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 @pytest.mark.parametrize("lock", [JournalFileSymlinkLock, JournalFileOpenLock])
-def test_lock_of_a_dead_process(tmp_path: Path, lock: Any) -> None:
+def test_lock_of_a_dead_process(tmp_path: Path, lock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that was left behind is broken after a few seconds."""
+    monkeypatch.setattr(journal, "_GRACE", 1)
     path = tmp_path / "run.log"
     _journal(path)
     lock(str(path)).acquire()
