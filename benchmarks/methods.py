@@ -18,7 +18,8 @@ from benchmarks.tables import Task
 from mpromptune import qEISampler, search
 from mpromptune.engine.batches import Confirm
 from mpromptune.engine.minibatches import stock_calls
-from mpromptune.sampling.samplers import OpenSampler, distributions_of
+from mpromptune.sampling.encoding import distributions_of
+from mpromptune.sampling.samplers import OpenSampler
 
 Method = Callable[[Task, int, int, int], dict[str, int]]  # problem, calls, seed, q
 Params = tuple[tuple[str, int], ...]

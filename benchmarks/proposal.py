@@ -85,7 +85,7 @@ def filled_study(sampler: BaseSampler, space: PromptSpace, trials: int, seed: in
     import numpy as np
     import optuna
 
-    from mpromptune.sampling.samplers import distributions_of
+    from mpromptune.sampling.encoding import distributions_of
     from mpromptune.storage.attributes import EXAMPLES, SCORES
     from mpromptune.storage.attributes import N_EXAMPLES as SIZE
 
@@ -121,7 +121,7 @@ def filled_study(sampler: BaseSampler, space: PromptSpace, trials: int, seed: in
 
 def four_asks(study: Study, space: PromptSpace) -> tuple[float, float]:
     """Seconds that the asks took, and those that the processor spent on them."""
-    from mpromptune.sampling.samplers import distributions_of
+    from mpromptune.sampling.encoding import distributions_of
 
     distributions = distributions_of(space)
     start, busy = time.perf_counter(), time.process_time()

@@ -161,9 +161,7 @@ def test_a_huge_product_is_counted_and_sampled() -> None:
 def test_choices_in_a_huge_product_take_memory_for_themselves_alone() -> None:
     """A sample, neighbours and a local search of 200^16 configurations stay below 30 MB."""
     tracemalloc.start()
-    choices = choice_set(
-        HUGE, 2000, lambda row: True, np.random.default_rng(0), distance, [(0,) * 16, (5,) * 16]
-    )
+    choices = choice_set(HUGE, 2000, set(), set(), np.random.default_rng(0), distance, [(0,) * 16, (5,) * 16])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 2000 <= len(choices) < 5000

@@ -13,9 +13,8 @@ from mpromptune.engine.options import SearchOptions
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.model.devices import resolve_device
 from mpromptune.model.surrogate import fit
-from mpromptune.sampling.encoding import encode_prompts
+from mpromptune.sampling.encoding import distributions_of, encode_prompts
 from mpromptune.sampling.sampler import resolve_embedder
-from mpromptune.sampling.samplers import distributions_of
 
 SPACE = PromptSpace({f"{i}_predictor_instruction": [f"{'a' * j} {i}" for j in range(9)] for i in range(2)})
 

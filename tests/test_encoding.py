@@ -12,8 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune import PromptSpace
 from mpromptune.model.embedding import as_embedder
-from mpromptune.sampling.encoding import Encoding, History, encode_prompts
-from mpromptune.sampling.samplers import distributions_of
+from mpromptune.sampling.encoding import Encoding, History, distributions_of, encode_prompts
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
 A, B, C = (0,), (1,), (2,)

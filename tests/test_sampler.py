@@ -17,7 +17,7 @@ from mpromptune import PromptSpace, qEISampler
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError
 from mpromptune.model import surrogate
 from mpromptune.sampling import sampler as sampler_module
-from mpromptune.sampling.samplers import distributions_of
+from mpromptune.sampling.encoding import distributions_of
 from mpromptune.storage.attributes import PROPOSED
 
 TEXTS = [

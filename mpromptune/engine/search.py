@@ -23,8 +23,9 @@ from mpromptune.execution.pool import Score, Workers, classify_builtin
 from mpromptune.execution.remote import Workplace, measuring
 from mpromptune.execution.usage import Usage, metered
 from mpromptune.model.space import PromptSpace
+from mpromptune.sampling.encoding import distributions_of
 from mpromptune.sampling.sampler import qEISampler
-from mpromptune.sampling.samplers import bind, distributions_of, is_qei, resolve_sampler
+from mpromptune.sampling.samplers import bind, is_qei, resolve_sampler
 from mpromptune.storage.damage import named, readable, require_readable
 from mpromptune.storage.lease import Lease, held
 from mpromptune.storage.record import check_left, read_record

@@ -20,7 +20,7 @@ from mpromptune.engine.scores import Examples, ScoreTable
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.usage import Meter, Usage
 from mpromptune.model.space import PromptSpace, Row
-from mpromptune.sampling.samplers import distributions_of
+from mpromptune.sampling.encoding import distributions_of
 from mpromptune.storage.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
 from mpromptune.storage.lease import Lease
 from mpromptune.storage.record import Record, Recorded, abandoned_attributes, recorded_of

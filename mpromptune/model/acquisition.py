@@ -6,7 +6,7 @@ sample refined by local search), and a table of their posterior that BoTorch loo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import numpy as np
 import torch
@@ -50,19 +50,21 @@ _ALL_AT_ONCE, _SWEEPS, _KEPT_OF_SWEEP = 512, 2, 16
 def choice_set(
     space: IndexSpace,
     max_space_size: int,
-    allowed: Callable[[Row], bool],
+    measured: Set[Row],
+    pending: Set[Row],
     rng: np.random.Generator,
     value: Value | None = None,
     starts: Sequence[Row] = (),
 ) -> Tensor:
-    """The choices for one proposal, ``N x C``; empty when no configuration is allowed.
+    """The choices for one proposal, ``N x C``: what is new; or what only is being measured; or, at last, all.
 
     Args:
         space: The configurations that exist.
-        max_space_size: Up to this size all of them are choices. Above it, ``max_space_size`` of
+        max_space_size: Up to this size all of them are looked at. Above it, ``max_space_size`` of
             them drawn at random and, with ``value``, what a coordinate-wise local search meets,
             and the starts themselves: what was measured may be measured again.
-        allowed: Whether a configuration may be proposed.
+        measured: Configurations that have been measured.
+        pending: Those that are being measured.
         rng: Draws the sample.
         value: Acquisition value of single configurations, for the local search.
         starts: Configurations to start from, the best first.
@@ -71,8 +73,11 @@ def choice_set(
     if value is not None and space.size > max_space_size:
         found = [local_search(space, start, value) for start in starts[:_STARTS]]
         rows = np.unique(np.concatenate([rows, *found, np.array(starts, dtype=rows.dtype)]), axis=0)
-    keep = [allowed(tuple(row)) for row in rows.tolist()]
-    return torch.from_numpy(rows[np.array(keep, dtype=bool)])
+    for taken in ({*measured, *pending}, measured):
+        free = rows[[tuple(row) not in taken for row in rows.tolist()]]
+        if len(free):
+            return torch.from_numpy(free)
+    return torch.from_numpy(rows)
 
 
 def local_search(space: IndexSpace, start: Row, value: Value) -> IndexArray:

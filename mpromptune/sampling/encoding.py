@@ -144,6 +144,12 @@ def _finite(values: FloatArray) -> FloatArray:
     return clipped
 
 
+def distributions_of(space: PromptSpace) -> dict[str, BaseDistribution]:
+    """Every component as a categorical parameter over its candidates' indices, as in MIPROv2."""
+    sizes = zip(space.names, space.sizes, strict=True)
+    return {name: CategoricalDistribution(range(size)) for name, size in sizes}
+
+
 def encode_prompts(space: PromptSpace, embedder: Embedder | None) -> Encoding:
     """The encoding of a PromptSpace, whose parameters are candidate indices."""
     values = tuple(tuple(range(size)) for size in space.sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from difflib import get_close_matches
 from functools import partial
@@ -12,23 +12,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import intersection_search_space
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from torch import Tensor
 
 from mpromptune.errors import UnknownOptionError, require_count
 from mpromptune.execution.pool import in_time
 from mpromptune.model.acquisition import LISTED, choice_set, log_expected_improvement, propose, ranked
 from mpromptune.model.devices import plain_torch, resolve_device
 from mpromptune.model.embedding import CachedEmbedder, Embedder, as_embedder
-from mpromptune.model.space import FloatArray, PromptSpace, Row
+from mpromptune.model.space import FloatArray, PromptSpace
 from mpromptune.model.surrogate import fit
 from mpromptune.sampling.encoding import (
     Encoding,
     History,
+    distributions_of,
     encode_distributions,
     encode_prompts,
     proposed_params,
@@ -199,41 +199,22 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         return encode_distributions(search_space, observed, self._embedder, prompts).on(self.device)
 
     @plain_torch()
-    def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
+    def _rows(self, encoding: Encoding, known: History, seed: int) -> list[list[int]]:
         """The next batch; a single configuration, drawn at random, before there is a model."""
         rng = np.random.default_rng(seed)
-        if len(history.train_Y) < self.min_cold_start:
-            choices = self._choices(encoding, history, rng)
+        choices_of = partial(
+            choice_set, encoding.space, self.max_space_size, known.measured, {*known.pending}, rng
+        )
+        if len(known.train_Y) < self.min_cold_start:
+            choices = choices_of()
             return [choices[int(rng.integers(len(choices)))].tolist()]
-        model = fit(history.train_X, history.train_Y, encoding.geometries)
-        measured, means = ranked(model, torch.tensor(sorted(history.measured), dtype=torch.float64))
+        model = fit(known.train_X, known.train_Y, encoding.geometries)
+        measured, means = ranked(model, torch.tensor(sorted(known.measured), dtype=torch.float64))
         best_f = float(means[0])
-        value = partial(log_expected_improvement, model, best_f)
-        choices = self._choices(encoding, history, rng, value, measured.long().tolist())
-        pending = torch.tensor(history.pending, dtype=torch.float64)
+        choices = choices_of(partial(log_expected_improvement, model, best_f), measured.long().tolist())
+        pending = torch.tensor(known.pending, dtype=torch.float64)
         q = self.batch_size or _BATCH_SIZE
         return propose(model, choices, q, best_f, pending, self.n_batches, seed).long().tolist()
-
-    def _choices(
-        self,
-        encoding: Encoding,
-        history: History,
-        rng: np.random.Generator,
-        value: Callable[[Tensor], Tensor] | None = None,
-        starts: Sequence[Row] = (),
-    ) -> Tensor:
-        """Configurations that are new; those that only wait for a running trial; or, at last, all."""
-        taken: frozenset[Row]
-        for taken in (history.measured.union(history.pending), history.measured, frozenset()):
-            allowed = partial(_is_not_in, taken)
-            choices = choice_set(encoding.space, self.max_space_size, allowed, rng, value, starts)
-            if len(choices):
-                return choices
-        raise AssertionError("a search space has at least one configuration")
-
-
-def _is_not_in(taken: frozenset[Row], row: Row) -> bool:
-    return row not in taken
 
 
 def _unknown_argument(name: str) -> UnknownOptionError:
@@ -257,10 +238,7 @@ def _embed_in_time(embedder: CachedEmbedder, texts: list[str]) -> FloatArray:
 
 
 def _index_distributions(space: PromptSpace | None) -> dict[str, BaseDistribution]:
-    if space is None:
-        return {}
-    sizes = zip(space.names, space.sizes, strict=True)
-    return {name: CategoricalDistribution(range(n)) for name, n in sizes if n > 1}
+    return {} if space is None else {k: d for k, d in distributions_of(space).items() if not d.single()}
 
 
 def _suggested_by_running(study: Study) -> dict[str, BaseDistribution]:

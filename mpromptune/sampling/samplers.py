@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from mpromptune.model.space import IndexArray, PromptSpace, Row
 from mpromptune.sampling import unknown_sampler
-from mpromptune.sampling.encoding import Encoding, encode_prompts
+from mpromptune.sampling.encoding import Encoding, distributions_of, encode_prompts
 from mpromptune.sampling.sampler import qEISampler
 
 IsOpen = Callable[[Row], bool]
@@ -70,12 +70,6 @@ def bind(
     encoding = bound.prompts()
     assert encoding is not None  # it has a space
     return bound, encoding
-
-
-def distributions_of(space: PromptSpace) -> dict[str, BaseDistribution]:
-    """Every component as a categorical parameter over its candidates' indices, as in MIPROv2."""
-    sizes = zip(space.names, space.sizes, strict=True)
-    return {name: CategoricalDistribution(range(size)) for name, size in sizes}
 
 
 class OpenSampler(BaseSampler):
