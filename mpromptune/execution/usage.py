@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -45,7 +45,9 @@ class Usage:
         return self._each(max, other)
 
     def _each(self, function: Callable[..., Any], other: Usage) -> Usage:
-        return Usage(*map(function, astuple(self), astuple(other)))
+        return Usage(
+            *map(function, vars(self).values(), vars(other).values())
+        )  # a tenth of a search with `astuple`
 
     @property
     def tokens(self) -> int:
