@@ -147,11 +147,15 @@ def test_figures_are_in_the_page(page: str) -> None:
     pytest.importorskip("matplotlib")
     checked = Checked(page)
     assert checked.tags.count("svg") == checked.values("role").count("img") == 6
-    readings = [value for value in checked.values("aria-label") if value.endswith(".")]
-    assert (
-        "The leading configurations. 0 of 3 configurations are within one standard deviation" in readings[1]
-    )
-    assert all(reading.partition(". ")[2].rstrip(".") in text_of(page) for reading in readings)
+    assert [value for value in checked.values("aria-labelledby") if value.startswith("caption-")] == [
+        f"caption-{name}" for name in ("growth", "leaders", "map", "effects", "examples", "usage")
+    ]
+    text = text_of(page)
+    assert "The best configuration (70.0 %) was met after 8 of 10 calls." in text
+    assert "0 of 3 configurations are within one standard deviation of the winner." in text
+    assert "instruction matters most: +30.0 points from its worst candidate to its best." in text
+    assert "Of 4 examples, no configuration solves 1." in text
+    assert "The step “search” took 100 % of it." in text
     assert "#000000" not in page  # which could not be read on a dark page
     assert Checked(render(findings(distances=None))).tags.count("svg") == 5
 

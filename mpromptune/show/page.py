@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from difflib import SequenceMatcher
-from html import escape
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -62,23 +62,25 @@ def render(findings: Findings, notes: Sequence[str] = ()) -> str:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
+    environment.filters["mean"] = fmean
     source = resources.files("mpromptune.show").joinpath("page.html").read_text(encoding="utf-8")
-    hard = analysis.never_solved(findings)
     return environment.from_string(source).render(
         findings=findings,
+        analysis=analysis,
+        say=analysis.unit(findings),
+        points=partial(_points, findings),
+        is_lucky=signs.is_lucky,
         baseline=_score(findings, analysis.baseline(findings), findings.baseline_score),
         winner=_score(findings, analysis.winner(findings), findings.best_score, findings.best_interval),
         gained=_gained(findings),
-        evidence=_evidence(findings),
         changes=_changes(findings),
         spent=_spent(findings),
         steps=signs.next_steps(findings),
         warnings=signs.warning_signs(findings),
         notes=notes,
         leaders=_leaders(findings),
-        figures=list(_figures(findings)),
-        hard=[(example, len(analysis.example_scores(findings)[example])) for example in hard[:_LISTED]],
-        more=max(0, len(hard) - _LISTED),
+        figures=_figures(findings),
+        listed=_LISTED,
     )
 
 
@@ -114,26 +116,6 @@ def _gained(findings: Findings) -> str:
 
 def _points(findings: Findings, difference: float) -> str:
     return f"{100 * difference:+.1f} points" if analysis.is_share(findings) else f"{difference:+.4g}"
-
-
-def _evidence(findings: Findings) -> Iterator[str]:
-    """How sure it is that the winner is better, and how much of its score may be luck."""
-    chance, best = analysis.chance_of_gain(findings), analysis.winner(findings)
-    if findings.best_params == findings.baseline_params:
-        yield "The baseline is the winner: there is no gain to be sure of."
-    elif chance is None:
-        yield "How sure the gain is cannot be said: winner and baseline were not both measured."
-    else:
-        bounded = "over 99" if chance > 0.99 else "under 1" if chance < 0.01 else f"{100 * chance:.0f}"
-        yield f"By the model, the winner is better than the baseline with a probability of {bounded} %."
-    if found := analysis.differences(findings):
-        up, down = sum(d > 0 for d in found), sum(d < 0 for d in found)
-        yield f"Of {len(found)} examples that both were measured on, it gains on {up} and loses on {down}."
-    if best is not None:
-        say = analysis.unit(findings)
-        risk = "some of its score may be luck" if signs.is_lucky(best) else "low"
-        expected = f"{say(best.posterior_mean)} ± {say(best.posterior_std)}"
-        yield f"Risk of overfitting: {risk}. Measured {say(best.mean)}; the model expects {expected}."
 
 
 def _changes(findings: Findings) -> list[dict[str, Any]]:
@@ -206,98 +188,31 @@ def _spent(findings: Findings) -> dict[str, Any]:
     return {"steps": rows, "planned": planned, "took": str(timedelta(seconds=round(took.total_seconds())))}
 
 
-def _growth_reading(findings: Findings) -> str:
-    steps, say = analysis.growth(findings), analysis.unit(findings)
-    first = next(step for step in steps if step.best == steps[-1].best)
-    at_random = analysis.random_in_full(findings)
-    chance = f"; random choice could expect {say(at_random[-1])} of as many calls" if at_random else ""
-    best = (
-        f"The best configuration ({say(first.best)}) was met after {first.calls} of {steps[-1].calls} calls"
-    )
-    return f"{best}{chance}."
+_FIGURES: dict[str, Callable[[Findings], Figure]] = {
+    "growth": plots.plot_growth,
+    "leaders": plots.plot_leaders,
+    "map": plots.plot_map,
+    "effects": plots.plot_effects,
+    "examples": plots.plot_examples,
+    "usage": plots.plot_usage,
+}
 
 
-def _leaders_reading(findings: Findings) -> str:
-    near, all_ = len(analysis.rivals(findings)), len(findings.configurations)
-    return f"{near} of {all_} configurations are within one standard deviation of the winner."
-
-
-def _map_reading(findings: Findings) -> str:
-    if findings.text_chance is None:
-        return "Where prompts that are alike score alike, neighbours have like colours."
-    share = f"{100 * findings.text_chance:.0f} %"
-    return f"Dealt out at random, the embeddings explain the scores as well in {share} of cases."
-
-
-def _effects_reading(findings: Findings) -> str:
-    means = {name: [fmean(m) for m in by.values()] for name, by in analysis.main_effects(findings).items()}
-    spread = {name: max(of) - min(of) for name, of in means.items()}
-    most = max(spread, key=lambda name: spread[name])
-    between = _points(findings, spread[most]).removeprefix("+")
-    return f"{analysis.title(findings, most)} matters most: {between} between its best and worst candidate."
-
-
-def _examples_reading(findings: Findings) -> str:
-    examples = analysis.example_scores(findings)
-    highest = max(max(scores) for scores in examples.values())
-    easy = sum(min(scores) == highest for scores in examples.values())
-    hard = len(analysis.never_solved(findings))
-    return (
-        f"Of {len(examples)} examples, no configuration solves {hard}, and all that were asked solve {easy}."
-    )
-
-
-def _usage_reading(findings: Findings) -> str:
-    total = findings.usage.total
-    of = next(name for name in ("cost", "tokens", "program_calls") if getattr(total, name))
-    step = max(findings.usage, key=lambda name: getattr(findings.usage[name], of))
-    share = 100 * getattr(findings.usage[step], of) / getattr(total, of)
-    return f"The step “{step}” took {share:.0f} % of it."
-
-
-_FIGURES: tuple[tuple[str, str, Callable[[Findings], Figure], Callable[[Findings], str]], ...] = (
-    (
-        "How the score grew with program calls",
-        "Random choice stands beside it twice: measuring every configuration it draws on all examples, "
-        "which is what it takes to know the best of them, and drawing as many as the search had met, with "
-        "the best known in hindsight, as it is for the search's own line.",
-        plots.plot_growth,
-        _growth_reading,
-    ),
-    ("The leading configurations", "", plots.plot_leaders, _leaders_reading),
-    (
-        "Configurations by likeness of their prompts",
-        "The nearer two dots, the more alike their texts, as the embedder sees them.",
-        plots.plot_map,
-        _map_reading,
-    ),
-    (
-        "What each candidate is worth",
-        "Mean estimate of the configurations that were measured with it.",
-        plots.plot_effects,
-        _effects_reading,
-    ),
-    ("How hard the validation examples are", "", plots.plot_examples, _examples_reading),
-    ("What each step used", "", plots.plot_usage, _usage_reading),
-)
-
-
-def _figures(findings: Findings) -> Iterator[Mapping[str, str]]:
-    for heading, about, draw, read in _FIGURES:
+def _figures(findings: Findings) -> dict[str, str]:
+    """The drawings that can be made, by name; alone under "missing", how to have any."""
+    figures = {}
+    for name, draw in _FIGURES.items():
         try:
-            figure = draw(findings)
+            figures[name] = _svg(draw(findings), name)
         except MissingExtraError as error:
-            yield {"heading": "", "about": str(error), "reading": "", "svg": ""}
-            return
+            return {"missing": str(error)}
         except InvalidArgumentError:  # what this figure is about is not known
             continue
-        reading = read(findings)
-        name = escape(f"{heading}. {reading}")
-        yield {"heading": heading, "about": about, "reading": reading, "svg": _svg(figure, name)}
+    return figures
 
 
 def _svg(figure: Any, name: str) -> str:
-    """The drawing alone, named for screen readers, with texts as texts and the page's colour for black."""
+    """The drawing alone, named by its caption, with texts as texts and the page's colour for black."""
     import matplotlib as mpl
 
     file = io.StringIO()
@@ -308,4 +223,4 @@ def _svg(figure: Any, name: str) -> str:
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing[drawing.index("<svg") :], flags=re.DOTALL)
     drawing = re.sub(r'\sxmlns(:\w+)?="[^"]*"|\sid="[a-zA-Z0-9.]+_\d+"', "", drawing)
     drawing = drawing.replace("#000000", "currentColor")
-    return drawing.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+    return drawing.replace("<svg ", f'<svg role="img" aria-labelledby="caption-{name}" ', 1)
