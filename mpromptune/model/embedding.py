@@ -1,11 +1,10 @@
 """Texts to vectors, and vectors to the distances between candidates that kernels look up.
 
-A model of sentence-transformers embeds; the pieces of long texts and the cache by content are ours.
+A model of sentence-transformers embeds; the pieces of long texts and the cache are ours.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import threading
@@ -63,13 +62,10 @@ class CachedEmbedder:
         """Unit vectors of ``texts``, ``len(texts) x d``."""
         # LMs return halves of characters, where they cut an emoji in two: no text with one can be encoded.
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         with self._lock:
-            new = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._vectors}
-            if new:
-                vectors = _checked(self._embed(list(new.values())), len(new))
-                self._vectors.update(zip(new, vectors, strict=True))
-            return np.stack([self._vectors[key] for key in keys])
+            if new := [text for text in dict.fromkeys(texts) if text not in self._vectors]:
+                self._vectors.update(zip(new, _checked(self._embed(new), len(new)), strict=True))
+            return np.stack([self._vectors[text] for text in texts])
 
 
 def _checked(vectors: Any, n: int) -> FloatArray:

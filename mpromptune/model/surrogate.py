@@ -6,8 +6,8 @@ Notation
     k_c     component kernel, in [0, 1]; k_g group (predictor) kernel
     K_zf    covariances of the M points Z that the posterior is expressed by, with the n observed ones
 
-By hand is what GPyTorch has not: a kernel over indices, which looks up tables that are computed once a fit,
-and a posterior of single rows without the covariances of all rows with one another.
+GPyTorch lacks what is written by hand here: a kernel over indices that looks up tables computed once a fit,
+and the posterior of single rows without the covariances of all rows with one another.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Surrogate:
         points: ``M x C`` candidate indices.
         weights: w, of length M.
         half: L, lower triangular.
-        told: B, ``M x M``; None where it is the identity.
+        basis: B, ``M x M``; None where it is the identity.
         centre: Mean of the observations.
         scale: Their standard deviation.
     """
@@ -205,7 +205,7 @@ class Surrogate:
     points: Tensor
     weights: Tensor
     half: Tensor
-    told: Tensor | None
+    basis: Tensor | None
     centre: Tensor
     scale: Tensor
 
@@ -232,11 +232,11 @@ class Surrogate:
         cross = _cross(self.model.covar_module, self.points, X)
         v = torch.linalg.solve_triangular(self.half, cross, upper=False)
         mean = self.model.mean_module(X) + self.weights @ cross
-        return self.centre + self.scale * mean, v if self.told is None else self.told @ v
+        return self.centre + self.scale * mean, v if self.basis is None else self.basis @ v
 
 
 def _cross(kernel: Kernel, points: Tensor, X: Tensor) -> Tensor:
-    """Covariances, ``M x N``; a part of the columns after the other."""
+    """Covariances, ``M x N``, in parts."""
     return torch.cat([kernel(points, part).to_dense() for part in torch.split(X, _ROWS)], dim=-1)
 
 
@@ -275,8 +275,8 @@ def fit(train_X: Tensor, train_Y: Tensor, geometries: Sequence[Geometry]) -> Sur
         model = _fitted(X[evenly.round().long()], y[evenly.round().long()], PromptKernel(geometries))
         with torch.no_grad():
             posterior = _exact if len(X) <= _EXACT else _through_points
-            points, weights, half, told = posterior(model, X, y)
-            return Surrogate(model, points, weights, half, told, centre, scale)
+            points, weights, half, basis = posterior(model, X, y)
+            return Surrogate(model, points, weights, half, basis, centre, scale)
 
 
 def _fitted(X: Tensor, y: Tensor, kernel: Kernel) -> SingleTaskGP:
@@ -310,8 +310,8 @@ def _through_points(
     .. math:: w = L^{-T} U (I + S)^{-1} U^T A D^{-1/2} (y - m), \quad B = (S / (I + S))^{1/2} U^T
 
     [Snelson2006]_ [Titsias2009]_. Where every configuration is an inducing point, this is the exact
-    posterior. After :math:`O(n M^2)` once, a configuration takes :math:`O(M^2)`, whatever n is; GPyTorch's
-    `InducingPointKernel` has the same posterior, and covariances with all n for every batch.
+    posterior. A configuration then takes :math:`O(M^2)`, whatever n is; GPyTorch's `InducingPointKernel` has
+    the same posterior, and covariances with all n for every batch.
 
     .. [Snelson2006] E. Snelson, Z. Ghahramani. Sparse Gaussian Processes using Pseudo-inputs. NeurIPS 2006.
     .. [Titsias2009] M. Titsias. Variational Learning of Inducing Variables in Sparse Gaussian Processes.

@@ -199,20 +199,20 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         return encode_distributions(search_space, observed, self._embedder, prompts).on(self.device)
 
     @plain_torch()
-    def _rows(self, encoding: Encoding, known: History, seed: int) -> list[list[int]]:
+    def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
         """The next batch; a single configuration, drawn at random, before there is a model."""
         rng = np.random.default_rng(seed)
         choices_of = partial(
-            choice_set, encoding.space, self.max_space_size, known.measured, {*known.pending}, rng
+            choice_set, encoding.space, self.max_space_size, history.measured, {*history.pending}, rng
         )
-        if len(known.train_Y) < self.min_cold_start:
+        if len(history.train_Y) < self.min_cold_start:
             choices = choices_of()
             return [choices[int(rng.integers(len(choices)))].tolist()]
-        model = fit(known.train_X, known.train_Y, encoding.geometries)
-        measured, means = ranked(model, torch.tensor(sorted(known.measured), dtype=torch.float64))
+        model = fit(history.train_X, history.train_Y, encoding.geometries)
+        measured, means = ranked(model, torch.tensor(sorted(history.measured), dtype=torch.float64))
         best_f = float(means[0])
         choices = choices_of(partial(log_expected_improvement, model, best_f), measured.long().tolist())
-        pending = torch.tensor(known.pending, dtype=torch.float64)
+        pending = torch.tensor(history.pending, dtype=torch.float64)
         q = self.batch_size or _BATCH_SIZE
         return propose(model, choices, q, best_f, pending, self.n_batches, seed).long().tolist()
 
