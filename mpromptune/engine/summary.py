@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optuna.study import Study
@@ -17,7 +17,6 @@ from mpromptune.engine.result import Measured, SearchResult
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import SearchStoppedError
 from mpromptune.execution.limits import Budget
-from mpromptune.execution.usage import StepUsage
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.sampling.encoding import encode_prompts
 
@@ -67,16 +66,9 @@ class Summary:
             return None
 
     def _of(self, winner: Row, ranked: Sequence[Row], study: Study) -> SearchResult:
-        best_score, *interval = self._score(winner)
-        return SearchResult(
-            best_params=self.space.params(winner),
-            best_score=best_score,
-            baseline_score=self._score(self.plan.task.baseline)[0],
-            best_interval=(interval[0], interval[1]),
-            calls=self.evidence.table.calls,
-            n_examples=self.plan.task.n_examples,
-            configurations=measured(self.space, self.plan, self.evidence, ranked),
-            study=study,
+        found = _found(study, self.space, self.plan, self.evidence, winner, ranked)
+        return replace(
+            found,
             usage=self.budget.usage,
             stopped_by=self.budget.reached or self.binding,
             overspent=self.budget.overspent,
@@ -86,15 +78,9 @@ class Summary:
             text_chance=self.evidence.text_chance(),
         )
 
-    def _score(self, row: Row) -> tuple[float, float, float]:
-        """Mean over the validation set, and its interval; foreseen where it was not measured on all of it."""
-        if self.plan.is_full(row):
-            return (self.evidence.table.mean(row),) * 3
-        return self.evidence.whole_score(row)
-
 
 def result_of_study(
-    study: Study, arguments: Mapping[str, Any], table: ScoreTable, space: PromptSpace, usage: StepUsage
+    study: Study, arguments: Mapping[str, Any], table: ScoreTable, space: PromptSpace
 ) -> SearchResult | None:
     """The result of a search from its study alone, by a model that knows nothing of the texts.
 
@@ -103,7 +89,6 @@ def result_of_study(
         arguments: What its settings say of the search.
         table: All of its scores.
         space: Its configurations.
-        usage: What each step has used.
 
     Returns:
         What the search would return if it were cut short now; None where nothing was measured.
@@ -111,34 +96,39 @@ def result_of_study(
     # As many calls as any plan may need: none is made.
     calls = 100 * table.n_examples + table.asked_calls
     task = Task(table.n_examples, calls, space.row(arguments["baseline"]), space.size, arguments["seed"])
-    plan: Plan
+    plan: Plan = BatchPlan(task, table, confirm=True)
     if arguments["schedule"] == "mipro":
         sizes = arguments["minibatch_size"], arguments["minibatch_full_eval_steps"]
         plan = MiproPlan(task, table, minibatches=Minibatches(*sizes))
-    else:
-        plan = BatchPlan(task, table, confirm=True)
     evidence = Evidence(encode_prompts(space, None), table)
     ranked = evidence.best_first(table.rows)
     if not ranked:
         return None
-    best = plan.winner(ranked, is_cut_short=True)
+    result = _found(study, space, plan, evidence, plan.winner(ranked, is_cut_short=True), ranked)
+    return result if arguments.get("combinations") is not None else replace(result, drawn=evidence.drawn())
+
+
+def _found(
+    study: Study, space: PromptSpace, plan: Plan, evidence: Evidence, winner: Row, ranked: Sequence[Row]
+) -> SearchResult:
+    """What the scores say; a mean is foreseen where not all examples were measured."""
+
+    def score(row: Row) -> tuple[float, float, float]:
+        return (table.mean(row),) * 3 if plan.is_full(row) else evidence.whole_score(row)
+
+    table = evidence.table
+    best_score, low, high = score(winner)
+    posterior = zip(*(values.tolist() for values in evidence.posterior(ranked)), strict=True)
     return SearchResult(
-        best_params=space.params(best),
-        best_score=table.mean(best),
-        baseline_score=table.mean(task.baseline),
+        best_params=space.params(winner),
+        best_score=best_score,
+        baseline_score=score(plan.task.baseline)[0],
+        best_interval=(low, high),
         calls=table.calls,
         n_examples=table.n_examples,
-        configurations=measured(space, plan, evidence, ranked),
+        configurations=tuple(
+            Measured(space.params(row), table.means(row), mean, deviation, plan.is_full(row))
+            for row, (mean, deviation) in zip(ranked, posterior, strict=True)
+        ),
         study=study,
-        usage=usage,
-        drawn=evidence.drawn() if arguments.get("combinations") is None else None,
-    )
-
-
-def measured(space: PromptSpace, plan: Plan, evidence: Evidence, rows: Sequence[Row]) -> tuple[Measured, ...]:
-    """Configurations as a result has them."""
-    posterior = zip(*(values.tolist() for values in evidence.posterior(rows)), strict=True)
-    return tuple(
-        Measured(space.params(row), evidence.table.means(row), mean, deviation, plan.is_full(row))
-        for row, (mean, deviation) in zip(rows, posterior, strict=True)
     )

@@ -63,10 +63,10 @@ def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
     space = PromptSpace({name: found for name, (found, _) in texts.items()})
     has_texts = len(unknown) < len(texts) or any(_OWN in found for found, _ in texts.values())
     table = table_of(record, space, int(settings["arguments"]["n_examples"]))
-    result = result_of_study(study, settings["arguments"], table, space, usage)
+    result = result_of_study(study, settings["arguments"], table, space)
     if result is None:
         raise InvalidArgumentError(f"Nothing has been measured in the study {study.study_name!r} yet.")
-    return (replace(result, space=space) if has_texts else result), _notes(unknown)
+    return replace(result, usage=usage, space=space if has_texts else None), _notes(unknown)
 
 
 def load_study(storage: StorageSpec, study_name: str | None = None) -> Study:

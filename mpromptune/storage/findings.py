@@ -65,7 +65,7 @@ class Findings:
         drawn: ``m x 2`` posterior means and standard deviations of configurations drawn at random,
             measured or not; of all that exist, where those are at most 500.
         best_interval: The 95 % credible interval of ``best_score``; of no width where the winner was measured
-            on all examples. None where a result was made from a study alone.
+            on all examples.
         text_chance: Share of random assignments of embeddings to candidates that explain the scores
             as well as the real one (see `explained.chance_of_likeness`): near 0 where texts that are
             alike score alike. None where texts were not embedded, or too few were measured.
