@@ -176,12 +176,9 @@ def test_errors_are_counted_in_order(max_errors: int) -> None:
 
 
 def test_teacher_that_fails_on_its_own_demo() -> None:
-    """DSPy's teacher loses that demo for good; calls that were started with it are made again."""
+    """DSPy's teacher loses that demo for good, and so does ours."""
     serial, ours = _compare(Fragile(), _luck(0.3), max_labeled_demos=8, lms=(_lm, lambda: _lm(shuffled=True)))
-    assert ours[:2] == serial[:2]
-    assert not serial[2] - ours[2]
-    # At most the two other calls of a window, for each example that fails as a demo.
-    assert sum((ours[2] - serial[2]).values()) <= 2 * sum(serial[2].values())
+    assert ours == serial
 
 
 def test_metric_whose_verdict_has_no_truth_value() -> None:

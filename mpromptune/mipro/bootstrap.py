@@ -1,17 +1,14 @@
 """The first step of a compile: DSPy's demo sets, all bootstrapped at the same time.
 
-DSPy's own loop runs one example of one set after the other; what is by hand here is which of them may run at
-the same time without a call that DSPy would not make.
+DSPy's own loop makes one set after the other. What is by hand here is that all random draws come first, in
+its order, so that sets can be made at the same time.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import random
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from typing import Any
 
@@ -35,11 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
-    """Per predictor, its demo sets. Threads that this leaves idle begin with what comes after it.
+    """Per predictor, its demo sets, of the step that DSPy has ``given`` these arguments.
 
-    Args:
-        run: The compile.
-        given: DSPy's arguments of this step, by name.
+    Threads that it leaves idle begin with what comes after it.
     """
     checkpoint, program, trainset = run.checkpoint, given["program"], given["trainset"]
     with run.step("bootstrap"):
@@ -54,8 +49,7 @@ def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
             proposal.begin(run, program, trainset)
         is_idle = kept is None or not is_proposed
         # Without a bootstrap nothing else would call the metric before the proposals are paid.
-        is_first = kept is None and demo_numbers(given)[0] == 0
-        run.score_ahead(program, trainset, is_idle, is_first)
+        run.score_ahead(program, trainset, is_idle, is_first=kept is None and not demo_numbers(given)[0])
         if kept is not None:
             logger.info("The demo sets are those that an interrupted run has bootstrapped.")
             bar.advance(number)
@@ -128,9 +122,7 @@ def prepared_demo_sets(
             if number != 2:
                 rng.shuffle(examples)
                 size = rng.randint(1, size)
-            bootstrap = ConcurrentBootstrap(
-                threads, partial(keep, number), max_bootstrapped_demos=size, **settings
-            )
+            bootstrap = SetBootstrap(threads, partial(keep, number), max_bootstrapped_demos=size, **settings)
             makers.append(bootstrap.prepared(student, teacher, examples))
     return partial(_made, makers, threads, on_set)
 
@@ -155,26 +147,19 @@ def _made(makers: list[Callable[[], Any]], threads: Threads, on_set: Callable[[]
     return {i: [predictor.demos for predictor in some] for i, some in enumerate(predictors)}
 
 
-class ConcurrentBootstrap(BootstrapFewShot):
-    """Bootstraps one set: runs the next examples at the same time and takes their outcomes in order.
+class SetBootstrap(BootstrapFewShot):
+    """DSPy's bootstrap of one set, of which each attempt is retried, counted and kept, in a thread of a pool.
 
-    While k successes are missing, the serial loop will run the next k examples whatever comes of
-    them, so these are started and no others: no call is made that DSPy would not make. The one
-    exception: a teacher that fails on an example that is one of its demos goes on without that demo
-    (in DSPy too), and what was started with it is run again.
-
-    Attributes:
-        error: Of an attempt: what the program or the metric raised.
-        success: Of an attempt: whether the metric accepted it.
+    Its attempts follow each other as in DSPy, so it makes no call that DSPy would not make.
     """
 
-    error: Exception | None = None
-    success = False
+    error_count: int
+    max_errors: int
 
     def __init__(self, threads: Threads, keep: Keeping, **settings: Any) -> None:
         super().__init__(**settings)
-        self._keep = keep
         self._threads = threads
+        self._keep = keep
 
     def prepared(self, student: Any, teacher: Any, trainset: list[Any]) -> Callable[[], Any]:
         """DSPy's ``compile``, of which everything is done but what is returned: that asks the LM."""
@@ -184,101 +169,42 @@ class ConcurrentBootstrap(BootstrapFewShot):
         return self._bootstrapped
 
     def _bootstrapped(self) -> Any:
-        self._bootstrap()
+        self.name2traces: dict[str, list[Any]] = {name: [] for name in self.name2predictor}
+        accepted: set[int] = set()
+        for index in range(len(self.trainset)):
+            if len(accepted) >= self.max_bootstrapped_demos:
+                break
+            if self._threads.submit(self._succeeds, index).result():
+                accepted.add(index)
+        self.validation = [x for i, x in enumerate(self.trainset) if i not in accepted]
+        random.Random(0).shuffle(self.validation)
         self.student = self._train()
         self.student._compiled = True
         return self.student
 
-    def _bootstrap(self, *, max_bootstraps: int | None = None) -> None:
-        wanted = max_bootstraps or self.max_bootstrapped_demos
-        self.name2traces: dict[str, list[Any]] = {name: [] for name in self.name2predictor}
-        accepted: set[int] = set()
-        running: deque[tuple[int, Future[ConcurrentBootstrap]]] = deque()
-        following = 0
-        while True:
-            while following < len(self.trainset) and self._is_certain(wanted - len(accepted), running):
-                running.append((following, self._threads.submit(self._attempt, following)))
-                following += 1
-            if not running:
-                break
-            following = self._take(running, accepted, following)
-        self.validation = [x for i, x in enumerate(self.trainset) if i not in accepted]
-        random.Random(0).shuffle(self.validation)
-
-    def _is_certain(self, missing: int, running: deque[tuple[int, Future[ConcurrentBootstrap]]]) -> bool:
-        """Whether the serial loop would run one more example, however the running ones end."""
-        outcomes = [future.result() if future.done() else None for _, future in running]
-        successes = sum(o is None or o.success for o in outcomes)
-        errors = sum(o is None or o.error is not None for o in outcomes)
-        return successes < missing and self.error_count + errors < self.max_errors
-
-    def _take(
-        self, running: deque[tuple[int, Future[ConcurrentBootstrap]]], accepted: set[int], following: int
-    ) -> int:
-        """Takes outcomes from the front, once something is done; the next example to start."""
-        wait([future for _, future in running if not future.done()], return_when=FIRST_COMPLETED)
-        while running and running[0][1].done():
-            index, future = running.popleft()
-            attempt = future.result()
-            if attempt.success:
-                accepted.add(index)
-            for name, demos in attempt.name2traces.items():
-                self.name2traces[name].extend(demos)
-            if attempt.error is not None:
-                self._count(attempt.error, self.trainset[index])
-            if _n_demos(attempt.teacher) != _n_demos(self.teacher):
-                for predictor in self.teacher.predictors():
-                    predictor.demos = [demo for demo in predictor.demos if demo != self.trainset[index]]
-                for _, late in running:
-                    late.cancel()
-                running.clear()
-                return index + 1
-        return following
-
-    def _count(self, error: Exception, example: Any) -> None:
-        self.error_count += 1
-        if self.error_count >= self.max_errors:
-            raise error
-        logger.error(
-            "Failed to run or to evaluate example %s with %s due to %s.", example, self.metric, error
-        )
-
-    def _attempt(self, index: int) -> ConcurrentBootstrap:
-        """A bootstrap of one example alone, which has ended."""
-        tries: list[ConcurrentBootstrap] = []
-
-        def once() -> bool:
-            tries.append(self._alone())
-            with measured() as meter, self._keep(index), blaming():
-                record(Usage(program_calls=1))
-                success = bool(contained(tries[-1]._bootstrap_one_example, self.trainset[index]))
-            note_call(meter.total)
-            return success
-
+    def _succeeds(self, index: int) -> bool:
+        """Whether an example makes a demo; its errors are counted as DSPy does."""
+        errors, limit = self.error_count, self.max_errors
+        self.error_count, self.max_errors = 0, 1  # whatever DSPy counts is raised
+        demos = [predictor.demos for predictor in self.teacher.predictors()]
         try:
-            success = self._threads.attempts(once)
+            return self._threads.attempts(partial(self._attempt, index, demos))
         except Exception as error:
-            alone = tries[-1]
-            is_counted = alone.error_count or isinstance(error, CallCancelledError)
-            if not is_counted or classify(error) is Verdict.STOP:
-                raise  # DSPy lets the former pass
-            alone.error = error
-        else:
-            alone = tries[-1]
-            alone.success = success
-        return alone
+            is_counted = self.error_count or isinstance(error, CallCancelledError)
+            if not is_counted or classify(error) is Verdict.STOP or errors + 1 >= limit:
+                raise
+            errors += 1
+            shown = self.trainset[index], self.metric, error
+            logger.error("Failed to run or to evaluate example %s with %s due to %s.", *shown)
+            return False
+        finally:
+            self.error_count, self.max_errors = errors, limit
 
-    def _alone(self) -> ConcurrentBootstrap:
-        """One with a teacher of its own: DSPy's attempt takes the example out of its demos in place."""
-        alone = copy.copy(self)
-        alone.teacher = self.teacher.deepcopy()
-        for own, shared in zip(alone.teacher.predictors(), self.teacher.predictors(), strict=True):
-            own.demos = shared.demos  # the very same objects, which are compared with the example
-        alone._prepare_predictor_mappings()
-        alone.name2traces = {name: [] for name in self.name2predictor}
-        alone.max_errors, alone.error_count = 1, 0  # an error is raised, and counted when its turn comes
-        return alone
-
-
-def _n_demos(program: Any) -> list[int]:
-    return [len(predictor.demos) for predictor in program.predictors()]
+    def _attempt(self, index: int, demos: list[Any]) -> bool:
+        for predictor, own in zip(self.teacher.predictors(), demos, strict=True):
+            predictor.demos = own  # of which a failed attempt has taken the example
+        with measured() as meter, self._keep(index), blaming():
+            record(Usage(program_calls=1))
+            succeeds = bool(contained(self._bootstrap_one_example, self.trainset[index]))
+        note_call(meter.total)
+        return succeeds

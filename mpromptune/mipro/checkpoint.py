@@ -39,14 +39,11 @@ _PIECE = 5000
 
 
 class Checkpoint:
-    """The steps of one compile before its search, in the attributes of its study.
+    """The steps of one compile before its search, in the attributes of its ``study``.
 
     Args:
         lease: Of its study; once that is lost, nothing is written any more.
         run: What identifies the run (see `fingerprint`).
-
-    Attributes:
-        study: The study.
 
     Raises:
         StorageError: The storage cannot be read and written.
@@ -238,15 +235,7 @@ class Checkpoint:
 
 
 def read_candidates(kept: Mapping[str, Any], kind: str) -> dict[int, list[Any]]:
-    """Per predictor, its candidates as they are kept: instructions, or demo sets as JSON.
-
-    Args:
-        kept: The attributes of a study.
-        kind: `INSTRUCTIONS` or `DEMOS`.
-
-    Raises:
-        LookupError: Something is missing; of what is damaged, any of `CRASHES`.
-    """
+    """Per predictor, its candidates by the attributes of a study: `INSTRUCTIONS`, or `DEMOS` as JSON."""
     return {i: [kept[f"{kind}:{i}:{j}"] for j in range(n)] for i, n in enumerate(kept[kind]["numbers"])}
 
 
@@ -257,12 +246,7 @@ def kept_usage(kept: Mapping[str, Any]) -> dict[str, Usage]:
 
 
 def demos_to_json(demos: Sequence[Any]) -> list[dict[str, Any]]:
-    """The fields of each demo, as DSPy saves programs; what is no JSON as it stands in prompts.
-
-    Raises:
-        TypeError: A demo is no JSON all the same.
-        ValueError: The same.
-    """
+    """The fields of each demo, as DSPy saves programs; what is no JSON as it stands in prompts."""
     plain = [{str(name): serialize_for_json(value) for name, value in demo.items()} for demo in demos]
     loaded: list[dict[str, Any]] = json.loads(json.dumps(plain))
     return loaded
@@ -274,11 +258,7 @@ def demos_from_json(demos: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def require_same_prompts(program: Any, demos: DemoSets, loaded: DemoSets) -> None:
-    """Checks that predictors are prompted with the loaded demos as they are with the others.
-
-    Raises:
-        ValueError: They are not.
-    """
+    """Refuses, with a ValueError, loaded demos that predictors would be prompted with in another way."""
     adapter = dspy.settings.adapter or dspy.ChatAdapter()
     for i, predictor in enumerate(program.predictors()):
         signature = get_signature(predictor)

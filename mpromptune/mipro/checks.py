@@ -37,7 +37,7 @@ _ATTRIBUTES = (
 )
 # Methods of what the first steps are made of.
 _METHODS = {
-    BootstrapFewShot: "_prepare_student_and_teacher _prepare_predictor_mappings _bootstrap "
+    BootstrapFewShot: "_prepare_student_and_teacher _prepare_predictor_mappings "
     "_bootstrap_one_example _train",
     GroundedProposer: "propose_instructions_for_program propose_instruction_for_predictor",
 }

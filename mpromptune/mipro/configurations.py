@@ -130,12 +130,7 @@ class ProgramRunner:
 
 
 def scorer(run: Score, show_traceback: bool = False) -> Score:
-    """The score of a search: runs of programs, and a line in the log for what a candidate failed on.
-
-    Args:
-        run: Runs a configuration on an example, in this process or elsewhere.
-        show_traceback: Log where in the program a candidate's own errors come from.
-    """
+    """The score of a search: what ``run`` gives, and a line in the log for what a candidate failed on."""
 
     def score(params: dict[str, int], example: int) -> float:
         meter = current_meter() or Meter()

@@ -87,12 +87,7 @@ def digest(value: Any) -> str:
 
 
 def canonical(value: Any, inside: tuple[int, ...] = ()) -> Any:
-    """A value as JSON that is the same in every process, whatever it holds.
-
-    Args:
-        value: Anything.
-        inside: What it is part of, which it may contain again.
-    """
+    """Any value as JSON that is the same in every process; it may hold what it is ``inside`` of."""
     if value is None or isinstance(value, str | bool | int | float):
         return value.value if isinstance(value, enum.Enum) else value
     if id(value) in inside:

@@ -60,12 +60,7 @@ def begin(run: Run, program: Any, trainset: Any) -> None:
 
 
 def instructions(run: Run, given: Mapping[str, Any]) -> Instructions:
-    """Per predictor, its candidate instructions, the first of which is its own.
-
-    Args:
-        run: The compile.
-        given: DSPy's arguments of this step, by name.
-    """
+    """Per predictor, its instructions, its own first, of the step that DSPy has ``given`` these arguments."""
     with run.step("propose"):
         kept = None if run.checkpoint is None else run.checkpoint.instructions()
         if kept is not None:

@@ -40,15 +40,8 @@ def remote_programs(
 ) -> Iterator[Score | None]:
     """What runs a configuration on an example in another process; None where that is a matter of this one.
 
-    Program, data, metric, LM and settings are sent to a worker, or to all of them, at once.
-
-    Args:
-        place: Where programs are run.
-        guard: Watches the LM requests of this process; in every worker another one counts them.
-        timeout: Seconds after which a program call is given up.
-        programs: The configurations.
-        valset: The validation examples.
-        metric: As `ProgramRunner` takes it.
+    Program, data, metric, LM and settings are sent to a worker, or to all of them, at once. In every worker
+    another guard counts the LM requests.
 
     Raises:
         TravelError: Something cannot be sent, or not be used there; the message says what.

@@ -126,16 +126,12 @@ def _key(params: Mapping[str, int]) -> _Key:
 class Evaluations:
     """Has DSPy's callbacks see every trial as one call of ``dspy.Evaluate``, in the order of the trials.
 
-    A search makes no such call: threads take single examples, and trials overlap. Those who listen
-    expect one evaluation after the other, all from the thread of the compile. So each is called when
-    its trial is told, and is over at once. It is as in DSPy's MIPROv2: the program and its examples
-    go in, the score in percent and ``(example, prediction, score)`` come out, and the metadata tell
-    full evaluations from minibatches. The trial that completes the measurement of a configuration is
-    a full one, of all of its scores. Predictions of earlier trials are empty; a trial that lacks
-    scores ends with a `TrialFailedError`.
-
-    Args:
-        metric: What is scored with.
+    Those who listen expect one evaluation after the other, all from the thread of the compile; in a search,
+    threads take single examples, and trials overlap. So each is called when its trial is told, and is over at
+    once. It is as in DSPy's MIPROv2: the program and its examples go in, the score in percent and
+    ``(example, prediction, score)`` come out, and the metadata tell full evaluations from minibatches. The
+    trial that completes the measurement of a configuration is a full one, of all of its scores. Predictions
+    of earlier trials are empty; a trial that lacks scores ends with a `TrialFailedError`.
 
     Attributes:
         programs: The configurations; None before the search.

@@ -171,15 +171,10 @@ class Run:
         self._valset, self._first = valset, first
 
     def score_ahead(self, program: Any, trainset: Any, is_idle: bool, is_first: bool) -> None:
-        """Has idle threads score the student.
+        """Has threads that are idle score the student; else there is only what an interrupted run has scored.
 
-        Args:
-            program: The student.
-            trainset: What the bootstrap may be asking for just now is left out: the search finds that in
-                the cache.
-            is_idle: Whether there are idle threads; else there is only what an interrupted run has scored.
-            is_first: Waits for the first score: nothing else would show whether the metric works before
-                the proposals are paid.
+        What the bootstrap may be asking for just now is left out: the search finds that in the cache. Where
+        nothing else shows whether the metric works (``is_first``), it waits for the first score.
         """
         if self._valset is None:
             return
