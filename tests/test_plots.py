@@ -45,10 +45,7 @@ def test_growth_is_drawn_against_calls(matplotlib: Any) -> None:
     assert best.get_xdata().tolist() == [2, 4, 8, 10]
     assert best.get_ydata().tolist() == [0.3, 0.5, 0.7, 0.7]
     assert list(baseline.get_ydata()) == [0.25, 0.25]
-
-
-def test_baseline_that_was_never_scored_has_no_line(matplotlib: Any) -> None:
-    """Not a number is nowhere."""
+    # One that was never scored has none.
     assert len(plots.plot_growth(findings(baseline_score=float("nan"))).axes[0].lines) == 2
 
 
@@ -70,19 +67,15 @@ def test_dollars_in_names_are_no_formulas(matplotlib: Any) -> None:
     plots.plot_effects(findings(configurations=named)).draw_without_rendering()
 
 
-def test_distances_add_up_over_components() -> None:
+def test_map_keeps_distances() -> None:
     """Winner and baseline differ in the instruction (4), the third and the baseline in demos (1)."""
     distances = findings().distances
     assert distances is not None
     found = plots.distances_between([WINNER, BASELINE, OTHER], distances)
     assert found.tolist() == [[0.0, 4.0, 5.0], [4.0, 0.0, 1.0], [5.0, 1.0, 0.0]]
-
-
-def test_map_keeps_distances() -> None:
-    """Points in the plane are found again up to a turn: squared distances 4, 5 and 1."""
-    points = plots.classical_scaling(np.array([[0.0, 4.0, 5.0], [4.0, 0.0, 1.0], [5.0, 1.0, 0.0]]))
+    points = plots.classical_scaling(found)
     between = ((points[:, None] - points[None]) ** 2).sum(axis=-1)
-    assert between == pytest.approx(np.array([[0.0, 4.0, 5.0], [4.0, 0.0, 1.0], [5.0, 1.0, 0.0]]))
+    assert between == pytest.approx(found)  # up to a turn
 
 
 def test_map_needs_distances() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -267,16 +268,20 @@ def written(moments: Iterable[tuple[float, int]]) -> list[str]:
     return [line.split()[2].split("/")[0] for line in stream.getvalue().splitlines()[1:]]
 
 
-def test_lines_come_with_every_tenth() -> None:
-    """Of 1630 calls: 163, 326, and so on; not twice."""
-    assert written(enumerate([0, 100, 162, 163, 164, 325, 500, 501])) == ["163", "500"]
-
-
-def test_lines_come_every_half_minute_and_more_rarely_later() -> None:
-    """In ten minutes without a tenth twenty; after five hours, one a quarter of an hour later."""
-    assert len(written((s, 1) for s in range(601))) == 20
-    late = [(5 * 3600.0 + s, 1) for s in range(0, 1800, 60)]
-    assert len(written(late)) == len(["at once", "after 960 s"])
+@pytest.mark.parametrize(
+    ("moments", "counts"),
+    [
+        (enumerate([0, 100, 162, 163, 164, 325, 500, 501]), ["163", "500"]),
+        (((s, 1) for s in range(601)), 20 * ["1"]),
+        (((5 * 3600.0 + s, 1) for s in range(0, 1800, 60)), 2 * ["1"]),  # at once, and after 960 s
+    ],
+    ids=["tenths", "half minutes", "after hours"],
+)
+def test_lines_come_with_every_tenth_or_after_a_while(
+    moments: Iterable[tuple[float, int]], counts: list[str]
+) -> None:
+    """Of 1630 calls: 163, 326, and so on; else every half minute, and later more rarely."""
+    assert written(moments) == counts
 
 
 def test_steps_follow_each_other() -> None:
@@ -304,17 +309,6 @@ def test_bars_count_from_any_thread() -> None:
         for _ in range(8):
             pool.submit(lambda: [counted.advance() for _ in range(500)])
     assert counted.done == 4000
-
-
-def test_the_last_frame_is_shown_once_all_is_over() -> None:
-    """`close` waits for it."""
-    screen = Recorded()
-    view = view_on(screen)
-    view.bar("Searching", 1630, "calls")
-    view.on_progress(report(finished=True))
-    view.close()
-    assert screen.closed == 1
-    assert screen.frames[-1][0] == [("Searching", 512, 1630, True)]
 
 
 def test_an_interrupt_while_the_view_begins_leaves_one_that_closes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,10 +347,12 @@ def test_a_view_that_fails_ends_no_compile(
 
 
 def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking changes nothing; and what is shown at the end is the result."""
+    """Looking changes nothing; what is shown last, and what the user's listener hears, is the result."""
     screen = Recorded()
     monkeypatch.setattr("mpromptune.mipro.run.choose", lambda: screen)
-    seen, alone = compiled(confirm=True), compiled(confirm=True, verbose=False)
+    told: list[list[Progress]] = [[], []]
+    seen = compiled(confirm=True, on_progress=told[0].append)
+    alone = compiled(confirm=True, on_progress=told[1].append, verbose=False)
     trials = [
         [(t.params, t.user_attrs[EXAMPLES], t.user_attrs[SCORES]) for t in best.search_result.study.trials]
         for best in (seen, alone)
@@ -370,6 +366,11 @@ def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch
     ]
     assert status[0].startswith(f"best {seen.score:.2f} %, baseline ")
     assert status[1].startswith(f"{seen.search_result.usage.total.lm_calls} LM calls, ")
+    for heard, best in zip(told, (seen, alone), strict=True):
+        assert heard[-1].finished
+        assert heard[-1].best is not None
+        assert 100 * heard[-1].best.measured == pytest.approx(best.score, abs=0.005)
+        assert heard[-1].usage == best.search_result.usage.total
 
 
 def test_what_an_interrupted_run_has_made_is_shown_as_done(
@@ -429,17 +430,6 @@ def test_verbose_alone_asks_for_no_sampler() -> None:
     assert overriding.verbose
 
 
-def test_the_users_listener_hears_what_the_view_hears() -> None:
-    """With and without a view, up to the result."""
-    for verbose in (True, False):
-        told: list[Progress] = []
-        best = compiled(on_progress=told.append, verbose=verbose)
-        assert told[-1].finished
-        assert told[-1].best is not None
-        assert 100 * told[-1].best.measured == pytest.approx(best.score, abs=0.005)
-        assert told[-1].usage == best.search_result.usage.total
-
-
 def test_the_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal, a dumb one, a pipe, a notebook, and nothing at all."""
     monkeypatch.setenv("TERM", "xterm")
@@ -497,14 +487,9 @@ def test_ctrl_c_leaves_a_real_terminal_intact() -> None:
     )
     os.close(theirs)
     seen = b""
-    while True:
-        try:
-            chunk = os.read(ours, 65536)
-        except OSError:  # how Linux says that the other end is closed
-            break
-        if not chunk:
-            break
-        seen += chunk
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while chunk := os.read(ours, 65536):
+            seen += chunk
     os.close(ours)
     assert process.wait(timeout=60) == 0, seen[-2000:]
     text = seen.decode()
