@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
+import math
+import random
 import re
 import threading
 import time
@@ -12,7 +13,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
-from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +97,10 @@ class Recording:
         """Share of all recorded examples that a prompt got right."""
         return float(self.scores[prompt].mean())
 
+    def best_mean(self) -> float:
+        """The highest `mean` of the pool."""
+        return max(self.mean(prompt) for prompt in self.pool)
+
     def embed(self, texts: list[str]) -> FloatArray:
         """The recorded embeddings of stand-in texts, ``len(texts) x d``."""
         return self.features[[prompt_of(text) for text in texts]]
@@ -108,14 +112,9 @@ def prompt_of(text: str) -> int:
     Raises:
         ValueError: It stands for none.
     """
-    return _number(_PROMPT, text)
-
-
-def _number(pattern: re.Pattern[str], text: str) -> int:
-    found = pattern.search(text)
-    if found is None:
-        raise ValueError(f"No {pattern.pattern!r} in {text!r}.")
-    return int(found.group(1))
+    if found := _PROMPT.search(text):
+        return int(found[1])
+    raise ValueError(f"This text stands for no recorded prompt: {text!r}.")
 
 
 def _draw_pool(scores: ScoreArray) -> tuple[int, ...]:
@@ -140,10 +139,8 @@ def _features(arrays: dict[str, np.ndarray[Any, Any]], n_demos: IndexArray) -> F
 
 def latency_of(prompt: int, example: int, mean: float) -> float:
     """Simulated seconds of one call: lognormal, and the same whenever and wherever it is made."""
-    digest = hashlib.sha256(f"{prompt}/{example}".encode()).digest()
-    uniform = (int.from_bytes(digest[:6], "big") + 0.5) / 2**48
-    normal = NormalDist().inv_cdf(uniform)
-    return float(mean * np.exp(_LATENCY_SIGMA * normal - _LATENCY_SIGMA**2 / 2))
+    rng = random.Random(f"{prompt}/{example}")
+    return rng.lognormvariate(math.log(mean) - _LATENCY_SIGMA**2 / 2, _LATENCY_SIGMA)
 
 
 def examples(numbers: tuple[int, ...]) -> list[dspy.Example]:
@@ -208,7 +205,7 @@ class ReplayLM(dspy.BaseLM):
         return f"(The recording holds no {name.replace('_', ' ')}.)"
 
     def _answer(self, system: str, user: str) -> str:
-        prompt, example = prompt_of(system), _number(_QUESTION, user)
+        prompt, example = prompt_of(system), int(_QUESTION.findall(user)[0])
         if self._latency > 0 and example in self._slow:
             time.sleep(latency_of(prompt, example, self._latency))
         with self._lock:
@@ -223,11 +220,10 @@ def replay_task(latency: float, recording: Recording | None = None) -> Task:
 
     def truth(best: dspy.Module) -> list[tuple[str, str]]:
         winner = prompt_of(best.predictors()[0].signature.instructions)
-        best_mean = max(recording.mean(prompt) for prompt in recording.pool)
         return [
             (f"Baseline, all {total} recorded examples", f"{100 * recording.mean(recording.pool[0]):.2f} %"),
             (f"Winner, all {total} recorded examples", f"{100 * recording.mean(winner):.2f} %"),
-            (f"Best of the {prompts} prompts, all {total} examples", f"{100 * best_mean:.2f} %"),
+            (f"Best of the {prompts} prompts, all {total} examples", f"{100 * recording.best_mean():.2f} %"),
         ]
 
     split = f"{len(recording.train)} for training, {len(recording.validation)} for validation"
