@@ -13,13 +13,12 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from mpromptune.model.space import IndexArray, PromptSpace, Row
+from mpromptune.model.space import PromptSpace, Row
 from mpromptune.sampling import unknown_sampler
 from mpromptune.sampling.encoding import Encoding, distributions_of, encode_prompts
 from mpromptune.sampling.sampler import qEISampler
 
 IsOpen = Callable[[Row], bool]
-
 
 # NOTE: rows looked at when a proposal has to be replaced in a space too large to list.
 _REPLACEMENTS = 2000
@@ -128,16 +127,11 @@ class OpenSampler(BaseSampler):
         if self._space.exists(row) and self._is_open(row):
             return row
         rng = np.random.default_rng([self._seed, number])
-        rows = rng.permutation(self._open_rows(rng))
+        sample = self._space.sample(_REPLACEMENTS, rng)
+        rows = rng.permutation(sample[[self._is_open(tuple(r)) for r in sample.tolist()]])
         if not len(rows):  # the search sees that it is not open
             return row if self._space.exists(row) else self._space.first()
         return tuple(rows[(rows == np.array(row)).sum(axis=1).argmax()].tolist())
-
-    def _open_rows(self, rng: np.random.Generator) -> IndexArray:
-        rows = self._space.sample(_REPLACEMENTS, rng)
-        keep = np.array([self._is_open(tuple(r)) for r in rows.tolist()], dtype=bool)
-        open_rows: IndexArray = rows[keep]
-        return open_rows
 
 
 def _nothing() -> None:
