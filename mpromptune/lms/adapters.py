@@ -22,7 +22,7 @@ from mpromptune.errors import AnswerRefusedError, EmptyAnswerError
 from mpromptune.execution.pool import Score
 from mpromptune.execution.usage import Meter, Usage
 from mpromptune.lms.errors import note_failed
-from mpromptune.lms.metering import measured, meter_of_requests, uses_cache
+from mpromptune.lms.metering import measured, meter_of_requests, settings_of
 
 # `keeping`, in the scope of the attempt, proposal or example of the name that it is called with.
 Keeping = Callable[..., AbstractContextManager[None]]
@@ -187,7 +187,7 @@ class _Scope:
 
     def place(self, lm: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[str, str, int]:
         """What a request is known by."""
-        settings = {**getattr(lm, "kwargs", {}), **kwargs}
+        settings = settings_of(lm, kwargs)
         decisive = {name: settings.get(name) for name in _SETTINGS}
         request = [getattr(lm, "model", None), args, kwargs.get("messages"), decisive]
         text = json.dumps(request, sort_keys=True, default=repr)
@@ -212,7 +212,7 @@ def _asking(lm: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[list[Any]
         yield []
         return
     place = scope.place(lm, args, kwargs)
-    known = scope.answers.answer(*place, uses_cache(lm, kwargs))
+    known = scope.answers.answer(*place, bool(settings_of(lm, kwargs)["cache"]))
     if known is not None:
         if meter is not None:
             meter.add(known.usage)

@@ -20,7 +20,7 @@ from mpromptune.execution.pace import Flight, Flights, Pace
 from mpromptune.execution.usage import Usage
 from mpromptune.lms.adapters import watched
 from mpromptune.lms.errors import note_answered, note_raised_by_lm
-from mpromptune.lms.metering import Pricing, Relay, measured, meter_of_requests, tokens_of, uses_cache
+from mpromptune.lms.metering import Pricing, Relay, measured, meter_of_requests, settings_of, tokens_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ class Guard(BaseCallback):
         pricing: What answers cost.
         stopped: Set when no further request may be sent.
         pace: Caps per minute, if any.
-        patience: Age in seconds of a request that equal ones stop waiting for.
         spares: Leaves programs under way alone that began within the limits, but for that of time.
     """
 
@@ -66,12 +65,11 @@ class Guard(BaseCallback):
     pricing: Pricing = field(default_factory=Pricing)
     stopped: threading.Event = field(default_factory=threading.Event)
     pace: Pace | None = None
-    patience: float = _PATIENCE
     spares: bool = False
 
     def __post_init__(self) -> None:
         self._outer: Guard | None = None
-        self._flights = Flights(self.patience)
+        self._flights = Flights(_PATIENCE)
         self._requests: dict[str, Generator[None, _End, None]] = {}
         self._uncached: set[str] = set()  # LMs found not to answer from a cache
         self._charging: set[str] = set()  # LMs that have reported tokens
@@ -122,7 +120,7 @@ class Guard(BaseCallback):
 
     def _request(self, lm: Any, inputs: Mapping[str, Any]) -> Generator[None, _End, None]:
         """One request: up to ``yield`` before it is sent, and from there on once it has ended."""
-        kind, cacheable = _kind(lm), uses_cache(lm, inputs.get("kwargs"))
+        kind, cacheable = _kind(lm), bool(settings_of(lm, inputs.get("kwargs"))["cache"])
         meter = meter_of_requests() or self.budget.meter
         relay = Relay(dspy.settings.usage_tracker)
         flight: Flight | None = None

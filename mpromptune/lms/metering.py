@@ -36,10 +36,9 @@ def meter_of_requests() -> Meter | None:
     return dspy.settings.get(METER) or current_meter()
 
 
-def uses_cache(lm: Any, kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether DSPy's cache may answer a request to an LM."""
-    settings = {**getattr(lm, "kwargs", {}), **(kwargs or {})}
-    return bool(settings.get("cache", getattr(lm, "cache", False)))
+def settings_of(lm: Any, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings of a request: those of its LM, unless it has its own."""
+    return {"cache": getattr(lm, "cache", False), **(getattr(lm, "kwargs", None) or {}), **(kwargs or {})}
 
 
 class Relay:

@@ -91,8 +91,9 @@ def _check_numbers(trial: FrozenTrial, n_examples: int) -> None:
     )
     for example in (*examples, *planned, *trial.intermediate_values):
         _check_index("an example", example, n_examples)
-    told: Any = trial.values if trial.state == TrialState.COMPLETE else ()
-    if trial.state == TrialState.COMPLETE and len(told) != 1:
+    is_told = trial.state == TrialState.COMPLETE
+    told: Any = trial.values if is_told else ()
+    if len(told) != is_told:
         raise ValueError(f"its values are {told!r}")
     for score in (*scores, *trial.intermediate_values.values(), *told):
         if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
@@ -101,8 +102,9 @@ def _check_numbers(trial: FrozenTrial, n_examples: int) -> None:
         raise ValueError(f"there are {len(examples)} examples, and {len(scores)} scores")
     if RESUMES in attributes:
         _check_index(RESUMES, attributes[RESUMES], trial.number)
-    for name in (USAGE, *(name for name in attributes if name.startswith(f"{USAGE}:"))):
-        usage_from(json.loads(attributes.get(name, "{}")))
+    for name, value in attributes.items():
+        if name == USAGE or name.startswith(f"{USAGE}:"):
+            usage_from(json.loads(value))
 
 
 def usage_from(kept: Any) -> Usage:
