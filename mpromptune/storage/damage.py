@@ -79,6 +79,8 @@ def require_readable(study: Study, distributions: Mapping[str, BaseDistribution]
     for trial in trials:
         with readable(f"Trial {trial.number} of {named(study)}"):
             _check_numbers(trial, n_examples)
+            for usage in (v for name, v in trial.user_attrs.items() if name.startswith(USAGE)):
+                usage_from(json.loads(usage))
             for name, value in trial.params.items():
                 if name in distributions and trial.distributions[name] != distributions[name]:
                     raise ValueError(f"{name} = {value!r} of {trial.distributions[name]}")
@@ -102,9 +104,6 @@ def _check_numbers(trial: FrozenTrial, n_examples: int) -> None:
         raise ValueError(f"there are {len(examples)} examples, and {len(scores)} scores")
     if RESUMES in attributes:
         _check_index(RESUMES, attributes[RESUMES], trial.number)
-    for name, value in attributes.items():
-        if name == USAGE or name.startswith(f"{USAGE}:"):
-            usage_from(json.loads(value))
 
 
 def usage_from(kept: Any) -> Usage:
