@@ -17,6 +17,8 @@ import optuna
 import postgres
 import pytest
 import torch
+from lms import arithmetic_lm
+from tasks import Adder, Counted, additions
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -74,3 +76,11 @@ def wandb(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     wandb = pytest.importorskip("wandb")
     yield wandb
     wandb.teardown()
+
+
+@pytest.fixture
+def readme_names(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What the README calls the reader's own, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    with dspy.context(lm=arithmetic_lm()):
+        yield {"program": Adder(), "metric": Counted(), "trainset": additions(30)}

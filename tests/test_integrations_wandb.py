@@ -9,13 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dspy
 import pytest
-from embedders import hashed
-from lms import arithmetic_lm
-from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
-
-from mpromptune import MIPROv2
+from readme import run_block
 
 
 def _records(log: bytes) -> Iterator[bytes]:
@@ -42,19 +37,9 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     return [{(i.key or i.nested_key[0]): json.loads(i.value_json) for i in row} for row in rows]
 
 
-def test_a_callback_logs_every_trial(wandb: Any) -> None:
-    """The README's callback writes params and score of every trial, one row each, in order."""
-    with dspy.context(lm=arithmetic_lm()), wandb.init(project="prompts") as run:
-        optimizer = MIPROv2(metric=Counted(), auto=None, num_candidates=3, num_threads=4, **ZERO_SHOT)
-        best = optimizer.compile(
-            Adder(),
-            trainset=TRAIN,
-            valset=VAL,
-            sampler="qei",
-            embedder=hashed,
-            callbacks=[lambda study, t: run.log({"score": t.value, **t.params}, step=t.number)],
-            **SMALL_RUN,
-        )
+def test_a_callback_logs_every_trial(wandb: Any, readme_names: dict[str, Any]) -> None:
+    """The README's block, as printed, writes params and score of every trial, one row each, in order."""
+    best = run_block("wandb", readme_names)
     wandb.teardown()  # its service writes the rest of the file before it ends
     rows = _history(Path(os.environ["WANDB_DIR"]))
     trials = best.search_result.study.trials

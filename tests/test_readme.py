@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dspy
 import pytest
-from embedders import hashed
-from lms import arithmetic_lm
-from tasks import Adder, Counted, additions
+from readme import BLOCKS, README, ROOT, run_block
 
-from mpromptune import MIPROv2
 from mpromptune.engine.options import OPTION_NAMES
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-# These begin with the import of a tool that need not be installed.
-TOOLS = {
-    block.split()[1]: block
-    for block in PYTHON
-    if block.startswith(("import mlflow", "import wandb", "from optuna_dashboard"))
-}
-BLOCKS = [block for block in PYTHON if block not in TOOLS.values()]
-
-
-@pytest.fixture
-def readme_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What the README calls the reader's own, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    with dspy.context(lm=arithmetic_lm()):
-        yield {"program": Adder(), "metric": Counted(), "trainset": additions(30)}
 
 
 def test_python_blocks_run_in_order(readme_names: dict[str, Any]) -> None:
@@ -50,21 +26,16 @@ def test_python_blocks_run_in_order(readme_names: dict[str, Any]) -> None:
     assert result.calls < readme_names["longer"].calls <= 500
 
 
-@pytest.fixture
-def optuna_dashboard() -> Any:
-    return pytest.importorskip("optuna_dashboard")
-
-
-@pytest.mark.parametrize("tool", ["mlflow", "optuna_dashboard", "wandb"])
+@pytest.mark.parametrize("tool", ["mlflow", "optuna_dashboard"])
 def test_blocks_with_other_tools_run(
     tool: str, request: pytest.FixtureRequest, readme_names: dict[str, Any]
 ) -> None:
     """What the README shows of another tool runs as it is printed, with that tool."""
-    request.getfixturevalue(tool)
-    optimizer = MIPROv2(metric=readme_names["metric"], auto="light", num_threads=4, embedder=hashed)
-    names = {**readme_names, "optimizer": optimizer}
-    exec(compile(TOOLS[tool], f"README.md, {tool}", "exec"), names)
-    assert names["best"].search_result.calls > 0
+    if tool == "mlflow":
+        request.getfixturevalue(tool)
+    else:
+        pytest.importorskip(tool)
+    assert run_block(tool, readme_names).search_result.calls > 0
 
 
 def test_every_option_is_in_the_table() -> None:
