@@ -43,14 +43,20 @@ def written(log: Path, what: str) -> Counter[str]:
     return Counter(line.removeprefix(f"{what} ") for line in lines if line.startswith(f"{what} "))
 
 
+def is_first(marker: Path) -> bool:
+    """Whether nobody has asked that before, of several processes that may do so at the same moment."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def kill_worker(marker: Path) -> None:
     """Kills the process that runs this, once; never that of the tests."""
-    try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
-    assert multiprocessing.parent_process() is not None
-    os.kill(os.getpid(), signal.SIGKILL)
+    if is_first(marker):
+        assert multiprocessing.parent_process() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Written:
@@ -84,17 +90,9 @@ class Raising:
 
     def __call__(self, params: dict[str, int], example: int) -> float:
         write(self.log, f"start {example}")
-        if example == 0 and self._is_first():
+        if example == 0 and is_first(self.log.with_name("raised")):
             raise self.error
         return value(params, example)
-
-    def _is_first(self) -> bool:
-        """Whether this call is, of several that may come at the same moment."""
-        try:
-            self.log.with_name("raised").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
 
 
 class Distant(Executor):
@@ -132,11 +130,6 @@ class HangingOnce(Written):
     """`Written`, but the first call on example 0 never comes back."""
 
     def __call__(self, params: dict[str, int], example: int) -> float:
-        if example == 0:
-            try:
-                os.close(os.open(self.log.with_suffix(".hangs"), os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                pass
-            else:
-                threading.Event().wait()
+        if example == 0 and is_first(self.log.with_suffix(".hangs")):
+            threading.Event().wait()
         return super().__call__(params, example)
