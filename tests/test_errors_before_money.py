@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import dspy
@@ -188,26 +189,8 @@ def test_a_metric_of_two_parameters_does_where_none_is_bootstrapped() -> None:
 # A metric that fails is found at the first example it scores.
 
 
-def reads_a_missing_field(example: Any, prediction: Any, trace: Any = None) -> bool:
+def missing_field(example: Any, prediction: Any, trace: Any = None) -> bool:
     return bool(example.solution == prediction.answer)
-
-
-def reads_a_missing_key(example: Any, prediction: Any, trace: Any = None) -> bool:
-    return bool(example["solution"] == prediction.answer)
-
-
-def misspells(example: Any, prediction: Any, trace: Any = None) -> bool:
-    return exmaple.answer == prediction.answer  # type: ignore[name-defined]  # noqa: F821
-
-
-def imports_what_is_missing(example: Any, prediction: Any, trace: Any = None) -> float:
-    import no_such_package
-
-    return float(no_such_package.score(example, prediction))
-
-
-def calls_wrongly(example: Any, prediction: Any, trace: Any = None) -> bool:
-    return right(example)  # type: ignore[call-arg]
 
 
 def returns(value: Any) -> Callable[..., Any]:
@@ -215,11 +198,11 @@ def returns(value: Any) -> Callable[..., Any]:
 
 
 BAD: dict[str, tuple[Any, str, type[Exception] | None]] = {
-    "missing field": (reads_a_missing_field, "solution", AttributeError),
-    "missing key": (reads_a_missing_key, "solution", KeyError),
-    "misspelt": (misspells, "exmaple", NameError),
-    "import": (imports_what_is_missing, "no_such_package", ImportError),
-    "call": (calls_wrongly, "prediction", TypeError),
+    "missing field": (missing_field, "solution", AttributeError),
+    "missing key": (lambda e, p, trace=None: e["solution"] == p.answer, "solution", KeyError),
+    "misspelt": (lambda e, p, trace=None: exmaple.answer == p.answer, "exmaple", NameError),  # noqa: F821
+    "import": (lambda e, p, trace=None: import_module("no_such_package"), "no_such_package", ImportError),
+    "call": (lambda e, p, trace=None: right(e), "prediction", TypeError),
     "None": (returns(None), "returned None", None),
     "NaN": (returns(float("nan")), "returned nan", None),
     "text": (returns("right"), "returned 'right'", None),
@@ -254,7 +237,7 @@ def test_a_metric_that_fails_ends_the_compile_at_once(
         assert metric.__name__ in frames
 
 
-@pytest.mark.parametrize("metric", [reads_a_missing_field, returns(None), returns("right")])
+@pytest.mark.parametrize("metric", [missing_field, returns(None), returns("right")])
 def test_found_in_the_bootstrap_where_nothing_is_scored_ahead(metric: Any) -> None:
     """Without ``confirm`` the first example that is scored is one of the bootstrap."""
     lm = arithmetic_lm()
@@ -282,19 +265,14 @@ def test_once_it_has_worked_what_a_metric_raises_is_the_candidates() -> None:
     assert -1.0 not in [score for example, score in scores.items() if example < len(VAL) - 1]
 
 
-def cannot_convert(how: str) -> Any:
-    raise ValueError(f"cannot read {how!r}")
+UNREADABLE = {
+    "cannot convert": int,
+    "finds nothing": lambda how: re.search("style", how).group(),
+    "takes nothing": lambda how: re.search("style", how)[0],
+}
 
 
-def finds_nothing(how: str) -> Any:
-    return re.search("style", how).group()  # type: ignore[union-attr]
-
-
-def takes_nothing(how: str) -> Any:
-    return re.search("style", how)[0]  # type: ignore[index]
-
-
-@pytest.mark.parametrize("fails", [cannot_convert, finds_nothing, takes_nothing])
+@pytest.mark.parametrize("fails", UNREADABLE.values(), ids=UNREADABLE)
 def test_an_answer_that_cannot_be_read_is_no_mistake_of_the_metric(fails: Any) -> None:
     """What metrics raise over one, from the first example on, is a wrong answer as it has always been."""
 
