@@ -131,15 +131,15 @@ def _of_examples(examples: Sequence[Any]) -> str:
 
 
 def _of_program(program: Any) -> str:
-    # DSPy's own modules are known by name: a new version of DSPy is no other program.
-    classes = [(name, type(module)) for name, module in program.named_sub_modules()]
-    is_own = [cls.__module__.partition(".")[0] != "dspy" for _, cls in classes]
-    modules = [
-        (name, [cls.__qualname__, _source(cls) if own else None])
-        for (name, cls), own in zip(classes, is_own, strict=True)
-    ]
+    modules = [(name, _of_class(type(module))) for name, module in program.named_sub_modules()]
     predictors = [(name, _of_predictor(p)) for name, p in program.named_predictors()]
     return f"{_name(program)} {digest([modules, predictors])}"
+
+
+def _of_class(cls: type) -> list[Any]:
+    """DSPy's own modules are known by name: a new version of DSPy is no other program."""
+    is_own = cls.__module__.partition(".")[0] != "dspy"
+    return [cls.__qualname__, _source(cls) if is_own else None]
 
 
 def _of_predictor(predictor: Any) -> list[Any]:

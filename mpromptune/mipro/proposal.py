@@ -115,12 +115,12 @@ class ConcurrentProposer(GroundedProposer):
     ) -> None:
         self._threads = threads
         self._keep = keep
+        self._summary: Future[str | None] | None = None
         wants_summary = arguments.pop("use_dataset_summary", True)
         super().__init__(use_dataset_summary=False, **arguments)
-        summary = partial(
-            self._summarised, before_second, arguments["trainset"], arguments["view_data_batch_size"]
-        )
-        self._summary: Future[str | None] | None = threads.submit(summary) if wants_summary else None
+        if wants_summary:
+            seen = arguments["trainset"], arguments["view_data_batch_size"]
+            self._summary = threads.submit(self._summarised, before_second, *seen)
 
     def propose_instructions_for_program(
         self, *args: Any, program: Any, on_instruction: Callable[[], None] = lambda: None, **kwargs: Any
@@ -232,13 +232,15 @@ def _retrying(threads: Threads, before_second: Callable[[], None] = lambda: None
 class _Retrying(BaseCallback):
     """Has each request of one chain made again, whose answer DSPy goes on without when it fails for good.
 
-    DSPy makes an object for each request; what that is about to do is replaced as it begins.
+    After an error that no further request could survive, none is made in this chain. DSPy makes an object for
+    each request; what that is about to do is replaced as it begins.
     """
 
     def __init__(self, threads: Threads, before_second: Callable[[], None]) -> None:
         self._attempts = threads.attempts
         self._before_second = before_second
         self._has_asked = False
+        self._hopeless: Exception | None = None
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """A module is about to be called."""
@@ -246,6 +248,8 @@ class _Retrying(BaseCallback):
             instance.forward = partial(self._forward, partial(type(instance).forward, instance))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._hopeless is not None:
+            raise self._hopeless
         if self._has_asked:
             self._before_second()
         self._has_asked = True
@@ -253,6 +257,7 @@ class _Retrying(BaseCallback):
         try:
             return self._attempts(partial(contained, forward, *args, **inputs))
         except Exception as error:
+            self._hopeless = error if classify(error) is Verdict.STOP else None
             if self._attempts.down is error:
                 self._attempts.down = None  # no outage, as far as one request can tell
             raise
