@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from mpromptune.execution.attempts import Attempts, Load, RetryPolicy
+from mpromptune.execution.attempts import Attempts, Load, RetryPolicy, Verdict
 from mpromptune.execution.interrupts import GRACE, Stopped, stoppable
 from mpromptune.execution.pool import DaemonThreads
 from mpromptune.lms.errors import classify, retry_after
@@ -31,6 +31,7 @@ class Threads(DaemonThreads):
 
     Attributes:
         attempts: Makes a call with these retries, in the thread that asks for it.
+        failure: What an attempt failed with after which no other can succeed; then none is made.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class Threads(DaemonThreads):
         self.grace = grace
         self._ending = threading.Event()  # nothing more begins
         self._stopped = threading.Event()  # nor does anybody wait for what has begun
-        judged = classify, retry or RetryPolicy(), retry_after
+        self.failure: BaseException | None = None
+        judged = self._judge, retry or RetryPolicy(), retry_after
         self.attempts = Attempts(*judged, number, self._stopped, admits)
         self._counting = threading.Lock()
         self._unfinished = 0
@@ -88,12 +90,21 @@ class Threads(DaemonThreads):
 
     def close(self, within: float | None = None) -> None:
         """As `finish`, but what is under way asks no LM any more, and is waited for the first time only."""
-        if not self._stopped.is_set():
-            self._stopped.set()
+        is_first = not self._closed
+        self._stopped.set()
+        if is_first:
             self.finish(within)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(None if kind is None else self.grace)
+
+    def _judge(self, error: BaseException) -> Verdict:
+        verdict = classify(error)
+        if verdict is Verdict.STOP:
+            self.failure = self.failure or error
+            self._ending.set()
+            self._stopped.set()
+        return verdict
 
     def _queued(
         self, context: contextvars.Context, call: Callable[..., T], *args: Any, **kwargs: Any

@@ -160,9 +160,10 @@ class Run:
                 self.checkpoint.keep_usage(name, meter.total)
 
     @property
-    def _failure(self) -> Exception | None:
+    def _failure(self) -> BaseException | None:
         """What makes every further call vain."""
-        return self.metric.failure or (None if self._lease is None else self._lease.lost)
+        lost = None if self._lease is None else self._lease.lost
+        return self.metric.failure or lost or self.threads.failure
 
     # Scores made ahead of the search.
 
@@ -214,7 +215,7 @@ class Run:
         return partial(ahead.score_or, score, programs.baseline)
 
 
-def _stopped(step: str, error: Exception) -> SearchStoppedError:
+def _stopped(step: str, error: BaseException) -> SearchStoppedError:
     return SearchStoppedError(
         f"The {step} step stopped on {type(error).__name__}: {error}. What was made before is kept in "
         "the storage, if one was given."
