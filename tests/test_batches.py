@@ -387,23 +387,23 @@ def test_three_batches_make_up_the_calls_in_flight(block_size: int, max_calls: i
 
 
 @pytest.mark.parametrize(
-    ("num_threads", "rounds"), [(1, 4), (16, 4), (32, 4), (33, 5), (64, 9), (128, 14), (256, 14)]
+    ("num_threads", "batches"), [(1, 4), (16, 4), (32, 4), (33, 5), (64, 9), (128, 14), (256, 14)]
 )
-def test_a_large_pool_has_four_calls_in_flight_for_each_thread(num_threads: int, rounds: int) -> None:
+def test_a_large_pool_has_four_calls_in_flight_for_each_thread(num_threads: int, batches: int) -> None:
     """Batches of 30 calls: for 96 up to 32 threads, then 4 for each, but no more than a quarter of 1630."""
-    assert made(1630, num_threads, batch_size=6).rounds_in_flight == rounds
+    assert made(1630, num_threads, batch_size=6).batches_in_flight == batches
 
 
-@pytest.mark.parametrize(("max_calls", "rounds"), [(1630, 9), (800, 7), (600, 5), (120, 2), (10, 2)])
-def test_calls_in_flight_are_no_more_than_a_quarter_of_the_budget(max_calls: int, rounds: int) -> None:
+@pytest.mark.parametrize(("max_calls", "batches"), [(1630, 9), (800, 7), (600, 5), (120, 2), (10, 2)])
+def test_calls_in_flight_are_no_more_than_a_quarter_of_the_budget(max_calls: int, batches: int) -> None:
     """64 threads and batches of 30 calls; two of them in any case, so that the pool never drains."""
-    assert made(max_calls, 64, batch_size=6).rounds_in_flight == rounds
+    assert made(max_calls, 64, batch_size=6).batches_in_flight == batches
 
 
 @pytest.mark.parametrize("max_calls", [100, 300, 1000, 1630, 10_000])
 def test_up_to_32_threads_make_no_difference(max_calls: int) -> None:
     """Whatever the budget: as many calls are in flight as with one thread, so the trials are the same."""
-    assert len({made(max_calls, n).rounds_in_flight for n in (1, 8, 16, 32)}) == 1
+    assert len({made(max_calls, n).batches_in_flight for n in (1, 8, 16, 32)}) == 1
 
 
 @pytest.mark.parametrize(("n_examples", "size", "combined"), [(1, 1, 1), (4, 4, 3), (5, 5, 3), (200, 5, 3)])

@@ -158,7 +158,7 @@ def test_with_qei_the_baseline_comes_first_and_then_what_tells_most() -> None:
     trials = run(Scores(), num_threads=1, confirm=True).study.trials
     assert sorted(trials[0].user_attrs[EXAMPLES]) == list(range(N))
     new = next(t for t in trials[16:] if all(t.params != earlier.params for earlier in trials[: t.number]))
-    told = trials[: new.number - 8]  # what rounds in flight may lack
+    told = trials[: new.number - 8]  # what batches in flight may lack
 
     def is_divided(example: int) -> bool:
         scores = [
@@ -467,7 +467,7 @@ def test_when_everything_fails_the_search_stops() -> None:
     def down(params: dict[str, int], example: int) -> float:
         raise ValueError("whatever it is")
 
-    with pytest.raises(SearchStoppedError, match=f"all {5 + 4 * 5} calls of a round failing"):
+    with pytest.raises(SearchStoppedError, match=f"all {5 + 4 * 5} calls of a batch failing"):
         run(down)
 
 
@@ -532,7 +532,7 @@ def test_an_error_of_a_callback_stops_cleanly() -> None:
 
 
 def test_an_error_of_the_sampler_loses_no_score() -> None:
-    """The sampler fails in the middle of a round: what had started is kept, nothing stays open."""
+    """The sampler fails in the middle of a batch: what had started is kept, nothing stays open."""
 
     class Failing(optuna.samplers.RandomSampler):
         asked = 0
@@ -648,7 +648,7 @@ def test_a_space_too_large_to_list_is_searched_to_the_end(sampler: str) -> None:
 
 
 def test_large_pools_have_the_same_trials_under_any_timing() -> None:
-    """With 64 threads and more rounds in flight the order of arrival decides nothing."""
+    """With 64 threads and more batches in flight the order of arrival decides nothing."""
     runs = [run(Scores(delay), num_threads=64) for delay in (0.0, 0.002)]
     assert trials_of(runs[0]) == trials_of(runs[1])
 

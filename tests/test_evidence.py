@@ -37,7 +37,7 @@ def known(space: PromptSpace, n_rows: int) -> Evidence:
         examples = sorted(rng.choice(N, N // 2, replace=False).tolist())
         scores = [float(rng.random() < 0.2 + 0.6 * sum(row) / (15 * len(row))) for _ in examples]
         add(evidence, row, dict(zip(examples, scores, strict=True)))
-        evidence.table.rounds += 1
+        evidence.table.batches += 1
     return evidence
 
 

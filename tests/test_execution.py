@@ -245,7 +245,7 @@ def kept_as_measured(error: SearchStoppedError) -> None:
 @pytest.mark.parametrize("num_threads", [1, 16])
 @pytest.mark.parametrize("begins", [60, 203])
 def test_an_outage_with_an_unknown_error_is_no_set_of_bad_prompts(num_threads: int, begins: int) -> None:
-    """A plain RuntimeError for everybody from some call on, in the middle of a round or of a trial."""
+    """A plain RuntimeError for everybody from some call on, in the middle of a batch or of a trial."""
     calls, lock = [0], threading.Lock()
 
     def score(params: dict[str, int], example: int) -> float:

@@ -70,7 +70,7 @@ def closed(error: SearchInterrupted) -> list[Any]:
 
 @pytest.mark.parametrize("at", [1, 3, 60, 100, 145])
 def test_ctrl_c_while_the_search_waits(at: int) -> None:
-    """In the first block, in later rounds, in the confirmation: what is in flight is kept, nothing begins."""
+    """In the first block, in later batches, in the confirmation: what is in flight is kept."""
     score = Interrupting(at)
     with pytest.raises(SearchInterrupted) as caught:
         run(score, max_calls=160, num_threads=THREADS, grace=60.0)

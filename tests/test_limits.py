@@ -227,7 +227,7 @@ def test_calls_that_are_dearer_than_foreseen_stop_the_search() -> None:
 
 @pytest.mark.parametrize("max_tokens", [255, 405, 655])
 def test_what_a_candidate_failed_on_counts_where_a_limit_is_reached(max_tokens: int) -> None:
-    """Its rounds are told like all others; left out, only what it could answer would speak for it."""
+    """Its batches are told like all others; left out, only what it could answer would speak for it."""
     asked: Counter[tuple[int, int]] = Counter()
 
     def score(params: dict[str, int], example: int) -> float:

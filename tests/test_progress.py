@@ -60,7 +60,7 @@ def test_the_same_trials_whether_anybody_watches_or_not(sampler: str) -> None:
 
 
 def test_the_last_report_is_the_result() -> None:
-    """Score, posterior, calls, rounds and trials are those that the search returns."""
+    """Score, posterior, calls, batches and trials are those that the search returns."""
     result, told = run()
     last = told[-1]
     best = next(m for m in result.configurations if m.params == result.best_params)
@@ -73,11 +73,11 @@ def test_the_last_report_is_the_result() -> None:
 
 
 def test_counts_grow_and_begin_at_nothing() -> None:
-    """The first report comes before any answer; calls and rounds only grow."""
+    """The first report comes before any answer; calls and batches only grow."""
     _, told = run(max_calls=120)
     first = told[0]
-    assert (first.trials, first.rounds, first.best, first.baseline) == (0, 0, None, None)
-    for name in ("calls", "rounds", "trials", "seconds"):
+    assert (first.trials, first.batches, first.best, first.baseline) == (0, 0, None, None)
+    for name in ("calls", "batches", "trials", "seconds"):
         values = [getattr(progress, name) for progress in told]
         assert values == sorted(values)
     assert {progress.max_calls for progress in told} == {120}
@@ -140,7 +140,7 @@ def test_a_round_that_takes_long_is_reported_on() -> None:
     heard, scores = threading.Event(), Scores()
 
     def listen(progress: Progress) -> None:
-        if progress.rounds == 0 and progress.calls == 14 and progress.load.running == 1:
+        if progress.batches == 0 and progress.calls == 14 and progress.load.running == 1:
             heard.set()
 
     def score(params: dict[str, int], example: int) -> float:

@@ -22,7 +22,7 @@ from mpromptune.engine.minibatches import stock_calls
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, StudyMismatchError
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.usage import Usage, record
-from mpromptune.storage.attributes import ABANDONED, EXAMPLES, RESUMES, SCORES, SETTINGS, USAGE
+from mpromptune.storage.attributes import ABANDONED, EXAMPLES, FORMAT, RESUMES, SCORES, SETTINGS, USAGE
 
 MIPRO = {
     "schedule": "mipro",
@@ -392,12 +392,12 @@ def test_studies_of_others_are_refused() -> None:
     own.add_trial(optuna.trial.create_trial(value=1.0))
     optuna.create_study(storage=storage, study_name="minimised", direction="minimize")
     future = optuna.create_study(storage=storage, study_name="future", direction="maximize")
-    future.set_user_attr(SETTINGS, {"format": 99, "version": "9.0"})
+    future.set_user_attr(FORMAT, 99)
     scores = Scores()
     for name, message in [
         ("own", "trials that no search"),
         ("minimised", "does not maximise"),
-        ("future", "by m-promptune 9.0 in format 99"),
+        ("future", "another version of m-promptune, in format 99"),
     ]:
         with pytest.raises(StudyMismatchError, match=message):
             run(storage, scores, study_name=name)

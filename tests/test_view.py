@@ -49,7 +49,7 @@ def report(**changes: Any) -> Progress:
         "calls": 512,
         "max_calls": 1630,
         "trials": 13,
-        "rounds": 4,
+        "batches": 4,
         "n_examples": 200,
         "best": BEST,
         "baseline": BASELINE,

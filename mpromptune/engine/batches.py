@@ -73,7 +73,7 @@ class BatchPlan:
         self._check()
         self.max_calls = task.max_calls
         self.batch_size = batch_size or task.batch_size(self._size)
-        self.rounds_in_flight = task.rounds_in_flight(self.batch_size * self._size)
+        self.batches_in_flight = task.batches_in_flight(self.batch_size * self._size)
         self.outage = min(_OUTAGE, n_examples)
         self.arguments: Mapping[str, Any] = {"block_size": self._size}
         self.measures_baseline = confirm is True
@@ -111,7 +111,7 @@ class BatchPlan:
         """Whether ``row`` has a score on every example that can be answered, from however many trials."""
         return self._table.is_full(row)
 
-    def next_round(self, evidence: Evidence) -> Iterator[Request]:
+    def next_batch(self, evidence: Evidence) -> Iterator[Request]:
         """A batch to explore with; once the calls for that are spent, what winner and baseline lack."""
         before, is_alone, baseline = self._table.asked_calls, not self._table.pending, self.task.baseline
         if not self._table.asked(baseline) and self._remaining > 0:
@@ -303,8 +303,8 @@ class BatchPlan:
         if (self._target is None and self._patience is None) or not self._table.calls:
             return False
         leader = self._leader(evidence) or self.task.baseline
-        if self._patience is not None and self._judged < self._table.rounds:
-            self._judged = self._table.rounds
+        if self._patience is not None and self._judged < self._table.batches:
+            self._judged = self._table.batches
             gain = evidence.largest_gain(leader, lambda row: row != leader and self.is_open(row))
             is_nothing = gain < _NEGLIGIBLE * evidence.standard_error(self.task.n_examples)
             self._quiet = self._quiet + 1 if is_nothing else 0

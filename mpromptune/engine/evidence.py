@@ -132,7 +132,7 @@ class Evidence:
         model = self._model()
         if model is None:
             return math.inf
-        return gains(model, leader, is_open, np.random.default_rng(self.table.rounds))
+        return gains(model, leader, is_open, np.random.default_rng(self.table.batches))
 
     def standard_error(self, n_examples: int) -> float:
         """Of a configuration's mean over a whole validation set."""

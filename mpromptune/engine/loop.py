@@ -124,10 +124,10 @@ class Loop:
 
     def _fill(self) -> bool:
         """Starts batches until enough are in flight; whether any is."""
-        while len(self.in_flight) < self.plan.rounds_in_flight and not self.budget.reached:
+        while len(self.in_flight) < self.plan.batches_in_flight and not self.budget.reached:
             batch: list[_Running] = []
             self.in_flight.append(batch)  # before it is filled: what has started is never lost
-            for request in self.plan.next_round(self.evidence):
+            for request in self.plan.next_batch(self.evidence):
                 asked = self.trials.next(request.row)
                 with deferred():  # what has been submitted is to be found in its batch
                     self._start(request, asked, batch)
@@ -217,7 +217,7 @@ class Loop:
             if frozen is not None:  # told by this run: an earlier one has called back itself
                 for callback in self.callbacks:
                     callback(self.study, frozen)
-        self.table.rounds += 1
+        self.table.batches += 1
         self._require_baseline(outcomes)
 
     def _require_going(self) -> None:

@@ -101,7 +101,7 @@ class MiproPlan:
     """
 
     measures_baseline: bool = False  # it is the first trial of all
-    rounds_in_flight: int = 2
+    batches_in_flight: int = 2
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class MiproPlan:
         n_examples = self.task.n_examples
         return {row: None for row, examples in self._table.trials if len(examples) == n_examples}
 
-    def next_round(self, evidence: Evidence) -> Iterator[Request]:
+    def next_batch(self, evidence: Evidence) -> Iterator[Request]:
         """Full evaluations that are due, or the minibatches up to the next one."""
         if not self._is_affordable(self._batches.size):  # an earlier run may have spent more than planned
             self._num_trials = min(self._num_trials, self._asked)

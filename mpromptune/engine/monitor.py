@@ -90,7 +90,7 @@ class Monitor:
             calls=self._calls(),
             max_calls=self.plan.max_calls,
             trials=self.trials.told,
-            rounds=self.evidence.table.rounds,
+            batches=self.evidence.table.batches,
             n_examples=self.plan.task.n_examples,
             best=best,
             baseline=baseline,

@@ -34,7 +34,7 @@ from mpromptune.model.space import Row
 # fails once next to a new one (7e-3), are not.
 _OWN_FAULT = 1e-3
 # Small batches in a row without a single answer that are read as an outage.
-_BARREN_ROUNDS = 10
+_BARREN_BATCHES = 10
 
 Answer = tuple[Row, Outcome]
 # What is under way: answers that have come back, and calls that have not.
@@ -70,7 +70,7 @@ class Outage:
             return None
         fresh = [(row, o) for row, o in failures if not self.table.has_failed(row, o.example)]
         if self._is_barren(batch, failures, fresh):
-            return f"all {len(batch)} calls of a round failing", _error(failures)
+            return f"all {len(batch)} calls of a batch failing", _error(failures)
         if fresh and self._is_outage(fresh, answers):
             return f"the last {len(fresh)} calls failing, whatever was asked", _error(fresh)
         return None
@@ -100,10 +100,10 @@ class Outage:
         is_barren = bool(failures) and all(outcome.error is not None for _, outcome in batch)
         infrastructure = {self.verdict(outcome) for _, outcome in batch} <= INFRASTRUCTURE
         self.barren = self.barren + 1 if is_barren and infrastructure else 0
-        if not is_barren or not (fresh or self.barren >= _BARREN_ROUNDS):
+        if not is_barren or not (fresh or self.barren >= _BARREN_BATCHES):
             return False
         several = _are_several(batch) and (self.barren or not self.table.rows)
-        return bool(several or (self.barren and len(batch) >= self.many) or self.barren >= _BARREN_ROUNDS)
+        return bool(several or (self.barren and len(batch) >= self.many) or self.barren >= _BARREN_BATCHES)
 
     def _is_outage(self, run: Sequence[Answer], answers: Sequence[Answer]) -> bool:
         """Whether these failures in a row are too unlikely to be the configurations' own."""

@@ -54,7 +54,7 @@ class Task:
         """Trials or blocks of ``trial_size`` calls each in a batch."""
         return max(2, round(self._usual_calls / (_BATCHES * trial_size)))
 
-    def rounds_in_flight(self, calls_of_a_batch: int) -> int:
+    def batches_in_flight(self, calls_of_a_batch: int) -> int:
         """Batches being measured at any time, at most; at least two, so that the pool never drains."""
         calls = self._usual_calls
         if self.num_threads > _SMALL_POOL:
@@ -89,7 +89,7 @@ class Plan(Protocol):
         task: What it was made for.
         max_calls: Calls that it spends.
         batch_size: Trials, or blocks, of a batch.
-        rounds_in_flight: Batches at a time: while one is being told, the others keep the workers busy.
+        batches_in_flight: Batches at a time: while one is being told, the others keep the workers busy.
         outage: Failures in a batch that are read as an outage, though all of one configuration.
         arguments: What must stay as it is in a study.
         measures_baseline: Whether the baseline has to be measured on all examples.
@@ -98,7 +98,7 @@ class Plan(Protocol):
     task: Task
     max_calls: int
     batch_size: int
-    rounds_in_flight: int
+    batches_in_flight: int
     outage: int
     arguments: Mapping[str, Any]
     measures_baseline: bool
@@ -110,7 +110,7 @@ class Plan(Protocol):
     def is_open(self, row: Row) -> bool:
         """Whether the sampler may propose ``row``."""
 
-    def next_round(self, evidence: Evidence) -> Iterator[Request]:
+    def next_batch(self, evidence: Evidence) -> Iterator[Request]:
         """The trials of the next batch; none when there is nothing to start now."""
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:

@@ -62,14 +62,14 @@ class ScoreTable:
     Attributes:
         calls: Program calls that gave a score.
         pending: Program calls under way.
-        rounds: Batches told.
+        batches: Batches told.
         usage: What all trials have used, those that failed included.
         trials: Configuration and examples of every trial, in the order in which they began.
     """
 
     def __init__(self, n_examples: int) -> None:
         self.n_examples = n_examples
-        self.calls = self.pending = self.rounds = 0
+        self.calls = self.pending = self.batches = 0
         self.usage = Usage()
         self.trials: list[tuple[Row, Examples]] = []
         self._arms: dict[Row, _Arm] = {}

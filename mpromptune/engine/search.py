@@ -157,7 +157,7 @@ def _take_up(
         own = sampler.batch_size if isinstance(sampler, qEISampler) else None
         plan = options.plan(task, table, own or before.get("batch_size"))
         if before.get("batch_size") == plan.batch_size:  # so that other threads make no other trials
-            plan.rounds_in_flight = int(before["rounds_in_flight"])
+            plan.batches_in_flight = int(before["batches_in_flight"])
         settings = settings_of(space, task, options.schedule_name, plan)
         require_same(study, before, settings)
     require_readable(study, distributions_of(space), task.n_examples)

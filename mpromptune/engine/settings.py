@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
 
-# Of the attributes that a search leaves in a study; raised when an older version could misread them.
-_FORMAT = 1
-_ADVICE = "Give another study_name or storage. No call was made."
 # NOTE: distances are divided by their median. The same model on another machine differs by 1e-6 of
 # that, another model by a tenth and more.
 _TOLERANCE = 1e-2
@@ -43,13 +40,12 @@ def settings_of(space: PromptSpace, task: Task, schedule: str, plan: Plan) -> Se
     listed = None if space.combinations is None else _sha256(space.combinations.tolist())
     candidates = {name: [len(texts), _sha256(texts)] for name, texts in space.components.items()}
     return {
-        "format": _FORMAT,
         "version": __version__,
         "components": list(space.names),
         "candidates": candidates,
         "arguments": {**arguments, "combinations": listed},
         "batch_size": plan.batch_size,
-        "rounds_in_flight": plan.rounds_in_flight,
+        "batches_in_flight": plan.batches_in_flight,
     }
 
 
@@ -58,18 +54,8 @@ def _sha256(value: Any) -> str:
 
 
 def recorded_settings(study: Study) -> Settings:
-    """The settings of the search that a study belongs to; empty for one without any trials.
-
-    Raises:
-        StudyMismatchError: It was written by another version.
-    """
+    """The settings of the search that a study belongs to; empty for one without any trials."""
     settings = study.user_attrs.get(SETTINGS)
-    name = f"The study {study.study_name!r}"
-    if settings is not None and settings.get("format") != _FORMAT:
-        raise StudyMismatchError(
-            f"{name} was written by m-promptune {settings.get('version')} in format "
-            f"{settings.get('format')}; version {__version__} reads format {_FORMAT}. {_ADVICE}"
-        )
     return dict(settings) if settings and study.get_trials(deepcopy=False) else {}
 
 

@@ -25,7 +25,13 @@ from mpromptune.model.space import Candidate, PromptSpace
 from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, STUDENT
 from mpromptune.storage.damage import reported
 from mpromptune.storage.record import Record, read_record
-from mpromptune.storage.storage import DEFAULT_STUDY_NAME, StorageSpec, check_storage, open_storage
+from mpromptune.storage.storage import (
+    DEFAULT_STUDY_NAME,
+    StorageSpec,
+    check_storage,
+    open_storage,
+    require_ours,
+)
 
 _COMPONENT = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
 _KINDS = {"instruction": INSTRUCTIONS, "demos": DEMOS}
@@ -91,6 +97,7 @@ def _load(storage: StorageSpec, study_name: str | None) -> Study:
     study = optuna.load_study(study_name=name, storage=opened)
     if SETTINGS not in study.user_attrs and FORMAT not in study.user_attrs:
         raise StudyMismatchError(f"The study {name!r} was made by no search.")
+    require_ours(study)
     return study
 
 

@@ -59,7 +59,7 @@ class Progress:
         calls: Program calls that have come back, those of earlier runs too.
         max_calls: The budget; a search may end before it.
         trials: Trials told.
-        rounds: Rounds told.
+        batches: Batches told.
         n_examples: Size of the validation set.
         best: The configuration with the highest estimate; when finished, the winner. None before
             anything was measured.
@@ -75,7 +75,7 @@ class Progress:
     calls: int
     max_calls: int
     trials: int
-    rounds: int
+    batches: int
     n_examples: int
     best: Standing | None
     baseline: Standing | None

@@ -34,7 +34,8 @@ from mpromptune.storage.journal import TolerantJournal
 logger = logging.getLogger(__name__)
 
 DEFAULT_STUDY_NAME = "mpromptune"
-FORMAT_VERSION = 1
+# Raised when an older version could misread what is written.
+FORMAT_VERSION = 2
 
 StorageSpec = str | os.PathLike[str] | BaseStorage | None
 
@@ -107,12 +108,17 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
             direction="maximize",
             load_if_exists=True,
         )
-        _require_ours(study)
+        require_ours(study)
         study.set_user_attr(FORMAT, FORMAT_VERSION)  # and shows that it can be written to
     return study
 
 
-def _require_ours(study: Study) -> None:
+def require_ours(study: Study) -> None:
+    """Refuses a study that no search of this version has made.
+
+    Raises:
+        StudyMismatchError: It holds something else, or is in another version's format.
+    """
     name = f"The study {study.study_name!r}"
     advice = "Give another study_name or storage."
     if study.directions != [StudyDirection.MAXIMIZE]:
