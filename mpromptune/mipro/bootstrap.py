@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
-    """Per predictor, its demo sets, of the step that DSPy has ``given`` these arguments.
+    """Step 1: the demo sets of each predictor. ``given`` are DSPy's arguments of this step, by name.
 
     Threads that it leaves idle begin with what comes after it.
     """

@@ -60,7 +60,7 @@ def begin(run: Run, program: Any, trainset: Any) -> None:
 
 
 def instructions(run: Run, given: Mapping[str, Any]) -> Instructions:
-    """Per predictor, its instructions, its own first, of the step that DSPy has ``given`` these arguments."""
+    """Step 2: the instructions of each predictor, its own first. ``given`` are DSPy's arguments, by name."""
     with run.step("propose"):
         kept = None if run.checkpoint is None else run.checkpoint.instructions()
         if kept is not None:
@@ -224,23 +224,21 @@ def _check_failures(failures: list[Exception], requests: int) -> None:
 
 @contextmanager
 def _retrying(threads: Threads, before_second: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """In here, requests of DSPy's modules are made again where another attempt may succeed."""
+    """In here, requests of DSPy's modules are retried where another attempt may succeed."""
     with dspy.context(callbacks=[*dspy.settings.callbacks, _Retrying(threads, before_second)]):
         yield
 
 
 class _Retrying(BaseCallback):
-    """Has each request of one chain made again, whose answer DSPy goes on without when it fails for good.
+    """Retries each request of one chain of DSPy's, which goes on without an answer when a request fails.
 
-    After an error that no further request could survive, none is made in this chain. DSPy makes an object for
-    each request; what that is about to do is replaced as it begins.
+    DSPy makes a module for each request; its ``forward`` is replaced when it is called.
     """
 
     def __init__(self, threads: Threads, before_second: Callable[[], None]) -> None:
         self._attempts = threads.attempts
         self._before_second = before_second
         self._has_asked = False
-        self._hopeless: Exception | None = None
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """A module is about to be called."""
@@ -248,8 +246,6 @@ class _Retrying(BaseCallback):
             instance.forward = partial(self._forward, partial(type(instance).forward, instance))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._hopeless is not None:
-            raise self._hopeless
         if self._has_asked:
             self._before_second()
         self._has_asked = True
@@ -257,7 +253,6 @@ class _Retrying(BaseCallback):
         try:
             return self._attempts(partial(contained, forward, *args, **inputs))
         except Exception as error:
-            self._hopeless = error if classify(error) is Verdict.STOP else None
             if self._attempts.down is error:
                 self._attempts.down = None  # no outage, as far as one request can tell
             raise

@@ -161,7 +161,7 @@ class Run:
 
     @property
     def _failure(self) -> BaseException | None:
-        """What makes every further call vain."""
+        """Why no further call is of any use, if so."""
         lost = None if self._lease is None else self._lease.lost
         return self.metric.failure or lost or self.threads.failure
 
@@ -172,10 +172,10 @@ class Run:
         self._valset, self._first = valset, first
 
     def score_ahead(self, program: Any, trainset: Any, is_idle: bool, is_first: bool) -> None:
-        """Has threads that are idle score the student; else there is only what an interrupted run has scored.
+        """Begins to score the student in idle threads; what an interrupted run has scored is known already.
 
-        What the bootstrap may be asking for just now is left out: the search finds that in the cache. Where
-        nothing else shows whether the metric works (``is_first``), it waits for the first score.
+        Examples that the bootstrap may be asking for just now are left out: the search finds their answers in
+        the cache. With ``is_first`` it waits for the first score, which shows whether the metric works.
         """
         if self._valset is None:
             return
@@ -204,7 +204,7 @@ class Run:
         self.guard.spares = True  # from now on, the workers begin nothing beyond a limit
 
     def known_or(self, score: Score, programs: ProgramSpace, valset: list[Any]) -> Score:
-        """``score``, but for what is known already; after `end_steps`."""
+        """``score``, with the scores that were made ahead in place of new ones; after `end_steps`."""
         score = reusing(self.checkpoint, score)
         ahead = self._ahead
         # Scores belong to the very program and validation set that they were measured with.
