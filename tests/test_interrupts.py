@@ -114,7 +114,7 @@ def test_a_signal_in_a_callback(number: int) -> None:
 
 
 def test_ctrl_c_in_an_ask() -> None:
-    """The trial that was being asked is closed too."""
+    """The sampler, which may take long, does not go on, and the trial that was being asked is closed too."""
     score, has_scored = Interrupting(10**9), threading.Event()
 
     class Interrupted(optuna.samplers.RandomSampler):
@@ -125,6 +125,7 @@ def test_ctrl_c_in_an_ask() -> None:
             if type(self).asked == 12:
                 assert has_scored.wait(60.0)  # or there is nothing to return
                 signal.raise_signal(signal.SIGINT)
+                type(self).asked += 1  # it goes on
             return super().sample_independent(*args)
 
     def scored(params: dict[str, int], example: int) -> float:
@@ -134,6 +135,7 @@ def test_ctrl_c_in_an_ask() -> None:
     with pytest.raises(SearchInterrupted) as caught:
         run(scored, sampler=Interrupted(seed=0), batch_size=4, num_threads=THREADS)
     begun = len(score.begun)
+    assert Interrupted.asked == 12
     trials = closed(caught.value)
     assert trials[-1].state == TrialState.FAIL
     assert not trials[-1].user_attrs[SCORES]

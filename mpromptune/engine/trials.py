@@ -86,10 +86,12 @@ class Trials:
             asked = self._told(recorded) if recorded.told else self._again(recorded)
             if asked is not None:
                 return asked
-        with deferred():  # an interrupt in between would leave a trial that waits, and that nobody closes
-            if row is not None:
-                self.study.enqueue_trial(self._space.params(row))
+        if row is None:
             trial = self.study.ask(fixed_distributions=self._distributions)
+        else:
+            with deferred():  # an interrupt in between would leave a trial that waits, and that nobody closes
+                self.study.enqueue_trial(self._space.params(row))
+                trial = self.study.ask(fixed_distributions=self._distributions)
         return Asked(trial, trial.number, self._space.row(trial.params))
 
     def _told(self, recorded: Recorded) -> Asked:
