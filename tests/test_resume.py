@@ -231,6 +231,16 @@ def test_a_trial_that_was_cut_off_in_its_proposal_is_closed_when_it_is_not_neede
     assert first.calls + sum(scores.asked.values()) == larger.calls <= 220
 
 
+def test_what_the_baseline_lacks_is_counted_once(tmp_path: Path) -> None:
+    """Its trial was cut off after three of 40 examples: a budget of 90 holds the rest, and a rival's."""
+    given = {"confirm": True, "max_calls": 90, "storage": tmp_path / "j"}
+    first, second = Failing(3, ConnectionError("down")), Scores()
+    with pytest.raises(SearchStoppedError, match="down"):
+        run(score=first, retry=RetryPolicy(attempts=1), **given)
+    result = run(score=second, **given)
+    assert result.calls == sum((first.asked + second.asked).values()) <= 90
+
+
 def test_a_smaller_budget_is_kept(tmp_path: Path) -> None:
     """What was measured beyond it counts; the baseline must still be affordable."""
     first = Failing(140, ConnectionError("down"))
