@@ -251,6 +251,19 @@ def test_a_search_goes_on_without_examples_that_nobody_can_be_measured_on(
     assert sum(scores.asked.values()) == result.calls
 
 
+def test_examples_that_no_program_can_answer_are_no_outage() -> None:
+    """The metric raises on the last twelve, at which finalists end: both of them score nothing there."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        if example >= N - 12:
+            raise ValueError("no label")
+        return float(TABLE[SPACE.row(params)][example])
+
+    for seed in range(2):
+        result = run(score, sampler="random", num_threads=1, seed=seed, confirm=True)
+        assert result.best_score <= (N - 12) / N
+
+
 def test_a_configuration_that_keeps_failing_is_dropped() -> None:
     """One example of one configuration is never answered: the search goes on without it."""
     broken = max(SKILL, key=SKILL.get)

@@ -16,7 +16,7 @@ from test_engine import SPACE, TABLE, N, Scores, trials_of
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.engine.minibatches import Minibatches, stock_calls
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import InvalidArgumentError, SearchStoppedError
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.storage.attributes import EXAMPLES, SCORES
 
@@ -170,6 +170,35 @@ def test_a_full_evaluation_that_fails_is_completed() -> None:
     assert [3] in [examples for _, examples in rows_of(result)]
 
 
+def test_a_trial_on_all_examples_that_fails_is_completed() -> None:
+    """Without minibatches every trial is a full evaluation; one of them lacks an example, once."""
+    failed = []
+
+    def score(params: dict[str, int], example: int) -> float:
+        if SPACE.row(params) != (0, 0) and example == 3 and not failed:
+            failed.append(example)
+            raise ConnectionError("reset")
+        return float(TABLE[SPACE.row(params)][example])
+
+    result = run(score, retry=RetryPolicy(attempts=1), minibatch=False, max_calls=4 * N, num_threads=1)
+    assert failed
+    assert all(measured.fully for measured in result.configurations)
+    assert result.calls == 4 * N
+
+
+def test_a_score_that_always_fails_ends_the_search() -> None:
+    """After the baseline, which may be broken by itself, and a batch of others that fail as well."""
+    asked = []
+
+    def score(params: dict[str, int], example: int) -> float:
+        asked.append(example)
+        raise ValueError("broken")
+
+    with pytest.raises(SearchStoppedError, match="all 24 calls of a batch failing"):
+        run(score)
+    assert len(asked) < CALLS / 2
+
+
 def test_full_evaluations_that_lack_examples_are_compared_on_what_both_have() -> None:
     """The other one fails on four hard examples: a mean of 19 in 36 against 20 in 40, but one less of 36."""
     space = PromptSpace({"0_predictor_instruction": ["a", "b"]})
@@ -209,7 +238,7 @@ def test_a_configuration_that_keeps_failing_never_wins() -> None:
         ({"minibatch_size": 0}, "minibatch_size.*0"),
         ({"minibatch_full_eval_steps": 0}, "minibatch_full_eval_steps.*0"),
         ({"block_size": 5}, "block_size.*only apply to schedule='blocks'"),
-        ({"patience": 2}, "patience.*only apply"),
+        ({"patience": 1}, "patience.*only apply"),
         ({"target": 0.5}, "target.*only apply"),
         ({"confirm": False}, "confirm.*only apply"),
         ({"schedule": "stock"}, "schedule must be one of.*'stock'"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from mpromptune.engine.outage import Answer, Outage, last_failures
-from mpromptune.engine.scores import ScoreTable
 from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.pool import Outcome
 
@@ -22,23 +21,15 @@ def calls(script: str, start: int = 0) -> list[Answer]:
     return answers
 
 
-def told(table: ScoreTable, answers: list[Answer]) -> None:
-    """Tells answers, a trial each."""
-    for row, outcome in answers:
-        scores = {} if outcome.score is None else {outcome.example: outcome.score}
-        table.add(row, (outcome.example,), scores)
-
-
-def judge(table: ScoreTable | None = None, many: int = 10) -> Outage:
+def judge(many: int = 10) -> Outage:
     """Every error is one of the infrastructure."""
-    verdict = lambda outcome: None if outcome.error is None else Verdict.RETRY  # noqa: E731
-    return Outage(table or ScoreTable(100), verdict, many)
+    return Outage(lambda outcome: None if outcome.error is None else Verdict.RETRY, many)
 
 
-def is_outage(script: str, table: ScoreTable | None = None) -> bool:
+def is_outage(script: str, outage: Outage | None = None) -> bool:
     """The last failures are judged, as part of a batch in which somebody else was answered first."""
     answers = calls(script)
-    return judge(table)._is_outage(last_failures(answers), answers)
+    return (outage or judge())._is_outage(last_failures(answers), answers)
 
 
 def test_only_failures_after_the_last_success_count() -> None:
@@ -72,20 +63,18 @@ def test_who_fails_decides(script: str, outage: bool) -> None:
 
 def test_what_was_told_counts() -> None:
     """Eight configurations that were fine so far make three new broken ones in a row unlikely."""
-    table = ScoreTable(100)
-    told(table, [((row,), Outcome(0, score=1.0)) for row in range(10, 18)])
-    assert not is_outage("A- B-", table)  # (1/10)^2
-    assert is_outage("A- B- C- D-", table)
+    outage = judge()
+    outage.note([((row,), Outcome(0, score=1.0)) for row in range(10, 18)])
+    assert not is_outage("A- B-", outage)  # (1/10)^2
+    assert is_outage("A- B- C- D-", outage)
 
 
 def alarm_after(script: str) -> bool:
     """Batches of one call each, in a run whose outages are ten failures: whether the last is an alarm."""
-    table, alarm = ScoreTable(100), None
-    outage = judge(table)
+    outage, alarm = judge(), None
     for number, call in enumerate(script.split()):
         answers = calls(call, start=number)
         alarm = outage.alarm(answers, lambda answers=answers: (answers, []))
-        told(table, answers)
     return alarm is not None
 
 

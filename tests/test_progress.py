@@ -83,6 +83,18 @@ def test_counts_grow_and_begin_at_nothing() -> None:
     assert {progress.max_calls for progress in told} == {120}
 
 
+def test_the_budget_stays_what_it_is_where_a_limit_leaves_less() -> None:
+    """Of 120 calls, the tokens are enough for 60."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        record(Usage(prompt_tokens=1))
+        return 1.0
+
+    result, told = run(score, max_calls=120, max_tokens=60)
+    assert result.stopped_by == "max_tokens"
+    assert {progress.max_calls for progress in told} == {120}
+
+
 def standing(mean: float, std: float, examples: int) -> Any:
     """Of a configuration that is judged by its scores alone."""
     return Standing(pytest.approx(mean), pytest.approx(std), pytest.approx(mean), examples)  # type: ignore[arg-type]
@@ -96,7 +108,7 @@ def by_hand(told: list[Progress], clock: Clock, **changes: Any) -> Monitor:
     table.add((1, 2), (2,), {2: 0.0})
     evidence = Evidence(encode_prompts(SPACE, None), table)
     parts: dict[str, Any] = {
-        "plan": SimpleNamespace(max_calls=25, task=Task(4, 25, (0, 0), 18, 0)),
+        "plan": SimpleNamespace(task=Task(4, 25, (0, 0), 18, 0)),
         "workers": SimpleNamespace(load=Load(3, 4, 4)),
         "trials": SimpleNamespace(told=3, record=()),
         "answered": lambda: 0,

@@ -156,8 +156,27 @@ def test_an_example_is_judged_by_configurations_that_are_answered_elsewhere() ->
 def test_a_prompt_that_is_refused_counts_unless_others_are_refused_too() -> None:
     """A is refused on example 0 and scores nothing there; once B is as well, neither is compared on it."""
     scores = table(2)
-    scores.add(A, (0, 1), {0: 0.0, 1: 1.0}, refused={0}, failed={0})
+    scores.add(A, (0, 1), {0: 0.0, 1: 1.0}, refused={0})
     assert scores.means(A) == {0: 0.0, 1: 1.0}
-    scores.add(B, (0, 1), {0: 0.0, 1: 1.0}, refused={0}, failed={0})
+    scores.add(B, (0, 1), {0: 0.0, 1: 1.0}, refused={0})
     assert scores.means(A) == scores.means(B) == {1: 1.0}
-    assert scores.successes[A] == scores.errors[A] == 1
+
+
+def test_prompts_that_are_refused_again_and_again_have_their_scores() -> None:
+    """A plan may ask for what has a score already: two of four refused twice are no examples that A lacks."""
+    scores = table(4)
+    for _ in range(2):
+        scores.add(A, (0, 1, 2, 3), {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0}, refused={0, 1})
+    assert scores.is_full(A)
+
+
+def test_failures_that_are_forgiven_are_tried_again() -> None:
+    """Three trials failed on one example of twenty; once they are forgiven, it is lacking like any other."""
+    scores = table(20)
+    for _ in range(3):
+        add(scores, A, {}, lost=(0,))
+    assert scores.is_dropped(A)
+    scores.forgive(A)
+    add(scores, A, dict.fromkeys(range(1, 20), 1.0))
+    assert scores.missing(A) == (0,)
+    assert not scores.is_full(A)

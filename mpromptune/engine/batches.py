@@ -71,7 +71,7 @@ class BatchPlan:
         self.task, self._table, self._confirm = task, table, confirm
         self._size = min(usual, n_examples) if block_size is None else block_size
         self._check()
-        self.max_calls = task.max_calls
+        self._max_calls = task.max_calls
         self.batch_size = batch_size or task.batch_size(self._size)
         self.batches_in_flight = task.batches_in_flight(self.batch_size * self._size)
         self.outage = min(_OUTAGE, n_examples)
@@ -105,7 +105,7 @@ class BatchPlan:
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
         """Lowers the budget; what is kept back for winner and baseline counts at their price."""
-        self.max_calls, self._price = min(self.task.max_calls, calls), price
+        self._max_calls, self._price = min(self.task.max_calls, calls), price
 
     def is_full(self, row: Row) -> bool:
         """Whether ``row`` has a score on every example that can be answered, from however many trials."""
@@ -138,7 +138,7 @@ class BatchPlan:
     @property
     def _remaining(self) -> int:
         """Calls not yet made or committed to."""
-        return self.max_calls - self._table.asked_calls
+        return self._max_calls - self._table.asked_calls
 
     def _explore(self, evidence: Evidence, available: int) -> Iterator[Request]:
         until = self._table.asked_calls + available
@@ -159,7 +159,7 @@ class BatchPlan:
         if blocks <= 0:
             return
         if self.task.allocates:
-            rng = np.random.default_rng([abs(self.task.seed), len(self._table.trials)])
+            rng = np.random.default_rng([abs(self.task.seed), self._table.trials])
             calls = available + self._table.pending
             yield from Counter(evidence.propose(blocks, calls, self.is_open, rng)).items()
             return
@@ -200,7 +200,7 @@ class BatchPlan:
             return math.floor(self._remaining - kept)
         if leader is None or not self._confirm:
             return self._remaining
-        share = _LITTLE * self.max_calls
+        share = _LITTLE * self._max_calls
         if evidence.is_additive and lacking <= share:
             # For those that lead, to tell them apart by scores of their own.
             return math.floor(self._remaining - share)
@@ -215,15 +215,12 @@ class BatchPlan:
     def _dearer_in_flight(self) -> float:
         """What the calls in flight will have cost above as many average ones."""
         table = self._table
-        return sum(
-            (len(table.asked(row)) - len(table.means(row))) * (self._price(row) - 1.0)
-            for row in table.started
-        )
+        return sum(table.pending_of(row) * (self._price(row) - 1.0) for row in table.started)
 
     def _little(self, rows: Iterable[Row]) -> int:
         """What measuring ``rows`` in full costs, if that is little and can be paid; or else nothing."""
         cost = self._cost(rows)
-        return math.ceil(cost) if cost <= min(_LITTLE * self.max_calls, self._remaining) else 0
+        return math.ceil(cost) if cost <= min(_LITTLE * self._max_calls, self._remaining) else 0
 
     def _left_beside(self, rows: Sequence[Row]) -> float:
         """Calls left when these and the baseline are to end fully measured."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial
@@ -84,7 +83,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.study, self.table = self.trials.study, self.evidence.table
-        self.outage = Outage(self.table, self.workers.verdict, self.plan.outage)
+        self.outage = Outage(self.workers.verdict, self.plan.outage)
         self.summary = Summary(self.space, self.plan, self.evidence, self.budget)
         watched = self.plan, self.evidence, self.budget, self.workers, self.trials
         self.monitor = Monitor(self.on_progress, *watched, lambda: sum(f.done() for f in self._futures()))
@@ -253,19 +252,21 @@ class Loop:
 
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
         verdicts = {outcome.example: self.workers.verdict(outcome) for outcome in outcomes}
-        failed = {example for example, verdict in verdicts.items() if verdict in FAILURES}
+        failed = [example for example, verdict in verdicts.items() if verdict in FAILURES]
         refused = [example for example, verdict in verdicts.items() if verdict is Verdict.REFUSED]
         known = {o.example: o.score for o in outcomes if o.score is not None}
         known.update(dict.fromkeys(failed, self.failure_score))
         scores = {example: known[example] for example in running.examples if example in known}
         abandoned = running.asked.trial is not None and is_cut_short(outcomes)
         refused = refused or list(running.asked.refused)
-        self._book(running, scores, refused=set(refused), failed=failed, is_over=not abandoned)
+        self._book(running, scores, refused, is_over=not abandoned)
         return self.trials.tell(running.asked, running.examples, scores, refused, abandoned)
 
-    def _book(self, running: _Running, scores: Mapping[int, float], **known: Any) -> None:
+    def _book(
+        self, running: _Running, scores: Mapping[int, float], refused: Sequence[int], is_over: bool
+    ) -> None:
         row, used = running.asked.row, running.asked.meter.total
-        self.table.finish(row, running.examples, scores, used, **known)
+        self.table.finish(row, running.examples, scores, used, set(refused), is_over)
         self.budget.note_trial(self.table.usage)
 
     def _take_rest(self) -> None:
@@ -274,7 +275,7 @@ class Loop:
             running = _Running(asked, asked.examples or (), ())
             self.table.start(asked.row, running.examples)
             is_open = asked.trial is not None
-            self._book(running, asked.scores, refused=set(asked.refused), is_over=not is_open)
+            self._book(running, asked.scores, asked.refused, is_over=not is_open)
             self.trials.tell(asked, running.examples, asked.scores, asked.refused, abandoned=is_open)
 
     def _afford(self) -> None:
@@ -308,7 +309,7 @@ class Loop:
         running = [(one, scores_of(one.futures)) for one in self._running()]
         self.in_flight.clear()
         for one, scores in running:  # first, so that they count even where the storage fails
-            self._book(one, scores, is_over=False)
+            self._book(one, scores, one.asked.refused, is_over=False)
         try:
             for one, scores in running:
                 self.trials.tell(one.asked, one.examples, scores, abandoned=True)

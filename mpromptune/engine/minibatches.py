@@ -113,7 +113,6 @@ class MiproPlan:
         self.task, self._table = task, table
         self._batches = (minibatches or Minibatches()).within(task.n_examples)
         self._planned = self._num_trials = self._batches.trials_for(task.max_calls, task.n_examples)
-        self.max_calls = task.max_calls
         self.batch_size = batch_size or task.batch_size(self._batches.size)
         self.outage = task.n_examples  # what a full evaluation lacks may fail again, and be its own fault
         self.arguments: Mapping[str, Any] = {
@@ -132,7 +131,7 @@ class MiproPlan:
 
     def is_open(self, row: Row) -> bool:
         """Whether ``row`` could still be chosen for a full evaluation."""
-        return row not in self._chosen and row not in self._whole and not self._table.is_dropped(row)
+        return row not in self._chosen and row not in self._table.whole and not self._table.is_dropped(row)
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
         """Shortens the plan; what has been asked still ends with a full evaluation of its best."""
@@ -143,13 +142,7 @@ class MiproPlan:
 
     def is_full(self, row: Row) -> bool:
         """Whether ``row`` has had a full evaluation; minibatches that add up to one do not count."""
-        return row in self._whole and not self._table.is_pending(row) and self._table.is_full(row)
-
-    @property
-    def _whole(self) -> dict[Row, None]:
-        """Configurations of trials on all examples, the earliest first."""
-        n_examples = self.task.n_examples
-        return {row: None for row, examples in self._table.trials if len(examples) == n_examples}
+        return row in self._table.whole and not self._table.pending_of(row) and self._table.is_full(row)
 
     def next_batch(self, evidence: Evidence) -> Iterator[Request]:
         """Full evaluations that are due, or the minibatches up to the next one."""
@@ -160,7 +153,8 @@ class MiproPlan:
             if self._table.pending:  # the choice is made when all before it have been told
                 return
             self._decide()
-        due = [row for row in self._chosen if not self._table.is_pending(row) and self._lacking(row)]
+        owed = dict.fromkeys([*self._table.whole, *self._chosen])
+        due = [row for row in owed if not self._table.pending_of(row) and self._lacking(row)]
         for row in due:
             yield Request(row, lambda row, number: self._lacking(row))
         if not due:
@@ -168,13 +162,13 @@ class MiproPlan:
 
     def _lacking(self, row: Row) -> Examples:
         """What the full evaluation of ``row`` has not answered; nothing once it has failed too often."""
-        if row not in self._whole:
+        if row not in self._table.whole:
             return self.first
         return () if self._table.is_dropped(row) else self._table.missing(row)
 
     def _explore(self, evidence: Evidence) -> Iterator[Request]:
         for _ in range(min(self.batch_size, self._boundary() - self._asked)):
-            closed = {*self._whole, *self._chosen, *filter(self._table.is_dropped, self._table.started)}
+            closed = {*self._table.whole, *self._chosen, *filter(self._table.is_dropped, self._table.started)}
             if len(closed) >= self.task.space_size or not self._is_affordable(self._batches.size):
                 return
             self._asked += 1
@@ -182,7 +176,7 @@ class MiproPlan:
 
     def _proposed(self, evidence: Evidence) -> Row | None:
         rng = np.random.default_rng([abs(self.task.seed), self._asked])
-        rows = evidence.propose(1, self.max_calls - self._table.asked_calls, self.is_open, rng)
+        rows = evidence.propose(1, self.task.max_calls - self._table.asked_calls, self.is_open, rng)
         return rows[0] if rows else None
 
     def _minibatch(self, row: Row, number: int) -> Examples:
@@ -195,7 +189,7 @@ class MiproPlan:
     def _is_affordable(self, calls: int) -> bool:
         """Whether the budget holds these calls, and after a minibatch the full evaluation that follows."""
         follows = self.task.n_examples if self._batches.enabled else 0
-        return self._table.asked_calls + calls + follows <= self.max_calls
+        return self._table.asked_calls + calls + follows <= self.task.max_calls
 
     def _boundary(self) -> int:
         """Trials before the next full evaluation."""
@@ -213,7 +207,7 @@ class MiproPlan:
         Where some lack examples, whatever is worse than the baseline on what both have is passed over.
         """
         baseline = self.task.baseline
-        full = [row for row in self._whole if self.is_full(row)]
+        full = [row for row in self._table.whole if self.is_full(row)]
         if is_cut_short and not set(full) - {baseline}:
             return best_so_far(self._table, ranked, baseline)
         rivals = [row for row in full if self._table.is_not_worse(row, baseline)]

@@ -88,7 +88,7 @@ class Monitor:
         self._last = self.clock()
         progress = Progress(
             calls=self._calls(),
-            max_calls=self.plan.max_calls,
+            max_calls=self.plan.task.max_calls,
             trials=self.trials.told,
             batches=self.evidence.table.batches,
             n_examples=self.plan.task.n_examples,
@@ -110,7 +110,7 @@ class Monitor:
         if self.trials.record:  # answers of earlier runs take no time, and say nothing of new ones
             self._speed = Speed(self.clock)
         self._speed.note(self._calls())
-        rest, table = self.plan.max_calls - self._calls(), self.evidence.table
+        rest, table = self.plan.task.max_calls - self._calls(), self.evidence.table
         affordable = self.budget.calls_left(table.usage, table.calls)
         if affordable is not None:
             rest = min(rest, affordable[1] - self.answered())

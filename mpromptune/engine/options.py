@@ -256,7 +256,9 @@ class SearchOptions:
         if not (known or isinstance(self.schedule, Minibatches)):
             raise InvalidArgumentError(f"schedule must be one of {list(PLANS)}; got {self.schedule!r}.")
         foreign = {name: getattr(self, name) for name in _BLOCKS_ONLY}
-        foreign = {name: value for name, value in foreign.items() if value not in (None, True, "auto")}
+        if self.confirm is not False:  # every other plan confirms in its own way
+            del foreign["confirm"]
+        foreign = {name: value for name, value in foreign.items() if value is not None}
         if self.schedule != "blocks" and foreign:
             raise InvalidArgumentError(
                 f"{foreign} only apply to schedule='blocks'; got schedule={self.schedule!r}."

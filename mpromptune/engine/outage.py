@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mpromptune.engine.scores import ScoreTable
+from mpromptune.engine.scores import Failures
 from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.execution.pool import Outcome
 from mpromptune.model.space import Row
@@ -45,16 +45,20 @@ InHand = Callable[[], tuple[list[Answer], list[Future[Outcome]]]]
 class Outage:
     """Judges every batch before it is told.
 
+    To it a failure is one whether it is scored or not. A study does not say which scores were failures, so
+    no plan may know what is known here.
+
     Attributes:
-        table: What was told.
         verdict: On a failed outcome; None for a scored or a skipped one.
         many: Failures that are read as an outage, though all of one configuration or of one example.
     """
 
-    table: ScoreTable
     verdict: Callable[[Outcome], Verdict | None]
     many: int
     barren: int = 0  # batches in a row that the infrastructure has failed on
+    _successes: Counter[Row] = field(default_factory=Counter)
+    _errors: Counter[Row] = field(default_factory=Counter)
+    _failures: Failures = field(default_factory=Failures)
 
     def alarm(self, batch: Sequence[Answer], in_hand: InHand) -> tuple[str, BaseException] | None:
         """What the search has to stop on, and the error behind it; None when the batch may be told.
@@ -64,16 +68,22 @@ class Outage:
             in_hand: Those of all batches under way.
         """
         answers, run = self._last_failures(batch, in_hand)
-        left_out = self.table.unanswerable
-        failures = [answer for answer in run if answer[1].example not in left_out]
-        if run and not failures:
-            return None
-        fresh = [(row, o) for row, o in failures if not self.table.has_failed(row, o.example)]
-        if self._is_barren(batch, failures, fresh):
-            return f"all {len(batch)} calls of a batch failing", _error(failures)
-        if fresh and self._is_outage(fresh, answers):
-            return f"the last {len(fresh)} calls failing, whatever was asked", _error(fresh)
+        failures = [answer for answer in run if not self._failures.is_unanswerable(answer[1].example)]
+        if failures or not run:
+            fresh = [(row, o) for row, o in failures if not self._failures.has_failed(row, o.example)]
+            if self._is_barren(batch, answers, failures, fresh):
+                return f"all {len(batch)} calls of a batch failing", _error(failures)
+            if fresh and self._is_outage(fresh, answers):
+                return f"the last {len(fresh)} calls failing, whatever was asked", _error(fresh)
+        self.note(batch)
         return None
+
+    def note(self, batch: Iterable[Answer]) -> None:
+        """Learns from answers; what an earlier run has failed on has neither a score nor an error."""
+        for row, outcome in batch:
+            is_answered, example = outcome.score is not None, {outcome.example}
+            (self._successes if is_answered else self._errors)[row] += 1
+            self._failures.note(row, *((example, set()) if is_answered else (set(), example)))
 
     def _last_failures(self, batch: Sequence[Answer], in_hand: InHand) -> tuple[list[Answer], list[Answer]]:
         """All answers in hand, and the failures since the last success if any is of this batch.
@@ -91,7 +101,11 @@ class Outage:
             wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
 
     def _is_barren(
-        self, batch: Sequence[Answer], failures: Sequence[Answer], fresh: Sequence[Answer]
+        self,
+        batch: Sequence[Answer],
+        answers: Sequence[Answer],
+        failures: Sequence[Answer],
+        fresh: Sequence[Answer],
     ) -> bool:
         """Whether a batch without any answer is the infrastructure's doing.
 
@@ -102,7 +116,8 @@ class Outage:
         self.barren = self.barren + 1 if is_barren and infrastructure else 0
         if not is_barren or not (fresh or self.barren >= _BARREN_BATCHES):
             return False
-        several = _are_several(batch) and (self.barren or not self.table.rows)
+        is_first = not self._successes and all(outcome.score is None for _, outcome in answers)
+        several = _are_several(batch) and (self.barren or is_first)
         return bool(several or (self.barren and len(batch) >= self.many) or self.barren >= _BARREN_BATCHES)
 
     def _is_outage(self, run: Sequence[Answer], answers: Sequence[Answer]) -> bool:
@@ -111,8 +126,8 @@ class Outage:
             return False
         judged = {id(outcome) for _, outcome in run}
         before = [answer for answer in answers if id(answer[1]) not in judged]
-        successes = self.table.successes + Counter(row for row, o in before if o.score is not None)
-        failures = self.table.errors + Counter(row for row, o in before if o.error is not None)
+        successes = self._successes + Counter(row for row, o in before if o.score is not None)
+        failures = self._errors + Counter(row for row, o in before if o.error is not None)
         likelihood = 1.0
         for row, times in Counter(row for row, _ in run).items():
             likelihood *= _chance(row, times, successes, failures)

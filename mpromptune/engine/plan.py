@@ -87,7 +87,6 @@ class Plan(Protocol):
 
     Attributes:
         task: What it was made for.
-        max_calls: Calls that it spends.
         batch_size: Trials, or blocks, of a batch.
         batches_in_flight: Batches at a time: while one is being told, the others keep the workers busy.
         outage: Failures in a batch that are read as an outage, though all of one configuration.
@@ -96,7 +95,6 @@ class Plan(Protocol):
     """
 
     task: Task
-    max_calls: int
     batch_size: int
     batches_in_flight: int
     outage: int
@@ -114,7 +112,7 @@ class Plan(Protocol):
         """The trials of the next batch; none when there is nothing to start now."""
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
-        """Only ``calls`` calls can be paid in all, if that is less than ``max_calls``; asked every batch.
+        """Only ``calls`` calls can be paid in all, if those are fewer than the task's; said every batch.
 
         Args:
             calls: Those told so far and those that what is left allows.

@@ -30,6 +30,40 @@ _TOLERATED = 0.1
 
 
 @dataclass
+class Failures:
+    """Which examples fail, and for whom.
+
+    Attributes:
+        answers: How often each example was answered.
+        failing: For whom each example failed, and was not answered since.
+        sound: The configurations that were answered on anything.
+    """
+
+    answers: Counter[int] = field(default_factory=Counter)
+    failing: dict[int, set[Row]] = field(default_factory=dict)
+    sound: set[Row] = field(default_factory=set)
+
+    def note(self, row: Row, answered: AbstractSet[int], failed: AbstractSet[int]) -> None:
+        """``row`` was answered on some examples, and failed on others."""
+        if answered:
+            self.sound.add(row)
+        for example in answered:
+            self.answers[example] += 1
+            self.failing.get(example, set()).discard(row)
+        for example in failed:
+            self.failing.setdefault(example, set()).add(row)
+
+    def has_failed(self, row: Row, example: int) -> bool:
+        """Whether ``row`` failed on it, and was not answered since."""
+        return row in self.failing.get(example, ())
+
+    def is_unanswerable(self, example: int) -> bool:
+        """Whether it fails for configurations that are fine, and for more than it is answered."""
+        witnesses = len(self.failing.get(example, set()) & self.sound)
+        return witnesses >= max(_WITNESSES, self.answers[example] + 1)
+
+
+@dataclass
 class _Arm:
     """What is known of one configuration; counters are by example."""
 
@@ -37,9 +71,6 @@ class _Arm:
     pending: Counter[int] = field(default_factory=Counter)
     failures: Counter[int] = field(default_factory=Counter)  # since the last answer
     failed_trials: list[AbstractSet[int]] = field(default_factory=list)  # what each of them lacks
-    is_sound: bool = False  # whether it was answered on anything
-    answers: int = 0
-    errors: int = 0  # calls that raised, whether that was scored or not
     usage: Usage = field(default_factory=Usage)
 
     @property
@@ -48,12 +79,13 @@ class _Arm:
 
     @property
     def asked(self) -> AbstractSet[int]:
-        return self.scores.keys() | self.pending.keys()
+        return self.scores.keys() | self.pending.keys() if self.pending else self.scores.keys()
 
 
 class ScoreTable:
     """Every call that was asked for and answered; plans decide by it, and keep no books of their own.
 
+    It holds what a study keeps and nothing else, so that a run that goes on decides as one in one go.
     A configuration may be new at any time. An example that is scored again keeps all its answers.
 
     Args:
@@ -64,25 +96,27 @@ class ScoreTable:
         pending: Program calls under way.
         batches: Batches told.
         usage: What all trials have used, those that failed included.
-        trials: Configuration and examples of every trial, in the order in which they began.
+        trials: Trials that have begun.
+        whole: Configurations of trials on all examples, in the order in which they began.
     """
 
     def __init__(self, n_examples: int) -> None:
         self.n_examples = n_examples
-        self.calls = self.pending = self.batches = 0
+        self.calls = self.pending = self.batches = self.trials = 0
         self.usage = Usage()
-        self.trials: list[tuple[Row, Examples]] = []
+        self.whole: dict[Row, None] = {}
         self._arms: dict[Row, _Arm] = {}
         self._told: dict[Row, None] = {}  # in the order in which they were first told
-        self._answers: Counter[int] = Counter()  # of each example
-        self._failing: dict[int, set[Row]] = {}  # for whom each example failed, and was not answered since
+        self._failures = Failures()
         self._unanswerable: frozenset[int] = frozenset()
 
     def start(self, row: Row, examples: Examples) -> None:
         """A trial of ``row`` on ``examples`` has begun."""
         self._arms.setdefault(row, _Arm()).pending.update(examples)
         self.pending += len(examples)
-        self.trials.append((row, examples))
+        self.trials += 1
+        if len(examples) == self.n_examples:
+            self.whole.setdefault(row)
 
     def finish(
         self,
@@ -91,7 +125,6 @@ class ScoreTable:
         scores: Mapping[int, float],
         usage: Usage | None = None,
         refused: AbstractSet[int] = frozenset(),
-        failed: AbstractSet[int] = frozenset(),
         is_over: bool = True,
     ) -> None:
         """That trial has ended.
@@ -102,7 +135,6 @@ class ScoreTable:
             scores: Example to score; the others have failed.
             usage: What it used.
             refused: Of those scored, the examples on which the prompt was refused.
-            failed: Of those scored, the examples on which the program failed; refused ones among them.
             is_over: False where another run is to go on with it: it was cut short, and has not failed.
         """
         arm = self._arms[row]
@@ -112,23 +144,17 @@ class ScoreTable:
         for example, score in scores.items():
             arm.scores.setdefault(example, []).append(score)
         lost = set(examples) - scores.keys() if is_over else set()
-        arm.is_sound = arm.is_sound or bool(scores.keys() - refused)
+        self._failures.note(row, scores.keys() - refused, lost | refused)
         for example in scores.keys() - refused:
-            self._answers[example] += 1
             arm.failures.pop(example, None)
-            self._failing.get(example, set()).discard(row)
-        for example in lost | refused:
-            arm.failures[example] += 1
-            self._failing.setdefault(example, set()).add(row)
-        arm.errors += len(lost) + len(failed)
-        arm.answers += len(scores) - len(failed)
+        arm.failures.update(lost | refused)
         self.calls += len(scores)
         if usage is not None:
             arm.usage, self.usage = arm.usage + usage, self.usage + usage
         if lost:
             arm.failed_trials.append(lost)
             self._warn_of(row, lost & self._given_up(row))
-        self._leave_out()
+        self._leave_out({*examples, *arm.failures})
 
     def add(self, row: Row, examples: Examples, scores: Mapping[int, float], **known: Any) -> None:
         """A trial that has ended already; ``known`` as for `finish`."""
@@ -138,28 +164,28 @@ class ScoreTable:
     def forgive(self, row: Row) -> None:
         """Forgets the failures of ``row``: they ended an earlier run, and may have been mended since."""
         self._arms[row].failed_trials.clear()
+        self._arms[row].failures.clear()
 
     def _warn_of(self, row: Row, again: AbstractSet[int]) -> None:
         if again:
             message = "Configuration %s failed again on validation examples %s, and is judged by the others."
             logger.warning(message, row, sorted(again))
 
-    def _leave_out(self) -> None:
+    def _leave_out(self, changed: AbstractSet[int]) -> None:
         """Notes examples that fail for configurations that are fine, and for more than they are answered.
 
         An answer can take one back.
+
+        Args:
+            changed: Those that may have become such, or may be no longer.
         """
-        found = frozenset(filter(self._is_unanswerable, self._failing))
+        found = (self._unanswerable - changed) | set(filter(self._failures.is_unanswerable, changed))
         if new := sorted(found - self._unanswerable):
             logger.warning(
                 "Validation examples %s fail for more configurations than they are answered for: left out.",
                 new,
             )
         self._unanswerable = found
-
-    def _is_unanswerable(self, example: int) -> bool:
-        witnesses = sum(self._arms[row].is_sound for row in self._failing[example])
-        return witnesses >= max(_WITNESSES, self._answers[example] + 1)
 
     # What was measured.
 
@@ -174,16 +200,6 @@ class ScoreTable:
         return self._arms.keys()
 
     @property
-    def successes(self) -> Counter[Row]:
-        """Calls of each configuration that its program answered."""
-        return Counter({row: arm.answers for row, arm in self._arms.items() if arm.answers})
-
-    @property
-    def errors(self) -> Counter[Row]:
-        """Calls of each that raised, whether that was scored or not."""
-        return Counter({row: arm.errors for row, arm in self._arms.items() if arm.errors})
-
-    @property
     def unanswerable(self) -> frozenset[int]:
         """Examples that nobody is compared on."""
         return self._unanswerable
@@ -196,17 +212,13 @@ class ScoreTable:
         if row not in self._arms:
             return {}
         scores = self._arms[row].scores
-        refused = {example for example in self._unanswerable if self.has_failed(row, example)}
+        refused = {example for example in self._unanswerable if self._failures.has_failed(row, example)}
         return {example: mean(scores[example]) for example in sorted(scores.keys() - refused)}
 
     def mean(self, row: Row) -> float:
         """Mean over the examples of the mean of each; not a number where there is no score."""
         means = list(self.means(row).values())
         return mean(means) if means else math.nan
-
-    def has_failed(self, row: Row, example: int) -> bool:
-        """Whether ``row`` failed on it, and was not answered since."""
-        return row in self._failing.get(example, ())
 
     def is_full(self, row: Row) -> bool:
         """Whether ``row`` has a score on every example that can be answered.
@@ -215,7 +227,8 @@ class ScoreTable:
         """
         if row not in self._arms:
             return False
-        answered, own = self._arms[row].scores.keys(), self._given_up(row) - self._unanswerable
+        answered = self._arms[row].scores.keys()
+        own = self._given_up(row) - self._unanswerable - answered
         is_whole = len(answered | self._unanswerable | own) == self.n_examples
         return is_whole and _are_few(len(own), len(answered))
 
@@ -242,9 +255,9 @@ class ScoreTable:
         """Examples that ``row`` is measured on, or being measured on."""
         return self._arms[row].asked if row in self._arms else frozenset()
 
-    def is_pending(self, row: Row) -> bool:
-        """Whether a trial of ``row`` is under way."""
-        return row in self._arms and bool(self._arms[row].pending)
+    def pending_of(self, row: Row) -> int:
+        """Calls of ``row`` under way."""
+        return self._arms[row].pending.total() if row in self._arms else 0
 
     def open_of(self, row: Row, order: Iterable[int]) -> Examples:
         """The examples that ``row`` may be explored on, in order; those that failed before come last."""
@@ -273,7 +286,10 @@ class ScoreTable:
         return failed >= _FAILED_TRIALS and not self._lacks_few(row)
 
     def _lacking(self, row: Row, order: Iterable[int], without: AbstractSet[int]) -> Examples:
-        closed, last = self._closed(row) | without, self._lost(row) | self._unanswerable
+        closed = self._closed(row) | without
+        if len(closed) == self.n_examples:
+            return ()
+        last = self._lost(row) | self._unanswerable
         return tuple(sorted((e for e in order if e not in closed), key=last.__contains__))
 
     def _closed(self, row: Row) -> AbstractSet[int]:
