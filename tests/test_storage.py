@@ -194,7 +194,7 @@ def test_studies_of_something_else(tmp_path: Path) -> None:
 def test_study_of_another_version(tmp_path: Path) -> None:
     """A format that this version does not know is refused, with both."""
     open_study(tmp_path / "run.log").set_user_attr("mpromptune:format", 99)
-    with pytest.raises(StudyMismatchError, match="in format 99; this one reads format 1"):
+    with pytest.raises(StudyMismatchError, match="in format 99; this one reads format 2"):
         open_study(tmp_path / "run.log")
 
 
