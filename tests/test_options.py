@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import dspy
@@ -12,10 +14,12 @@ from embedders import hashed
 from lms import ScriptedLM, arithmetic_lm
 from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 
-from mpromptune import MIPROv2
+from mpromptune import MIPROv2, PromptSpace, search
 from mpromptune.engine.arguments import gather, resolve
+from mpromptune.engine.batches import BatchPlan
 from mpromptune.engine.options import OPTION_NAMES
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError, UnknownOptionError
+from mpromptune.storage.attributes import EXAMPLES
 
 
 def _optimizer(lm: ScriptedLM, **options: Any) -> MIPROv2:
@@ -34,6 +38,13 @@ def test_nothing_given_means_no_search_of_ours() -> None:
     assert resolve({}, gather({"sampler": None}, {"batch_size": None})) is None
     assert resolve({"n_jobs": 4}, {}) is None
     assert resolve({"dry_run": False}, {}) is None
+
+
+@pytest.mark.parametrize("given", [{"batch_size": 2}, {"max_calls": 9}, {"storage": "run.log"}, {"seed": 1}])
+def test_any_other_option_asks_for_the_search(given: dict[str, Any]) -> None:
+    """Its sampler is qEI then; DSPy's own arguments ask for nothing."""
+    options = resolve({}, {name: value for name, value in given.items() if name in OPTION_NAMES})
+    assert options.sampler == "qei" if options else "seed" in given
 
 
 def test_compile_overrides_the_constructor() -> None:
@@ -178,3 +189,75 @@ def test_signatures_show_all_options() -> None:
     for ours, stock in [(MIPROv2.compile, dspy.MIPROv2.compile), (MIPROv2.__init__, dspy.MIPROv2.__init__)]:
         names = set(inspect.signature(ours).parameters)
         assert names == {*inspect.signature(stock).parameters, "sampler_config", *OPTION_NAMES}
+
+
+# Those of `search`.
+
+SPACE = PromptSpace({"style": ["a", "aa", "aaa", "aaaa"]})
+
+
+def _searched(asked: list[int], **options: Any) -> Any:
+    def score(params: dict[str, int], example: int) -> float:
+        asked.append(example)
+        return float(example % 4 <= params["style"])
+
+    return search(SPACE, score, n_examples=12, max_calls=40, num_threads=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("max_tokns", "Did you mean 'max_tokens'?"),
+        ("embeder", "Did you mean 'embedder'?"),
+        ("limits", "max_cost, max_retries, max_seconds, "),
+        ("on_call", "on_progress"),
+        ("n_jobs", "n_batches"),
+        ("dry_run", "sampler"),
+    ],
+)
+def test_search_refuses_what_is_no_option_of_it(name: str, nearest: str) -> None:
+    """A name that was misspelt, is gone, or means something for a compile only, before any call."""
+    asked: list[int] = []
+    with pytest.raises(UnknownOptionError, match=f"Unknown option {name!r}") as caught:
+        _searched(asked, **{name: 1})
+    assert nearest in str(caught.value)
+    assert not asked
+
+
+def test_search_takes_options_by_name() -> None:
+    """Those of qEI, of calls and of limits are keywords; None stands for the default."""
+    embedded: list[str] = []
+
+    def embedder(texts: list[str]) -> Any:
+        embedded.extend(texts)
+        return hashed(texts)
+
+    given = {"min_cold_start": 2, "timeout": 30, "max_retries": 0, "max_cost": 1.0, "max_seconds": 60}
+    result = _searched([], embedder=embedder, sampler=None, failure_score=None, **given)
+    assert set(SPACE.components["style"]) <= set(embedded)
+    assert 0 < result.calls <= 40
+
+
+def _plan(*args: Any, batch_size: int | None) -> BatchPlan:
+    return BatchPlan(*args, batch_size=batch_size, block_size=4)
+
+
+class _Plan(BatchPlan):
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, block_size=4, **given)
+
+
+@pytest.mark.parametrize(
+    "plan", [_plan, _Plan, partial(BatchPlan, block_size=4)], ids=["function", "class", "partial"]
+)
+def test_a_plan_of_ones_own(plan: Callable[..., Any], tmp_path: Any) -> None:
+    """Whatever makes a plan is a schedule, and its study is gone on with."""
+    asked: list[int] = []
+    run = {"schedule": plan, "sampler": "random", "storage": tmp_path / "run.log"}
+    result = _searched(asked, **run)
+    assert len(asked) == result.calls
+    assert len(result.study.trials[0].user_attrs[EXAMPLES]) == 4
+    assert _searched(asked, **run).best_params == result.best_params
+    assert len(asked) == result.calls
+    with pytest.raises(InvalidArgumentError, match="patience.* only apply to schedule='blocks'"):
+        _searched(asked, **run, patience=3)
