@@ -132,7 +132,7 @@ def test_every_trial_knows_what_it_used() -> None:
     assert sum(usage.lm_calls for usage in of_trials) == result.usage["search"].lm_calls == len(counted)
     assert result.usage["search"].program_calls == result.calls == len(counted)
     assert result.usage["search"].seconds > 0
-    assert (result.stopped_by, result.overspent) == (None, 0.0)
+    assert (result.stopped_by, str(result.overspent)) == (None, "0.0")
 
 
 def test_attempts_that_failed_are_paid_for_too() -> None:

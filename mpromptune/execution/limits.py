@@ -153,7 +153,7 @@ class Budget:
     @property
     def overspent(self) -> float:
         """By how much the limit that was reached is exceeded, in its own unit."""
-        return -self._left(self.meter.total).get(self.reached or "", 0.0)
+        return max(0.0, -self._left(self.meter.total).get(self.reached or "", 0.0))
 
     def calls_left(self, told: Usage, calls: int) -> tuple[str, int] | None:
         """How many program calls can still be paid, and the limit that says so; None if none does.
