@@ -194,7 +194,7 @@ def test_a_score_that_always_fails_ends_the_search() -> None:
         asked.append(example)
         raise ValueError("broken")
 
-    with pytest.raises(SearchStoppedError, match="failures of all 24 calls of a batch"):
+    with pytest.raises(SearchStoppedError, match="all 24 calls of a batch failing"):
         run(score)
     assert len(asked) < CALLS / 2
 
@@ -228,6 +228,27 @@ def test_a_configuration_that_keeps_failing_never_wins() -> None:
     result = run(score, retry=RetryPolicy(attempts=1), max_calls=3 * CALLS)
     assert SPACE.row(result.best_params) != best
     assert not any(m.fully for m in result.configurations if SPACE.row(m.params) == best)
+
+
+@pytest.mark.parametrize(("lost", "times"), [(4, 2), (5, 3)])
+def test_a_baseline_that_lacks_examples_ends_no_search(lost: int, times: int) -> None:
+    """Up to a tenth of them it is judged by the others; with more, after three trials, so is the winner."""
+    asked: Counter[int] = Counter()
+
+    def score(params: dict[str, int], example: int) -> float:
+        if SPACE.row(params) == (0, 0) and example < lost:
+            asked[example] += 1
+            raise TimeoutError("slow")
+        return float(TABLE[SPACE.row(params)][example])
+
+    result = run(score, retry=RetryPolicy(attempts=1), sampler="random")
+    assert asked == dict.fromkeys(range(lost), times)
+    baseline = next(m for m in result.configurations if m.params == result.baseline_params)
+    assert baseline.fully == (lost == 4)
+    known = TABLE[0, 0][lost:]
+    assert list(baseline.scores.values()) == known.tolist()
+    assert result.baseline_score == pytest.approx(known.mean(), abs=0.0 if baseline.fully else 0.05)
+    assert TABLE[SPACE.row(result.best_params)][lost:].mean() >= known.mean()
 
 
 @pytest.mark.parametrize(
