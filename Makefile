@@ -1,7 +1,7 @@
 # Every command installs what it needs first, into $(VENV).
 #   make demo                        compile a real DSPy program, against a replayed LM
 #   make demo ARGS="--sampler tpe"   the same with another sampler
-#   make test                        all tests; ARGS="-k kernels" for some
+#   make test                        all tests; ARGS="-k surrogate" for some
 #   make lint types                  ruff, mypy
 #   make docs                        the README, the mathematics and a reference of all names, as HTML
 #   make check                       all of the above
