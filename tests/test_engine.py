@@ -121,6 +121,34 @@ def test_the_same_seed_gives_the_same_trials_whatever_the_threads() -> None:
     assert serial.best_params == threaded.best_params
 
 
+@pytest.mark.parametrize(("confirm", "max_calls"), [(True, 300), ("auto", 300), (False, 60)])
+def test_the_winner_has_its_score_or_an_estimate_with_an_interval(confirm: Any, max_calls: int) -> None:
+    """Measured on all examples, the interval has no width; otherwise the score is foreseen within it."""
+    result = run(confirm=confirm, max_calls=max_calls)
+    winner = next(m for m in result.configurations if m.params == result.best_params)
+    low, high = result.best_interval
+    assert winner.fully == (max_calls == 300)
+    if winner.fully:
+        assert low == high == result.best_score == TABLE[SPACE.row(winner.params)].mean()
+    else:
+        assert 0.0 <= low < result.best_score < high <= 1.0
+
+
+def test_a_result_has_the_candidates_and_how_they_compare() -> None:
+    """Their texts, their squared distances by component, the baseline, and configurations drawn at random."""
+    result = run()
+    assert result.space is SPACE
+    assert result.baseline_params == SPACE.params(SPACE.first())
+    for name, texts in SPACE.components.items():
+        distances = result.distances[name]
+        assert distances.shape == (len(texts), len(texts))
+        assert (distances == distances.T).all()
+        assert not distances.diagonal().any()
+        assert distances[~np.eye(len(texts), dtype=bool)].min() > 0
+    assert result.drawn.shape == (SPACE.size, 2)
+    assert 0.0 <= result.text_chance <= 1.0
+
+
 def test_an_exhausted_space_ends_the_search() -> None:
     """Every pair measured once, then a clean stop below the budget."""
     scores = Scores()
@@ -480,7 +508,7 @@ def test_when_everything_fails_the_search_stops() -> None:
     def down(params: dict[str, int], example: int) -> float:
         raise ValueError("whatever it is")
 
-    with pytest.raises(SearchStoppedError, match=f"failures of all {5 + 4 * 5} calls of a batch"):
+    with pytest.raises(SearchStoppedError, match=f"all {5 + 4 * 5} calls of a batch failing"):
         run(down)
 
 

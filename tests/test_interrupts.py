@@ -406,6 +406,26 @@ def test_a_compile_interrupted_before_its_search_has_the_student(at: int) -> Non
     assert len(lm.calls) <= len(begun)
 
 
+def test_sigterm_before_the_search_is_as_in_it() -> None:
+    """Both a KeyboardInterrupt and a SystemExit of status 143, with the student; the handler is put back."""
+    lm = arithmetic_lm()
+    forward, before = lm.forward, signal.getsignal(signal.SIGTERM)
+
+    def terminated(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args, **kwargs)
+
+    lm.forward = terminated  # type: ignore[method-assign]
+    with pytest.raises(SearchTerminated) as caught:
+        _compile(Counted(), lm, FEW_SHOT)
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert isinstance(caught.value, SystemExit)
+    assert caught.value.code == 143
+    assert isinstance(caught.value.program, Adder)
+    assert caught.value.usage.total.lm_calls == len(lm.calls)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize("how", ["event", "score"])
 @pytest.mark.parametrize("at", [1, 30])
 def test_a_search_that_is_stopped_from_outside_ends(how: str, at: int) -> None:

@@ -453,6 +453,31 @@ def test_the_ledger_is_what_the_lm_counted() -> None:
     assert best.prompt_model_total_calls == usage["propose"].lm_calls > 0
 
 
+@reports_usage
+def test_a_tracker_of_the_users_sees_a_whole_compile() -> None:
+    """`dspy.track_usage` around it has what all threads of all steps have used."""
+    lm = arithmetic_lm()
+    with dspy.track_usage() as tracker:
+        best = _compile(lm)
+    tokens = tracker.get_total_tokens()["scripted"]
+    assert tokens["prompt_tokens"] == 10 * len(lm.calls)
+    assert tokens["total_tokens"] == best.search_result.usage.total.tokens
+
+
+def test_a_limit_in_dollars_counts_all_steps() -> None:
+    """At two cents a request, half of what a compile costs: what was in flight exceeds it at most."""
+    prices = {"scripted": (1e3, 2e3)}
+    free = _compile(arithmetic_lm(), prices=prices, max_calls=120).search_result.usage
+    limit = free.total.cost - free["search"].cost / 2
+    result = _compile(lm := arithmetic_lm(), prices=prices, max_calls=120, max_cost=limit).search_result
+    assert (
+        free.total.cost - free["search"].cost < result.usage.total.cost == pytest.approx(0.02 * len(lm.calls))
+    )
+    assert result.usage.total.cost <= limit + 4 * 0.02
+    assert result.stopped_by == "max_cost"
+    assert result.overspent == pytest.approx(max(0.0, result.usage.total.cost - limit))
+
+
 def test_concurrent_compiles_cost_what_serial_ones_do() -> None:
     """With a cache, a program of two predictors takes as many LM calls with 16 threads as with one."""
     one, many = cached_arithmetic_lm(), cached_arithmetic_lm()

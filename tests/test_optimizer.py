@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import dspy
@@ -229,6 +230,26 @@ def test_the_same_seed_gives_the_same_trials_with_any_number_of_threads() -> Non
     many = compiled(init={"num_threads": 8}, n_jobs=2, batch_size=3, seed=5, **QEI)
     assert _trials(one) == _trials(many)
     assert one.dump_state() == many.dump_state()
+
+
+def test_n_jobs_multiplies_the_calls_in_flight() -> None:
+    """Two threads and two jobs are four calls at a time, and never more."""
+    all_four, lock, running, most = threading.Event(), threading.Lock(), [0], [0]
+
+    class Watched(Adder):
+        def forward(self, question: str) -> Any:
+            with lock:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+                if running[0] == 4:
+                    all_four.set()
+            all_four.wait(0.2)
+            with lock:
+                running[0] -= 1
+            return super().forward(question)
+
+    compiled(Watched(), init={"num_threads": 2, **ZERO_SHOT}, n_jobs=2, sampler="random", confirm=False)
+    assert most == [4]
 
 
 def test_the_size_of_a_batch_may_be_given() -> None:

@@ -129,7 +129,7 @@ def test_what_nobody_can_be_measured_on_is_left_out(caplog: pytest.LogCaptureFix
     assert not scores.is_full(A)
     assert scores.unanswerable == frozenset()
     add(scores, B, {0: 1.0, 1: 1.0}, lost=(2,))
-    assert "fail than succeed on validation examples [2]" in caplog.text
+    assert "[2] fail for more configurations" in caplog.text
     assert scores.unanswerable == {2}
     assert scores.is_full(A)
     assert scores.is_full(B)

@@ -1,4 +1,4 @@
-"""The loop of a search: ask a batch, measure it, tell it, and repeat; the plan decides what is asked."""
+"""The loop of a search: ask a batch, measure it, tell it, and repeat; what and when is the plan's."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 Callback = Callable[[Study, FrozenTrial], None]
 
-# NOTE: seconds to wait for calls in flight when an error ends the search: these calls are paid for, so
-# nearly all are worth waiting for, but one that hangs must not block.
+# NOTE: seconds that calls in flight are given when an error, not a user, ends the search: they are
+# paid for, so nearly all of them are worth waiting for; one that hangs is not.
 _LAST_CALLS = 60.0
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A trial that is being measured; futures of scores from an earlier run are done from the start."""
+    """A trial whose examples are being measured; what an earlier run has measured is there at once."""
 
     asked: Asked
     examples: Examples
@@ -53,19 +53,19 @@ class _Running:
 
 @dataclass
 class Loop:
-    """The loop, in the thread that called `search`: only it asks and tells trials; workers save scores.
+    """The one thread that talks to the study; workers only score, and save what they have scored.
 
     Attributes:
         space: The configurations.
-        plan: Decides what is measured next, and the winner.
-        workers: Score pairs of configuration and example.
-        trials: The trials of the study, those of the record first.
-        evidence: The table of scores and the model.
-        budget: Limits other than program calls, and the usage that counts against them.
-        failure_score: The score of an example on which the candidate failed.
+        plan: What is measured next, and who wins.
+        workers: Score (configuration, example) pairs.
+        trials: The trials of the study: the record of earlier runs first.
+        evidence: The table of scores, and what was learnt.
+        budget: Limits beside program calls, and what counts against them.
+        failure_score: What an example scores when the candidate itself failed on it.
         callbacks: Called after every trial, in order.
-        on_progress: Called with the progress of the search.
-        grace: Seconds that calls in flight may still take after an interrupt.
+        on_progress: Told how the search stands.
+        grace: Seconds that an interrupt leaves to calls in flight.
     """
 
     space: PromptSpace
@@ -89,7 +89,7 @@ class Loop:
         self.monitor = Monitor(self.on_progress, *watched, lambda: sum(f.done() for f in self._futures()))
 
     def run(self) -> SearchResult:
-        """Measure batches until the plan is finished or a limit is reached."""
+        """Batches until the plan has no more, or a limit is used up."""
         try:
             self._measure_all()
             result = self.summary.result(self.study)
@@ -111,7 +111,7 @@ class Loop:
                 self._afford()
             self._take_rest()
             if self.budget.reached:
-                self.workers.stopped.set()  # a call that hangs must spend nothing if it resumes
+                self.workers.stopped.set()  # a call that hangs is to spend nothing when it wakes up
         except (KeyboardInterrupt, SystemExit):
             raise
         except SearchStoppedError as error:
@@ -122,13 +122,13 @@ class Loop:
     # Asking.
 
     def _fill(self) -> bool:
-        """Start batches until enough are in flight; return whether any is."""
+        """Starts batches until enough are in flight; whether any is."""
         while len(self.in_flight) < self.plan.batches_in_flight and not self.budget.reached:
             batch: list[_Running] = []
-            self.in_flight.append(batch)  # before it is filled, so that no started trial is lost
+            self.in_flight.append(batch)  # before it is filled: what has started is never lost
             for request in self.plan.next_batch(self.evidence):
                 asked = self.trials.next(request.row)
-                with deferred():  # an interrupt must not separate a submitted trial from its batch
+                with deferred():  # what has been submitted is to be found in its batch
                     self._start(request, asked, batch)
             if not batch:
                 self.in_flight.pop()
@@ -148,7 +148,7 @@ class Loop:
         if asked.examples is not None:
             return asked.examples
         if request.row is None and not self.plan.is_open(asked.row):
-            return ()  # in a space too large to enumerate, a sampler may find no open configuration
+            return ()  # in a space too large to list, a sampler may find nothing open
         return request.examples(asked.row, asked.number)
 
     def _submit(self, asked: Asked, example: int) -> Future[Outcome]:
@@ -160,9 +160,9 @@ class Loop:
         return measured
 
     def _keep(self, asked: Asked, outcome: Outcome) -> None:
-        """Save a score, or the usage of a failed call, in the worker's thread as soon as the call ends.
+        """Saves a score in the worker that has it: it is paid for, whatever comes next.
 
-        A failure gets no score here: only the whole batch shows whether the candidate caused it.
+        What a candidate failed on is not known to be its own fault before its batch is complete.
         """
         try:
             self.trials.keep(asked, outcome.example, outcome.score, outcome.usage)
@@ -173,14 +173,14 @@ class Loop:
     # Waiting.
 
     def _running(self) -> list[_Running]:
-        """All trials in flight."""
+        """All trials that are being measured."""
         return [running for batch in self.in_flight for running in batch]
 
     def _futures(self) -> list[Future[Outcome]]:
         return [future for running in self._running() for future in running.futures]
 
     def _await(self, batch: list[_Running]) -> None:
-        """Wait for a batch; when no call may begin any more, only for a limited time."""
+        """Waits for a batch; once no call may begin, not for good for one that hangs."""
         calls = [future for running in batch for future in running.futures]
         wait_for(calls, unless=self._is_ending, meanwhile=self._look)
         if self.budget.reached:
@@ -195,8 +195,8 @@ class Loop:
     def _is_ending(self) -> bool:
         return self.workers.stopped.is_set() or self.budget.reached is not None
 
-    def _answers_in_flight(self) -> tuple[list[Answer], list[Future[Outcome]]]:
-        """Answers so far in all batches in flight, and the calls to wait for."""
+    def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
+        """Answers of all batches in flight, and calls that are worth waiting for."""
         calls = [(running.asked.row, future) for running in self._running() for future in running.futures]
         done = [(row, future.result()) for row, future in calls if future.done()]
         return done, [] if self._is_ending() else [future for _, future in calls if not future.done()]
@@ -204,51 +204,51 @@ class Loop:
     # Telling.
 
     def _finish(self, batch: list[_Running]) -> None:
-        """Wait for a batch, and tell its trials in the order in which they were asked."""
+        """Waits for a batch and tells it in the order in which it was asked."""
         self._await(batch)
-        self._require_running()
+        self._require_going()
         outcomes = [running.outcomes for running in batch]
-        self._require_no_outage(batch, outcomes)
+        self._require_sense(batch, outcomes)
         for running, results in zip(list(batch), outcomes, strict=True):
-            with deferred():  # an interrupt must not close a trial that is being told
+            with deferred():  # what is told is not closed again
                 batch.remove(running)
                 frozen = self._tell(running, results)
-            if frozen is not None:  # callbacks of trials told by an earlier run were called then
+            if frozen is not None:  # told by this run: an earlier one has called back itself
                 for callback in self.callbacks:
                     callback(self.study, frozen)
         self.table.batches += 1
         self._require_baseline(outcomes)
 
-    def _require_running(self) -> None:
-        """Raise SearchStoppedError if the workers have stopped."""
+    def _require_going(self) -> None:
+        """Stops where the workers have stopped."""
         unsaved = self.unsaved or self.trials.lease.lost
         if unsaved is not None:
             raise self._stopped("a score that could not be saved", unsaved)
         if self.workers.fatal is not None:
-            raise self._stopped("an error that would also fail every further call", self.workers.fatal)
+            raise self._stopped("an error that no further call can mend", self.workers.fatal)
         if self.workers.stopped.is_set():
-            raise self._stopped("a request from outside", None)
+            raise self._stopped("being told to from outside", None)
 
-    def _require_no_outage(self, batch: list[_Running], outcomes: list[list[Outcome]]) -> None:
-        """Raise SearchStoppedError if a batch shows an outage, or is incomplete without a limit reached."""
+    def _require_sense(self, batch: list[_Running], outcomes: list[list[Outcome]]) -> None:
+        """Stops where a batch's answers are not to be told."""
         paired = list(zip(batch, outcomes, strict=True))
         answers = [(running.asked.row, outcome) for running, results in paired for outcome in results]
-        alarm = self.outage.alarm(answers, self._answers_in_flight)
-        self._require_running()
+        alarm = self.outage.alarm(answers, self._in_hand)
+        self._require_going()
         if alarm is not None:
             raise self._stopped(*alarm)
         anew = [results for running, results in paired if running.asked.trial is not None]
         if not self.budget.reached and any(map(is_cut_short, anew)):
-            raise self._stopped("a request from outside", None)
+            raise self._stopped("being told to from outside", None)
 
     def _require_baseline(self, outcomes: list[list[Outcome]]) -> None:
-        """Raise SearchStoppedError if the baseline failed too often and has no score to compare with."""
+        """Stops where the baseline has failed too often, and was never answered: nothing to compare with."""
         baseline = self.plan.task.baseline
         if self.table.is_dropped(baseline) and not self.table.means(baseline):
             error = next((o.error for results in outcomes for o in results if o.error is not None), None)
             if error is not None:
-                raise self._stopped("failures of the baseline", error)
-            self.table.forgive(baseline)  # the failures are of an earlier run, which stopped on them
+                raise self._stopped("the baseline's trials failing", error)
+            self.table.forgive(baseline)  # it was an earlier run that stopped on them
 
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
         verdicts = {outcome.example: self.workers.verdict(outcome) for outcome in outcomes}
@@ -270,7 +270,7 @@ class Loop:
         self.budget.note_trial(self.table.usage)
 
     def _take_rest(self) -> None:
-        """Tell the trials of the record that this run, with a smaller budget, does not ask for."""
+        """Tells what a run with a larger budget measured, and this one does not ask for."""
         for asked in self.trials.rest():
             running = _Running(asked, asked.examples or (), ())
             self.table.start(asked.row, running.examples)
@@ -279,7 +279,7 @@ class Loop:
             self.trials.tell(asked, running.examples, asked.scores, asked.refused, abandoned=is_open)
 
     def _afford(self) -> None:
-        """Tell the plan how many calls the limits on tokens, cost and time allow."""
+        """Tells the plan how far tokens, money and time go, so that it can keep back what it needs."""
         table, max_calls = self.table, self.plan.task.max_calls
         left = self.budget.calls_left(table.usage, table.calls)
         if left is None:
@@ -287,7 +287,7 @@ class Loop:
         name, calls = left
         price = partial(table.relative_use, MEASURE[name])
         dearest = max(map(price, table.rows), default=1.0)
-        if calls >= dearest * (max_calls - table.calls):  # enough even if all calls are of the dearest row
+        if calls >= dearest * (max_calls - table.calls):  # enough, come what may
             self.summary.binding = None
             self.plan.afford(max_calls, lambda row: 1.0)
         else:
@@ -297,18 +297,18 @@ class Loop:
     # Ending early.
 
     def _abandon(self, grace: float) -> None:
-        """Stop the workers, wait up to ``grace`` seconds, and close all open trials with their scores."""
+        """Stops the workers and closes every open trial, keeping the scores that come in until then."""
         self.workers.stopped.set()
         try:
             wait_for([future for future in self._futures() if not future.cancel()], grace)
-        finally:  # also if another interrupt ends the waiting
+        finally:  # another interrupt ends the waiting, and leaves no trial open either
             with deferred():
                 self._close_all()
 
     def _close_all(self) -> None:
         running = [(one, scores_of(one.futures)) for one in self._running()]
         self.in_flight.clear()
-        for one, scores in running:  # first, so that they count even if the storage fails
+        for one, scores in running:  # first, so that they count even where the storage fails
             self._book(one, scores, one.asked.refused, is_over=False)
         try:
             for one, scores in running:
@@ -319,30 +319,30 @@ class Loop:
             try:
                 self.study = salvaged(self.study, {one.asked.number: scores for one, scores in running})
             except Exception:
-                logger.exception("The storage cannot be read either.")
+                logger.exception("Nor can the storage be read.")
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
         why = "" if cause is None else f": {type(cause).__name__}: {cause}"
-        error = SearchStoppedError(f"The search stopped because of {what}{why}.", self.study)
+        error = SearchStoppedError(f"The search stopped on {what}{why}.", self.study)
         error.__cause__ = cause
         return error
 
     def _closed(self, error: SearchStoppedError) -> SearchStoppedError:
-        """The error with the study and the result so far, after closing open trials."""
+        """The error with all that was measured, once the last calls have come back."""
         self._abandon(_LAST_CALLS)
-        error.args = (f"{error} The study keeps the scores of {self.table.calls} calls.",)
+        error.args = (f"{error} {self.table.calls} calls measured before are kept in the study.",)
         error.study, error.result = self.study, self.summary.so_far(self.study)
         return error
 
     def _interrupted(self, signalled: BaseException) -> SearchInterrupted:
         error = interrupted(signalled)(
-            f"The search was interrupted; the study keeps the scores of {self.table.calls} calls. "
-            "Catch SearchInterrupted to get its `.study`, its `.result` and, after a compile, `.program`: "
+            f"The search was interrupted; {self.table.calls} calls measured before are kept in the study. "
+            "What is caught as SearchInterrupted has `.study`, `.result` and, after a compile, `.program`: "
             "the best so far.",
             self.study,
             self.summary.so_far(self.study),
         )
-        if isinstance(error, SystemExit):  # it would end the interpreter without printing the message
+        if isinstance(error, SystemExit):  # which ends the interpreter without a word
             logger.warning("%s", error)
         return error

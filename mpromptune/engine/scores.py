@@ -1,4 +1,4 @@
-"""The table of scores: all trials of each configuration, with their scores, failures and usage."""
+"""The one table of scores: what was asked of which configuration, what came of it, and what it cost."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ logger = logging.getLogger(__name__)
 
 Examples = tuple[int, ...]
 
-# Number of failed trials after which a configuration is dropped, unless it fails on few examples.
+# Trials of one configuration that may fail before it is given up, unless on few of its examples.
 _FAILED_TRIALS = 3
-# Number of failed trials on an example after which a configuration is not measured on it again.
+# Trials of one configuration that have to fail on an example before it is not tried there again.
 _TRIES = 2
-# Number of configurations with successes elsewhere that must fail on an example before it is excluded.
+# Configurations, answered elsewhere, that an example has to fail for before it is left out for everybody.
 _WITNESSES = 2
-# NOTE: fraction of examples on which a configuration may fail and still be compared on the others. It was
-# reasoned, not tuned: a filter or a timeout affects a few pairs in a hundred; a configuration that fails on
-# one example in ten is faulty.
+# NOTE: part of the examples that a configuration may fail on, and yet be compared on the others. It was
+# reasoned, not tuned: a filter or a time limit hits a few pairs in a hundred, and who fails on one of ten has
+# a fault of its own.
 _TOLERATED = 0.1
 
 
 @dataclass
 class Failures:
-    """The successes and failures on each example.
+    """Which examples fail, and for whom.
 
     Attributes:
-        answers: Number of successes on each example.
-        failing: The configurations that failed on each example, without a success since.
-        sound: The configurations with any success.
+        answers: How often each example was answered.
+        failing: For whom each example failed, and was not answered since.
+        sound: The configurations that were answered on anything.
     """
 
     answers: Counter[int] = field(default_factory=Counter)
@@ -44,7 +44,7 @@ class Failures:
     sound: set[Row] = field(default_factory=set)
 
     def note(self, row: Row, answered: AbstractSet[int], failed: AbstractSet[int]) -> None:
-        """Add the successes and failures of a trial of ``row``."""
+        """``row`` was answered on some examples, and failed on others."""
         if answered:
             self.sound.add(row)
         for example in answered:
@@ -54,23 +54,23 @@ class Failures:
             self.failing.setdefault(example, set()).add(row)
 
     def has_failed(self, row: Row, example: int) -> bool:
-        """Whether ``row`` failed on ``example`` without a success since."""
+        """Whether ``row`` failed on it, and was not answered since."""
         return row in self.failing.get(example, ())
 
     def is_unanswerable(self, example: int) -> bool:
-        """Whether several sound configurations fail on ``example``, and more fail than succeed."""
+        """Whether it fails for configurations that are fine, and for more than it is answered."""
         witnesses = len(self.failing.get(example, set()) & self.sound)
         return witnesses >= max(_WITNESSES, self.answers[example] + 1)
 
 
 @dataclass
 class _Arm:
-    """The trials of one configuration; counters are by example."""
+    """What is known of one configuration; counters are by example."""
 
     scores: dict[int, list[float]] = field(default_factory=dict)
     pending: Counter[int] = field(default_factory=Counter)
-    failures: Counter[int] = field(default_factory=Counter)  # since the last success
-    failed_trials: list[AbstractSet[int]] = field(default_factory=list)  # the examples that each lacks
+    failures: Counter[int] = field(default_factory=Counter)  # since the last answer
+    failed_trials: list[AbstractSet[int]] = field(default_factory=list)  # what each of them lacks
     usage: Usage = field(default_factory=Usage)
 
     @property
@@ -83,21 +83,21 @@ class _Arm:
 
 
 class ScoreTable:
-    """All calls that were asked for, and their scores; plans decide by it and count nothing themselves.
+    """Every call that was asked for and answered; plans decide by it, and keep no books of their own.
 
-    It contains only what the study saves, so that a continued search decides as an uninterrupted one.
-    Configurations are added when they are first asked. A pair that is measured again keeps all its scores.
+    It holds what a study keeps and nothing else, so that a run that goes on decides as one in one go.
+    A configuration may be new at any time. An example that is scored again keeps all its answers.
 
     Args:
         n_examples: Size of the validation set.
 
     Attributes:
         calls: Program calls that gave a score.
-        pending: Program calls of open trials.
+        pending: Program calls under way.
         batches: Batches told.
-        usage: Usage of all trials, including failed ones.
-        trials: Number of trials begun.
-        whole: Configurations that have had a trial on all examples, in the order in which these began.
+        usage: What all trials have used, those that failed included.
+        trials: Trials that have begun.
+        whole: Configurations of trials on all examples, in the order in which they began.
     """
 
     def __init__(self, n_examples: int) -> None:
@@ -106,12 +106,12 @@ class ScoreTable:
         self.usage = Usage()
         self.whole: dict[Row, None] = {}
         self._arms: dict[Row, _Arm] = {}
-        self._told: dict[Row, None] = {}  # configurations in the order in which they were first told
+        self._told: dict[Row, None] = {}  # in the order in which they were first told
         self._failures = Failures()
         self._unanswerable: frozenset[int] = frozenset()
 
     def start(self, row: Row, examples: Examples) -> None:
-        """Add an open trial of ``row`` on ``examples``."""
+        """A trial of ``row`` on ``examples`` has begun."""
         self._arms.setdefault(row, _Arm()).pending.update(examples)
         self.pending += len(examples)
         self.trials += 1
@@ -127,15 +127,15 @@ class ScoreTable:
         refused: AbstractSet[int] = frozenset(),
         is_over: bool = True,
     ) -> None:
-        """Record the end of a trial.
+        """That trial has ended.
 
         Args:
             row: Its configuration.
-            examples: The examples that it was asked on.
-            scores: Example to score; the other examples have failed.
-            usage: Its usage.
-            refused: The scored examples on which the prompt was refused.
-            is_over: False if it was cut short and the next run continues it; it has not failed then.
+            examples: What it was to be measured on.
+            scores: Example to score; the others have failed.
+            usage: What it used.
+            refused: Of those scored, the examples on which the prompt was refused.
+            is_over: False where another run is to go on with it: it was cut short, and has not failed.
         """
         arm = self._arms[row]
         arm.pending -= Counter(examples)
@@ -154,33 +154,35 @@ class ScoreTable:
         if lost:
             arm.failed_trials.append(lost)
             self._warn_of(row, lost & self._given_up(row))
-        self._find_unanswerable({*examples, *arm.failures})
+        self._leave_out({*examples, *arm.failures})
 
     def add(self, row: Row, examples: Examples, scores: Mapping[int, float], **known: Any) -> None:
-        """Add a trial that has ended; ``known`` are the keyword arguments of `finish`."""
+        """A trial that has ended already; ``known`` as for `finish`."""
         self.start(row, examples)
         self.finish(row, examples, scores, **known)
 
     def forgive(self, row: Row) -> None:
-        """Clear the failed trials of ``row``: they ended an earlier run, and the cause may be gone."""
+        """Forgets the failures of ``row``: they ended an earlier run, and may have been mended since."""
         self._arms[row].failed_trials.clear()
         self._arms[row].failures.clear()
 
     def _warn_of(self, row: Row, again: AbstractSet[int]) -> None:
         if again:
-            message = "Configuration %s failed again on validation examples %s; only the others count for it."
+            message = "Configuration %s failed again on validation examples %s, and is judged by the others."
             logger.warning(message, row, sorted(again))
 
-    def _find_unanswerable(self, changed: AbstractSet[int]) -> None:
-        """Exclude examples that are unanswerable now, and include those that no longer are.
+    def _leave_out(self, changed: AbstractSet[int]) -> None:
+        """Notes examples that fail for configurations that are fine, and for more than they are answered.
+
+        An answer can take one back.
 
         Args:
-            changed: The examples with new successes or failures.
+            changed: Those that may have become such, or may be no longer.
         """
         found = (self._unanswerable - changed) | set(filter(self._failures.is_unanswerable, changed))
         if new := sorted(found - self._unanswerable):
             logger.warning(
-                "More configurations fail than succeed on validation examples %s: these are excluded.",
+                "Validation examples %s fail for more configurations than they are answered for: left out.",
                 new,
             )
         self._unanswerable = found
@@ -189,23 +191,23 @@ class ScoreTable:
 
     @property
     def rows(self) -> list[Row]:
-        """Configurations with at least one score, in the order in which they were first told."""
+        """Configurations with any score, in the order in which they were first told."""
         return [row for row in self._told if self._arms[row].scores]
 
     @property
     def started(self) -> AbstractSet[Row]:
-        """Configurations with at least one trial, open or ended."""
+        """Configurations that were ever asked on anything."""
         return self._arms.keys()
 
     @property
     def unanswerable(self) -> frozenset[int]:
-        """The examples excluded from comparisons because no configuration can answer them."""
+        """Examples that nobody is compared on."""
         return self._unanswerable
 
     def means(self, row: Row) -> dict[int, float]:
-        """The mean score of ``row`` on each example, in the order of the examples.
+        """Example to the mean of its scores, in the order of the examples.
 
-        A score for a refusal does not count on an example that is refused for any prompt.
+        An example that is refused whatever the prompt says nothing about who was refused.
         """
         if row not in self._arms:
             return {}
@@ -214,14 +216,14 @@ class ScoreTable:
         return {example: mean(scores[example]) for example in sorted(scores.keys() - refused)}
 
     def mean(self, row: Row) -> float:
-        """Mean score of ``row``, each example counting once; NaN if it has no score."""
+        """Mean over the examples of the mean of each; not a number where there is no score."""
         means = list(self.means(row).values())
         return mean(means) if means else math.nan
 
     def is_full(self, row: Row) -> bool:
         """Whether ``row`` has a score on every example that can be answered.
 
-        A few examples on which it failed repeatedly may be missing.
+        It need not have those on which it failed again and again, as long as they are few.
         """
         if row not in self._arms:
             return False
@@ -231,13 +233,13 @@ class ScoreTable:
         return is_whole and _are_few(len(own), len(answered))
 
     def is_not_worse(self, row: Row, baseline: Row) -> bool:
-        """Whether ``row`` scores at least as well as ``baseline`` on the examples that both have."""
+        """Whether ``row`` scores at least as well as ``baseline`` on what both were measured on."""
         ours, theirs = self.means(row), self.means(baseline)
         shared = ours.keys() & theirs.keys()
         return bool(shared) and sum(ours[e] for e in shared) >= sum(theirs[e] for e in shared)
 
     def relative_use(self, of: Callable[[Usage], float], row: Row) -> float:
-        """Mean use of a call of ``row`` divided by that of all calls; 1 if it is not known."""
+        """How many times the mean use of a call one of ``row`` takes; 1 where that is not known."""
         arm = self._arms.get(row, _Arm())
         mean_use = of(self.usage) / max(self.calls, 1)
         return of(arm.usage) / arm.calls / mean_use if arm.calls and mean_use else 1.0
@@ -246,25 +248,25 @@ class ScoreTable:
 
     @property
     def asked_calls(self) -> int:
-        """Calls that gave a score or are pending; failed calls do not count against the budget."""
+        """Calls that gave a score or are under way; what failed costs none of the budget."""
         return self.calls + self.pending
 
     def asked(self, row: Row) -> AbstractSet[int]:
-        """Examples on which ``row`` has a score or a pending call."""
+        """Examples that ``row`` is measured on, or being measured on."""
         return self._arms[row].asked if row in self._arms else frozenset()
 
     def pending_of(self, row: Row) -> int:
-        """Number of pending calls of ``row``."""
+        """Calls of ``row`` under way."""
         return self._arms[row].pending.total() if row in self._arms else 0
 
     def open_of(self, row: Row, order: Iterable[int]) -> Examples:
-        """The examples that ``row`` may be measured on, in the given order but failed ones last."""
+        """The examples that ``row`` may be explored on, in order; those that failed before come last."""
         return self._lacking(row, order, self._unanswerable)
 
     def missing(self, row: Row) -> Examples:
-        """The examples that ``row`` lacks for a full score, failed ones last.
+        """The examples that a finalist still lacks, failed ones last.
 
-        Excluded examples are among them until ``row`` fails on them: their failures may have been temporary.
+        Of those left out, what it has not been asked on: a passing failure may be over.
         """
         return self._lacking(row, range(self.n_examples), self._unanswerable & self._lost(row))
 
@@ -273,11 +275,11 @@ class ScoreTable:
         return self._lost(row) >= set(self.missing(row))
 
     def is_open(self, row: Row) -> bool:
-        """Whether ``row`` may be measured on further examples."""
+        """Whether ``row`` has examples left to be explored on."""
         return len(self._closed(row) | self._unanswerable) < self.n_examples and not self.is_dropped(row)
 
     def is_dropped(self, row: Row) -> bool:
-        """Whether ``row`` is not measured any more because too many of its trials and examples failed."""
+        """Whether so many trials of ``row``, and examples, failed that no further call is risked on it."""
         if row not in self._arms:
             return False
         failed = sum(not lost <= self._unanswerable for lost in self._arms[row].failed_trials)
@@ -291,21 +293,21 @@ class ScoreTable:
         return tuple(sorted((e for e in order if e not in closed), key=last.__contains__))
 
     def _closed(self, row: Row) -> AbstractSet[int]:
-        """Examples on which ``row`` has a score or a pending call, or failed too often."""
+        """Examples that ``row`` is measured on, being measured on, or failed on often enough."""
         given_up = self._given_up(row)
         return self.asked(row) | given_up if given_up and self._lacks_few(row) else self.asked(row)
 
     def _lost(self, row: Row) -> AbstractSet[int]:
-        """Examples on which ``row`` failed and has neither a score nor a pending call."""
+        """Examples without a score that ``row`` failed on."""
         return self._arms[row].failures.keys() - self._arms[row].asked if row in self._arms else frozenset()
 
     def _given_up(self, row: Row) -> AbstractSet[int]:
-        """Examples on which ``row`` failed too often to be measured again."""
+        """Examples that enough trials of ``row`` failed on."""
         failures = self._arms[row].failures if row in self._arms else {}
         return {example for example, times in failures.items() if times >= _TRIES}
 
     def _lacks_few(self, row: Row) -> bool:
-        """Whether ``row`` fails on so few examples that it can be compared on the others."""
+        """Whether ``row`` fails on so few examples that it can be judged on the others."""
         return _are_few(len(self._lost(row) - self._unanswerable), len(self.asked(row)))
 
 
@@ -314,7 +316,7 @@ def _are_few(lost: int, answered: int) -> bool:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean, also of numbers whose sum overflows."""
+    """The arithmetic mean; of numbers whose sum overflows, too."""
     total = sum(values)
     if math.isfinite(total):
         return total / len(values)
