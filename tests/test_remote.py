@@ -143,7 +143,7 @@ def test_what_cannot_travel_is_refused_before_any_call(undisturbed: SearchResult
     """A score with a lock is named, no call is made, and threads take it."""
     score = Written(tmp_path / "log")
     score.lock = threading.Lock()  # type: ignore[attr-defined]
-    with pytest.raises(TravelError, match=r"The score cannot travel.*lock"):
+    with pytest.raises(TravelError, match=r"The score cannot be sent.*lock"):
         run(score, executor=Distant())
     assert not (tmp_path / "log").exists()
     with ThreadPoolExecutor(2) as pool:
@@ -162,7 +162,7 @@ class Unloadable:
 
 def test_what_cannot_arrive_is_refused_before_any_call() -> None:
     """What goes wrong in the worker is named as well."""
-    with pytest.raises(TravelError, match=r"The score cannot travel.*invalid literal.*home"):
+    with pytest.raises(TravelError, match=r"The score cannot be sent.*invalid literal.*home"):
         run(Unloadable(), executor=Distant())
 
 

@@ -116,11 +116,11 @@ def locked_program() -> Planner:
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"metric": Locked()}, "The metric cannot travel"),
-        ({"program": locked_program}, "The program cannot travel"),
-        ({"lm": arithmetic_lm}, "DSPy's setting 'lm' cannot travel"),
-        ({"adapter": Locked()}, "DSPy's setting 'adapter' cannot travel"),
-        ({"prices": Locked()}, "The option 'prices' cannot travel"),
+        ({"metric": Locked()}, "The metric cannot be sent"),
+        ({"program": locked_program}, "The program cannot be sent"),
+        ({"lm": arithmetic_lm}, "DSPy's setting 'lm' cannot be sent"),
+        ({"adapter": Locked()}, "DSPy's setting 'adapter' cannot be sent"),
+        ({"prices": Locked()}, "The option 'prices' cannot be sent"),
     ],
 )
 def test_what_cannot_travel_is_named_before_any_lm_call(

@@ -136,6 +136,6 @@ def test_an_error_whose_class_cannot_travel_keeps_its_name() -> None:
 def test_the_part_that_cannot_travel_is_named() -> None:
     """Of several parts the error says which, and why."""
     parts = {"the program": 3, "the metric": threading.Lock(), "the validation set": [1]}
-    with pytest.raises(TravelError, match=r"^The metric cannot travel.*lock"):
+    with pytest.raises(TravelError, match=r"^The metric cannot be sent.*lock"):
         pack(list(parts.values()), parts)
     assert pickle.loads(pack([lambda: 5], {}))[0]() == 5

@@ -1,6 +1,6 @@
-"""Attempts of a call: verdicts on errors, backoff (by tenacity), and what rate limits cost.
+"""Attempts of a call: verdicts on errors, backoff (by tenacity), and a throttle for rate limits.
 
-The throttle is by hand: how many calls may be in flight depends on the answers to all of them.
+The throttle is own code because no library adapts the number of calls in flight to the answers to all calls.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from mpromptune.execution.interrupts import SLICE, Stopped
 
 T = TypeVar("T")
 
-# NOTE: seconds between two looks at whether a slot is free; small against the seconds of an LM call,
-# and only paid by threads that are held back.
+# NOTE: seconds between two checks for a free slot: short compared with an LM call, and only for threads
+# that the throttle holds back.
 _TICK = 0.05
 
 
 class Verdict(Enum):
     """What an exception says about the example being scored."""
 
-    RETRY = "infrastructure failed; the call says nothing about the candidate"
-    THROTTLE = "the provider refused one call too many; it is made again, more slowly"
+    RETRY = "the infrastructure failed; this says nothing about the candidate"
+    THROTTLE = "the provider refused the call by a rate limit; it is repeated, more slowly"
     CANDIDATE = "the candidate failed; the example counts with failure_score"
-    REFUSED = "the prompt was refused; as CANDIDATE, unless others are refused on the same example"
+    REFUSED = "the prompt was refused; like CANDIDATE, unless others are refused on the same example"
     STOP = "no further call can succeed"
 
 
@@ -50,21 +50,20 @@ RetryAfter = Callable[[BaseException], float | None]
 
 
 def no_hint(error: BaseException) -> float | None:
-    """The default reading of an error: it does not say how long to wait."""
+    """The default: no error says how long to wait."""
     return None
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long and how often one example is tried: exponential backoff with full jitter.
+    """Number, pauses and timeout of the attempts of a call: exponential backoff with full jitter.
 
     Attributes:
-        attempts: Calls made for one example before its trial fails; refused ones (rate limits) do
-            not count.
-        max_wait: Longest pause between two attempts, in seconds, that no provider asked for.
-        timeout: Seconds after which an attempt is given up; None waits for ever.
-        give_up_after: Seconds in which calls were refused and none succeeded, after which rate
-            limits are taken for an outage; also the longest pause that a provider may ask for.
+        attempts: Attempts for one example before its trial fails, not counting rate limits.
+        max_wait: Longest pause between two attempts in seconds, unless a provider asks for more.
+        timeout: Seconds after which an attempt is cancelled; None waits without limit.
+        give_up_after: Seconds of refused calls without a success after which rate limits count as an
+            outage; also the longest pause that a provider may ask for.
     """
 
     attempts: int = 6
@@ -75,13 +74,13 @@ class RetryPolicy:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy a pool is.
+    """The load of a pool.
 
     Attributes:
         running: Calls in flight now.
-        limit: Calls that may be; fewer than ``most`` while a provider refuses some.
-        most: Workers.
-        pause: Seconds until another call may begin, where a provider asked to be left alone.
+        limit: Most calls in flight now; fewer than ``most`` while a provider refuses calls.
+        most: Number of workers.
+        pause: Seconds until another call may begin, if a provider asked for a pause.
     """
 
     running: int
@@ -93,9 +92,9 @@ class Load:
 class Throttle:
     """Additive increase, multiplicative decrease of the calls in flight (as in TCP, Jacobson 1988).
 
-    A refusal halves the limit and begins a pause for all; the refusals of calls that were in flight
-    at that moment say nothing new. Each success raises the limit by its reciprocal, so by one in a
-    round trip, up to the whole pool. When something runs changes; what runs does not.
+    A refusal halves the limit and starts a pause for all calls; further refusals of calls that were already
+    in flight do not halve it again. Each success raises the limit by its reciprocal, so by one per round
+    trip, up to the whole pool. The throttle changes when calls are made, not which.
     """
 
     def __init__(
@@ -113,17 +112,17 @@ class Throttle:
         self._limit = float(most)
         self._running = 0
         self._decreases = 0
-        self._streak = 0  # of them, since the last success
-        self._until = -float("inf")  # when the pause ends
-        self._since: float | None = None  # of refusals only
+        self._streak = 0  # decreases since the last success
+        self._until = -float("inf")  # end of the pause
+        self._since: float | None = None  # time of the first refusal since the last success
 
     @property
     def load(self) -> Load:
-        """What is in flight now, and what may be."""
+        """The calls in flight now, and their limit."""
         return Load(self._running, int(self._limit), self._most, max(0.0, self._until - self._clock()))
 
     def enter(self) -> int:
-        """Waits until a call may begin, which ends with `leave`; returns a ticket for `refused`."""
+        """Wait until a call may begin; `leave` ends it. Return a ticket for `refused`."""
         while True:
             with self._lock:
                 delay = self._until - self._clock()
@@ -133,18 +132,18 @@ class Throttle:
             self._sleep(delay if delay > 0 else _TICK)
 
     def leave(self) -> None:
-        """The call is over."""
+        """Note that a call has ended."""
         with self._lock:
             self._running -= 1
 
     def succeeded(self) -> None:
-        """The call was answered."""
+        """Note that a call was answered."""
         with self._lock:
             self._limit = min(self._most, self._limit + 1 / self._limit)
             self._streak, self._since = 0, None
 
     def refused(self, ticket: int, retry_after: float | None = None) -> bool:
-        """The call was refused as one too many; whether another attempt makes sense."""
+        """Note that a call was refused by a rate limit; return whether to try again."""
         with self._lock:
             now = self._clock()
             self._since = now if self._since is None else self._since
@@ -162,10 +161,10 @@ class Throttle:
 
 
 class Attempts:
-    """Makes a call again where another attempt may succeed, until ``stopped`` or no longer ``admits``.
+    """Repeats a call while another attempt may succeed, until ``stopped`` is set or ``admits()`` is false.
 
     Attributes:
-        down: What the last call failed with that was given up, until another one succeeds.
+        down: Infrastructure error of the last call whose attempts all failed; None after a success.
     """
 
     def __init__(
@@ -187,14 +186,14 @@ class Attempts:
 
     @property
     def load(self) -> Load:
-        """Attempts in flight now, and those that may be."""
+        """The attempts in flight now, and their limit."""
         return self._throttle.load
 
     def __call__(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns, or what its last attempt raised.
+        """The result of ``call``; if all attempts fail, the error of the last one is raised.
 
         Raises:
-            Stopped: Nothing is to begin any more.
+            Stopped: No further attempt may begin.
         """
         retrying = Retrying(
             retry=retry_if_exception(lambda e: isinstance(e, Exception) and self._judge(e) is Verdict.RETRY),
@@ -213,7 +212,7 @@ class Attempts:
         return result
 
     def _unrefused(self, call: Callable[[], T]) -> T:
-        """An attempt that was not refused: those that are cost waiting, and count for nothing."""
+        """The result of one attempt; it is repeated after rate limits, which do not count as attempts."""
         while not self._stopped.is_set():
             ticket = self._throttle.enter()
             try:

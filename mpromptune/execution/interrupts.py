@@ -1,6 +1,7 @@
-"""How calls end early: Ctrl-C and SIGTERM, stops that a context obeys, and waits that obey both.
+"""How calls end early: Ctrl-C and SIGTERM, stops of a context, and waits that both can end.
 
-By hand, because ``concurrent.futures.wait`` can neither be ended by an event nor, everywhere, by a signal.
+This is own code because ``concurrent.futures.wait`` cannot be ended by an event nor, on every platform, by a
+signal.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any, TypeVar
 
 from mpromptune.errors import CallCancelledError, SearchInterrupted, SearchTerminated
 
-# NOTE: seconds that calls in flight are given to come back after an interrupt: long enough for most
-# LM calls, and half of the ten seconds that container runtimes leave between SIGTERM and SIGKILL.
+# NOTE: seconds that calls in flight may still take after an interrupt: long enough for most LM calls, and
+# half of the ten seconds between SIGTERM and SIGKILL in container runtimes.
 GRACE = 5.0
-# NOTE: seconds of one wait. A signal that comes when the main thread is just about to wait is not
-# noticed before the wait ends, and on Windows none is; so long waits are made of short ones.
+# NOTE: seconds of one wait; long waits consist of short ones. A signal that arrives just before the main
+# thread waits is only noticed when the wait ends; on Windows this is true for every signal.
 SLICE = 0.2
 
 T = TypeVar("T")
@@ -31,19 +32,20 @@ Stop = Callable[[], bool]
 
 
 class Stopped(BaseException):
-    """A call that was not begun, because nobody waits for it any more.
+    """A call was not begun because its result is no longer needed.
 
-    No Exception: programs, and DSPy, take any of those for a failure of the LM, and go on.
+    It is not an ``Exception``, because programs and DSPy treat these as failures of the LM and continue.
     """
 
 
 def contained(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """What the user's code returns. Of errors that are no ``Exception``, only interrupts end a run.
+    """The result of a call of the user's code.
 
-    Any other fails this one call: tools raise ``asyncio.CancelledError`` when a session is dropped.
+    Of errors that are not an ``Exception``, only interrupts may end a run; any other fails only this call.
+    For instance, tools raise ``asyncio.CancelledError`` when a session is closed.
 
     Raises:
-        CallCancelledError: There was such an error; it is the cause.
+        CallCancelledError: The call raised such another error, which is the cause.
     """
     try:
         return call(*args, **kwargs)
@@ -53,13 +55,13 @@ def contained(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         raise CallCancelledError(f"the call ended with {type(error).__name__}: {error}") from error
 
 
-# The stops that this context obeys.
+# The stops of this context.
 _STOPS: ContextVar[tuple[Stop, ...]] = ContextVar("mpromptune_stops", default=())
 
 
 @contextlib.contextmanager
 def stoppable(*stops: Stop) -> Iterator[None]:
-    """Once any stop says so, nothing more begins in this context, and nothing is waited for there."""
+    """When one of ``stops`` returns true, nothing more begins in this context, and all waiting ends."""
     token = _STOPS.set((*_STOPS.get(), *stops))
     try:
         yield
@@ -68,38 +70,38 @@ def stoppable(*stops: Stop) -> Iterator[None]:
 
 
 def current_stop() -> Stop:
-    """Says, now and from any thread later on, whether nobody waits any more for what runs here.
+    """A function that returns, from any thread, whether the result of this context is no longer needed.
 
-    That is so once the run has stopped, and for an attempt that was given up after its timeout. Both
-    go on in their threads, which nothing can end from outside: whatever is about to spend something,
-    an LM call above all, asks first, or calls `check_stopped`.
+    This is true when the run has stopped, or for an attempt after its timeout. Its thread continues, because
+    it cannot be ended from outside, so code that spends something (LM calls above all) checks first, by this
+    function or by `check_stopped`.
     """
     stops = _STOPS.get()
     return lambda: any(stop() for stop in stops)
 
 
 def is_over() -> bool:
-    """Whether nobody waits any more for what runs in this context."""
+    """Whether the result of this context is no longer needed."""
     return current_stop()()
 
 
 def may_end() -> bool:
-    """Whether this context may be over before what it waits for is done."""
+    """Whether this context has stops, which may end its waiting early."""
     return bool(_STOPS.get())
 
 
 def check_stopped() -> None:
-    """Ends a chain of calls that nobody waits for any more.
+    """End a chain of calls whose result is no longer needed.
 
     Raises:
-        Stopped: As `current_stop` says.
+        Stopped: The function of `current_stop` returns true.
     """
     if is_over():
         raise Stopped
 
 
 class _Signals:
-    """The handlers. Signals reach the main thread alone, so only that one has any of this."""
+    """The signal handlers; only for the main thread, because signals reach no other."""
 
     _masks = _seen = 0
     _pending: BaseException | None = None
@@ -107,7 +109,7 @@ class _Signals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Handlers for what nobody else handles; those of the user are left alone."""
+        """Install handlers for signals that have the default handler; handlers of the user stay."""
         defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         mine = [number for number, handler in defaults.items() if signal.getsignal(number) is handler]
         if mine:
@@ -147,7 +149,7 @@ class _Signals:
         raise error
 
     def check(self) -> None:
-        """Raises an interrupt again that nobody has seen: Python ignores what is raised in a finalizer."""
+        """Raise an interrupt again that got lost: Python ignores errors raised in a finalizer."""
         if self._raised is not None and sys.exc_info()[0] is None:
             raise self._raised
 
@@ -156,23 +158,23 @@ _SIGNALS = _Signals()
 
 
 def handled() -> contextlib.AbstractContextManager[None]:
-    """In the main thread, makes SIGTERM interrupt as Ctrl-C does, and both respect `deferred`.
+    """In the main thread, let SIGTERM interrupt as Ctrl-C does, and let both respect `deferred`.
 
-    Only default handlers are replaced, and they are put back; other threads change nothing.
+    Only default handlers are replaced, and they are restored at the end. In other threads it does nothing.
     """
     return _SIGNALS.handled() if _is_main() else contextlib.nullcontext()
 
 
 def deferred() -> contextlib.AbstractContextManager[None]:
-    """Has the first interrupt wait until what belongs together is done; a second one does not wait.
+    """Delay the first interrupt until the end of this context; a second one is raised at once.
 
-    Only for signals that come while `handled`, and for what takes a moment.
+    It works only inside `handled`, and is meant for steps that take a moment.
     """
     return _SIGNALS.deferred() if _is_main() else contextlib.nullcontext()
 
 
 def interrupted(signalled: BaseException) -> type[SearchInterrupted]:
-    """The class of error that an interrupt ends a search with."""
+    """The class of the error with which an interrupt ends a search."""
     return SearchTerminated if isinstance(signalled, SystemExit) else SearchInterrupted
 
 
@@ -186,9 +188,9 @@ def wait_for(
     unless: Stop = lambda: False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Waits until all are done, where an interrupt may come, or until ``unless`` says to stop waiting.
+    """Wait until all futures are done or ``unless()`` is true; an interrupt can end the waiting.
 
-    It ends as well once this context is over. Now and then it calls ``meanwhile``.
+    It also ends when the result of this context is no longer needed. It calls ``meanwhile`` at intervals.
     """
     pending, deadline = set(futures), time.monotonic() + timeout
     while pending and not unless() and not is_over() and (left := deadline - time.monotonic()) > 0:
@@ -199,17 +201,17 @@ def wait_for(
 
 
 def pause(seconds: float) -> None:
-    """Sleeps, where an interrupt may come."""
+    """Sleep; an interrupt can end it."""
     if _is_main():
         _SIGNALS.check()
     time.sleep(seconds)
 
 
 def result_of(future: Future[T]) -> T:
-    """Its result, awaited where an interrupt may come.
+    """Wait for the result of a future; an interrupt can end the waiting.
 
     Raises:
-        Stopped: It is not waited for any longer: this context is over.
+        Stopped: The result of this context is no longer needed.
     """
     wait_for([future])
     if not future.done():

@@ -1,4 +1,4 @@
-"""Limits on what a search may use besides program calls: tokens, money and time."""
+"""Limits on the usage of a search other than program calls: tokens, cost and time."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mpromptune.execution.usage import Meter, StepUsage, Usage, current_meter
 
 logger = logging.getLogger(__name__)
 
-SEARCH = "search"  # the step in which trials are measured
+SEARCH = "search"  # name of the step that measures trials
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be used at most; None means no limit.
+    """Limits on usage; None means no limit.
 
     Attributes:
-        max_tokens: Tokens in both directions, cache hits apart.
+        max_tokens: Prompt and completion tokens together, without cache hits.
         max_cost: US dollars.
-        max_seconds: Wall-clock time.
+        max_seconds: Wall-clock time in seconds.
     """
 
     max_tokens: int | None = None
@@ -41,11 +41,11 @@ class Limits:
                 require_positive(name, getattr(self, name))
 
 
-# NOTE: a call that takes this many times as long as the mean call is taken for one that hangs; answers
-# of the same LM to the same program seldom differ by more than their lengths do.
+# NOTE: a call that takes this many times as long as the mean call is assumed to hang: the durations of calls
+# of one program and LM differ mostly by the length of the answers.
 _MEAN_CALLS = 10
 
-# What of a usage each limit is about; time is read from a clock.
+# The part of a usage that each limit refers to; time is read from a clock.
 MEASURE: dict[str, Callable[[Usage], float]] = {
     "max_tokens": lambda usage: usage.tokens,
     "max_cost": lambda usage: usage.cost,
@@ -54,9 +54,9 @@ MEASURE: dict[str, Callable[[Usage], float]] = {
 
 
 def patience(usage: Usage, calls: int, least: float, most: float) -> float:
-    """Seconds to wait for calls under way when no other may begin: what ten calls take on the average.
+    """Seconds to wait for calls in flight when no other may begin: ten times the mean duration of a call.
 
-    That is known from the ``usage`` of so many ``calls``, and kept between ``least`` and ``most``.
+    The mean is that of ``usage`` over ``calls``; the result is between ``least`` and ``most``.
     """
     return min(most, max(least, _MEAN_CALLS * usage.seconds / calls)) if calls else most
 
@@ -65,11 +65,11 @@ class Budget:
     """Limits that have begun to count, and the meters of the steps that they cover.
 
     Attributes:
-        limits: What may be used.
-        reached: The limit that is used up, once nothing more may be begun for it.
-        patience: Seconds that calls under way are left once tokens or money are used up; until it is set,
-            as many as once the time is (``grace``).
-        meter: Counts what all steps use.
+        limits: The limits.
+        reached: Name of the limit that was reached, after which nothing more may begin.
+        patience: Seconds that calls in flight may still take when tokens or cost have reached their limit;
+            ``grace``, as for time, until the search sets it.
+        meter: Counts the usage of all steps.
     """
 
     def __init__(
@@ -81,42 +81,42 @@ class Budget:
         self.limits = limits or Limits()
         self.patience = self._grace = grace
         self.reached: str | None = None
-        self.meter = Meter(current_meter())  # a part of what is counted around it
+        self.meter = Meter(current_meter())  # also counts for the meter of the surrounding context
         self._steps: dict[str, Meter] = {}
         self._lock = threading.Lock()
         self._has_seen_a_call = False
         self._clock = clock
         self._began = self._search_began = clock()
         self._deadline = self._began + (self.limits.max_seconds or math.inf)
-        self._waited_since: float | None = None  # for what was under way when a limit was used up
+        self._waited_since: float | None = None  # time at which a limit was reached
 
     def step(self, name: str) -> Meter:
-        """The meter of a step, which counts for the whole too."""
+        """The meter of a step, which also counts for the whole."""
         with self._lock:
             return self._steps.setdefault(name, Meter(self.meter))
 
     def begin_search(self) -> Meter:
-        """The meter of the search, whose calls per second count from now on."""
+        """The meter of the search; its calls per second are measured from now on."""
         self._search_began = self._clock()
         return self.step(SEARCH)
 
     @property
     def usage(self) -> StepUsage:
-        """Everything used so far, by step."""
+        """The usage so far, by step."""
         return StepUsage({name: meter.total for name, meter in self._steps.items()})
 
     def admits(self) -> bool:
-        """Whether anything more may be begun; once it may not, `reached` says why."""
+        """Whether anything more may begin; if not, `reached` is the limit that forbids it."""
         self.reached = self.reached or self._used_up()
         return self.reached is None
 
     @property
     def is_late(self) -> bool:
-        """Whether ``max_seconds`` have passed; calls under way may still have their ``grace``."""
+        """Whether ``max_seconds`` have passed; calls in flight may still use their ``grace``."""
         return self._clock() >= self._deadline
 
     def is_over(self) -> bool:
-        """Whether calls under way are not waited for any longer: a limit was used up some time ago."""
+        """Whether to stop waiting for calls in flight: a limit was reached and the time for them is over."""
         name = self.reached or self._used_up()
         if name is None:
             return False
@@ -129,10 +129,10 @@ class Budget:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Nothing in this context waits for what hangs once this `is_over`.
+        """A context in which all waiting ends when the budget `is_over`.
 
         Raises:
-            SearchStoppedError: A limit was used up where there is nothing to return.
+            SearchStoppedError: A limit was reached before there was anything to return.
         """
         if self.limits == Limits():
             yield
@@ -152,14 +152,14 @@ class Budget:
 
     @property
     def overspent(self) -> float:
-        """By how much the limit that was reached is exceeded, in its own unit."""
+        """By how much the limit that was reached is exceeded, in its unit."""
         return max(0.0, -self._left(self.meter.total).get(self.reached or "", 0.0))
 
     def calls_left(self, told: Usage, calls: int) -> tuple[str, int] | None:
-        """How many program calls can still be paid, and the limit that says so; None if none does.
+        """The strictest limit, and the number of program calls that it still allows; None without limits.
 
-        The next calls are taken to use what the ``calls`` of the trials ``told`` so far have used, on the
-        average: that is the same whatever the threads do. Of time, it is what the clock says.
+        Further calls are assumed to use as much as the mean of the ``calls`` of trials ``told`` so far, which
+        does not depend on the timing of threads. For time, the mean is measured by the clock.
         """
         before = sum((usage for name, usage in self.usage.items() if name != SEARCH), Usage())
         found: dict[str, int] = {}
@@ -170,18 +170,18 @@ class Budget:
         return min(found.items(), key=lambda item: item[1]) if found else None
 
     def starts_unseen(self, used: Usage) -> bool:
-        """Whether this call is the first of all, and nothing was counted that it has used."""
+        """Whether this call is the first one and its usage was not counted."""
         with self._lock:
             is_first, self._has_seen_a_call = not self._has_seen_a_call, True
         return is_first and not (used.lm_calls or used.cache_hits or used.tokens or used.cost)
 
     def note_trial(self, used: Usage) -> None:
-        """Warns, once, where limits cannot hold because scores do not say what they use."""
+        """Warn once if limits cannot hold because ``score`` does not record its usage."""
         limited = self.limits.max_tokens is not None or self.limits.max_cost is not None
         if limited and used.program_calls and self.starts_unseen(used):
             logger.warning(
-                "A trial was measured, and `score` has recorded no usage: max_tokens and max_cost do not "
-                "hold. Call mpromptune.execution.usage.record in `score`, in its thread or in a copy of "
+                "A trial was measured, but `score` has recorded no usage: max_tokens and max_cost have no "
+                "effect. Call mpromptune.execution.usage.record in `score`, in its thread or in a copy of "
                 "its context."
             )
 
@@ -189,7 +189,7 @@ class Budget:
         return next((name for name, left in self._left(self.meter.total).items() if left <= 0), None)
 
     def _left(self, usage: Usage) -> dict[str, float]:
-        """What is left of every limit given, in its unit."""
+        """The remainder of every limit, in its unit."""
         used = {name: measure(usage) for name, measure in MEASURE.items()}
         used["max_seconds"] = self._clock() - self._began
         limits = {name: getattr(self.limits, name) for name in MEASURE}

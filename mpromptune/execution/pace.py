@@ -1,4 +1,4 @@
-"""Why a request waits by our own will: for a cap per minute, or for an equal request that is under way."""
+"""Requests that wait on purpose: for a limit per minute, or for an equal request in flight."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 _WINDOW = 60.0
-# NOTE: longest sleep between two looks, in seconds: what is given back early, or given up, is noticed
-# that soon.
+# NOTE: longest sleep between two checks, in seconds, after which a change is noticed.
 _LOOK = 0.2
 
 
 @dataclass(eq=False)
 class Ticket:
-    """Leave for requests, or for all those of a program call: so much was taken at that time."""
+    """Permission for requests, or for all requests of a program call, and the time when it was given."""
 
     at: float
     requests: float
@@ -25,10 +24,10 @@ class Ticket:
 
 
 class Pace:
-    """Makes requests wait so that no sixty seconds hold more of them, or of their tokens, than allowed.
+    """Makes requests wait so that no 60 seconds contain more requests, or tokens, than allowed.
 
-    How many tokens a request takes is known when it is answered: until then it counts with the mean
-    of those before. None is no cap.
+    The tokens of a request are known when it is answered; until then it counts with the mean of earlier
+    requests. None means no limit.
     """
 
     def __init__(
@@ -37,11 +36,11 @@ class Pace:
         self._caps = {"requests": requests or math.inf, "tokens": tokens or math.inf}
         self._clock = clock
         self._lock = threading.Lock()
-        self._taken: deque[Ticket] = deque()  # of the last minute, oldest first
+        self._taken: deque[Ticket] = deque()  # tickets of the last minute, oldest first
         self._answered = self._used = 0
 
     def take(self, sleep: Callable[[float], object], requests: int = 1) -> Ticket:
-        """Leave for so many requests, once they fit; ``sleep`` may raise to give up waiting."""
+        """Wait until ``requests`` requests are allowed; ``sleep`` may raise an error to end the waiting."""
         while True:
             with self._lock:
                 wanted = {"requests": requests, "tokens": requests * self._used / max(self._answered, 1)}
@@ -51,13 +50,13 @@ class Pace:
             sleep(min(delay, _LOOK))
 
     def settle(self, ticket: Ticket | None, tokens: int, requests: int | None = None) -> None:
-        """What there was leave for is over, with that use of tokens in all, which count from now on.
+        """Note that the requests of a ticket have ended; their tokens count from now on.
 
         Args:
-            ticket: The leave; None for a request that was sent without: it counts all the same.
-            tokens: What was used.
-            requests: How many were made, somewhere between `take` and now: they count from now on, the
-                latest that any of them can have been sent. None for one, sent as soon as there was leave.
+            ticket: The ticket; None for a request that was sent without one, which counts too.
+            tokens: Tokens used by all its requests.
+            requests: Number of requests made between `take` and now. They count from now on, the latest
+                time at which they can have been sent. None means one, sent when the ticket was given.
         """
         with self._lock:
             ticket = ticket or self._take(requests=1, tokens=0)
@@ -73,7 +72,7 @@ class Pace:
         return self._taken[-1]
 
     def _delay(self, what: str, amount: float) -> float:
-        """Seconds until ``amount`` more stays within the cap; more than the cap waits for an empty window."""
+        """Seconds until ``amount`` more is allowed; an amount above the limit waits for an empty window."""
         now, cap = self._clock(), self._caps[what]
         while self._taken and self._taken[0].at <= now - _WINDOW:
             self._taken.popleft()
@@ -89,7 +88,7 @@ class Pace:
 
 @dataclass(eq=False)
 class Flight:
-    """A request that others may be waiting for, sent by the thread ``owner``."""
+    """A request in flight, sent by the thread ``owner``, for which equal requests may wait."""
 
     key: Hashable
     owner: int
@@ -100,10 +99,10 @@ class Flight:
 
 
 class Flights:
-    """Has requests wait for an equal one under way, whose answer is then in the cache; never for good.
+    """Makes requests wait for an equal request in flight, whose answer is then in the cache.
 
-    A thread that has a request under way itself does not wait (so no two wait for each other), nor
-    does anybody for a request that was given up or is older than ``patience`` seconds: it may hang.
+    A thread that has a request in flight does not wait, so that no two threads wait for each other. No thread
+    waits for a request that was cancelled or is older than ``patience`` seconds, because it may hang.
     """
 
     def __init__(self, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -115,14 +114,14 @@ class Flights:
     def join(
         self, key: Hashable, check: Callable[[], None], is_given_up: Callable[[], bool] = lambda: False
     ) -> Flight | None:
-        """Waits for an equal request, if there is one.
+        """Wait for an equal request, if there is one.
 
-        ``check`` is called while waiting, and may raise to end it; ``is_given_up`` says from any thread
-        whether this request has been given up.
+        ``check`` is called while waiting, and may raise an error to end it; ``is_given_up`` returns, from any
+        thread, whether this request was cancelled.
 
         Returns:
-            The flight to `land` when the request has ended; one that has succeeded, where another
-            request's answer is there; None where nobody is waited for.
+            A new flight, to `land` when the request has ended; or the flight of an equal request that has
+            succeeded; or None if this thread does not wait.
         """
         me = threading.get_ident()
         while True:
@@ -140,7 +139,7 @@ class Flights:
                 return flight
 
     def land(self, flight: Flight, succeeded: bool) -> None:
-        """The request has ended: an answer is in the cache, or the next in line sends it again."""
+        """End a flight: its answer is in the cache, or a waiting thread sends the request again."""
         with self._lock:
             del self._flights[flight.key]
             flight.succeeded = succeeded

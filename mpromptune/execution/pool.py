@@ -1,4 +1,4 @@
-"""Threads that score (configuration, example) pairs: attempts with timeouts, and what became of them."""
+"""Threads that score pairs of configuration and example: attempts with timeouts, and their outcomes."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ T = TypeVar("T")
 Score = Callable[[dict[str, int], int], float]
 Keep = Callable[["Outcome"], None]
 
-# The same class from Python 3.11 on.
+# These are one class since Python 3.11.
 _TIMEOUTS = TimeoutError | futures.TimeoutError | asyncio.TimeoutError
 
 
 class DaemonThreads(Executor):
     """A pool of daemon threads, each started when it is first needed.
 
-    By hand, because the interpreter waits at its end for every thread of a `ThreadPoolExecutor`, so
-    that one call that hangs would keep a process alive that the user has long interrupted.
+    This is own code because the interpreter, when it exits, waits for all threads of a `ThreadPoolExecutor`,
+    so one call that hangs would keep an interrupted process alive.
     """
 
     def __init__(self, number: int, name: str = "mpromptune") -> None:
@@ -65,19 +65,19 @@ class DaemonThreads(Executor):
         self._closed = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Queues a call."""
+        """Queue a call."""
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._queue.put((future, partial(fn, *args, **kwargs)))
             if len(self._threads) < self._number:
-                with deferred():  # a thread that is not in the list would never be told to end
+                with deferred():  # a thread missing in the list would never end
                     self._threads.append(_start(self._work, f"{self._name}_{len(self._threads)}"))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Takes no more calls; ``cancel_futures`` cancels those that have not begun."""
+        """Accept no more calls; ``cancel_futures`` cancels those that have not begun."""
         with self._lock:
             already, self._closed = self._closed, True
             for future in self._waiting() if cancel_futures else ():
@@ -88,9 +88,9 @@ class DaemonThreads(Executor):
             self.join()
 
     def join(self, timeout: float | None = None) -> None:
-        """Waits for the threads to end, at most ``timeout`` seconds, where an interrupt may come.
+        """Wait for the threads to end, at most ``timeout`` seconds; an interrupt can end the waiting.
 
-        It ends as well once this context is over (`interrupts.stoppable`).
+        It also ends when the result of this context is no longer needed (`interrupts.stoppable`).
         """
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         for thread in self._threads:
@@ -98,7 +98,7 @@ class DaemonThreads(Executor):
                 thread.join(min(SLICE, left))
 
     def _waiting(self) -> Iterator[Future[Any]]:
-        """Takes what has not begun out of the queue."""
+        """Remove the calls that have not begun from the queue, and yield their futures."""
         with suppress(queue.Empty):
             while True:
                 if (item := self._queue.get_nowait()) is not None:
@@ -107,21 +107,21 @@ class DaemonThreads(Executor):
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             _settle(*item)
-            del item  # or the last call's result would be kept until the next one
+            del item  # otherwise the last result would stay in memory until the next call
 
 
 def in_daemon(call: Callable[[], T]) -> Future[T]:
-    """Begins a call in a daemon thread of its own."""
+    """Start a call in a new daemon thread."""
     future: Future[T] = Future()
     _start(partial(_settle, future, call), "mpromptune-call")
     return future
 
 
 def in_time(call: Callable[[], T]) -> T:
-    """The result of a call that may hang; where waiting may end, the call is made in another thread.
+    """The result of a call that may hang; if this context has stops, it is made in another thread.
 
     Raises:
-        Stopped: It is not waited for any longer: this context is over (`interrupts.stoppable`).
+        Stopped: The result of this context is no longer needed (`interrupts.stoppable`).
     """
     if not may_end():
         return call()
@@ -129,12 +129,12 @@ def in_time(call: Callable[[], T]) -> T:
 
 
 def _settle(future: Future[T], call: Callable[[], T]) -> None:
-    """Makes the call that a future stands for, unless that was cancelled."""
+    """Make the call of a future unless the future was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     try:
         result = call()
-    except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+    except BaseException as error:  # noqa: BLE001 - raised again by `future.result()`
         future.set_exception(error)
     else:
         future.set_result(result)
@@ -148,14 +148,14 @@ def _start(target: Callable[[], None], name: str) -> threading.Thread:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one work item: a score, an error, or nothing when the run was stopped.
+    """The outcome of one work item: a score, an error, or neither if the run was stopped.
 
     Attributes:
         example: The example.
         score: Its score.
-        error: What the last attempt raised.
-        order: Its place among all items in the order in which they ended; -1 for one known before the run.
-        usage: What all attempts used.
+        error: The error of the last attempt.
+        order: Its position in the order in which items ended; -1 for one known before the run.
+        usage: Usage of all attempts.
     """
 
     example: int
@@ -166,30 +166,30 @@ class Outcome:
 
 
 def outcome_of(example: int, future: Future[Outcome]) -> Outcome:
-    """What a call has answered; nothing where it hangs."""
+    """The outcome of a call; one without score and error if the call has not ended."""
     return future.result() if future.done() else Outcome(example)
 
 
 def is_cut_short(outcomes: Iterable[Outcome]) -> bool:
-    """Whether calls were not made: all that is lacking then may still be measured by another run."""
+    """Whether some calls were not made, so that another run should still make them."""
     return any(outcome.score is None and outcome.error is None for outcome in outcomes)
 
 
 def scores_of(calls: Iterable[Future[Outcome]]) -> dict[int, float]:
-    """Example to score, of the calls that are done."""
+    """Example to score, for the calls that are done."""
     done = [f.result() for f in calls if f.done() and not f.cancelled() and not f.exception()]
     return {outcome.example: outcome.score for outcome in done if outcome.score is not None}
 
 
 class Workers:
-    """Scores (configuration, example) pairs on an executor of this process.
+    """Scores pairs of configuration and example on an executor of this process.
 
-    Every item runs in a copy of the caller's context, so that context variables (DSPy's settings
-    among them) reach it, and asks ``admits`` before it spends anything.
+    Every item runs in a copy of the caller's context, so it has its context variables (DSPy's settings among
+    them), and calls ``admits`` before it spends anything.
 
     Attributes:
         stopped: Set when nothing more may begin.
-        fatal: What has stopped them, if it was an error of ``score``.
+        fatal: The error of ``score`` that stopped the workers, if there was one.
     """
 
     def __init__(
@@ -216,19 +216,19 @@ class Workers:
 
     @property
     def load(self) -> Load:
-        """Attempts in flight now, and those that may be."""
+        """The attempts in flight now, and their limit."""
         return self._attempts.load
 
     def submit(self, params: Mapping[str, int], example: int, keep: Keep | None = None) -> Future[Outcome]:
-        """Queues one item; the future never raises what ``score`` raised.
+        """Queue one item; an error of ``score`` is part of the outcome and not raised by the future.
 
-        ``keep`` is called with the outcome, in the worker, before anybody else sees it.
+        ``keep`` is called with the outcome, in the worker, before the future is done.
         """
         context = contextvars.copy_context()
         return self._executor.submit(context.run, self._measure, keep, dict(params), example)
 
     def verdict(self, outcome: Outcome) -> Verdict | None:
-        """The verdict on a failed outcome; None for a scored or a skipped one."""
+        """The verdict on a failed outcome; None for one that was scored or skipped."""
         return None if outcome.error is None else self._judge(outcome.error)
 
     def _judge(self, error: BaseException) -> Verdict:
@@ -254,7 +254,7 @@ class Workers:
             score = self._attempts(partial(self._attempt, params, example))
         except Stopped:
             return Outcome(example)
-        except Exception as error:  # noqa: BLE001 - whatever `score` raises is judged, never lost
+        except Exception as error:  # noqa: BLE001 - every error of `score` is judged
             if self._judge(error) is Verdict.STOP:
                 self.fatal = self.fatal or error
                 self.stopped.set()
@@ -274,15 +274,15 @@ class Workers:
             return as_score(future.result())
         given_up.set()
         logger.warning(
-            "Example %d with %s gave no answer within %g s. What that attempt uses is paid for; of %d "
-            "attempts in all, those that are left are paid for again.",
+            "Example %d with %s gave no answer within %g s. This attempt is paid for, as are further ones; "
+            "there are at most %d attempts.",
             *(example, params, timeout, self._retry.attempts),
         )
         raise CallTimeoutError(f"no answer within {timeout:g} s")
 
 
 def _is_done_within(timeout: float, future: Future[float]) -> bool:
-    """Whether it is; what it waits by our own will (caps, equal requests) is not held against it."""
+    """Whether the call ends in time; waiting on purpose (for limits, equal requests) does not count."""
     meter, began = current_meter() or Meter(), time.monotonic()
     before = meter.waited
     while not future.done():
@@ -294,7 +294,7 @@ def _is_done_within(timeout: float, future: Future[float]) -> bool:
 
 
 def classify_builtin(error: BaseException) -> Verdict:
-    """The default verdict: network and timeout errors are retried, a bad score stops the run."""
+    """The default verdict: network errors and timeouts are retried, an invalid score stops the run."""
     if isinstance(error, ConnectionError | _TIMEOUTS):
         return Verdict.RETRY
     if isinstance(error, ScoreError):
@@ -303,10 +303,10 @@ def classify_builtin(error: BaseException) -> Verdict:
 
 
 def as_score(value: Any) -> float:
-    """A metric's return value as a number.
+    """The return value of a metric as a number.
 
     Raises:
-        ScoreError: It is not one finite real number (or bool).
+        ScoreError: It is not a finite real number or a bool.
     """
     number = as_real(value)
     if math.isfinite(number):

@@ -1,4 +1,4 @@
-"""Scores computed by any executor: its workers may be other processes, on other machines, and may die."""
+"""Scores computed by any executor, whose workers may be processes on other machines and may die."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _FACTORY = "executor=lambda: ProcessPoolExecutor(4)"
 
 
 def check_executor(given: Any) -> None:
-    """Refuses what is neither an executor nor makes one.
+    """Require an executor, a callable (which makes one), or None.
 
     Raises:
-        InvalidArgumentError: It is not.
+        InvalidArgumentError: ``given`` is something else.
     """
     if given is None or isinstance(given, Executor) or callable(given):
         return
@@ -44,10 +44,10 @@ def check_executor(given: Any) -> None:
 
 
 class Workplace:
-    """Where calls are made: an executor that was given, or those that a callable makes, one after another.
+    """The executor on which calls are made: a given one, or one that a given callable makes.
 
-    What was given is left open. What was made is closed, and made anew when it breaks, as a pool of
-    processes does for good when one of them dies. None stands for threads of the search's own.
+    A given executor is left open. One made by the callable is closed, and replaced when it breaks, as a pool
+    of processes does when one of them dies. None means threads of the search.
     """
 
     def __init__(self, given: ExecutorSpec = None) -> None:
@@ -70,23 +70,23 @@ class Workplace:
 
     @property
     def threads(self) -> Executor | None:
-        """The executor, where its workers share the memory of this process: nothing has to travel then."""
+        """The executor if its workers share the memory of this process, so that nothing must be sent."""
         subinterpreters = getattr(futures, "InterpreterPoolExecutor", ())
         shares = isinstance(self._executor, ThreadPoolExecutor | DaemonThreads)
         return self._executor if shares and not isinstance(self._executor, subinterpreters) else None
 
     @property
     def is_remote(self) -> bool:
-        """Whether there is an executor whose workers do not."""
+        """Whether there is an executor whose workers do not share the memory of this process."""
         return self._executor is not None and self.threads is None
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """The result of a call in a worker, of a function that raises nothing itself.
+        """The result of a call in a worker; the function itself must raise nothing.
 
         Raises:
-            Stopped: Nobody waits for it any more (`current_stop`), and it was withdrawn.
-            WorkerLostError: Its worker was lost, and another one may answer.
-            ExecutorBrokenError: The executor makes no more calls.
+            Stopped: The result is no longer needed (`current_stop`), and the call was cancelled.
+            WorkerLostError: The worker was lost; another one may answer.
+            ExecutorBrokenError: The executor accepts no more calls.
         """
         executor, unwanted = self._executor, current_stop()
         assert executor is not None
@@ -99,9 +99,9 @@ class Workplace:
             while not future.done():
                 if self._closed.is_set():
                     raise Stopped
-                # Dask's futures do not say which calls are under way; its workers are told (`broadcast`).
+                # Dask's futures do not say which calls have begun; its workers are stopped by `broadcast`.
                 if unwanted() and not hasattr(executor, "_client"):
-                    future.cancel()  # unless it has begun: what is paid for is waited for
+                    future.cancel()  # has no effect if the call has begun: it is paid for, so wait for it
                 wait([future], SLICE)
         finally:
             self._pending.discard(future)
@@ -113,13 +113,13 @@ class Workplace:
         return future.result()
 
     def broadcast(self, function: Callable[..., T], *args: Any) -> list[T]:
-        """What a call in every worker there is now returns, where the executor can do that: Dask's can."""
+        """The results of a call in every present worker; empty if the executor cannot do that (Dask can)."""
         client: Any = getattr(self._executor, "_client", None)
         if not hasattr(client, "run"):
             return []
         try:
             told = client.run(function, *args, on_error="return")
-        except Exception:  # noqa: BLE001 - a cluster that is not there; who lacks something will say so
+        except Exception:  # noqa: BLE001 - no cluster; a worker that lacks the score asks for it later
             return []
         return [said for said in told.values() if not isinstance(said, BaseException)]
 
@@ -129,8 +129,8 @@ class Workplace:
             return WorkerLostError(f"A worker of the executor was lost ({said}).")
         if self._make is None:
             return ExecutorBrokenError(
-                f"The executor takes no more calls ({said}). Give a callable that makes one, as in "
-                f"{_FACTORY}: another one is made when it breaks."
+                f"The executor takes no more calls ({said}). Pass a callable that makes one, such as "
+                f"{_FACTORY}: it is called again when an executor breaks."
             )
         with self._lock:
             if self._executor is executor and not self._closed.is_set():
@@ -147,11 +147,11 @@ def _made(make: Callable[[], Executor]) -> Executor:
 
 
 def _close(executor: Executor, hangs: bool) -> None:
-    """Closes an executor; processes of which one ``hangs`` would hold up the interpreter's end."""
+    """Close an executor; if it ``hangs``, end its processes, for which the interpreter would wait."""
     processes = dict(getattr(executor, "_processes", None) or {}) if hangs else {}
     try:
         executor.shutdown(wait=False, cancel_futures=True)
-    except TypeError:  # Dask's has no such argument
+    except TypeError:  # Dask's executor lacks this argument
         executor.shutdown(wait=False)
     for process in processes.values():
         process.terminate()
@@ -167,12 +167,12 @@ def remote_score(
 ) -> Iterator[Score]:
     """``score(params, example)``, computed by a worker that shares no memory with this process.
 
-    It travels to one worker, or to all of Dask's, before it is needed, and whenever a worker says that it
-    lacks it. What a call used is recorded here; what it raised is raised here.
+    The score is sent to one worker (with Dask, to all) in advance, and to each worker that turns out to lack
+    it. The usage of a call is recorded here, and its error is raised here.
 
     Raises:
-        TravelError: It cannot be used there; the message names which of its parts.
-        ExecutorBrokenError: The executor runs nothing.
+        TravelError: The score cannot be used in a worker; the message names the part that cannot.
+        ExecutorBrokenError: The executor runs no calls.
     """
     payload, key, numbers = pack(score, parts), uuid.uuid4().hex, itertools.count()
     stopped, over = stopped or threading.Event(), threading.Event()
@@ -216,13 +216,13 @@ def _require_readable(place: Workplace, said: list[str | None], parts: Mapping[s
 
 
 def _ask(place: Workplace, key: str | None, payload: bytes) -> str | None:
-    """Has a worker unpack something; awaited where an interrupt may come."""
+    """Let a worker unpack ``payload``, and return what is wrong with it; an interrupt can end the waiting."""
     try:
         return result_of(in_daemon(partial(place.run, worker.hold, key, payload)))
     except (WorkerLostError, ExecutorBrokenError) as error:
         raise ExecutorBrokenError(
-            f"The executor's workers cannot run m-promptune: {error} It has to be installed where they "
-            "run; a script that starts processes needs `if __name__ == '__main__':`. No call was made."
+            f"The executor's workers cannot run m-promptune: {error} It must be installed where they run, "
+            "and a script that starts processes needs `if __name__ == '__main__':`. No call was made."
         ) from error
 
 
@@ -234,10 +234,10 @@ def measuring(
     retry: RetryPolicy | None,
     stopped: threading.Event,
 ) -> Iterator[tuple[Score, Executor]]:
-    """The score as it is to be called, and the executor of this process that calls it.
+    """The score to call, and the executor of this process that calls it.
 
-    That is the given one where it shares this process's memory. Otherwise it is threads, which are
-    closed without waiting for a call that hangs; those of a remote score do nothing but wait.
+    The executor is the given one if it shares the memory of this process. Otherwise it is a pool of threads,
+    which is closed without waiting for calls that hang; with a remote score, its threads only wait.
     """
     with place:
         if place.threads is not None:

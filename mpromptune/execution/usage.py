@@ -1,4 +1,4 @@
-"""What program calls use up: LM calls, tokens, money and time, counted where they happen."""
+"""The usage of program calls: LM calls, tokens, cost and time, counted where it occurs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Usage:
     """Resources used.
 
     Attributes:
-        lm_calls: Requests that were sent to a language model.
-        cache_hits: Requests that a cache answered; they cost nothing.
-        prompt_tokens: Tokens sent, cache hits apart.
-        completion_tokens: Tokens received, cache hits apart.
+        lm_calls: Requests sent to a language model.
+        cache_hits: Requests answered by a cache; they cost nothing.
+        prompt_tokens: Tokens sent, without cache hits.
+        completion_tokens: Tokens received, without cache hits.
         cost: US dollars, as far as prices are known.
-        seconds: Time spent in program calls, waiting for a retry included, added up over threads.
-        program_calls: Times that the program was run on an example, every attempt counted.
+        seconds: Time spent in program calls, including waits before retries, summed over threads.
+        program_calls: Number of runs of the program on an example, including every attempt.
     """
 
     lm_calls: int = 0
@@ -41,21 +41,21 @@ class Usage:
         return self._each(operator.sub, other)
 
     def at_least(self, other: Usage) -> Usage:
-        """The larger of each."""
+        """The maximum of each field."""
         return self._each(max, other)
 
     def _each(self, function: Callable[..., Any], other: Usage) -> Usage:
         return Usage(
             *map(function, vars(self).values(), vars(other).values())
-        )  # a tenth of a search with `astuple`
+        )  # `astuple` would take a tenth of the time of a search
 
     @property
     def tokens(self) -> int:
-        """Tokens in both directions."""
+        """Prompt and completion tokens together."""
         return self.prompt_tokens + self.completion_tokens
 
     def as_dict(self) -> dict[str, float]:
-        """What is not zero, as JSON takes it; `Usage(**...)` reads it back."""
+        """The fields that are not zero, for JSON; `Usage(**...)` restores it."""
         return {name: value for name, value in asdict(self).items() if value}
 
     def __str__(self) -> str:
@@ -70,40 +70,40 @@ class StepUsage(dict[str, Usage]):
 
     @property
     def total(self) -> Usage:
-        """All steps together."""
+        """The usage of all steps together."""
         return sum(self.values(), Usage())
 
 
 class Meter:
-    """Adds up usage, for itself and for the parent that it is a part of; threads may share one."""
+    """Sums usage, for itself and for its parent; it is safe for threads."""
 
     def __init__(self, parent: Meter | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._parent = parent
         self._clock = clock
         self._lock = threading.Lock()
         self._total = Usage()
-        self._waiting = 0  # how many wait now
-        self._waited = 0.0  # seconds; less the time at which the present wait began, if there is one
+        self._waiting = 0  # number of threads that wait now
+        self._waited = 0.0  # seconds; minus the start time of the present wait, if there is one
 
     @property
     def total(self) -> Usage:
-        """Everything recorded so far."""
+        """The usage recorded so far."""
         return self._total
 
     def add(self, usage: Usage) -> None:
-        """Records usage, here and in everything that this is a part of."""
+        """Record usage, here and in all parents."""
         self.attribute(usage)
         if self._parent is not None:
             self._parent.add(usage)
 
     def attribute(self, usage: Usage) -> None:
-        """Records here alone what the whole has counted before."""
+        """Record usage only here, because the parents have counted it before."""
         with self._lock:
             self._total = self._total + usage
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For the time that something waits by our own will, which no timeout should hold against it."""
+        """A context for waiting on purpose, which must not count against a timeout."""
         self._count_waiting(1)
         try:
             yield
@@ -112,7 +112,7 @@ class Meter:
 
     @property
     def waited(self) -> float:
-        """Seconds of such waiting up to now, counted once where several wait at the same time."""
+        """Seconds of waiting on purpose so far; simultaneous waits count once."""
         with self._lock:
             return self._waited + (self._clock() if self._waiting else 0.0)
 
@@ -137,7 +137,7 @@ def current_meter() -> Meter | None:
 
 @contextmanager
 def metered(meter: Meter | None = None) -> Iterator[Meter]:
-    """What is recorded in this context, and in copies of it, goes to a meter: by default a new part."""
+    """A context, and copies of it, whose usage is recorded in ``meter``; by default a new child meter."""
     inner = Meter(_METER.get()) if meter is None else meter
     token = _METER.set(inner)
     try:
@@ -147,7 +147,7 @@ def metered(meter: Meter | None = None) -> Iterator[Meter]:
 
 
 def record(usage: Usage) -> None:
-    """Adds to the meter of this context, if there is one: for scores that know what they cost."""
+    """Add usage to the meter of this context, if there is one; for scores that know their usage."""
     meter = _METER.get()
     if meter is not None:
         meter.add(usage)

@@ -1,7 +1,7 @@
-"""What runs in a worker of another process, and what travels there and back: scores, and errors.
+"""Code that runs in a worker of another process, and the transport of scores and errors.
 
-Errors are packed by hand: constructors of SDKs' errors take what pickle does not give them, and the
-verdict on an error depends on its type, its attributes and its causes.
+Errors are packed by own code: pickle cannot call the constructors of many SDKs' errors, and the verdict on an
+error depends on its type, its attributes and its causes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from mpromptune.execution.interrupts import Stopped, check_stopped, contained, s
 from mpromptune.execution.pool import Score, as_score
 from mpromptune.execution.usage import Meter, Usage, metered
 
-# NOTE: scores that a worker holds, the least recently used of which makes room: one for each search
-# that runs on it now, with some to spare.
+# NOTE: number of scores that a worker holds; the least recently used one is dropped first. Each search that
+# uses the worker needs one.
 _MOST = 8
 
-# A call's score, or what it raised, packed; and what it used.
+# The score of a call, or its packed error; and its usage.
 Answer = tuple[float | None, bytes | None, Usage]
 
 _LOCK = threading.Lock()
-_HELD: OrderedDict[str, tuple[Score, threading.Event]] = OrderedDict()  # with what is set at a search's end
+_HELD: OrderedDict[str, tuple[Score, threading.Event]] = OrderedDict()  # the event is set to stop its calls
 
 
 def hold(key: str | None, payload: bytes) -> str | None:
-    """Unpacks a score and holds it, if there is a key; returns what is wrong with it, if anything is."""
+    """Unpack a score, and hold it if there is a key; return what is wrong with it, or None."""
     _leave_interrupts_to_parent()
     try:
         with _LOCK:
@@ -46,13 +46,13 @@ def hold(key: str | None, payload: bytes) -> str | None:
                 _HELD[key] = score, threading.Event()
             while len(_HELD) > _MOST:
                 _HELD.popitem(last=False)
-    except Exception as error:  # noqa: BLE001 - whatever unpickling runs into
+    except Exception as error:  # noqa: BLE001 - unpickling may raise any error
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def stop(key: str, forget: bool = False) -> None:
-    """No call of that score begins any more, nor does one under way ask an LM again."""
+    """Stop the calls of a score: none begins any more, and those in flight make no further LM calls."""
     with _LOCK:
         held = _HELD.pop(key, None) if forget else _HELD.get(key)
     if held is not None:
@@ -67,11 +67,11 @@ def perform(
     number: int,
     payload: bytes | None = None,
 ) -> Answer | None:
-    """One call, of which nobody waits for the answer after ``timeout`` seconds.
+    """Make one call, whose answer is not needed after ``timeout`` seconds.
 
-    What it raises is part of the answer: an error of this function is the infrastructure's. It is None
-    where this worker lacks the score of that key, and there is no payload with it. The number tells the
-    call from others: to Dask, equal calls are one.
+    An error of the call is part of the answer; an error raised by this function is one of the infrastructure.
+    The answer is None if this worker lacks the score of the key and there is no payload. The number makes
+    calls differ, because Dask runs equal calls only once.
     """
     _leave_interrupts_to_parent()
     if payload is not None and (wrong := hold(key, payload)) is not None:
@@ -86,13 +86,13 @@ def perform(
         try:
             check_stopped()
             value, error = as_score(contained(score, params, example)), None
-        except (Exception, Stopped) as raised:  # noqa: BLE001 - judged where the call came from
+        except (Exception, Stopped) as raised:  # noqa: BLE001 - the calling process judges it
             value, error = None, pack_error(raised)
     return value, error, meter.total
 
 
 def _leave_interrupts_to_parent() -> None:
-    """Ctrl-C in a terminal reaches child processes too, whose calls are to be left their grace."""
+    """Ignore Ctrl-C, which a terminal also sends to child processes: their calls may use their grace."""
     is_child = multiprocessing.parent_process() is not None
     if is_child and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -102,7 +102,7 @@ def pack(whole: Any, parts: Mapping[str, Any]) -> bytes:
     """An object as bytes.
 
     Raises:
-        TravelError: It cannot be pickled; the message names which of its parts cannot.
+        TravelError: It cannot be pickled; the message names the part that cannot.
     """
     try:
         return bytes(cloudpickle.dumps(whole))
@@ -116,30 +116,30 @@ def pack(whole: Any, parts: Mapping[str, Any]) -> bytes:
 
 
 def cannot_travel(name: str, why: object) -> TravelError:
-    """The error for a part that no worker of another process can be given."""
+    """The error for a part that cannot be sent to a worker of another process."""
     said = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
     return TravelError(
-        f"{name[:1].upper()}{name[1:]} cannot travel to the workers of the executor ({said}). Leave locks, "
-        "open files and connections out of it (`__getstate__`), define it in a module that the workers can "
+        f"{name[:1].upper()}{name[1:]} cannot be sent to the workers of the executor ({said}). Remove locks, "
+        "open files and connections from it (`__getstate__`), define it in a module that the workers can "
         "import, or use threads. No call was made with it."
     )
 
 
 class RemoteError(Exception):
-    """Where in the worker an error came from, as text: the last cause of what is raised here."""
+    """The traceback of an error in the worker, as text; it is the last cause of the error raised here."""
 
     def __init__(self, text: str) -> None:
         super().__init__(f'\n"""\n{text}"""')
 
 
 def pack_error(error: BaseException) -> bytes:
-    """An error with all that it was raised from, as bytes; what of it cannot travel is left out."""
+    """An error with its causes as bytes, without the parts that cannot be pickled."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return pickle.dumps(([_pack_one(link) for link in causes(error)], text))
 
 
 def unpack_error(packed: bytes) -> BaseException:
-    """The error again, of the same type wherever that can be had; its last cause says where it was raised."""
+    """The error, of the same type if possible; its last cause is the traceback in the worker."""
     links, text = pickle.loads(packed)
     errors: list[BaseException] = [_rebuilt(*pickle.loads(link)) for link in links]
     for error, cause in zip(errors, [*errors[1:], RemoteError(text)], strict=True):
@@ -148,13 +148,13 @@ def unpack_error(packed: bytes) -> BaseException:
 
 
 def _pack_one(error: BaseException) -> bytes:
-    """The first that comes back saying the same: the error as pickle has it, or made anew from what travels.
+    """An error as bytes, in the first way that keeps its text: pickled, or rebuilt from picklable parts.
 
-    Otherwise its module, its name and its text, for whoever judges errors by name.
+    If neither keeps it, only its module, name and text are packed, which is enough to judge it by name.
     """
     cls, text = type(error), _try(lambda: str(error)) or ""
-    state = {name: value for name, value in vars(error).items() if _travels(value)}
-    args = tuple(arg if _travels(arg) else repr(arg) for arg in error.args)
+    state = {name: value for name, value in vars(error).items() if _is_picklable(value)}
+    args = tuple(arg if _is_picklable(arg) else repr(arg) for arg in error.args)
     ways: Iterable[tuple[Any, ...]] = ((error, (), state), (cls, args, state))
     for way in ways:
         packed: bytes | None = _try(lambda way=way: cloudpickle.dumps(way))  # type: ignore[misc]
@@ -164,9 +164,9 @@ def _pack_one(error: BaseException) -> bytes:
 
 
 def _rebuilt(what: Any, args: tuple[Any, ...], state: Mapping[str, Any]) -> BaseException:
-    """An error from itself, from its class, or from the name of that.
+    """Rebuild an error from itself, from its class, or from the name of its class.
 
-    Only constructors of Python's own errors are called: they take what is in ``args``.
+    Only the constructors of built-in errors are called, because they accept ``args``.
     """
     if isinstance(what, tuple):
         module, name = what
@@ -179,12 +179,12 @@ def _rebuilt(what: Any, args: tuple[Any, ...], state: Mapping[str, Any]) -> Base
     return error
 
 
-def _travels(value: Any) -> bool:
+def _is_picklable(value: Any) -> bool:
     return _try(lambda: (pickle.loads(cloudpickle.dumps(value)),)) is not None
 
 
 def _try(call: Callable[[], Any]) -> Any:
-    """What a call returns; None where it raises, as what is pickled, or made again, may do in any way."""
+    """The result of a call, or None if it raises any error, as pickling and constructors of errors may."""
     try:
         return call()
     except Exception:  # noqa: BLE001
