@@ -20,9 +20,18 @@ from optuna.trial import TrialState
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.engine.minibatches import stock_calls
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchStoppedError, StudyMismatchError
-from mpromptune.execution.attempts import RetryPolicy
+from mpromptune.execution.attempts import RetryPolicy, Verdict
 from mpromptune.execution.usage import Usage, record
-from mpromptune.storage.attributes import ABANDONED, EXAMPLES, FORMAT, RESUMES, SCORES, SETTINGS, USAGE
+from mpromptune.storage.attributes import (
+    ABANDONED,
+    EXAMPLES,
+    FORMAT,
+    REFUSED,
+    RESUMES,
+    SCORES,
+    SETTINGS,
+    USAGE,
+)
 
 MIPRO = {
     "schedule": "mipro",
@@ -229,6 +238,23 @@ def test_a_trial_that_was_cut_off_in_its_proposal_is_closed_when_it_is_not_neede
     assert all(trial.state.is_finished() for trial in again.study.trials)
     larger = run(tmp_path / "j", scores := Scores(), max_calls=220)
     assert first.calls + sum(scores.asked.values()) == larger.calls <= 220
+
+
+def test_a_trial_that_is_taken_up_keeps_what_was_refused(tmp_path: Path) -> None:
+    """A limit ended it after a prompt that was refused: of all that was told, each odd example was."""
+
+    def score(params: dict[str, int], example: int) -> float:
+        record(Usage(prompt_tokens=1))
+        if example % 2:
+            raise ValueError("refused")
+        return 1.0
+
+    given = {"num_threads": 1, "classify": lambda error: Verdict.REFUSED}
+    first = run(tmp_path / "j", score, max_tokens=23, **given)
+    assert any(t.user_attrs.get(ABANDONED) and t.user_attrs.get(REFUSED) for t in first.study.trials)
+    for trial in run(tmp_path / "j", score, **given).study.trials:
+        odd = {example for example in trial.user_attrs[EXAMPLES] if example % 2}
+        assert set(trial.user_attrs.get(REFUSED, ())) == odd
 
 
 def test_what_the_baseline_lacks_is_counted_once(tmp_path: Path) -> None:

@@ -253,12 +253,12 @@ class Loop:
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
         verdicts = {outcome.example: self.workers.verdict(outcome) for outcome in outcomes}
         failed = [example for example, verdict in verdicts.items() if verdict in FAILURES]
-        refused = [example for example, verdict in verdicts.items() if verdict is Verdict.REFUSED]
+        before = running.asked.refused
+        refused = [e for e, verdict in verdicts.items() if verdict is Verdict.REFUSED or e in before]
         known = {o.example: o.score for o in outcomes if o.score is not None}
         known.update(dict.fromkeys(failed, self.failure_score))
         scores = {example: known[example] for example in running.examples if example in known}
         abandoned = running.asked.trial is not None and is_cut_short(outcomes)
-        refused = refused or list(running.asked.refused)
         self._book(running, scores, refused, is_over=not abandoned)
         return self.trials.tell(running.asked, running.examples, scores, refused, abandoned)
 

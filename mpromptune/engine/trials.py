@@ -109,6 +109,7 @@ class Trials:
                 RESUMES: abandoned.number,
                 EXAMPLES: list(abandoned.examples or ()),
                 USAGE: json.dumps(abandoned.usage.as_dict()),
+                **({REFUSED: list(abandoned.refused)} if abandoned.refused else {}),
             },
             system_attrs={"fixed_params": dict(abandoned.params)},
             intermediate_values=dict(abandoned.scores),

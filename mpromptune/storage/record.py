@@ -34,7 +34,7 @@ class Recorded:
         told: Whether it was told, and is over.
         is_open: Whether it is still running, or waiting to.
         usage: What measuring it has used.
-        refused: Examples of which the prompt was refused, once the trial is told.
+        refused: Of those scored, the examples on which the prompt was refused.
     """
 
     number: int
@@ -88,7 +88,7 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     if not told:  # what came in after it was closed, or has only been saved so far
         scores.update(trial.intermediate_values)
     usage = usage_of(attributes)
-    refused = tuple(attributes.get(REFUSED, ()))
+    refused = tuple(example for example in attributes.get(REFUSED, ()) if example in scores)
     identity = trial.number, trial._trial_id, dict(trial.params)
     return Recorded(*identity, examples, scores, told, is_open, usage, refused)
 
