@@ -162,11 +162,13 @@ def _take_up(
         require_same(study, before, settings)
     require_readable(study, distributions_of(space), task.n_examples)
     record = read_record(study)
-    missing = set(table_of(record, space, task.n_examples).missing(task.baseline))
-    for recorded in record:
-        if not recorded.told and recorded.params == space.params(task.baseline):
-            missing -= set(recorded.examples or ())  # its trial goes on
-    check_left(record, task.max_calls, len(missing) if plan.measures_baseline else 0)
+    missing: set[int] = set()  # what the baseline has to be asked on besides
+    if plan.measures_baseline:
+        missing.update(table_of(record, space, task.n_examples).missing(task.baseline))
+        for recorded in record:
+            if not recorded.told and recorded.params == space.params(task.baseline):
+                missing -= set(recorded.examples or ())  # its trial goes on
+    check_left(record, task.max_calls, len(missing))
     made = resolve_sampler(sampler, space, task.seed, len(study.get_trials(deepcopy=False)))
     study.sampler, encoding = bind(made, space, plan.is_open, task.seed)
     if made is options.sampler and record:  # its stream is at its beginning, and would come again
