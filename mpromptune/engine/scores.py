@@ -68,6 +68,7 @@ class _Arm:
     """What is known of one configuration; counters are by example."""
 
     scores: dict[int, list[float]] = field(default_factory=dict)
+    means: dict[int, float] = field(default_factory=dict)  # of these, which are asked for more often
     pending: Counter[int] = field(default_factory=Counter)
     failures: Counter[int] = field(default_factory=Counter)  # since the last answer
     failed_trials: list[AbstractSet[int]] = field(default_factory=list)  # what each of them lacks
@@ -143,6 +144,7 @@ class ScoreTable:
         self._told.setdefault(row)
         for example, score in scores.items():
             arm.scores.setdefault(example, []).append(score)
+            arm.means[example] = mean(arm.scores[example])
         lost = set(examples) - scores.keys() if is_over else set()
         self._failures.note(row, scores.keys() - refused, lost | refused)
         for example in scores.keys() - refused:
@@ -211,9 +213,9 @@ class ScoreTable:
         """
         if row not in self._arms:
             return {}
-        scores = self._arms[row].scores
+        means = self._arms[row].means
         refused = {example for example in self._unanswerable if self._failures.has_failed(row, example)}
-        return {example: mean(scores[example]) for example in sorted(scores.keys() - refused)}
+        return {example: means[example] for example in sorted(means.keys() - refused)}
 
     def mean(self, row: Row) -> float:
         """Mean over the examples of the mean of each; not a number where there is no score."""
@@ -299,7 +301,10 @@ class ScoreTable:
 
     def _lost(self, row: Row) -> AbstractSet[int]:
         """Examples without a score that ``row`` failed on."""
-        return self._arms[row].failures.keys() - self._arms[row].asked if row in self._arms else frozenset()
+        if row not in self._arms:
+            return frozenset()
+        asked = self._arms[row].asked
+        return {example for example in self._arms[row].failures if example not in asked}
 
     def _given_up(self, row: Row) -> AbstractSet[int]:
         """Examples that enough trials of ``row`` failed on."""
