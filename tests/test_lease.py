@@ -200,7 +200,7 @@ def test_what_cannot_be_known_is_waited_for(
         assert taken(study)
     assert SECONDS <= waits.seconds < SECONDS + 1
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "has not given back the study 'mpromptune'" in line
+    assert "has not released the study 'mpromptune'" in line
     assert "60 s" in line
 
 
@@ -209,7 +209,9 @@ def test_a_run_elsewhere_that_shows_itself_is_at_work(second: int, study: Study,
     """Whatever its clock says, a renewal of the lease is what tells."""
     write(study)
     waits.events[second] = lambda: write(study, time=-1e9)
-    with pytest.raises(StudyInUseError, match=r"process 7 on elsewhere, last heard of 0 s ago"):
+    with pytest.raises(
+        StudyInUseError, match=r"process 7 on elsewhere, which last renewed its lease 0 s ago"
+    ):
         taken(study)
     assert waits.seconds == second
     assert written(study)["token"] == "theirs"
@@ -292,7 +294,7 @@ def test_a_search_that_another_run_has_taken_over_stops(tmp_path: Path) -> None:
             then.append(path.read_bytes())
         return value
 
-    with pytest.raises(SearchStoppedError, match="process 7 on elsewhere has taken it over") as caught:
+    with pytest.raises(SearchStoppedError, match="process 7 on elsewhere has taken over the study") as caught:
         run(path, score, num_threads=1)
     assert isinstance(caught.value.__cause__, StudyInUseError)
     assert path.read_bytes() == then[0]
@@ -340,7 +342,7 @@ def test_a_compile_that_another_run_has_taken_over_stops(step: str, sound: Any, 
             then.append(path.read_bytes())
 
     lm = AuditedLM(fault)
-    with pytest.raises(SearchStoppedError, match="process 7 on elsewhere has taken it over"):
+    with pytest.raises(SearchStoppedError, match="process 7 on elsewhere has taken over the study"):
         compiled(lm, storage=path, num_threads=1)
     assert path.read_bytes() == then[0]
     assert written(open_study(path))["token"] == "theirs"
@@ -400,7 +402,7 @@ def test_two_processes(
     began, before, score = time.monotonic(), Logged.read(log, "start"), Scores()
     result, expected = run(storage, score), run(None, Scores())
     assert (time.monotonic() - began >= 2.0) or not elsewhere
-    assert caplog.text.count("has not given back the study") == elsewhere
+    assert caplog.text.count("has not released the study") == elsewhere
     assert trials_of(result.study) == trials_of(expected.study)
     assert result.best_params == expected.best_params
     twice = before & score.asked

@@ -179,7 +179,7 @@ def test_a_study_of_something_else_is_refused_before_any_call(tmp_path: Any) -> 
     study = optuna.create_study(storage=storage, study_name="taken", direction="maximize")
     study.tell(study.ask(), 1.0)
     lm = arithmetic_lm()
-    with pytest.raises(StudyMismatchError, match="'taken' has trials that no search has left there"):
+    with pytest.raises(StudyMismatchError, match="'taken' has trials that were not made by a search"):
         _compile(lm, _optimizer(lm), sampler="random", storage=storage, study_name="taken")
     assert lm.calls == []
 

@@ -273,7 +273,7 @@ def test_a_smaller_budget_is_kept(tmp_path: Path) -> None:
     with pytest.raises(SearchStoppedError):
         run(tmp_path / "j", first, max_calls=300, confirm=True, retry=RetryPolicy(attempts=1))
     scores = Scores()
-    with pytest.raises(InvalidArgumentError, match="the study holds 140 calls"):
+    with pytest.raises(InvalidArgumentError, match="the study has 140 calls"):
         run(tmp_path / "j", scores, max_calls=150, confirm=True)
     assert not scores.asked
     result = run(tmp_path / "j", scores, max_calls=250, confirm=True)
@@ -431,7 +431,7 @@ def test_studies_of_others_are_refused() -> None:
     future.set_user_attr(FORMAT, 99)
     scores = Scores()
     for name, message in [
-        ("own", "trials that no search"),
+        ("own", "trials that were not made by a search"),
         ("minimised", "does not maximise"),
         ("future", "another version of m-promptune, in format 99"),
     ]:

@@ -117,10 +117,10 @@ def test_errors_hold_no_password() -> None:
     ("content", "hint"),
     [
         (b"SQLite format 3\0" + bytes(100), "sqlite:///"),
-        (b'{"question": "1+1", "answer": "2"}\n', "no journal"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "no journal"),
-        (b"notes\n", "no journal"),
-        (b"\nnotes\n", "no journal"),
+        (b'{"question": "1+1", "answer": "2"}\n', "not an Optuna journal"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "not an Optuna journal"),
+        (b"notes\n", "not an Optuna journal"),
+        (b"\nnotes\n", "not an Optuna journal"),
     ],
 )
 def test_other_files_are_left_alone(tmp_path: Path, content: bytes, hint: str) -> None:
@@ -187,7 +187,7 @@ def test_studies_of_something_else(tmp_path: Path) -> None:
         open_study(url, "down")
     with pytest.raises(StudyMismatchError, match="'two' does not maximise one value"):
         open_study(url, "two")
-    with pytest.raises(StudyMismatchError, match="'foreign' has trials that no search has left there"):
+    with pytest.raises(StudyMismatchError, match="'foreign' has trials that were not made by a search"):
         open_study(url, "foreign")
 
 
@@ -310,7 +310,7 @@ def test_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, hard))
     try:
-        with pytest.raises(StorageError, match="cannot be written: File too large. What it holds is kept"):
+        with pytest.raises(StorageError, match="cannot be written: File too large. Its data are kept"):
             study.set_user_attr("key", "x" * 200)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,6 +1,6 @@
-"""What DSPy's adapters do otherwise in a compile: kept answers are given again, empty ones are no answers.
+"""Changes DSPy's adapters during a compile: saved answers are used again, and empty answers are errors.
 
-DSPy has no hook for this: an adapter, and the LM that it asks, are replaced by an object of a subclass.
+DSPy has no hook for this, so an adapter, and the LM that it calls, are replaced by objects of subclasses.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from mpromptune.execution.usage import Meter, Usage
 from mpromptune.lms.errors import note_failed
 from mpromptune.lms.metering import measured, meter_of_requests, settings_of
 
-# `keeping`, in the scope of the attempt, proposal or example of the name that it is called with.
+# `keeping` with the scope of an attempt, proposal or example; the arguments make up its name.
 Keeping = Callable[..., AbstractContextManager[None]]
 
-# The scope as a setting of DSPy's: its own thread pools inherit these, but not context variables.
+# Name of the DSPy setting with the scope: DSPy's thread pools inherit settings, but no context variables.
 _SCOPE = "mpromptune_scope"
-# Settings of a model that change its answers; the others may be secrets.
+# Settings of a model that change its answers; others may be secrets.
 _SETTINGS = ("temperature", "max_tokens", "n", "top_p", "rollout_id")
-# Reasons that providers give for the end of an answer, and that say something of its prompt.
+# Finish reasons of providers that are caused by the prompt.
 _OF_THE_PROMPT = ("content_filter", "refusal", "length")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a language model returned to one request.
+    """The answer of a language model to one request.
 
     Attributes:
-        outputs: As DSPy's adapters take it.
-        usage: What it used, where nothing else keeps that.
-        total: What its whole step had used by then, where that is known.
+        outputs: The outputs for DSPy's adapters.
+        usage: The usage of the request, if it is not saved elsewhere.
+        total: The usage of its whole step until then, if known.
     """
 
     outputs: list[Any]
@@ -51,39 +51,39 @@ class Answer:
 
 
 class Answers(Protocol):
-    """Keeps answers; both methods may be called by any thread.
+    """Saves answers; its methods are called from any thread.
 
-    A request is known by its scope, its digest and how many like it the scope has made before.
+    A request is identified by its scope, its digest, and the number of earlier equal requests in the scope.
     """
 
     def answer(self, scope: str, digest: str, number: int, cached: bool) -> Answer | None:
-        """Its answer, if known; where LMs have a cache, that to any like it before this run."""
+        """The answer, if known; if its LM is ``cached``, any answer of an earlier run to an equal request."""
 
     def keep_answer(self, scope: str, digest: str, number: int, answer: Answer) -> None:
-        """Keeps it."""
+        """Save an answer."""
 
 
 def keep_nothing(*name: object) -> AbstractContextManager[None]:
-    """The default `Keeping`."""
+    """The default `Keeping`, which saves no answers."""
     return nullcontext()
 
 
 @contextmanager
 def keeping(answers: Answers | None, scope: str, step: Meter | None = None) -> Iterator[None]:
-    """Requests that `watched` adapters make in here are answered from what is kept, and else kept.
+    """A context in which requests of `watched` adapters use saved answers, and save new ones.
 
     Args:
-        answers: Keeps them; None keeps nothing.
-        scope: Names one program call or one proposal, which makes the same requests whenever it is made.
-            With "" there are only the answers of an earlier run to requests that LMs cache, and none is kept.
-        step: Counts the usage of the step that it is part of, if that outlives an interrupted run.
+        answers: The saved answers; None saves nothing.
+        scope: Name of a program call or proposal, which makes the same requests in every run. With "", only
+            answers of an earlier run to cached requests are used, and no answers are saved.
+        step: Meter of the step, if its usage is saved for interrupted runs.
     """
     with nullcontext() if answers is None else dspy.context(**{_SCOPE: _Scope(answers, scope, step)}):
         yield
 
 
 def reusing(answers: Answers | None, score: Score) -> Score:
-    """``score``, whose requests find the answers of an earlier run where the LM has a cache."""
+    """``score``, whose requests use answers of an earlier run if the LM has a cache."""
 
     def scored(params: dict[str, int], example: int) -> float:
         with keeping(answers, ""):
@@ -93,12 +93,13 @@ def reusing(answers: Answers | None, score: Score) -> Score:
 
 
 def watched(adapter: Any) -> Any:
-    """What stands for an adapter of DSPy's settings while requests are watched.
+    """A substitute for an adapter of DSPy's settings while requests are watched.
 
-    An answer without text is a fault of the infrastructure: DSPy takes it for one that cannot be parsed, and
-    asks again with another prompt, or for a prediction without fields. The default adapter asks again as JSON
-    only after an answer that cannot be parsed: up to DSPy 3.2 it does so after any error, and in 3.3 after
-    those that are not DSPy's own, so that what follows a refusal or a timeout would be scored.
+    It treats an answer without text as an infrastructure error: DSPy treats it as an answer that cannot be
+    parsed, and either asks again with another prompt or returns a prediction without fields. It also lets the
+    default adapter fall back to JSON only after an answer that cannot be parsed: DSPy 3.2 does so after any
+    error and DSPy 3.3 after errors that are not its own, so the answer after a refusal or a timeout would be
+    scored.
     """
     own = dspy.ChatAdapter() if adapter is None else adapter
     twin = _like(own, _Watched, dict(getattr(own, "__dict__", {})))
@@ -110,12 +111,12 @@ def watched(adapter: Any) -> Any:
 
 
 def given_adapter(adapter: Any) -> Any:
-    """The user's adapter, whether or not another one stands for it."""
+    """The user's adapter, even if ``adapter`` is a substitute for it."""
     return getattr(adapter, "stands_for", adapter)
 
 
 class _Watched:
-    """Before a class of adapters: see `watched`."""
+    """Mixin before a class of adapters: see `watched`."""
 
     stands_for: Any = None
     falls_back = False
@@ -139,17 +140,17 @@ class _Watched:
             return await self._as_json().acall(lm, *args, **kwargs)
 
     def _as_json(self) -> Any:
-        """As ``ChatAdapter`` makes it, which 3.2 does in the midst of things."""
+        """The JSON adapter that ``ChatAdapter`` falls back to; DSPy 3.2 has no method that makes it."""
         return getattr(self, "_make_json_adapter_fallback", dspy.JSONAdapter)()
 
     def _call_postprocess(
         self, processed: Any, original: Any, outputs: Any, lm: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the adapter's class, where all outputs of a request say something."""
+        """Postprocess as the adapter's class does, but raise an error if an output is empty."""
         if not outputs or any(map(_is_empty, outputs)):
             if (reason := _refusal(lm, outputs)) is not None:
-                raise AnswerRefusedError(f"The language model answered with nothing: {reason}.")
-            error = EmptyAnswerError(f"The language model answered with nothing to parse: {outputs!r}.")
+                raise AnswerRefusedError(f"The language model returned an empty answer: {reason}.")
+            error = EmptyAnswerError(f"The language model returned an empty answer: {outputs!r}.")
             note_failed(error)
             raise error
         return super()._call_postprocess(processed, original, outputs, lm, *args, **kwargs)  # type: ignore[misc]
@@ -162,7 +163,7 @@ def _is_empty(output: Any) -> bool:
 
 
 def _refusal(lm: Any, outputs: Any) -> str | None:
-    """The reason of the prompt's for which an answer is empty, if the LM's history has one."""
+    """The reason for an empty answer, if the LM's history has one that the prompt caused."""
     entries = reversed(list(getattr(lm, "history", ())))
     response = next((entry.get("response") for entry in entries if entry.get("outputs") is outputs), None)
     for choice in getattr(response, "choices", None) or [response]:
@@ -177,7 +178,7 @@ def _refusal(lm: Any, outputs: Any) -> str | None:
 
 @dataclass
 class _Scope:
-    """One program call or proposal, as `keeping` names it."""
+    """A program call or proposal, named by `keeping`."""
 
     answers: Answers
     name: str
@@ -186,7 +187,7 @@ class _Scope:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def place(self, lm: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[str, str, int]:
-        """What a request is known by."""
+        """The scope, digest and number that identify a request."""
         settings = settings_of(lm, kwargs)
         decisive = {name: settings.get(name) for name in _SETTINGS}
         request = [getattr(lm, "model", None), args, kwargs.get("messages"), decisive]
@@ -197,7 +198,7 @@ class _Scope:
             return self.name, digest, self.asked[digest] - 1
 
     def keep(self, place: tuple[str, str, int], lm: Any, outputs: Any, used: Usage) -> None:
-        """Keeps an answer that says something, and that is not in DSPy's cache."""
+        """Save an answer that is not empty and not in DSPy's cache."""
         is_answer = isinstance(outputs, list) and outputs and not any(map(_is_empty, outputs))
         if self.name and is_answer and not (isinstance(lm, dspy.LM) and used.cache_hits):
             answer = Answer(outputs, used) if self.step is None else Answer(outputs, total=self.step.total)
@@ -206,7 +207,7 @@ class _Scope:
 
 @contextmanager
 def _asking(lm: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[list[Any]]:
-    """A list with the outputs that are kept; what is put into an empty one is kept afterwards."""
+    """A list with the saved outputs; if it is empty, the outputs appended to it are saved at the end."""
     scope, meter = dspy.settings.get(_SCOPE), meter_of_requests()
     if scope is None:
         yield []
@@ -225,7 +226,7 @@ def _asking(lm: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[list[Any]
 
 
 class _KeptLM:
-    """Before a class of LMs: answers from what the scope of this context has kept."""
+    """Mixin before a class of LMs: uses the saved answers of the scope of this context."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _asking(self, args, kwargs) as found:
@@ -246,14 +247,14 @@ def _kept(lm: Any) -> Any:
 
 
 def _like(instance: Any, mixin: type, state: dict[str, Any]) -> Any:
-    """An object of that state with the methods of ``mixin``; or itself where that cannot be."""
+    """A copy of ``instance`` with this state and the methods of ``mixin``; ``instance`` if that fails."""
     cls: Any = type(instance)
     if issubclass(cls, mixin) or any(vars(base).get("__slots__") for base in cls.__mro__):
         return instance
     try:
         twin: Any = object.__new__(_subclass(cls, mixin))
         twin.__dict__ = state
-    except (AttributeError, TypeError):  # a class that is made in some way of its own
+    except (AttributeError, TypeError):  # a class that cannot be created in this way
         return instance
     return twin
 

@@ -1,7 +1,7 @@
-"""Whose fault a failed program call is, and how long to wait: rules by the name and place of an error.
+"""Verdicts on failed program calls, and how long to wait: rules by the name and the origin of an error.
 
-What was raised below a language model is the infrastructure's, whatever its class, unless it is known to be
-said of the prompt. `lms/guard.py` sees every request, and marks what was raised there.
+An error raised below a language model is one of the infrastructure, unless its class or status says that the
+prompt caused it. `lms/guard.py` sees every request, and marks the errors raised there.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mpromptune.errors import causes
 from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.execution.pool import classify_builtin
 
-# Verdicts on classes by name, so that no SDK is imported for this: DSPy's own errors, of which older versions
-# have fewer, LiteLLM's, which reached the caller there, and those of SDKs that a custom LM may use. Of a
-# class and those that it inherits from, the first one counts.
+# Verdicts by the names of classes, so that no SDK must be imported: errors of DSPy, of LiteLLM (older DSPy
+# has fewer own errors and passes these on), and of SDKs that a custom LM may use. The first name in the
+# method resolution order of a class counts.
 _NAMES = {
     Verdict.THROTTLE: ("LMRateLimitError", "RateLimitError"),
     Verdict.RETRY: (
@@ -33,7 +33,7 @@ _NAMES = {
     Verdict.REFUSED: (
         *("AdapterParseError", "ContextWindowExceededError", "LMCollectionLimitError", "AnswerRefusedError"),
         *("BadRequestError", "UnprocessableEntityError"),
-        "JSONSchemaValidationError",  # an answer that does not fit, with the status of a server error
+        "JSONSchemaValidationError",  # an answer that violates a schema, with the status of a server error
     ),
     Verdict.STOP: (
         *("LMAuthError", "LMBillingError", "LMConfigurationError"),
@@ -43,37 +43,37 @@ _NAMES = {
     ),
 }
 _VERDICTS = {name: verdict for verdict, names in _NAMES.items() for name in names}
-# Packages whose classes these names are of.
+# The packages that define these classes.
 _PACKAGES = {"mpromptune", "dspy", "litellm", "openai", "anthropic", "httpx", "requests"}
-# What comes from these is raised below a language model; httpx and requests serve tools as well.
+# Packages whose errors are always raised below a language model; tools use httpx and requests as well.
 _PROVIDERS = {"litellm", "openai", "anthropic"}
-# What the status of an answer says where the class of the error does not. Others are a gateway's, or pass.
+# Verdicts by HTTP status if the class gives none. Other statuses come from gateways, or are temporary.
 _STATUSES = {
     **dict.fromkeys((400, 413, 422), Verdict.REFUSED),
     **dict.fromkeys((401, 402, 403, 404), Verdict.STOP),
     429: Verdict.THROTTLE,
 }
-# DSPy's for any request that was refused: the prompt's fault, unless a status says otherwise.
+# DSPy's error for any refused request: the prompt caused it, unless a status says otherwise.
 _ANY_REFUSAL = "LMInvalidRequestError"
 _NOT_FOUND = {"LMUnsupportedModelError", "NotFoundError"}
-# What OpenAI and its imitators call an account without money; it travels as a rate limit.
+# The code of OpenAI, and of compatible providers, for an account without credit; its error is a rate limit.
 _UNPAID = "insufficient_quota"
-# How all versions of DSPy begin what they say of an answer without text, for which they have no class.
+# The beginning of the message of all DSPy versions for an answer without text, which has no class of its own.
 _EMPTY = "The LM returned an empty or null response."
-# What Python's codecs, and DSPy from 3.4 on, say of a request with half a character: it is never sent.
+# Messages of Python's codecs, and of DSPy since 3.4, for a request with a lone surrogate: it is never sent.
 _UNSENDABLE = ("surrogates not allowed", "lone surrogate")
-# The mark of an error that a request to an LM has ended with, and whether a model that is not found is so for
-# good. An attribute, so that it goes to other processes with the error.
+# Attribute that marks an error raised by a request to an LM; true if the model may not exist at all. It is an
+# attribute so that it is sent to other processes with the error.
 _RAISED_BY_LM = "mpromptune_raised_by_lm"
-# What requests of one attempt have failed with, as a setting of DSPy's, whose own threads inherit these.
+# Name of the DSPy setting with the failed requests of one attempt: DSPy's threads inherit settings.
 _FAILURES = "mpromptune_failures"
 
 
 def classify(error: BaseException) -> Verdict:
-    """Infrastructure is retried, rate limits slow down as well, a misconfigured LM stops the run.
+    """The verdict on an error: infrastructure errors and rate limits are retried, a wrong LM setup stops.
 
-    An error that says nothing by itself is judged by what it was raised from. Where nothing is known of that
-    either, it is the infrastructure's if it was raised below a language model, and else the candidate's.
+    An unknown error is judged by its causes. If these are unknown too, it is one of the infrastructure if it
+    was raised below a language model, and one of the candidate otherwise.
     """
     if any(phrase in str(error) for phrase in _UNSENDABLE):
         return Verdict.CANDIDATE
@@ -84,14 +84,14 @@ def classify(error: BaseException) -> Verdict:
         below = below or mark is not None or _is_providers(link)
         verdict = _verdict(link, names, below)
         if verdict is Verdict.STOP and mark is False and (_status(link) == 404 or _NOT_FOUND & {*names}):
-            return Verdict.RETRY  # of a gateway: the model was there before
+            return Verdict.RETRY  # from a gateway, because the model was found before
         if verdict is not None:
             return verdict
     return Verdict.RETRY if below else Verdict.CANDIDATE
 
 
 def _verdict(error: BaseException, names: list[str], below: bool) -> Verdict | None:
-    """What is known of an error by itself; of any class, if it was raised ``below`` a language model."""
+    """The verdict on one error without its causes, if known; statuses count only ``below`` an LM."""
     if _is_empty(error):
         return Verdict.RETRY
     known = next((_VERDICTS[name] for name in names if name in _VERDICTS), None)
@@ -106,7 +106,7 @@ def _verdict(error: BaseException, names: list[str], below: bool) -> Verdict | N
 
 
 def _names(error: BaseException) -> list[str]:
-    """What its package calls it, and the kinds of error that this is one of."""
+    """Names of the error's class and base classes, as far as they are of known packages."""
     return [cls.__name__ for cls in type(error).__mro__ if _package(cls) in _PACKAGES]
 
 
@@ -115,24 +115,24 @@ def _package(cls: type) -> str:
 
 
 def _is_providers(error: BaseException) -> bool:
-    """Whether its class alone says that it was raised below a language model."""
+    """Whether the class of an error shows that it was raised below a language model."""
     return "LMError" in _names(error) or any(_package(cls) in _PROVIDERS for cls in type(error).__mro__)
 
 
 def _is_empty(error: BaseException) -> bool:
-    """Whether an adapter was given nothing to parse."""
+    """Whether an adapter failed because the answer was empty."""
     if not isinstance(error, dspy_errors.AdapterParseError):
         return False
     return str(error).startswith(_EMPTY) or not str(_attribute(error, "lm_response")).strip()
 
 
 def _is_unpaid(error: BaseException) -> bool:
-    """Whether waiting does not help; LiteLLM has the code only in the text."""
+    """Whether the account has no credit, so that waiting is useless; LiteLLM has the code only as text."""
     return _UNPAID in (_attribute(error, "code"), _attribute(error, "provider_code")) or _UNPAID in str(error)
 
 
 def _status(error: BaseException) -> int | None:
-    """The status of the HTTP answer behind an error, wherever its class keeps that."""
+    """The HTTP status of an error, from one of the attributes in which SDKs store it."""
     places = (error, "status"), (error, "status_code"), (_attribute(error, "response"), "status_code")
     found = (_attribute(place, name) for place, name in places)
     return next((status for status in found if isinstance(status, int)), None)
@@ -141,13 +141,13 @@ def _status(error: BaseException) -> int | None:
 def _attribute(place: Any, name: str) -> Any:
     try:
         return getattr(place, name, None)
-    except Exception:  # noqa: BLE001 - a property of an SDK's may raise anything
+    except Exception:  # noqa: BLE001 - a property of an SDK may raise any error
         return None
 
 
 @contextmanager
 def blaming() -> Iterator[None]:
-    """One attempt of a program call and its metric, in which `blame` knows of requests that failed."""
+    """A context for one attempt of a program call and its metric: `blame` is called on its error."""
     with dspy.context(**{_FAILURES: []}):
         try:
             yield
@@ -157,10 +157,10 @@ def blaming() -> Iterator[None]:
 
 
 def blame(error: BaseException) -> None:
-    """Makes a failed request of this attempt the cause of an error, where the infrastructure failed it.
+    """Make a request that failed because of the infrastructure the cause of the error of this attempt.
 
-    Programs, and modules of DSPy such as ``Parallel`` and ``BestOfN``, go on without its answer, and fail on
-    that later.
+    Programs, and modules of DSPy such as ``Parallel`` and ``BestOfN``, continue without the answer of a
+    failed request, and fail later because it is missing.
     """
     failures = [failure for _, failure in dspy.settings.get(_FAILURES) or ()]
     links = list(causes(error))
@@ -170,18 +170,18 @@ def blame(error: BaseException) -> None:
 
 
 def note_failed(error: Exception, asked: Any = None) -> None:
-    """Has `blame` know of a request that failed, and of what was ``asked``."""
+    """Remember a failed request, and the messages ``asked``, for `blame`."""
     failures = dspy.settings.get(_FAILURES)
     if failures is not None:
         failures.append((asked, error))
 
 
 def note_raised_by_lm(error: Exception, is_new: bool, asked: Any = None) -> None:
-    """Marks what a request to an LM has ended with.
+    """Mark the error of a request to an LM.
 
     Args:
-        error: As it leaves the LM.
-        is_new: Whether the LM has not answered anything yet, so that its name or address may be wrong.
+        error: The error that the LM raised.
+        is_new: Whether the LM has not answered any request yet, so that its name or address may be wrong.
         asked: The messages.
     """
     vars(error)[_RAISED_BY_LM] = is_new
@@ -189,7 +189,7 @@ def note_raised_by_lm(error: Exception, is_new: bool, asked: Any = None) -> None
 
 
 def note_answered(asked: Any) -> None:
-    """Has `blame` forget requests that failed and were made again, be it of another LM."""
+    """Forget failed requests with the messages ``asked``, which were now answered, perhaps by another LM."""
     failures = dspy.settings.get(_FAILURES)
     if failures:
         failures[:] = [(other, error) for other, error in failures if other is None or other != asked]
@@ -205,7 +205,7 @@ def _wishes(error: BaseException) -> Iterator[Any]:
     yield _attribute(error, "retry_after")
     response = _attribute(error, "response")
     for place, name in (response, "headers"), (error, "litellm_response_headers"), (error, "headers"):
-        with suppress(AttributeError, TypeError, ValueError):  # whatever an SDK keeps under that name
+        with suppress(AttributeError, TypeError, ValueError):  # an SDK may store anything under that name
             yield from (value for key, value in _attribute(place, name).items() if _is_retry_after(key))
 
 
@@ -214,7 +214,7 @@ def _is_retry_after(header: Any) -> bool:
 
 
 def _seconds(wish: Any) -> float:
-    """A number of seconds, or a date of HTTP; not a number for anything else."""
+    """Seconds from a number or an HTTP date; NaN for anything else."""
     with suppress(TypeError, ValueError):
         return float(wish)
     with suppress(AttributeError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Watches the LM requests of a compile: counts, paces and stops them, and has equal ones share an answer."""
+"""Watches the LM requests of a compile: counts, paces and stops them, and lets equal ones share an answer."""
 
 from __future__ import annotations
 
@@ -24,25 +24,26 @@ from mpromptune.lms.metering import Pricing, Relay, measured, meter_of_requests,
 
 logger = logging.getLogger(__name__)
 
-# NOTE: failures before its first answer after which an LM that is not found is taken not to exist: a gateway
-# that spoils one answer in ten does so at the beginning of one run in a thousand.
+# NOTE: number of failures before its first answer after which a "not found" error of an LM is final: a
+# gateway that fails on one request in ten does so three times at the start of one run in a thousand.
 _FIRST_FAILURES = 3
-# NOTE: age in seconds of a request that equal ones stop waiting for; most clients give up by then.
+# NOTE: age of a request in seconds after which equal requests stop waiting for it; most clients time out
+# earlier.
 _PATIENCE = 600.0
 
 _UNSEEN = (
-    "A program call has ended, and no LM call of it was seen. If the program asks an LM in threads of its "
-    "own, nothing of that is counted, paced or stopped: max_tokens, max_cost and requests per minute do not "
+    "A program call has ended, and no LM call of it was seen. If the program calls an LM in threads of its "
+    "own, these calls are not counted, paced or stopped: max_tokens, max_cost and requests per minute do not "
     "hold. Start such threads with dspy.Parallel, or in a copy of the context: "
     "executor.submit(contextvars.copy_context().run, function, ...)."
 )
 
-# What ended a request: an error, or None; and whether it was answered.
+# The end of a request: its error or None, and whether it was answered.
 _End = tuple[BaseException | None, bool]
 
 
 def note_call(used: Usage) -> None:
-    """Warns, once in a compile, where what a program asks its LM is not seen."""
+    """Warn once in a compile if the LM calls of the program are not seen."""
     for guard in dspy.settings.callbacks or ():
         if isinstance(guard, Guard) and guard.budget.starts_unseen(used):
             logger.warning(_UNSEEN)
@@ -50,15 +51,15 @@ def note_call(used: Usage) -> None:
 
 @dataclass(eq=False)
 class Guard(BaseCallback):
-    """A callback of DSPy's, to be put in `dspy.context` around everything that may ask an LM.
+    """A DSPy callback for `dspy.context` around all code that may call an LM.
 
     Attributes:
-        budget: Its meter counts what no closer one does; when a limit of it is used up, no request
-            is sent any more, unless it `spares` them.
-        pricing: What answers cost.
+        budget: Its meter counts requests without a closer meter. When one of its limits is reached, no
+            further request is sent, except with `spares`.
+        pricing: The prices of answers.
         stopped: Set when no further request may be sent.
-        pace: Caps per minute, if any.
-        spares: Leaves programs under way alone that began within the limits, but for that of time.
+        pace: Limits per minute, if there are any.
+        spares: Whether programs that began within the limits may finish; the time limit still holds.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -71,16 +72,16 @@ class Guard(BaseCallback):
         self._outer: Guard | None = None
         self._flights = Flights(_PATIENCE)
         self._requests: dict[str, Generator[None, _End, None]] = {}
-        self._uncached: set[str] = set()  # LMs found not to answer from a cache
+        self._uncached: set[str] = set()  # LMs whose answers are not cached after all
         self._charging: set[str] = set()  # LMs that have reported tokens
         self._answered: set[str] = set()
-        self._failures: Counter[str] = Counter()  # of LMs that have not answered
+        self._failures: Counter[str] = Counter()  # number of failures of LMs without an answer so far
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches the requests of this context, beside the callbacks that are in force.
+        """A context whose requests are watched; the user's callbacks stay active.
 
-        A compile within a compile has one guard of its own, which obeys the outer one as well.
+        A compile within a compile has its own guard, which also obeys the outer one.
         """
         callbacks = list(dspy.settings.callbacks or [])
         guards = [callback for callback in callbacks if isinstance(callback, Guard)]
@@ -92,10 +93,10 @@ class Guard(BaseCallback):
             yield
 
     def check(self) -> None:
-        """Ends a program whose next request may not be sent.
+        """End a program whose next request must not be sent.
 
         Raises:
-            Stopped: The run is over, or a limit is used up.
+            Stopped: The run is over, or a limit was reached.
         """
         check_stopped()
         may_ask = not self.budget.is_late if self.spares else self.budget.admits()
@@ -105,21 +106,21 @@ class Guard(BaseCallback):
             self._outer.check()
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        """Has a request wait until it may be sent; if it never may, raises what no `except` catches."""
+        """Wait until the request may be sent; if it never may, raise `Stopped` (no ``Exception``)."""
         self.check()
         request = self._request(instance, inputs)
         next(request)
         self._requests[call_id] = request
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        """Counts it, and lets those go on that wait for its answer."""
+        """Count the request, and end the waiting of equal requests."""
         request = self._requests.pop(call_id, None)
         if request is not None:
-            with suppress(StopIteration):  # without outputs or an error, it was cancelled
+            with suppress(StopIteration):  # a request without outputs and error was cancelled
                 request.send((exception, exception is None and outputs is not None))
 
     def _request(self, lm: Any, inputs: Mapping[str, Any]) -> Generator[None, _End, None]:
-        """One request: up to ``yield`` before it is sent, and from there on once it has ended."""
+        """One request: the code before ``yield`` runs before it is sent, the rest when it has ended."""
         kind, cacheable = _kind(lm), bool(settings_of(lm, inputs.get("kwargs"))["cache"])
         meter = meter_of_requests() or self.budget.meter
         relay = Relay(dspy.settings.usage_tracker)
@@ -145,13 +146,13 @@ class Guard(BaseCallback):
             if flight is not None and not follows:
                 self._flights.land(flight, answered)
             if self.pace is not None:
-                if used.lm_calls:  # without a ticket, it waited for an answer that then was not to be had
+                if used.lm_calls:  # without a ticket if it waited for an answer that was not cached after all
                     self.pace.settle(ticket, used.tokens)
                 elif ticket is not None:
                     self.pace.settle(ticket, 0, requests=0)  # a cache answered
 
     def _judge(self, kind: str, asked: Any, error: BaseException | None, answered: bool) -> None:
-        """Marks what was raised below the LM."""
+        """Note whether the LM answered, and mark its error."""
         if answered:
             self._answered.add(kind)
             note_answered(asked)
@@ -169,10 +170,10 @@ class Guard(BaseCallback):
     def _usage(
         self, lm: Any, relay: Relay, inputs: Mapping[str, Any], answered: bool, cacheable: bool
     ) -> Usage:
-        """What a request used; an answer that nobody charged for is a cache's."""
+        """The usage of a request; an answer without tokens is a cache hit."""
         usages = relay.usages(lm, inputs)
         if answered and relay.wraps_another and not usages:
-            return Usage()  # the LM that it asked has been counted
+            return Usage()  # the LM that it called has been counted
         tokens = [tokens_of(usage) for _, usage in usages]
         prompt, completion = sum(sent for sent, _ in tokens), sum(received for _, received in tokens)
         free = answered and cacheable and not prompt + completion
@@ -187,7 +188,7 @@ def _kind(lm: Any) -> str:
 
 
 def _key(lm: Any, inputs: Mapping[str, Any]) -> Hashable | None:
-    """What makes two requests equal for DSPy's cache; None where that cannot be said."""
+    """The key of a request in DSPy's cache; None if it has none."""
     request = {
         "lm": [type(lm).__module__, type(lm).__qualname__, getattr(lm, "model", None)],
         "model_type": getattr(lm, "model_type", None),
@@ -196,5 +197,5 @@ def _key(lm: Any, inputs: Mapping[str, Any]) -> Hashable | None:
     }
     try:
         return str(dspy.cache.cache_key(request))
-    except Exception:  # noqa: BLE001 - whatever a request holds that JSON does not
+    except Exception:  # noqa: BLE001 - a request may contain objects that JSON does not support
         return None

@@ -1,4 +1,4 @@
-"""What requests to language models use and cost, by what DSPy and the providers say of them."""
+"""The usage and the cost of requests to language models, as DSPy and the providers report them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 PerMillion = tuple[float, float]
 Prices = Mapping[str, PerMillion] | Callable[[str, Mapping[str, Any]], float]
 
-# The meter as a setting of DSPy's: its own thread pools inherit these, but not context variables.
+# Name of the DSPy setting with the meter: DSPy's thread pools inherit settings, but no context variables.
 METER = "mpromptune_meter"
 
 _FORWARDING = threading.Lock()
@@ -26,47 +26,47 @@ _FORWARDING = threading.Lock()
 
 @contextmanager
 def measured(meter: Meter | None = None) -> Iterator[Meter]:
-    """As `metered`, for LM requests made in DSPy's own threads too."""
+    """Like `metered`, but also for LM requests made in DSPy's own threads."""
     with metered(meter) as inner, dspy.context(**{METER: inner}):
         yield inner
 
 
 def meter_of_requests() -> Meter | None:
-    """What counts the LM requests of this context."""
+    """The meter of the LM requests of this context."""
     return dspy.settings.get(METER) or current_meter()
 
 
 def settings_of(lm: Any, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings of a request: those of its LM, unless it has its own."""
+    """The settings of a request: those of its LM, overridden by its own."""
     return {"cache": getattr(lm, "cache", False), **(getattr(lm, "kwargs", None) or {}), **(kwargs or {})}
 
 
 class Relay:
-    """DSPy's usage tracker for one request: takes its usage down and passes it on to the user's own."""
+    """DSPy's usage tracker for one request: records its usage and passes it on to the user's tracker."""
 
     def __init__(self, tracker: Any) -> None:
         self.entries: list[tuple[str, dict[str, Any]]] = []
         self.wraps_another = False
         self.outer: Any = tracker
-        if isinstance(tracker, Relay):  # an LM that asks another LM
+        if isinstance(tracker, Relay):  # an LM that calls another LM
             tracker.wraps_another = True
             self.outer = tracker.outer
 
     def add_usage(self, model: str, usage: Mapping[str, Any]) -> None:
-        """As DSPy's tracker, which is not made for several threads."""
+        """Like the method of DSPy's tracker, which is not safe for threads."""
         self.entries.append((model, dict(usage)))
         if self.outer is not None:
             with _FORWARDING:
                 self.outer.add_usage(model, usage)
 
     def get_total_tokens(self) -> Any:
-        """As DSPy's tracker."""
+        """Like the method of DSPy's tracker."""
         return {} if self.outer is None else self.outer.get_total_tokens()
 
     def usages(self, lm: Any, inputs: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        """Models asked for this request, and what they report; none where a cache answered.
+        """The models called for this request, and their reported usage; empty if a cache answered.
 
-        Up to 3.2, DSPy tracks its own LM only: of others, the LM's history knows.
+        Up to 3.2, DSPy tracks only its own LM; for others, the LM's history has the usage.
         """
         if self.entries or isinstance(lm, dspy.LM) or hasattr(dspy.BaseLM, "_record_response"):
             return self.entries
@@ -78,12 +78,12 @@ class Relay:
 
 
 class Pricing:
-    """US dollars of an answer: as given, as the provider reports it, or as LiteLLM knows it.
+    """The cost of an answer in US dollars: by given prices, as the provider reports it, or by LiteLLM's list.
 
     Args:
         prices: Model to US dollars per million prompt and completion tokens; or a callable
             ``(model, usage) -> dollars``.
-        must_know: Whether a model without a price is worth a warning.
+        must_know: Whether to warn of a model without a price.
     """
 
     def __init__(self, prices: Prices | None = None, must_know: bool = False) -> None:
@@ -92,11 +92,11 @@ class Pricing:
         self._warned: set[str] = set()
 
     def cost(self, lm: Any, model: str, usage: Mapping[str, Any]) -> float:
-        """Of one answer; 0 if nobody knows."""
+        """The cost of one answer; 0 if it is unknown."""
         if callable(self._prices):
             try:
                 return float(self._prices(model, usage))
-            except Exception as error:  # noqa: BLE001 - the user's own code; the answer is counted all the same
+            except Exception as error:  # noqa: BLE001 - user code; its answers are still counted
                 self._warn(model, f"prices({model!r}, ...) raised {error!r}: its answers count as free.")
                 return 0.0
         reported = usage.get("cost")
@@ -110,12 +110,12 @@ class Pricing:
         """US dollars per million prompt and completion tokens, if known."""
         if callable(self._prices):
             return None
-        # LiteLLM's names are those of DSPy's own LM only.
+        # Only DSPy's own LM uses LiteLLM's names.
         price = self._prices.get(model) or (_listed(model) if isinstance(lm, dspy.LM) else None)
         if price is None and self._must_know:
             self._warn(
                 model,
-                f"No price is known for {model!r}: its answers count as free. Give prices={{{model!r}: (US "
+                f"No price is known for {model!r}: its answers count as free. Pass prices={{{model!r}: (US "
                 "dollars per million prompt tokens, completion tokens)}.",
             )
         return price
@@ -139,8 +139,8 @@ def _listed(model: str) -> PerMillion | None:
     try:
         import litellm
 
-        litellm.suppress_debug_info = True  # as DSPy sets it: else it prints a link for a name unknown to it
+        litellm.suppress_debug_info = True  # as DSPy sets it; otherwise unknown names print a link
         prices = litellm.cost_per_token(model=model, prompt_tokens=1_000_000, completion_tokens=1_000_000)
-    except Exception:  # noqa: BLE001 - it has errors of many kinds for a name that it does not know
+    except Exception:  # noqa: BLE001 - LiteLLM raises various errors for an unknown name
         return None
     return float(prices[0]), float(prices[1])

@@ -18,20 +18,20 @@ T = TypeVar("T")
 
 
 class Threads(DaemonThreads):
-    """A pool of threads; leaving it stops what has not begun and waits for what has.
+    """A pool of threads; leaving its context starts no more calls and waits for those in flight.
 
-    After an error or an interrupt the wait is short: what is still under way then makes no further
-    LM call (see `interrupts.current_stop`), and does not hold up the interpreter's end.
+    After an error or an interrupt the wait is short: calls still in flight then make no further LM call (see
+    `interrupts.current_stop`), and the interpreter does not wait for them when it exits.
 
     Args:
-        number: Calls at a time.
-        grace: Seconds that calls under way are left after an error.
-        retry: How often and how patiently errors of the infrastructure are retried.
+        number: Number of threads.
+        grace: Seconds that calls in flight may still take after an error.
+        retry: How infrastructure errors are retried.
         admits: Whether another attempt may be made.
 
     Attributes:
-        attempts: Makes a call with these retries, in the thread that asks for it.
-        failure: What an attempt failed with after which no other can succeed; then none is made.
+        attempts: Makes a call with these retries, in the calling thread.
+        failure: The error after which no other attempt can succeed; then none is made.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Threads(DaemonThreads):
     ) -> None:
         super().__init__(number, "mpromptune-step")
         self.grace = grace
-        self._ending = threading.Event()  # nothing more begins
-        self._stopped = threading.Event()  # nor does anybody wait for what has begun
+        self._ending = threading.Event()  # no call begins any more
+        self._stopped = threading.Event()  # and the results of calls in flight are no longer needed
         self.failure: BaseException | None = None
         judged = self._judge, retry or RetryPolicy(), retry_after
         self.attempts = Attempts(*judged, number, self._stopped, admits)
@@ -54,42 +54,42 @@ class Threads(DaemonThreads):
 
     @property
     def load(self) -> Load:
-        """Threads that have something to do, and what the retries leave them."""
+        """The number of busy threads, and the limit of the throttle."""
         return replace(self.attempts.load, running=min(self._unfinished, self._number))
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Queues a call, to be run in a copy of the caller's context (where DSPy's settings live)."""
+        """Queue a call, which runs in a copy of the caller's context (with DSPy's settings)."""
         with self._counting:
             return self._queued(contextvars.copy_context(), fn, *args, **kwargs)
 
     def fill(self, calls: Iterable[Callable[[], object]]) -> None:
-        """Has the threads that nothing else needs make these calls, in order; each handles its errors.
+        """Make these calls in order on threads that are otherwise idle; each handles its own errors.
 
-        They are taken from ``calls`` one by one when a thread is free, in a copy of this context.
+        Each is taken from ``calls`` when a thread is idle, and runs in a copy of this context.
         """
         with self._counting:
             self._fillers, self._context = iter(calls), contextvars.copy_context()
             self._fill()
 
     def end(self) -> None:
-        """Starts nothing more; what is under way goes on."""
-        with self._counting:  # no call is being submitted
+        """Start no more calls; those in flight continue."""
+        with self._counting:  # while no call is being submitted
             self._ending.set()
 
     def finish(self, within: float | None = None) -> None:
-        """Starts nothing more, and lets the calls under way come to their end: they are paid for.
+        """Start no more calls, and wait for those in flight, which are paid for.
 
         Args:
-            within: Seconds to wait at most; what still runs then asks no LM any more.
+            within: Longest wait in seconds; calls still in flight then make no further LM call.
         """
         self.end()
-        # Not `cancel_futures`: nobody who is in `wait` for a future is told of its cancellation.
+        # Not `cancel_futures`: threads in `wait` would not be notified of the cancellation.
         self.shutdown(wait=False)
         self.join(within)
         self._stopped.set()
 
     def close(self, within: float | None = None) -> None:
-        """As `finish`, but what is under way asks no LM any more, and is waited for the first time only."""
+        """Like `finish`, but calls in flight make no further LM call; only the first `close` waits."""
         is_first = not self._closed
         self._stopped.set()
         if is_first:

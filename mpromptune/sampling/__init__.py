@@ -1,4 +1,4 @@
-"""Samplers: qEISampler, and Optuna's own made fit for a search. Their names can be known without torch."""
+"""Samplers: qEISampler, and Optuna's samplers adapted to a search; their names are known without torch."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""Studies in Optuna's storage: where they are kept, and what is written in them."""
+"""Studies in Optuna's storage: storages, the lease of a study, and the data that it contains."""

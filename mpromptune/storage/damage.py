@@ -1,4 +1,4 @@
-"""What fails in a storage, as a StorageError: it is out of reach, or what it holds is damaged."""
+"""Turns failures of a storage into a StorageError: it cannot be reached, or its data are damaged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpromptune.errors import MPromptuneError, StorageError
 from mpromptune.execution.usage import Usage
 from mpromptune.storage.attributes import EXAMPLES, PLANNED, RESUMES, SCORES, USAGE
 
-# What values of the wrong kind end in, here or in Optuna's own replay of a journal.
+# Errors that values of the wrong kind cause, here or when Optuna replays a journal.
 CRASHES = (AssertionError, AttributeError, LookupError, TypeError, ValueError, OverflowError)
 
 
@@ -28,38 +28,38 @@ _PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
 
 @contextmanager
 def reported(what: str = "The storage cannot be read and written") -> Iterator[None]:
-    """What the system, or a storage of Optuna's, raises as a `StorageError` that begins with ``what``."""
+    """Raise errors of the system or of an Optuna storage as a `StorageError` that begins with ``what``."""
     try:
         yield
     except StorageError:
         raise
     except (StorageInternalError, OSError) as error:
-        # Optuna's message does not say what happened, and SQLAlchemy's holds all that was to be written.
+        # Optuna's message does not name the cause, and SQLAlchemy's contains all data to be written.
         cause = getattr(error.__cause__, "orig", None) or getattr(error, "strerror", None) or error
-        raise StorageError(f"{what}: {public(cause)}. What it holds is kept.") from error
+        raise StorageError(f"{what}: {public(cause)}. Its data are kept.") from error
 
 
 def public(text: object) -> str:
-    """A message without the password that a URL in it may hold."""
+    """A message without passwords of URLs."""
     return _PASSWORD.sub(r"\1:***@", str(text))
 
 
 @contextmanager
 def readable(what: str) -> Iterator[None]:
-    """A crash on what was read of a storage as a `StorageError` that says what is damaged."""
+    """Raise an error caused by data of a storage as a `StorageError` that says what is damaged."""
     try:
         yield
     except MPromptuneError:
         raise
     except CRASHES as error:
         raise StorageError(
-            f"{what} is damaged and cannot be read ({type(error).__name__}: {error}). Mend it, or give "
+            f"{what} is damaged and cannot be read ({type(error).__name__}: {error}). Repair it, or pass "
             "another storage or study_name. Nothing was written to it."
         ) from error
 
 
 def named(study: Study) -> str:
-    """A study by its name and, where it has one, its file or the URL of its database, without a password."""
+    """The name of a study and, if it has one, its file or the URL of its database without the password."""
     backend = getattr(study._storage, "_backend", None)
     url = getattr(getattr(backend, "engine", None), "url", None)
     place = getattr(backend, "_file_path", url)
@@ -67,12 +67,12 @@ def named(study: Study) -> str:
 
 
 def require_readable(study: Study, distributions: Mapping[str, BaseDistribution], n_examples: int) -> None:
-    """Checks that the trials of a study hold what a search of this space leaves there.
+    """Check that the trials of a study contain valid data of a search of this space.
 
-    What is missing is no damage: a search goes on without it.
+    Missing data are not damage, because a search continues without them.
 
     Raises:
-        StorageError: One of them holds something else; the message names it.
+        StorageError: A trial contains other data; the message names the trial.
     """
     with readable(f"A trial of {named(study)}"):
         trials = study.get_trials(deepcopy=False)
@@ -107,14 +107,14 @@ def _check_numbers(trial: FrozenTrial, n_examples: int) -> None:
 
 
 def usage_from(kept: Any) -> Usage:
-    """What `Usage.as_dict` made.
+    """The usage that `Usage.as_dict` has saved.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: ``kept`` is something else.
     """
     usage = Usage(**kept)
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in kept.values()):
-        raise TypeError(f"what was used is {kept!r}")
+        raise TypeError(f"the usage is {kept!r}")
     return usage
 
 
@@ -122,7 +122,7 @@ def list_from(name: str, value: Any) -> list[Any]:
     """``value`` as a list.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is neither a list nor a tuple.
     """
     if not isinstance(value, list | tuple):
         raise TypeError(f"{name} is {value!r}")

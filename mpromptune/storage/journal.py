@@ -1,7 +1,7 @@
-"""A journal file that outlives killed processes, power cuts and full disks.
+"""A journal file that survives killed processes, power failures and full disks.
 
-Optuna's own refuses the whole file for one damaged line, or everything after it. Here a line that its replay
-cannot read costs only what stood in it. The file, its format and the replay are Optuna's.
+Optuna's own storage rejects the whole file because of one damaged line, or everything after that line. Here
+only the content of the damaged line is lost. The file, its format and the replay are Optuna's.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from mpromptune.storage.damage import reported
 
 logger = logging.getLogger(__name__)
 
-# NOTE: seconds after which a lock belongs to a process that is dead; the least that Optuna takes without a
-# warning. A write takes milliseconds; one that is slower than that still appends in one piece.
+# NOTE: seconds after which the holder of a lock is considered dead; the smallest value that Optuna accepts
+# without a warning. A write takes milliseconds; even a slower one is appended in one piece.
 _GRACE = 3
 _FIRST_BYTES = b'{"op_code":'
-# A trial whose creation was lost. Its number is that of its line among the creations.
+# The record of a trial whose creation was lost; trials are numbered in the order of their creation.
 _CREATION = {"op_code": 4, "worker_id": "", "datetime_start": "2000-01-01T00:00:00"}
 
 
 class TolerantJournal(JournalStorage):
-    """Optuna's storage in a file, which goes on without the lines that it cannot read.
+    """Optuna's storage in a file; it skips lines that cannot be read.
 
     Args:
-        path: The file; created unless it exists.
+        path: The file; created if it does not exist.
 
     Raises:
-        StorageError: It cannot be read and written, or is no journal.
+        StorageError: The file cannot be read and written, or is not a journal.
     """
 
     def __init__(self, path: str) -> None:
         self._path = os.path.abspath(path)
-        self._lost = 0  # lines, each of which may have created a trial
+        self._lost = 0  # unreadable lines, each of which may have created a trial
         super().__init__(_File(self._path))
 
     def _sync_with_backend(self) -> None:
@@ -53,23 +53,23 @@ class TolerantJournal(JournalStorage):
                 replay.apply_logs([record])
             except StorageError:
                 raise
-            except Exception:  # whatever Optuna raises on what it has not written
+            except Exception:  # Optuna may raise any error on records that it has not written
                 if isinstance(record, dict) and record.get("worker_id") == replay.worker_id:
-                    raise  # of what was asked for just now
+                    raise  # the record is of this process, so the error is for its caller
                 self._lost += 1
                 logger.warning("Line %d of %s is unreadable; skipped.", line, self._path)
             replay.log_number_read = line
 
     def _create_lost(self, record: dict[str, Any]) -> None:
-        """Creates what a record mentions and an unreadable line has created.
+        """Create trials that a record mentions and an unreadable line has created.
 
-        Trials are numbered as they are created: without, all later scores would be another trial's.
+        Trials are numbered as they are created, so without this all later scores would go to other trials.
         """
         replay, study, trial = self._replay_result, record.get("study_id"), record.get("trial_id", -1)
         if self._lost and study == replay._next_study_id:
             raise StorageError(
-                f"The line of {self._path} that created study {study} is unreadable, and the lines about it "
-                "are of no use without. Mend the line, or give another path."
+                f"The line of {self._path} that created study {study} is unreadable, and the lines about the "
+                "study are useless without it. Repair the line, or pass another path."
             )
         missing = trial + 1 - len(replay._trials)
         if missing > self._lost:
@@ -81,13 +81,13 @@ class TolerantJournal(JournalStorage):
 
 
 class _File(JournalFileBackend):
-    """Optuna's journal file: what is no JSON is read as None, and what fails is a `StorageError`."""
+    """Optuna's journal file; lines that are not JSON are read as None, and errors are a `StorageError`."""
 
     def __init__(self, path: str) -> None:
         with reported(f"The journal {path} cannot be opened"):
             open(path, "ab").close()
             super().__init__(path, JournalFileOpenLock(path, grace_period=_GRACE))
-            with self._locked():  # now, rather than after something has been paid for
+            with self._locked():  # check now, before anything is paid for
                 _require_journal(path)
 
     def read_logs(self, log_number_from: int) -> Generator[Any, None, None]:
@@ -95,13 +95,13 @@ class _File(JournalFileBackend):
             offset = file.seek(self._log_number_offset[log_number_from])
             for number, line in enumerate(file, log_number_from + 1):
                 if not line.endswith(b"\n"):
-                    return  # it is being written; or torn, and ended by the next one to be written
+                    return  # it is being written, or it is incomplete; the next write then ends it
                 offset += len(line)
                 self._log_number_offset[number] = offset
                 yield _parse(line)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Writes records, on a line of their own even if the last one was torn."""
+        """Write records, beginning a new line if the last line is incomplete."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         with (
             reported(f"The journal {self._file_path} cannot be written"),
@@ -120,7 +120,7 @@ class _File(JournalFileBackend):
         try:
             yield
         finally:
-            with suppress(RuntimeError):  # it took so long that another process broke the lock
+            with suppress(RuntimeError):  # another process has broken the lock because this took too long
                 self._lock.release()
 
 
@@ -135,6 +135,6 @@ def _require_journal(path: str) -> None:
     with open(path, "rb") as file:
         line = file.readline(200)
     start = line.rstrip(b"\n")[: len(_FIRST_BYTES)]
-    if line and not (start and _FIRST_BYTES.startswith(start)):  # the first record may be torn
-        hint = f"; for a database, give sqlite:///{path}" if start.startswith(b"SQLite") else ""
-        raise StorageError(f"{path} is no journal of Optuna's{hint}. Nothing was written to it.")
+    if line and not (start and _FIRST_BYTES.startswith(start)):  # the first record may be incomplete
+        hint = f"; for a database, pass sqlite:///{path}" if start.startswith(b"SQLite") else ""
+        raise StorageError(f"{path} is not an Optuna journal{hint}. Nothing was written to it.")

@@ -1,7 +1,7 @@
-"""The lease of a study: one search or compile at a time writes to it.
+"""The lease of a study: only one search or compile at a time writes to it.
 
-No library has one for every storage: file locks know one host, and advisory locks one database. Optuna's
-heartbeats are of trials, and of databases only.
+This is own code because no library has a lease for every storage: file locks work on one host, advisory locks
+in one database, and Optuna's heartbeats for trials in databases.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from mpromptune.storage.damage import CRASHES, reported
 
 logger = logging.getLogger(__name__)
 
-# NOTE: seconds from one renewal to the next; each is a row of a database or a line of a journal.
+# NOTE: seconds between renewals; each writes a row of a database or a line of a journal.
 BEAT = 10.0
-# NOTE: seconds without a renewal after which a run on another host is taken for dead: six renewals,
-# and as long as a run waits for a lost connection to its database (`storage.PATIENCE`).
+# NOTE: seconds without a renewal after which a run on another host counts as dead: six renewals, and as long
+# as a run waits for a lost connection to its database (`storage.PATIENCE`).
 SILENCE = 60.0
-# NOTE: seconds between two looks at a lease whose holder may be dead.
+# NOTE: seconds between two checks of a lease whose holder may be dead.
 _LOOK = 1.0
-# NOTE: seconds from writing a lease to reading it back: many times what another start takes from finding
-# the study free to writing its own, a few milliseconds. One that is slower is found at the next renewal.
+# NOTE: seconds between writing a lease and reading it back. Another run needs a few milliseconds between
+# finding the study free and writing its own lease; a slower run is noticed at the next renewal.
 _SETTLE = 0.1
 
 # Tokens of the leases that this process holds.
@@ -48,15 +48,15 @@ _TOKENS: set[str] = set()
 
 @dataclass(frozen=True)
 class Holder:
-    """A run that has a lease, as the storage shows it.
+    """The run that has a lease, as saved in the storage.
 
     Attributes:
-        host: Name of its host, for people.
-        machine: The host, or container, whose processes can be told apart by ``pid``.
-        pid: Its process.
-        began: When that process began, as its system counts; None where that cannot be read.
-        token: Of this run alone.
-        time: Of the last renewal, by the clock of its host.
+        host: Name of its host, for messages.
+        machine: Identity of the host or container in which ``pid`` is unique.
+        pid: Id of its process.
+        began: Start time of that process in the units of its system; None if it is unknown.
+        token: Random identity of the run.
+        time: Time of the last renewal, by the clock of its host.
     """
 
     host: str
@@ -70,19 +70,19 @@ class Holder:
         return f"process {self.pid} on {self.host}"
 
     def lives(self) -> bool | None:
-        """Whether the run still goes on; None where that cannot be told from here."""
+        """Whether the run is still alive; None if this cannot be determined from here."""
         if self.machine != _machine() or os.name != "posix":
             return None
         if self.pid == os.getpid():
             return self.token in _TOKENS
         try:
             os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):  # there is none, or can be none
+        except (ProcessLookupError, OverflowError):  # there is no such process, or the id is invalid
             return False
-        except PermissionError:  # it is another user's
+        except PermissionError:  # the process belongs to another user
             pass
         began = _began(self.pid)
-        # Without the time of its start it could be another process that was given the same number.
+        # Without its start time it could be another process with the same id.
         return None if None in (began, self.began) else began == self.began
 
 
@@ -91,7 +91,7 @@ class Lease:
 
     Attributes:
         study: The study.
-        lost: Why the run may not write any more; None while it may.
+        lost: The error that says why the run may not write any more; None while it may.
     """
 
     def __init__(self, study: Study, stopped: threading.Event) -> None:
@@ -103,10 +103,10 @@ class Lease:
         self._own = Holder(socket.gethostname(), _machine(), pid, _began(pid), secrets.token_hex(8), 0.0)
 
     def require(self) -> None:
-        """Makes sure that the run may still write.
+        """Require that the run may still write.
 
         Raises:
-            StudyInUseError: Another run has taken over.
+            StudyInUseError: Another run has taken over the study.
         """
         if self.lost is not None:
             raise self.lost
@@ -118,7 +118,7 @@ class Lease:
 
     def _lose(self, why: str) -> None:
         self.lost = StudyInUseError(
-            f"This run has no right to write to the study {self.study.study_name!r} any more: {why}"
+            f"This run must not write to the study {self.study.study_name!r} any more: {why}"
         )
         for event in self._stopped:
             event.set()
@@ -131,23 +131,23 @@ class Lease:
             while not self._is_own(self._read()):
                 self._await_free()
                 self._renew()
-                pause(_SETTLE)  # where two start at the same moment, the last one to write has it
+                pause(_SETTLE)  # if two runs start at the same moment, the last one to write has it
             renewing.start()
             yield
         finally:
             with deferred():
-                self._give_back(renewing)
+                self._release(renewing)
 
-    def _give_back(self, renewing: threading.Thread) -> None:
-        """Leaves the study to the next run; where the storage fails, that will notice by itself."""
+    def _release(self, renewing: threading.Thread) -> None:
+        """Release the study; if the storage fails, the next run waits until the lease expires."""
         self._over.set()
         try:
             if renewing.ident is not None:
                 renewing.join(timeout=BEAT)
             if self._own.time and self.lost is None and self._is_own(self._read()):
                 self._write(None)
-        except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run ends as it does
-            logger.warning("The lease of %r could not be given back: %s", self.study.study_name, error)
+        except Exception as error:  # noqa: BLE001 - any error of a storage; it must not hide the run's end
+            logger.warning("The lease of %r could not be released: %s", self.study.study_name, error)
         finally:
             _TOKENS.discard(self._own.token)
 
@@ -157,14 +157,14 @@ class Lease:
             try:
                 holder = self._read()
                 if holder is not None and not self._is_own(holder):
-                    self._lose(f"{holder} has taken it over")
+                    self._lose(f"{holder} has taken over the study")
                     return
                 self._renew()
-            except Exception as error:  # noqa: BLE001 - whatever a storage raises; the run will see it too
+            except Exception as error:  # noqa: BLE001 - any error of a storage; the run meets it too
                 logger.debug("The lease could not be renewed: %s", error)
             else:
                 if time.monotonic() - began > SILENCE - BEAT:  # another run may have begun in between
-                    self._lose("it could not be renewed in time")
+                    self._lose("its lease could not be renewed in time")
 
     def _await_free(self) -> None:
         holder = self._read()
@@ -173,11 +173,11 @@ class Lease:
         if lives:
             raise self._in_use(holder, time.time() - holder.time)
         logger.warning(
-            "It is unknown whether %s still runs, which has not given back the study %r. If it does not "
-            "renew its lease within %g s, this run goes on in its place.",
+            "It is unknown whether %s is alive, which has not released the study %r. If it does not "
+            "renew its lease within %g s, this run takes over the study.",
             *(holder, self.study.study_name, SILENCE),
         )
-        # Clocks of different hosts are not compared: a lease that still changes has a holder that lives.
+        # The clocks of different hosts are not compared: if the lease still changes, its holder is alive.
         for second in range(round(SILENCE / _LOOK)):
             pause(_LOOK)
             now = self._read()
@@ -188,22 +188,22 @@ class Lease:
 
     def _in_use(self, holder: Holder, seconds: float) -> StudyInUseError:
         return StudyInUseError(
-            f"The study {self.study.study_name!r} is in use by {holder}, last heard of "
-            f"{max(seconds, 0.0):.0f} s ago. One run at a time: wait for that one, or end it, and make the "
-            "same call again to go on; or give another study_name or storage."
+            f"The study {self.study.study_name!r} is in use by {holder}, which last renewed its lease "
+            f"{max(seconds, 0.0):.0f} s ago. One run at a time: wait for that run or end "
+            "it, then make the same call again to continue; or pass another study_name or storage."
         )
 
     def _is_own(self, holder: Holder | None) -> bool:
         return holder is not None and holder.token == self._own.token
 
     def _read(self) -> Holder | None:
-        # An attribute of the system's: those of users hold all answers of LMs, and are read as a whole.
+        # A system attribute, because user attributes contain all answers of LMs and are read as a whole.
         with reported():
             value: Any = self.study._storage.get_study_system_attrs(self.study._study_id).get(LEASE)
         try:
             holder = Holder(**value)
             return replace(holder, pid=int(holder.pid), time=float(holder.time))
-        except CRASHES:  # there is none, or it is damaged
+        except CRASHES:  # there is no lease, or it is damaged
             return None
 
     def _renew(self) -> None:
@@ -215,20 +215,20 @@ class Lease:
             self.study._storage.set_study_system_attr(self.study._study_id, LEASE, value)
 
 
-# The lease of whatever runs in this context: the search of a compile goes on with that one's.
+# The lease of this context: the search of a compile uses the lease of the compile.
 _CURRENT: ContextVar[Lease | None] = ContextVar("mpromptune_lease", default=None)
 
 
 @contextmanager
 def held(study: Study, stopped: threading.Event) -> Iterator[Lease]:
-    """The lease of a study, renewed by a thread for as long as a run takes; a study in memory needs none.
+    """Hold the lease of a study, renewed by a thread; for a study in memory nothing is written.
 
     Args:
         study: The study.
         stopped: Set when the lease is lost.
 
     Raises:
-        StudyInUseError: Another run has it.
+        StudyInUseError: Another run has the lease.
         StorageError: The storage cannot be read and written.
     """
     outer = _CURRENT.get()
@@ -256,12 +256,12 @@ def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return f"{socket.gethostname()} {uuid.getnode()}"
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, and "" for one that has ended and is only still listed; None if unknown."""
+    """Start time of a process; "" for one that has ended but is still listed; None if unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

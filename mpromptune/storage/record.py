@@ -1,4 +1,4 @@
-"""What a study holds of earlier runs: trials told, trials left open, and trials that were abandoned."""
+"""The record: the trials of earlier runs in a study, which are told, open or abandoned."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Recorded:
     Attributes:
         number: Its number.
         trial_id: Its identity in the storage.
-        params: Its configuration; of a trial that is open, perhaps only a part.
-        examples: What it was to be measured on; None for an open trial that did not get so far.
-        scores: Example to score; ``failure_score`` where the candidate failed, once the trial is told.
+        params: Its configuration; perhaps only a part for an open trial.
+        examples: The examples that it was asked on; None for an open trial for which none were chosen yet.
+        scores: Example to score; ``failure_score`` where the candidate failed, when the trial is told.
         told: Whether it was told, and is over.
-        is_open: Whether it is still running, or waiting to.
-        usage: What measuring it has used.
-        refused: Of those scored, the examples on which the prompt was refused.
+        is_open: Whether its state is RUNNING or WAITING.
+        usage: Its usage.
+        refused: The scored examples on which the prompt was refused.
     """
 
     number: int
@@ -49,7 +49,7 @@ class Recorded:
 
     @property
     def lost(self) -> Examples:
-        """What it could not be measured on."""
+        """The examples that have no score although the trial was told."""
         return tuple(e for e in self.examples or () if e not in self.scores) if self.told else ()
 
 
@@ -59,8 +59,8 @@ Record = deque[Recorded]
 def read_record(study: Study) -> Record:
     """The trials of a study in the order in which a search asked for them.
 
-    A trial that takes up an abandoned one stands in its place. Those that were abandoned before it
-    was known what to measure them on left nothing behind.
+    A trial that continues an abandoned one takes its place. Trials abandoned before their examples were
+    chosen are left out.
     """
     trials = study.get_trials(deepcopy=False)
     origin: dict[int, int] = {}
@@ -69,23 +69,23 @@ def read_record(study: Study) -> Record:
         origin[trial.number] = origin.get(resumed, trial.number)
     taken_up = {trial.user_attrs.get(RESUMES) for trial in trials}
     found = [recorded_of(trial) for trial in trials if trial.number not in taken_up]
-    # What a trial is of may be lost with a line of a journal, and its scores are of no use without.
+    # The params of a trial may be lost with a line of a journal; its scores are useless without them.
     names = {name for trial in trials for name in trial.params}
     useful = [r for r in found if r.is_open or ((r.told or r.examples) and r.params.keys() >= names)]
     return deque(sorted(useful, key=lambda recorded: origin[recorded.number]))
 
 
 def recorded_of(trial: FrozenTrial) -> Recorded:
-    """One trial as its storage has it."""
+    """A trial of the storage as part of the record."""
     attributes = trial.user_attrs
     is_open = trial.state in _OPEN
-    # What a storage closed by itself (a heartbeat that stopped) has no scores, and is abandoned too.
+    # A trial that its storage closed (because a heartbeat stopped) has no scores, and counts as abandoned.
     closed = (EXAMPLES in attributes) == (SCORES in attributes)
     told = not is_open and closed and ABANDONED not in attributes
     planned = attributes.get(PLANNED, attributes.get(EXAMPLES))
     examples = tuple(planned) if planned is not None else None
     scores = dict(zip(attributes.get(EXAMPLES, ()), attributes.get(SCORES, ()), strict=False))
-    if not told:  # what came in after it was closed, or has only been saved so far
+    if not told:  # scores saved as intermediate values, some perhaps after it was closed
         scores.update(trial.intermediate_values)
     usage = usage_of(attributes)
     refused = tuple(example for example in attributes.get(REFUSED, ()) if example in scores)
@@ -94,17 +94,17 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
 
 
 def usage_of(attributes: Mapping[str, Any]) -> Usage:
-    """What a trial has used, by its attributes."""
+    """The usage in the attributes of a trial."""
     return Usage(**json.loads(attributes[USAGE])) if USAGE in attributes else Usage()
 
 
 def check_left(record: Record, max_calls: int, missing: int) -> None:
-    """Refuses a budget below what was spent and what is bound to be spent.
+    """Require a budget for the calls that were made and those that must follow.
 
     Args:
-        record: The trials of earlier runs; those that are not over will be measured to their end.
+        record: The trials of earlier runs; those that are not told will be completed.
         max_calls: The budget.
-        missing: Calls that must follow besides.
+        missing: Further calls that must follow.
 
     Raises:
         InvalidArgumentError: ``max_calls`` is too low.
@@ -114,17 +114,17 @@ def check_left(record: Record, max_calls: int, missing: int) -> None:
     due = missing + sum(len(r.examples or ()) - len(r.scores) for r in unfinished)
     if record and due and spent + due > max_calls:
         raise InvalidArgumentError(
-            f"max_calls={max_calls} is too low to go on: the study holds {spent} calls, and to finish the "
-            f"trials that were left open and to measure the baseline takes {due} more. Raise max_calls."
+            f"max_calls={max_calls} is too low to continue: the study has {spent} calls, and finishing its "
+            f"open trials and measuring the baseline takes {due} more. Raise max_calls."
         )
 
 
 def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
-    """A copy of a study whose storage fails: nothing that was measured is lost with it.
+    """A copy in memory of a study whose storage fails, with all scores; open trials are abandoned.
 
     Args:
-        study: What the storage still shows.
-        scores: Trial number to the scores that it may not hold yet. Open trials are abandoned.
+        study: The study, as far as the storage can still be read.
+        scores: Trial number to scores that the storage may lack.
     """
     trials = study.get_trials()
     return in_memory(
@@ -133,13 +133,13 @@ def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
 
 
 def abandoned_attributes(examples: Examples | None, scores: Mapping[int, float]) -> dict[str, Any]:
-    """What a trial is closed with that its run leaves to the next one.
+    """The attributes of an abandoned trial, which the next run continues.
 
     Args:
-        examples: What it was to be measured on, if that was known.
-        scores: What it has of them.
+        examples: The examples that it was asked on, if they were chosen.
+        scores: Example to score.
     """
-    # First, so that it is never lost what was planned.
+    # First, so that the planned examples are never lost.
     planned = {PLANNED: list(examples)} if examples else {}
     return {**planned, ABANDONED: True, EXAMPLES: list(scores), SCORES: list(scores.values())}
 

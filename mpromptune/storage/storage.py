@@ -1,4 +1,4 @@
-"""Where studies are kept: a path, a URL, or any Optuna storage; in memory where nothing is given."""
+"""Opens storages and studies: a path, a URL or any Optuna storage; by default in memory."""
 
 from __future__ import annotations
 
@@ -34,31 +34,33 @@ from mpromptune.storage.journal import TolerantJournal
 logger = logging.getLogger(__name__)
 
 DEFAULT_STUDY_NAME = "mpromptune"
-# Raised when an older version could misread what is written.
+# Increased when older versions would misread new studies.
 FORMAT_VERSION = 2
 
 StorageSpec = str | os.PathLike[str] | BaseStorage | None
 
-# NOTE: processes that open an empty database at the same time create its tables at the same time, and
-# all but one fail; a second later they are there.
+# NOTE: attempts to open a database. Processes that open an empty one at the same time all create its tables,
+# and all but one fail; a second later the tables exist.
 _OPENINGS = 3
-# NOTE: seconds that a server may be away: a database that is started again takes a few, one that fails
-# over to another host about half a minute.
+# NOTE: seconds to wait for a lost connection: a database needs a few to restart, and about 30 to fail over to
+# another host.
 PATIENCE = 60.0
-# NOTE: seconds between two attempts, at most: short beside what a takeover waits (`lease.SILENCE`).
+# NOTE: most seconds between two attempts; short compared with the wait of a takeover (`lease.SILENCE`).
 _LONGEST_WAIT = 2.0
-# Of gRPC, by name: its package need not be installed. UNKNOWN is what a proxy makes of its database's errors.
+# Status codes of gRPC by name, since its package may not be installed. A proxy reports errors of its database
+# as UNKNOWN.
 _LOST_CODES = {"UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED"}
 
 
 def open_storage(spec: StorageSpec) -> BaseStorage:
-    """A storage of its own in memory for None, a journal file for a path, Optuna's own for a URL.
+    """Open a storage.
 
     Args:
-        spec: An Optuna storage, a URL (``sqlite:///run.db``), a path of a journal file, or None.
+        spec: An Optuna storage, a URL (``sqlite:///run.db``), the path of a journal file, or None for a new
+            storage in memory.
 
     Raises:
-        InvalidArgumentError: It is none of these.
+        InvalidArgumentError: ``spec`` is none of these.
         StorageError: The file or the database cannot be opened.
     """
     check_storage(spec)
@@ -71,15 +73,15 @@ def open_storage(spec: StorageSpec) -> BaseStorage:
         return TolerantJournal(path)
     try:
         return _reconnecting(_database(path))
-    except Exception as error:  # any of SQLAlchemy's, of its drivers', of Optuna's
+    except Exception as error:  # SQLAlchemy, its drivers and Optuna raise many kinds
         raise StorageError(f"The database {public(path)} cannot be opened: {public(error)}") from error
 
 
 def check_storage(spec: object, study_name: object = None) -> None:
-    """Whether these can be a storage and the name of a study at all.
+    """Require a possible storage and study name.
 
     Raises:
-        InvalidArgumentError: They cannot.
+        InvalidArgumentError: One of them has the wrong type, or the path is empty.
     """
     if isinstance(spec, os.PathLike):
         spec = os.fspath(spec)
@@ -92,12 +94,12 @@ def check_storage(spec: object, study_name: object = None) -> None:
 
 
 def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
-    """The study of that name, which is created unless it exists; by default, `DEFAULT_STUDY_NAME`.
+    """Open the study of that name (by default `DEFAULT_STUDY_NAME`), or create it.
 
     Raises:
-        InvalidArgumentError: ``storage`` is of no kind that is known, or the name is no string.
-        StorageError: It cannot be read and written.
-        StudyMismatchError: The study is none of ours, or another version's.
+        InvalidArgumentError: ``storage`` is of an unknown type, or the name is not a string.
+        StorageError: The storage cannot be read and written.
+        StudyMismatchError: The study was not made by a search, or by one of another format version.
     """
     check_storage(storage, study_name)
     opened = open_storage(storage)
@@ -109,23 +111,23 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
             load_if_exists=True,
         )
         require_ours(study)
-        study.set_user_attr(FORMAT, FORMAT_VERSION)  # and shows that it can be written to
+        study.set_user_attr(FORMAT, FORMAT_VERSION)  # this also checks that the storage is writable
     return study
 
 
 def require_ours(study: Study) -> None:
-    """Refuses a study that no search of this version has made.
+    """Require a study that is new or was made by a search of this format version.
 
     Raises:
-        StudyMismatchError: It holds something else, or is in another version's format.
+        StudyMismatchError: It was not.
     """
     name = f"The study {study.study_name!r}"
-    advice = "Give another study_name or storage."
+    advice = "Pass another study_name or storage."
     if study.directions != [StudyDirection.MAXIMIZE]:
         raise StudyMismatchError(f"{name} does not maximise one value, as a search does. {advice}")
     version = study.user_attrs.get(FORMAT)
     if version is None and study.get_trials(deepcopy=False):
-        raise StudyMismatchError(f"{name} has trials that no search has left there. {advice}")
+        raise StudyMismatchError(f"{name} has trials that were not made by a search. {advice}")
     if version not in (None, FORMAT_VERSION):
         raise StudyMismatchError(
             f"{name} was written by another version of m-promptune, in format {version!r}; this one reads "
@@ -135,12 +137,12 @@ def require_ours(study: Study) -> None:
 
 @retry(stop=stop_after_attempt(_OPENINGS), wait=wait_random(0.2, 1.0), reraise=True)
 def _database(url: str) -> RDBStorage:
-    # A connection that was closed meanwhile is noticed before it is used.
+    # A closed connection is noticed before it is used.
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
 
 
 def _reconnecting(storage: BaseStorage) -> BaseStorage:
-    """``storage``, or what waits for its connection where it has one that may be lost."""
+    """``storage``, wrapped in a `ReconnectingStorage` if it has a network connection."""
     over_network = isinstance(storage, RDBStorage) and storage.engine.dialect.name != "sqlite"
     if over_network or isinstance(storage, GrpcStorageProxy):
         return cast("BaseStorage", ReconnectingStorage(as_optuna_does(storage)))
@@ -149,21 +151,21 @@ def _reconnecting(storage: BaseStorage) -> BaseStorage:
 
 @BaseStorage.register
 class ReconnectingStorage:
-    """Does with another storage what it is asked to, as soon as there is a connection.
+    """Calls another storage, and repeats calls whose connection was lost.
 
-    What was done before its answer was lost is not done twice, which no general retry can know. For studies
-    whose trials are created and changed in state by one process at a time, as those of a search are.
+    A call that was executed before its answer was lost is not repeated; a general retry cannot know this. It
+    works for studies whose trials are created and changed by one process at a time, as those of a search are.
 
     Args:
         inner: The storage.
-        patience: Seconds for which a lost connection is waited for.
+        patience: Seconds to wait for a lost connection.
     """
 
     def __init__(self, inner: BaseStorage, patience: float | None = None) -> None:
         self._inner = inner
         self._patience = PATIENCE if patience is None else patience
         self._created: set[int] = set()
-        self._is_down = False  # then nothing is waited for any more, until something works
+        self._is_down = False  # if true, calls do not wait for a connection until one succeeds
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -186,7 +188,7 @@ class ReconnectingStorage:
             if again and (done := self._done(name, (*args, *kwargs.values()))) is not None:
                 return done
             again = True
-            with deferred():  # within a question, an interrupt would leave its connection useless
+            with deferred():  # an interrupt during a query would make its connection unusable
                 return method(*args, **kwargs)
 
         try:
@@ -197,7 +199,7 @@ class ReconnectingStorage:
             self._is_down = True
             raise StorageError(
                 f"The connection to the storage was lost and did not come back within {self._patience:g} s: "
-                f"{type(error.__cause__ or error).__name__}. What was told before is kept there."
+                f"{type(error.__cause__ or error).__name__}. Earlier trials are kept there."
             ) from error
         self._is_down = False
         if name == "create_new_trial":
@@ -205,7 +207,7 @@ class ReconnectingStorage:
         return value
 
     def _done(self, name: str, args: tuple[Any, ...]) -> int | None:
-        """What an attempt would have returned that did what it was to do, but whose answer was lost."""
+        """The result of an attempt that was executed but whose answer was lost; None if there is none."""
         if name == "set_trial_state_values":
             trial_id, state = args[:2]
             return self._inner.get_trial(trial_id).state == state or None
@@ -218,12 +220,12 @@ class ReconnectingStorage:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether it was the connection that failed, rather than what was asked for."""
+    """Whether an error means that the connection failed, rather than the operation."""
     from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
 
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     code = getattr(error, "code", None)
-    # The last is what Optuna's second way of reading trials meets, in the session that the first has lost.
+    # Optuna's second way to read trials raises the last one if the first lost the connection of the session.
     if isinstance(cause, OperationalError | InterfaceError | PendingRollbackError):
         return True
     return callable(code) and getattr(code(), "name", None) in _LOST_CODES
