@@ -17,10 +17,12 @@ import pytest
 from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+from tenacity import wait_none
 
 from mpromptune import PromptSpace, search
 from mpromptune.errors import InvalidArgumentError, MPromptuneError, StorageError, StudyMismatchError
-from mpromptune.storage import journal
+from mpromptune.storage import journal, storage
 from mpromptune.storage.storage import DEFAULT_STUDY_NAME, open_storage, open_study
 
 
@@ -56,6 +58,29 @@ def test_kinds_of_storages(tmp_path: Path) -> None:
     assert isinstance(open_storage(f"sqlite:///{tmp_path}/run.db"), RDBStorage)
     own = InMemoryStorage()
     assert open_storage(own) is own
+
+
+def test_an_empty_database_is_opened_by_several_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that come too late to make its tables find them a moment later; only lasting errors are told."""
+    attempts: list[int] = []
+
+    class Late(RDBStorage):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            attempts.append(1)
+            if len(attempts) <= losses:
+                raise OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(storage, "RDBStorage", Late)
+    monkeypatch.setattr(storage._database.retry, "wait", wait_none())
+    losses = 2
+    assert open_study(f"sqlite:///{tmp_path}/run.db").trials == []
+    losses = 10
+    with pytest.raises(StorageError, match="table studies already exists"):
+        open_study(f"sqlite:///{tmp_path}/run.db")
+    assert len(attempts) == 3 + 3
 
 
 @pytest.mark.parametrize("spec", [5, "", b"run.log", ["run.log"], object])
