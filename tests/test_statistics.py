@@ -71,7 +71,7 @@ def told(values: list[float], candidates: list[int] | None = None) -> Beliefs:
 
 def share_of_all_permutations(beliefs: Beliefs) -> float:
     """By dense algebra, over every way to deal five candidates out."""
-    blind = beliefs.without_likeness()
+    blind = beliefs.without_similarity()
     (group,) = beliefs.groups
     rows = np.arange(5)[:, None]
     covariance = group.covariance(rows, beliefs._options[0]._replace(share=0.0))

@@ -1,1 +1,1 @@
-"""Mathematics: the space of configurations, its Gaussian process, and expected improvement."""
+"""Mathematics: the space of configurations, the models of their scores, and the choice of configurations."""

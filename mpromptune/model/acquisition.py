@@ -1,7 +1,7 @@
-"""Which configurations to measure next: batch expected improvement over an enumerated choice set.
+"""Chooses the configurations to measure next by batch expected improvement over an enumerated choice set.
 
-BoTorch has the acquisition functions and the greedy batch. Ours are the choices (all configurations, or a
-sample refined by local search), and a table of their posterior that BoTorch looks up.
+The acquisition functions and the greedy batch are BoTorch's. This module adds the choices (all
+configurations, or a sample refined by local search), and a table of their posterior that BoTorch looks up.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from mpromptune.model.devices import plain_torch
 from mpromptune.model.space import IndexArray, IndexSpace, Row
 from mpromptune.model.surrogate import Surrogate, quiet_single_thread
 
-LISTED = 2000  # configurations that a proposal lists, by default
+LISTED = 2000  # default number of configurations that a proposal enumerates
 
-Value = Callable[[Tensor], Tensor]  # N x C rows -> N values, the higher the better
+Value = Callable[[Tensor], Tensor]  # N x C rows -> N values, higher is better
 
-# NOTE: deviation from the closed form over draws of 64 Sobol points: 6 % a standard deviation below the
-# incumbent, 16 % at one and a half; with 128 it is 4 % and 10 %, in twice the time. All choices of a
-# proposal have the same points, so most of it cancels between them.
+# NOTE: with 64 Sobol points the deviation from the closed form is 6 % one standard deviation below the
+# incumbent and 16 % at one and a half; with 128 it is 4 % and 10 %, in twice the time. All choices of a
+# proposal use the same points, so most of the deviation cancels when they are compared.
 _MC_SAMPLES = 64
-# NOTE: joint values are computed for this many choices, the best by their own expected improvement:
-# the time of a proposal then hardly depends on the size of the space. With 32, batches of seven with 28
-# pending lacked what those leave to learn: regret on GSM8K 2.3 +- 0.6, 0.9 +- 0.3 with 64 (30 seeds).
+# NOTE: joint values are computed for this many choices, those with the highest expected improvement of their
+# own, so the time of a proposal hardly depends on the size of the space. 32 choices were too few for batches
+# of seven with 28 pending: regret on GSM8K 2.3 +- 0.6, but 0.9 +- 0.3 with 64 (30 seeds).
 _SHORTLIST = 64
-# NOTE: starts, steps, and rows kept of a step. A bound on the work rather than a tuned choice: the
-# leader and two rivals, and more steps than a program of a few predictors has components.
+# NOTE: starts, steps, and rows kept per step. They bound the work and were not tuned: the leader and two
+# rivals, and more steps than a program of a few predictors has components.
 _STARTS, _STEPS, _KEPT = 3, 8, 64
-# NOTE: neighbours up to which a step looks at all of them. Beyond (a step would cost as much as a proposal),
-# each component in turn takes a step of its own, twice; and as many rows of it are kept as make up those of
-# the steps above, for a program of 8 predictors.
+# NOTE: largest number of neighbours for a step that evaluates all of them. With more neighbours (where a step
+# would cost as much as a proposal), each component in turn takes its own step, in two sweeps; the rows kept
+# per step make up as many in total as above, for a program of 8 predictors.
 _ALL_AT_ONCE, _SWEEPS, _KEPT_OF_SWEEP = 512, 2, 16
 
 
@@ -58,18 +58,18 @@ def choice_set(
 ) -> Tensor:
     """The choices for one proposal, ``N x C``: configurations that are neither measured nor pending.
 
-    Where there are none, pending ones that were not measured; and where there are none of these, all.
+    If there are none, pending configurations that were not measured; if there are none of these, all.
 
     Args:
         space: The configurations that exist.
-        max_space_size: Up to this size all of them are looked at. Above it, ``max_space_size`` of
-            them drawn at random and, with ``value``, what a coordinate-wise local search meets,
-            and the starts themselves: what was measured may be measured again.
+        max_space_size: Spaces up to this size are enumerated. In a larger space, the choices are
+            ``max_space_size`` random configurations and, with ``value``, the rows found by a coordinate-wise
+            local search and the starts themselves, which may be measured again.
         measured: Configurations that have been measured.
-        pending: Those that are being measured.
+        pending: Configurations that are being measured.
         rng: Draws the sample.
         value: Acquisition value of single configurations, for the local search.
-        starts: Configurations to start from, the best first.
+        starts: Configurations to start from, best first.
     """
     rows = space.sample(max_space_size, rng)
     if value is not None and space.size > max_space_size:
@@ -83,9 +83,9 @@ def choice_set(
 
 
 def local_search(space: IndexSpace, start: Row, value: Value) -> IndexArray:
-    """Climbs from ``start`` by single changes; returns the best rows met on the way.
+    """Climb from ``start`` by changes of one component; return the best rows evaluated.
 
-    Each is the best of all; or, where these are many, the best of one component after the other.
+    Each step takes the best of all neighbours or, if there are many, the best of one component after another.
     """
     by_component = space.combinations is None and sum(space.sizes) > _ALL_AT_ONCE
     sweeps, kept = (_SWEEPS, _KEPT_OF_SWEEP) if by_component else (_STEPS, _KEPT)
@@ -120,17 +120,17 @@ def propose(
 
     .. math:: qEI(X) = E[\max(\max_i f(x_i) - f^*, 0)]
 
-    Choices are added greedily, each conditioned on those before it [Wilson2018]_; then
+    Choices are added greedily, each conditioned on the earlier ones [Wilson2018]_; then
     ``n_batches`` random joint batches compete with the greedy one.
 
     Args:
         model: A fitted surrogate.
         choices: ``N x C`` distinct candidate indices, ``N >= 1``.
-        q: Number of choices wanted; fewer are returned when ``N < q``.
+        q: Number of choices; fewer are returned if ``N < q``.
         best_f: The incumbent, the highest posterior mean among measured configurations.
         X_pending: ``p x C`` configurations that are being measured.
         n_batches: Number of random joint batches.
-        seed: Fixes the Monte-Carlo base samples and the random batches.
+        seed: Determines the Monte-Carlo base samples and the random batches.
 
     Returns:
         ``q x C`` rows of ``choices``, all distinct.
@@ -142,7 +142,7 @@ def propose(
     """
     q = min(q, len(choices))
     generator = torch.Generator().manual_seed(seed)
-    # Ties go to the first choice, so the order must favour none.
+    # Ties go to the first choice, so the order must be random.
     choices = choices[torch.randperm(len(choices), generator=generator)]
     if len(choices) > _SHORTLIST:
         alone = log_expected_improvement(model, best_f, choices)
@@ -161,7 +161,7 @@ def propose(
 def _random_batches(
     acqf: AcquisitionFunction, choices: Tensor, q: int, n_batches: int, generator: torch.Generator
 ) -> Tensor:
-    """``n_batches x q x 1`` batches, drawn in favour of choices that are good on their own."""
+    """``n_batches x q x 1`` random batches; choices with a high value of their own are more likely."""
     if n_batches < 1 or q < 2 or len(choices) <= q:
         return choices.new_empty(0, q, 1)
     alone = acqf(choices.unsqueeze(-2))
@@ -189,11 +189,11 @@ def log_expected_improvement(model: Surrogate, best_f: float, rows: Tensor) -> T
 
 
 def ranked(model: Surrogate, measured: Tensor) -> tuple[Tensor, Tensor]:
-    """The ``n x C`` measured configurations and their posterior means, the highest first.
+    """The ``n x C`` measured configurations and their posterior means, highest first.
 
-    The first mean is the plug-in incumbent, ``best_f``: unlike the best value observed it is not the
-    luckiest one, and unlike the noisy EI's sampled incumbent it leaves something to gain from measuring a
-    promising configuration again.
+    The first mean is the plug-in incumbent ``best_f``. Unlike the best observed value it is not biased by
+    luck, and unlike the sampled incumbent of noisy EI it gives a positive value to measuring a promising
+    configuration again.
     """
     means, _ = model.single(measured)
     order = means.argsort(descending=True, stable=True)
@@ -201,13 +201,13 @@ def ranked(model: Surrogate, measured: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PosteriorTable(Model):
-    """The posterior of a few rows, computed once and looked up by position.
+    """The posterior of some rows, computed once and looked up by position.
 
-    A greedy batch asks for thousands of small joint posteriors of the same rows.
+    A greedy batch needs thousands of small joint posteriors of the same rows.
 
     Args:
-        mean: Of the N rows.
-        covariance: ``N x N``; or their N variances, for posteriors of single rows only.
+        mean: Means of the N rows.
+        covariance: Covariances ``N x N``; or N variances, for posteriors of single rows only.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
@@ -217,12 +217,12 @@ class PosteriorTable(Model):
 
     @property
     def positions(self) -> Tensor:
-        """All of them, ``N x 1``: what BoTorch takes for inputs."""
+        """The positions of all rows, ``N x 1``: the inputs for BoTorch."""
         return torch.arange(len(self._mean), dtype=torch.float64).unsqueeze(-1)
 
     @property
     def num_outputs(self) -> int:
-        """One, as of the surrogate."""
+        """One, as for the surrogate."""
         return 1
 
     def posterior(
@@ -232,11 +232,11 @@ class PosteriorTable(Model):
         observation_noise: bool | Tensor = False,
         posterior_transform: PosteriorTransform | None = None,
     ) -> Posterior:
-        """Of the rows at ``... x q x 1`` positions."""
+        """The joint posterior of the rows at ``... x q x 1`` positions."""
         at = X.squeeze(-1).long()
         single = self._covariance.dim() == 1
         pairs = (at.unsqueeze(-1),) if single else (at.unsqueeze(-1), at.unsqueeze(-2))
-        # A linear operator is factorised only when it is sampled from, and mended where it is singular.
+        # A linear operator is factorised only when it is sampled from, and corrected if it is singular.
         covariance = to_linear_operator(self._covariance[pairs])
         posterior = GPyTorchPosterior(MultivariateNormal(self._mean[at], covariance))
         return posterior if posterior_transform is None else posterior_transform(posterior)

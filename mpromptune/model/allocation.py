@@ -1,8 +1,8 @@
-r"""Which configurations a batch of calls is spent on: top-two Thompson sampling of what will be known.
+r"""Chooses the configurations of a batch by top-two Thompson sampling of future posterior means.
 
 Notation
     u       latents (see `beliefs`), with posterior N(mu, B^{-1})
-    R       calls that are left
+    R       remaining calls
     pi      probability that a latent is the best of its group
     S       posterior draws
 """
@@ -17,13 +17,13 @@ from scipy.linalg import cho_solve, cholesky
 from mpromptune.model.beliefs import Beliefs, Latents
 from mpromptune.model.space import FloatArray, IndexArray, IndexSpace, Row
 
-# NOTE: a bound on the work, of which a proposal among 2000 configurations takes 50 ms: latents of a group,
-# beside the measured ones, that a batch is chosen from.
+# NOTE: number of unmeasured latents of a group among which a batch is chosen. It bounds the work: a proposal
+# among 2000 configurations takes 50 ms.
 _OTHERS = 400
 _DRAWS = 256
-# Times that what the calls left will tell is derived from who is likely to be best, and the other way round.
+# Iterations between the future information of latents and their probabilities to be the best.
 _ITERATIONS = 2
-# NOTE: the probability of trying the likely best's rival instead: half is optimal to a constant.
+# NOTE: probability of measuring the rival instead of the best of a draw: a half is optimal up to a constant.
 _RIVAL = 0.5
 
 
@@ -34,25 +34,25 @@ def propose(
     is_open: Callable[[Row], bool],
     rng: np.random.Generator,
 ) -> list[Row]:
-    """A batch of ``n`` configurations, each to be measured on a few examples; one may be there several times.
+    """A batch of ``n`` configurations, one for each block; a configuration may occur several times.
 
-    Top-two Thompson sampling [Russo2020]_ of the posterior means that the calls left will lead to.
+    Top-two Thompson sampling [Russo2020]_ of the posterior means after the remaining calls.
 
     Args:
         beliefs: Fitted to at least one score.
-        n: Places in the batch.
-        calls_left: Calls that the search has left, those of this batch included.
-        is_open: Whether measuring a configuration further could matter.
-        rng: Of all draws.
+        n: Blocks in the batch.
+        calls_left: Remaining calls of the search, including those of this batch.
+        is_open: Whether a configuration may be measured further.
+        rng: Source of all draws.
 
     Returns:
-        At most ``n``; none where nothing that was drawn is open.
+        At most ``n`` configurations; none if no configuration drawn is open.
 
     .. [Russo2020] D. Russo. Simple Bayesian Algorithms for Best-Arm Identification. Operations Research
         68(6), 2020.
     """
     latents = beliefs.latents([_candidates(beliefs, g, rng) for g in range(len(beliefs.groups))])
-    known = _known_later(latents, calls_left, max(_DRAWS, 4 * n), rng)
+    known = _future_means(latents, calls_left, max(_DRAWS, 4 * n), rng)
     parts = latents.split(known)
     best = np.stack([part.argmax(axis=0) for part in parts])  # G x S
     chosen: list[Row] = []
@@ -68,12 +68,12 @@ def propose(
 
 
 def gains(beliefs: Beliefs, leader: Row, is_open: Callable[[Row], bool], rng: np.random.Generator) -> float:
-    r"""The most that knowing a configuration exactly would gain over keeping the leader.
+    r"""The largest expected gain over the leader if a configuration were known exactly.
 
     .. math:: \max_x E[\max(f(x) - f(L), 0)]
 
-    with f the mean score, over open configurations that are the best in some draw; the expectation is over
-    the same draws, so it counts what the two have in common. 0 where none is open.
+    where f is the mean score and x an open configuration that is the best in some draw. The expectation is
+    over joint draws, so it includes the correlation of the two. 0 if no such configuration is open.
     """
     wanted = np.array([leader], dtype=np.int64)
     candidates = [_candidates(beliefs, g, rng) for g in range(len(beliefs.groups))]
@@ -89,7 +89,7 @@ def gains(beliefs: Beliefs, leader: Row, is_open: Callable[[Row], bool], rng: np
 
 
 def _candidates(beliefs: Beliefs, group: int, rng: np.random.Generator) -> IndexArray:
-    """Rows of the latents of a group; where these are many, a sample."""
+    """Rows of the latents of a group; a random sample if there are many."""
     space, columns = beliefs.space, list(beliefs.groups[group].components)
     if space.combinations is not None:
         rows = space.combinations
@@ -100,16 +100,16 @@ def _candidates(beliefs: Beliefs, group: int, rng: np.random.Generator) -> Index
     return rows if len(rows) <= _OTHERS else rows[rng.choice(len(rows), _OTHERS, replace=False)]
 
 
-def _known_later(latents: Latents, calls_left: int, n: int, rng: np.random.Generator) -> FloatArray:
-    r"""Draws of the posterior mean that the calls left will lead to, ``L x S``.
+def _future_means(latents: Latents, calls_left: int, n: int, rng: np.random.Generator) -> FloatArray:
+    r"""Draws of the posterior means after the remaining calls, ``L x S``.
 
-    If a latent gets :math:`a = R \pi \bar w` of information, :math:`\bar w` that of one call, a draw
-    :math:`\tilde u` of the truth leads to
+    If a latent gains the information :math:`a = R \pi \bar w`, where :math:`\bar w` is that of one call, a
+    draw :math:`\tilde u` of the truth leads to
 
     .. math:: \mu + (B + \operatorname{diag}(a))^{-1}
         (\operatorname{diag}(a) (\tilde u - \mu) + \operatorname{diag}(a)^{1/2} z), \quad z \sim N(0, I).
 
-    What can no longer be found out is not worth a call.
+    So calls are not spent on differences that the remaining calls cannot resolve.
     """
     posterior = latents.posterior
     truth = posterior.deviations(rng, n)
@@ -128,7 +128,7 @@ def _known_later(latents: Latents, calls_left: int, n: int, rng: np.random.Gener
 
 
 def _information(latents: Latents) -> FloatArray:
-    """Of one call about each latent, beside the best of the other groups, L."""
+    """Information of one call about each latent, combined with the best of the other groups; length L."""
     posterior = latents.posterior
     means = latents.split(posterior.mean)
     top = sum(float(mean.max()) for mean in means)
@@ -138,7 +138,7 @@ def _information(latents: Latents) -> FloatArray:
 
 
 def _chance(latents: Latents, deviations: FloatArray) -> FloatArray:
-    """Probability of each latent to be the best of its group, L."""
+    """Probability of each latent to be the best of its group; length L."""
     drawn = latents.split(latents.posterior.mean[:, None] + deviations)
     counts = [np.bincount(part.argmax(axis=0), minlength=len(part)) for part in drawn]
     chance: FloatArray = np.concatenate(counts) / deviations.shape[1]
@@ -148,7 +148,7 @@ def _chance(latents: Latents, deviations: FloatArray) -> FloatArray:
 def _duel(
     parts: Sequence[FloatArray], best: IndexArray, draw: int, rng: np.random.Generator
 ) -> list[tuple[int, ...]]:
-    """A draw's best and a rival of it, the one that is to be measured first: G indices each."""
+    """Three choices of G indices, by priority: a random mixture of the next two, rivals, the draw's best."""
     leader = best[:, draw]
     rival = leader.copy()
     for g, part in enumerate(parts):
@@ -162,7 +162,7 @@ def _duel(
 
 
 def _row(beliefs: Beliefs, latents: Latents, indices: Sequence[int]) -> Row:
-    """The configuration that is made of one latent of every group."""
+    """The configuration that consists of one latent of every group."""
     row = [0] * len(beliefs.space.sizes)
     for group, rows, index in zip(beliefs.groups, latents.rows, indices, strict=True):
         for c in group.components:

@@ -1,4 +1,4 @@
-"""What scores by example say about every configuration of a space: the Rasch model on its candidates."""
+"""The posterior of all configurations of a space given scores by example: a Rasch model of candidates."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ from mpromptune.model.rasch import Posterior
 from mpromptune.model.skills import Option, groups_of
 from mpromptune.model.space import FloatArray, IndexArray, IndexSpace, Row
 
-# NOTE: a bound on the work: pairs of candidates of a predictor that are latents of their own.
+# NOTE: most pairs of candidates of a predictor that have one latent each; it bounds the work.
 _MAX_LATENTS = 4096
-# NOTE: hyper-parameters are chosen anew when there are so many times as many scores as at the last time.
+# NOTE: hyper-parameters are chosen again when the number of scores has grown by this factor.
 _GROWTH = 1.5
-# NOTE: where a skill is a sum, the deviation in logits of a configuration from it, which only scores of its
-# own tell: stages of a pipeline act together. It decides between the few that are measured often.
+# NOTE: in additive models, the prior standard deviation, in logits, of a configuration's skill from the sum
+# of its latents, because the stages of a pipeline interact. Only the configuration's own scores inform it, so
+# it matters for the few configurations that are measured often.
 _INTERACTION = 0.3
-# Configurations whose estimates are computed at once.
+# Number of configurations whose estimates are computed at once.
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Latents that are looked at.
+    """A selection of latents.
 
     Attributes:
-        rows: Per group, ``n x C`` distinct rows, of which the columns of its own components count.
-        posterior: Of all of them, one group after the other.
+        rows: ``n x C`` rows for each group, distinct in the columns of its components; others are ignored.
+        posterior: Posterior of all of them, one group after another.
     """
 
     rows: tuple[IndexArray, ...]
     posterior: Posterior
 
     def split(self, values: FloatArray) -> list[FloatArray]:
-        """Values of all latents, ``L x ...``, by group."""
+        """Split values of all latents, ``L x ...``, by group."""
         return np.split(values, np.cumsum([len(rows) for rows in self.rows])[:-1])
 
 
 class Beliefs:
-    """Skills of the configurations of a space, as far as the scores tell them.
+    """Posterior skills of the configurations of a space.
 
     Args:
         space: The configurations.
-        geometries: Distances of its components' candidates.
+        geometries: Distances between the candidates of its components.
     """
 
     def __init__(self, space: IndexSpace, geometries: Sequence[Geometry]) -> None:
@@ -61,31 +62,31 @@ class Beliefs:
 
     @property
     def is_additive(self) -> bool:
-        """Whether a configuration's skill is a sum of several latents."""
+        """Whether the skill of a configuration is a sum of several latents."""
         return len(self.groups) > 1
 
     @property
     def posterior(self) -> Posterior:
-        """Of the latents of measured configurations."""
+        """The posterior of the latents of measured configurations."""
         return self._known.posterior
 
     @property
     def _known(self) -> Latents:
-        assert self._measured is not None  # something was told
+        assert self._measured is not None  # scores were told before
         return self._measured
 
     def tell(self, rows: Sequence[Row], scores: FloatArray) -> None:
-        """Fits to all scores so far.
+        """Fit to all scores so far.
 
         Args:
-            rows: The configurations measured, m.
-            scores: ``m x N``, not a number where one was not measured.
+            rows: The m measured configurations.
+            scores: ``m x N``; NaN where a configuration was not measured.
         """
         wanted = np.array(rows, dtype=np.int64)
         own = [wanted[:, list(group.components)] for group in self.groups]
         distinct = tuple(wanted[np.unique(part, axis=0, return_index=True)[1]] for part in own)
         design, start = self.design(distinct, wanted), None
-        if self._measured is not None:  # few scores more change little
+        if self._measured is not None:  # start from the last fit, which a few more scores change little
             names, last = self._names(self._measured.rows), self._measured.posterior
             means = dict(zip(names, last.mean.tolist(), strict=True))
             start = np.array([means.get(name, 0.0) for name in self._names(distinct)]), last.difficulty
@@ -103,7 +104,7 @@ class Beliefs:
     def _choose(
         self, distinct: tuple[IndexArray, ...], design: FloatArray, scores: FloatArray, best: Posterior
     ) -> Posterior:
-        """Climbs the evidence of the hyper-parameters, one group after the other."""
+        """Maximise the evidence of the hyper-parameters, one group after another."""
         for g, group in enumerate(self.groups):
             for option in group.options():
                 options = [*self._options[:g], option, *self._options[g + 1 :]]
@@ -115,13 +116,13 @@ class Beliefs:
         return best
 
     def _covariance(self, rows: Sequence[IndexArray], options: Sequence[Option]) -> FloatArray:
-        """Prior covariance of latents, of which those of different groups are independent."""
+        """Prior covariance of latents; latents of different groups are independent."""
         blocks = [g.covariance(r, o) for g, r, o in zip(self.groups, rows, options, strict=True)]
         covariance: FloatArray = block_diag(*blocks)
         return covariance
 
     def _names(self, rows: Sequence[IndexArray]) -> list[tuple[int, ...]]:
-        """Each latent's group and candidates."""
+        """The group and the candidates of each latent."""
         return [
             (g, *own)
             for g, (group, part) in enumerate(zip(self.groups, rows, strict=True))
@@ -129,7 +130,7 @@ class Beliefs:
         ]
 
     def design(self, latents: Sequence[IndexArray], rows: IndexArray) -> FloatArray:
-        """Z of configurations: ``k x C`` rows to ``k x L``, 1 for each of their latents."""
+        """Z of configurations: ``k x C`` rows to ``k x L``, with a 1 for each of their latents."""
         place = {name: i for i, name in enumerate(self._names(latents))}
         design = np.zeros((len(rows), len(place)))
         owners = np.tile(np.arange(len(rows)), len(self.groups))
@@ -137,10 +138,10 @@ class Beliefs:
         return design
 
     def latents(self, others: Sequence[IndexArray]) -> Latents:
-        """The measured latents, and others.
+        """The measured latents and others.
 
         Args:
-            others: Per group, ``n x C`` rows.
+            others: ``n x C`` rows for each group.
         """
         rows: list[IndexArray] = []
         where, offset = [], 0
@@ -160,12 +161,12 @@ class Beliefs:
         return np.concatenate(means), np.concatenate(variances)
 
     def _combined(self, rows: Sequence[Row], weights: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Mean and variance of weighted sums of skills, ``j x k`` weights to j."""
+        """Means and variances of j weighted sums of skills; weights are ``j x k``."""
         wanted = np.array(rows, dtype=np.int64)
         latents = self.latents([wanted] * len(self.groups))
         design = weights @ self.design(latents.rows, wanted)
         mean, variance = design @ latents.posterior.mean, latents.posterior.variance(design)
-        if self.is_additive:  # what a configuration has of its own, beside the sum
+        if self.is_additive:  # add the deviation of each configuration from the sum of its latents
             own = np.array([self._own.get(tuple(row), (0.0, _INTERACTION**2)) for row in rows])
             mean, variance = mean + weights @ own[:, 0], variance + weights**2 @ own[:, 1]
         return mean, variance
@@ -182,8 +183,8 @@ class Beliefs:
         (mean,), (variance,) = self._combined([row, other], np.array([[1.0, -1.0]]))
         return float(ndtr(mean / np.sqrt(variance))) if variance else 0.5
 
-    def without_likeness(self) -> Latents:
-        """The measured latents under a prior in which candidates are only the same or different."""
+    def without_similarity(self) -> Latents:
+        """The measured latents under a prior without similarities between candidates."""
         design, scores = self._data
         options = [option._replace(share=0.0) for option in self._options]
         covariance = self._covariance(self._known.rows, options)

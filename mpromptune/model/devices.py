@@ -1,4 +1,4 @@
-"""How torch computes for us: on which device, and with the settings of a fresh process, not the caller's."""
+"""The device of torch, and computing with torch's default settings instead of the caller's."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from mpromptune.errors import InvalidArgumentError
 
 _LOCK = threading.Lock()
-_USERS: list[tuple[int, torch.dtype]] = []  # threads that are in here, with the settings before the first
+_USERS: list[tuple[int, torch.dtype]] = []  # for each thread in the context, the settings to restore
 _HERE = threading.local()
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """All that we compute with torch is computed in here; the caller's settings are back afterwards.
+    """A context for all computations with torch; the caller's settings are restored afterwards.
 
-    One thread: more cost more than they give below a few thousand points, fight with the pool that
-    evaluates programs, and wait for ever in a process forked from one in which torch had several.
-    Gradients, even within ``torch.no_grad()`` or ``torch.inference_mode()``; no autocast; new tensors on
-    the CPU, in single precision unless another is asked for.
+    It uses one thread: more threads do not pay below a few thousand points, compete with the pool that
+    evaluates programs, and hang in a process forked from one in which torch had several. Gradients are on,
+    even within ``torch.no_grad()`` or ``torch.inference_mode()``; autocast is off; new tensors are on the
+    CPU, in single precision by default.
 
-    The number of threads and the default precision are the whole process's: other threads of the caller
-    see ours for as long as this takes, where theirs are others.
+    The number of threads and the default precision apply to the whole process, so meanwhile other threads of
+    the caller have these settings too.
     """
     if getattr(_HERE, "inside", False):
         yield
@@ -45,11 +45,11 @@ def plain_torch() -> Iterator[None]:
 
 @contextmanager
 def _shared_settings() -> Iterator[None]:
-    """Settings that torch has once in a process; whoever leaves last puts them back."""
+    """Set the settings that torch has once per process; the last thread to leave restores them."""
     with _LOCK:
         threads = torch.get_num_threads()
         before = _USERS[0] if _USERS else (threads, torch.get_default_dtype())
-        if threads == 1:  # a new thread may have it from another one that is in here
+        if threads == 1:  # a new thread may have this setting from another thread in the context
             threads = before[0]
         _USERS.append(before)
         torch.set_num_threads(1)
@@ -72,10 +72,10 @@ def _is_on_cpu() -> bool:
 
 @plain_torch()
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device by name, such as ``"cuda"`` or ``"cuda:1"``; None is the CPU.
+    """The device of a name, such as ``"cuda"`` or ``"cuda:1"``; None is the CPU.
 
     Raises:
-        InvalidArgumentError: torch cannot compute there, in float64.
+        InvalidArgumentError: torch cannot compute on it in float64.
     """
     try:
         found = torch.device("cpu" if device is None else device)

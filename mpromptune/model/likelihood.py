@@ -1,4 +1,4 @@
-"""How scores vary around skill minus difficulty: right and wrong answers, or grades of any size."""
+"""The likelihood of scores given skill minus difficulty: right and wrong answers, or grades of any size."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from scipy.special import expit
 
 from mpromptune.model.space import FloatArray
 
-# NOTE: a score that is not right or wrong is scaled so that its noise has this deviation: a right-or-wrong
-# answer says no more of a logit, so that one prior serves both.
+# NOTE: grades are scaled so that their noise has this standard deviation. A grade then has as much
+# information about a logit as a right-or-wrong answer has at most, so one prior fits both.
 _NOISE = 2.0
-# NOTE: deviations of the noise beyond which such a score is cut off: a configuration that is far worse than
-# all others is known to be so, and the rest keep their scale.
+# NOTE: grades are clipped at this many standard deviations of the noise: a configuration that is far worse
+# than all others is still recognised, and does not change the scale of the others.
 _FARTHEST = 5.0
-# NOTE: of scores between 0 and 1 that are answers: a metric that hardly moves there is a grade of its own.
+# NOTE: smallest range of scores in [0, 1] that count as answers; with a smaller range they are grades.
 _LEAST_RANGE = 0.1
-# Typical distances from the median within which doubles keep enough digits for all scores.
+# Scores are clipped at this many typical distances from the median, so that doubles keep enough digits.
 _NEAR = 1e6
-# NOTE: of a right-or-wrong answer's variance; scores in between vary less, but not by more than this.
+# NOTE: smallest dispersion: the variance of scores between right and wrong, as a fraction of that of answers.
 _LEAST_DISPERSION = 0.05
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    r"""A generalised linear model with its natural link [McCullagh1989]_, of scaled scores y.
+    r"""A generalised linear model of scaled scores y with the natural link [McCullagh1989]_.
 
     .. math:: \log p(y | \eta) = (y \eta - b(\eta)) / \varphi + c(y), \quad
         E[y] = b'(\eta), \quad Var[y] = \varphi b''(\eta)
 
-    with :math:`b = \log(1 + e^\eta)` for answers, which are right or wrong or between (a quasi-likelihood
-    then), and :math:`b = \eta^2 / 2` for grades, which are normal.
+    with :math:`b = \log(1 + e^\eta)` for answers, which are right, wrong or in between (then it is a
+    quasi-likelihood), and :math:`b = \eta^2 / 2` for grades, which are normal.
 
     Attributes:
-        offset: The score that is 0 to the model.
-        scale: The score's difference for one unit.
-        dispersion: :math:`\varphi`; of answers, their variance as a part of what right-or-wrong ones have.
+        offset: The score that corresponds to y = 0.
+        scale: The difference of scores that corresponds to one unit of y.
+        dispersion: :math:`\varphi`; for answers, their variance as a fraction of that of right-or-wrong ones.
         is_graded: Whether scores are grades.
 
     .. [McCullagh1989] P. McCullagh, J. Nelder. Generalized Linear Models. 1989.
@@ -49,12 +49,12 @@ class Likelihood:
     is_graded: bool = False
 
     def scaled(self, scores: FloatArray) -> FloatArray:
-        """Scores in the units of the model; grades are cut off where they are far from all others."""
+        """Scores in the units of the model; extreme grades are clipped."""
         y = (scores - self.offset) / self.scale
         return np.clip(y, -_FARTHEST * _NOISE, _FARTHEST * _NOISE) if self.is_graded else y
 
     def log_density(self, eta: FloatArray, y: FloatArray) -> FloatArray:
-        """Logarithm of the density of ``y``, but for what does not depend on ``eta``."""
+        """Logarithm of the density of ``y``, without terms that do not depend on ``eta``."""
         cumulant = eta**2 / 2.0 if self.is_graded else np.logaddexp(0.0, eta)
         density: FloatArray = (y * eta - cumulant) / self.dispersion
         return density
@@ -64,17 +64,17 @@ class Likelihood:
         return (y - self._mean(eta)) / self.dispersion
 
     def information(self, eta: FloatArray) -> FloatArray:
-        """Minus its second derivative; what one score says."""
+        """The information of one score: minus the second derivative of `log_density`."""
         p = expit(eta)
         curvature: FloatArray = np.ones_like(p) if self.is_graded else p * (1.0 - p)
         return curvature / self.dispersion
 
     def mean(self, eta: FloatArray) -> FloatArray:
-        """Expected score, as the metric has it."""
+        """Expected score, in the units of the metric."""
         return self.offset + self.scale * self._mean(eta)
 
     def variance(self, eta: FloatArray) -> FloatArray:
-        """Variance of a score, as the metric has it."""
+        """Variance of a score, in the units of the metric."""
         return (self.scale * self.dispersion) ** 2 * self.information(eta)
 
     def _mean(self, eta: FloatArray) -> FloatArray:
@@ -83,15 +83,15 @@ class Likelihood:
 
 
 def grades(offset: float, scale: float) -> Likelihood:
-    """The normal likelihood, in units in which the noise has the deviation 2."""
+    """The normal likelihood, in units in which the noise has the standard deviation 2."""
     return Likelihood(offset, scale, _NOISE**2, is_graded=True)
 
 
 def likelihood_of(scores: FloatArray) -> Likelihood:
-    """What the scores themselves call for: answers where they are two values, or spread over [0, 1].
+    """The likelihood for the given scores: answers if there are two values or a spread in [0, 1], or grades.
 
     Args:
-        scores: ``m x N``, not a number where a configuration was not measured.
+        scores: ``m x N``; NaN where a configuration was not measured.
     """
     known = scores[np.isfinite(scores)]
     if not known.size:
@@ -106,7 +106,7 @@ def likelihood_of(scores: FloatArray) -> Likelihood:
 
 
 def _dispersion(scores: FloatArray) -> float:
-    """How much less scores vary than right and wrong answers with their means would."""
+    """Variance of scores as a fraction of that of right-or-wrong answers with the same means."""
     fit, free = _fit(scores)
     seen = np.isfinite(scores)
     p = np.clip(fit, 0.02, 0.98)
@@ -115,7 +115,7 @@ def _dispersion(scores: FloatArray) -> float:
 
 
 def _deviation(scores: FloatArray) -> float:
-    """The noise of scores, by the median: outliers do not count; 1 where there is none."""
+    """Standard deviation of the noise of scores, by the median to ignore outliers; 1 if there is no noise."""
     near = _without_failures(scores)
     fit, free = _fit(near)
     known = scores[np.isfinite(scores)]
@@ -124,7 +124,7 @@ def _deviation(scores: FloatArray) -> float:
 
 
 def _without_failures(scores: FloatArray) -> FloatArray:
-    """Scores that stand for a failure, by a size that leaves the others no digit, are brought nearer."""
+    """Clip extreme scores, which stand for failures and would leave the other scores no digits."""
     known = scores[np.isfinite(scores)]
     centre = float(np.median(known))
     distances = np.abs(known - centre)
@@ -137,7 +137,7 @@ def _without_failures(scores: FloatArray) -> FloatArray:
 
 
 def _fit(scores: FloatArray) -> tuple[FloatArray, float]:
-    """What rows and columns explain, ``m x N``, by alternating means, and the share of free degrees."""
+    """Fit of row and column effects, ``m x N``, by alternating means; and the fraction of free degrees."""
     seen = np.isfinite(scores)
     fit = np.zeros_like(scores)
     for _ in range(10):

@@ -5,14 +5,14 @@ Notation
     theta_x  skill of x; the sum of a latent of each group: ``theta = Z u``
     d_e      difficulty of e, ``d ~ N(0, s^2)``
     u        latents, ``u ~ N(0, K)`` (see `skills`)
-    m, L, N  configurations measured, latents looked at, examples
+    m, L, N  numbers of measured configurations, selected latents, and examples
 
 Model
     .. math:: P(y_{xe} = 1) = \operatorname{logit}^{-1}(\theta_x - d_e)
 
-    [Rasch1960]_ for scores that are right or wrong, or in [0, 1]; a normal distribution around
-    :math:`\theta_x - d_e` for others. The posterior of (u, d) is approximated by Laplace's method
-    [Rasmussen2006b]_: d is eliminated by its Schur complement, so that a step costs :math:`O(mN + L^3)`.
+    [Rasch1960]_ for scores that are right or wrong, or in [0, 1]; for others a normal distribution around
+    :math:`\theta_x - d_e`. The posterior of (u, d) is approximated by Laplace's method [Rasmussen2006b]_;
+    d is eliminated by its Schur complement, so that a step costs :math:`O(mN + L^3)`.
 
 .. [Rasch1960] G. Rasch. Probabilistic Models for Some Intelligence and Attainment Tests. 1960.
 .. [Rasmussen2006b] C. E. Rasmussen, C. Williams. Gaussian Processes for Machine Learning. MIT Press 2006,
@@ -31,12 +31,12 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from mpromptune.model.likelihood import Likelihood
 from mpromptune.model.space import FloatArray, IndexArray
 
-# NOTE: s, in logits: examples of the recorded tables reach from those that nobody solves to those that
-# everybody does.
+# NOTE: s, in logits: the recorded tables have examples that no configuration solves and examples that all
+# configurations solve.
 _DIFFICULTY = 2.0
-# Newton's method: the largest step in logits, and the step after which it has converged.
+# Newton's method: the largest step in logits, the step at convergence, and the most steps.
 _STEP, _CONVERGED, _STEPS = 3.0, 1e-6, 50
-# The same in one dimension, with a prior so narrow that steps are small.
+# Steps of Newton's method in one dimension, where a narrow prior keeps them small.
 _OWN_STEPS = 8
 
 
@@ -45,13 +45,13 @@ class Posterior:
     """A normal approximation of skills and difficulties.
 
     Attributes:
-        mean: Of the latents, L.
+        mean: Means of the L latents.
         root: Lower Cholesky factor of their precision, ``L x L``.
-        difficulty: Of the examples, N.
-        precision: Of the difficulties, the latents being known: N.
-        likelihood: Of the scores.
-        weights: ``K^-1`` times the mean, L: what other latents' means are made of.
-        data: What the scores add to the prior's precision, ``L x L``.
+        difficulty: Difficulties of the N examples.
+        precision: Precisions of the N difficulties, given the latents.
+        likelihood: The likelihood of the scores.
+        weights: ``K^-1`` times the mean, length L; they give the means of other latents.
+        data: The precision that the scores add to that of the prior, ``L x L``.
         log_evidence: Logarithm of the marginal likelihood.
     """
 
@@ -65,11 +65,11 @@ class Posterior:
     log_evidence: float
 
     def extended(self, covariance: FloatArray, known: IndexArray) -> Posterior:
-        """The posterior of more latents, some of which are those of this one.
+        """The posterior of more latents, which include those of this one.
 
         Args:
-            covariance: Prior covariance of all of them, ``L' x L'``.
-            known: Where the latents of this posterior are among them, L.
+            covariance: Prior covariance of all latents, ``L' x L'``.
+            known: Positions of the L latents of this posterior among them.
         """
         data = np.zeros_like(covariance)
         data[np.ix_(known, known)] = self.data
@@ -85,13 +85,13 @@ class Posterior:
         return drawn
 
     def variance(self, design: FloatArray) -> FloatArray:
-        """Of the skills ``design @ latents``, ``k x L`` to k."""
+        """Variances of the skills ``design @ latents``, ``k x L`` to k."""
         half = solve_triangular(self.root, design.T, lower=True, check_finite=False)
         variance: FloatArray = (half**2).sum(axis=0)
         return variance
 
     def own(self, design: FloatArray, scores: FloatArray, deviation: float) -> tuple[FloatArray, FloatArray]:
-        """How far each configuration is from the sum of its latents, by its own scores: mean and variance.
+        """Mean and variance of each configuration's deviation from its sum of latents, by its own scores.
 
         Args:
             design: ``m x L``.
@@ -108,13 +108,13 @@ class Posterior:
         return own, 1.0 / precision
 
     def information(self, skill: FloatArray | float) -> FloatArray:
-        """What a score on each example says about a skill, ``... x N``; difficulties are known so far."""
+        """Information of one score on each example about a skill, ``... x N``, averaged over difficulties."""
         spread = np.sqrt(1.0 + math.pi / 8.0 / self.precision)
         eta = (np.asarray(skill)[..., None] - self.difficulty) / spread
         return self.likelihood.information(eta)
 
     def sum_of(self, examples: Sequence[int], skill: float, variance: float) -> tuple[float, float]:
-        """Expected sum of scores on these examples, and its standard deviation, of a skill known so far."""
+        """Mean and standard deviation of the sum of scores on examples, given a skill's mean and variance."""
         difficulty = self.difficulty[list(examples)]
         deviation = math.sqrt(variance)
         skills = skill + deviation * np.array([-1.0, 0.0, 1.0])
@@ -123,7 +123,7 @@ class Posterior:
         return middle, math.sqrt(((high - low) / 2.0) ** 2 + noise)
 
     def score(self, skill: FloatArray) -> FloatArray:
-        """Expected mean score over all examples, of skills of any shape."""
+        """Expected mean score over all examples, for skills of any shape."""
         means: FloatArray = self.likelihood.mean(skill[..., None] - self.difficulty).mean(axis=-1)
         return means
 
@@ -142,10 +142,10 @@ def fit(
 
     Args:
         design: Z, ``m x L``.
-        scores: ``m x N``, not a number where a configuration was not measured.
+        scores: ``m x N``; NaN where a configuration was not measured.
         covariance: K, ``L x L``.
-        likelihood: Of the scores.
-        start: Where to begin: the mean of as many latents, and of the difficulties.
+        likelihood: The likelihood of the scores.
+        start: Initial values of the latents and of the difficulties.
     """
     seen = np.isfinite(scores)
     y = np.where(seen, likelihood.scaled(np.where(seen, scores, 0.0)), 0.0)

@@ -2,9 +2,9 @@ r"""Prior covariances of the skills of configurations, by the text of their cand
 
 Notation
     G       number of groups; the skill of a configuration is the sum of one latent per group
-    n       latents of a group that are looked at: ``n x c`` rows of candidate indices
+    n       number of selected latents of a group, given by ``n x c`` rows of candidate indices
     d_cv^2  squared distance between two candidates of component c in view v (see `embedding`)
-    w       share of the variance that likeness explains; 1 - w is each latent's own
+    w       fraction of the variance explained by similarity; 1 - w is specific to each latent
     l       length-scale of texts, in units of the median distance; 0 compares by identity
     a       standard deviation of a latent, in logits
 """
@@ -24,14 +24,14 @@ import numpy as np
 from mpromptune.model.embedding import Geometry
 from mpromptune.model.space import FloatArray, IndexArray
 
-# NOTE: (w, l). A grid instead of a gradient: with some hundred right-or-wrong answers the evidence tells
-# such values apart, and nothing finer. Without texts only the shapes with l = 0 are left; they are part of
-# the grid in any case, so that embeddings that say nothing cost little.
+# NOTE: (w, l). A grid instead of a gradient, because the evidence of some hundred right-or-wrong answers
+# distinguishes such values but no finer ones. Without texts, only the shapes with l = 0 are used; these are
+# always part of the grid, so that uninformative embeddings cost little.
 _SHAPES = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.8), (0.85, 0.6), (0.85, 1.2))
-# NOTE: logits. Prompts of the recorded tables differ by 0.3 to 1.5; the prior is log-normal around 0.7.
+# NOTE: in logits. Prompts of the recorded tables differ by 0.3 to 1.5; the prior is log-normal around 0.7.
 _DEVIATIONS = (0.35, 0.7, 1.4)
 _TYPICAL_DEVIATION, _SPREAD = 0.7, 0.7
-# NOTE: variance, in logits, of what all skills have in common: how hard the task is.
+# NOTE: variance, in logits, that all skills share: the difficulty of the task.
 _COMMON = 1.0
 
 
@@ -44,18 +44,18 @@ class Option(NamedTuple):
 
     @property
     def log_prior(self) -> float:
-        """Log-normal in the deviation, and the same for all shapes."""
+        """Logarithm of the prior: log-normal in the deviation, constant over shapes."""
         return -0.5 * (math.log(self.deviation / _TYPICAL_DEVIATION) / _SPREAD) ** 2
 
 
 @dataclass(frozen=True)
 class Group:
-    """Components whose candidates act together: those of one predictor, or a single one.
+    """Components with joint latents: those of one predictor, or a single component.
 
     Attributes:
         components: Their columns in a row of candidate indices.
-        views: Per component, ``v x m x m`` squared distances between its ``m`` candidates.
-        has_text: Per component, whether its first view is that of texts.
+        views: For each component, ``v x m x m`` squared distances between its ``m`` candidates.
+        has_text: For each component, whether its first view contains distances of embeddings.
         common: Variance that all latents of the group share.
     """
 
@@ -74,7 +74,8 @@ class Group:
 
         .. math:: a^2 (w \bar k + (1 - w) 1[i = j]) + \text{common}
 
-        where :math:`\bar k` is the mean of the components' kernels and, if they are several, their product.
+        where :math:`\bar k` is the mean of the components' kernels and, if there are several, of their
+        product.
 
         Args:
             rows: ``n x C`` candidate indices.
@@ -82,7 +83,7 @@ class Group:
         """
         chosen = rows[:, list(self.components)].T
         kernels = [
-            _likeness(views, has_text, own, option.lengthscale)
+            _similarity(views, has_text, own, option.lengthscale)
             for own, views, has_text in zip(chosen, self.views, self.has_text, strict=True)
         ]
         parts = kernels if len(kernels) == 1 else [*kernels, reduce(mul, kernels)]
@@ -93,7 +94,7 @@ class Group:
         return covariance
 
 
-def _likeness(views: FloatArray, has_text: bool, chosen: IndexArray, lengthscale: float) -> FloatArray:
+def _similarity(views: FloatArray, has_text: bool, chosen: IndexArray, lengthscale: float) -> FloatArray:
     r"""``exp(-\sum_v d_v^2 / 2 l_v^2)`` with l for texts and 1 for other views; identity for l = 0."""
     if lengthscale == 0.0 or not len(views):
         same: FloatArray = (chosen[:, None] == chosen[None, :]).astype(np.float64)
@@ -109,9 +110,9 @@ def groups_of(geometries: Sequence[Geometry], max_latents: int, is_product: bool
     """The groups of a space.
 
     Args:
-        geometries: One per component.
-        max_latents: A predictor of more pairs of candidates than this has a group for each component.
-        is_product: Whether every combination of candidates exists; otherwise all components are one group,
+        geometries: The geometry of each component.
+        max_latents: A predictor with more pairs of candidates than this has a group for each component.
+        is_product: Whether every combination of candidates exists; otherwise all components form one group,
             whose latents are the configurations.
     """
     members: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""The configurations that exist: components, their candidates, and params <-> index rows."""
+"""The space of configurations: components, their candidates, and params <-> index rows."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _PREDICTOR = re.compile(r"^(\d+)_predictor_")
 
 
 class IndexSpace:
-    """Index rows with one entry per component, all of the product or only the listed ones.
+    """Index rows with one entry per component: all of the product, or only the listed ones.
 
     Args:
         sizes: Number of candidates of each component.
-        groups: Group (predictor) of each component; by default each is its own.
-        combinations: Index tuples; when given, only these configurations exist.
+        groups: Group (predictor) of each component; by default each component is its own group.
+        combinations: Index tuples; if given, only these configurations exist.
 
     Raises:
         InvalidArgumentError: A combination is out of range or of the wrong length.
@@ -83,7 +83,7 @@ class IndexSpace:
         return (0,) * len(self.sizes) if self.combinations is None else tuple(self.combinations[0].tolist())
 
     def sample(self, n: int, rng: np.random.Generator) -> IndexArray:
-        """At most ``n`` distinct configurations, uniformly, without enumerating a product."""
+        """At most ``n`` distinct configurations, drawn uniformly without enumerating a product."""
         if self.size <= n:
             return self.rows()
         if self.combinations is not None:
@@ -91,9 +91,9 @@ class IndexSpace:
         return np.unique(rng.integers(0, self.sizes, size=(n, len(self.sizes))), axis=0)
 
     def neighbours(self, row: Sequence[int], component: int | None = None) -> IndexArray:
-        """Configurations that differ from ``row`` in one component, or in this one.
+        """Configurations that differ from ``row`` in one component, or only in ``component`` if it is given.
 
-        Of listed configurations, those that differ in the components of one group.
+        With listed configurations, those that differ in the components of one group.
         """
         centre = np.asarray(row, dtype=np.int64)
         if self.combinations is not None:
@@ -117,8 +117,8 @@ class PromptSpace(IndexSpace):
             sequence of texts (a demo set, possibly empty). Names of the form
             ``{i}_predictor_instruction`` and ``{i}_predictor_demos`` group the components of one
             predictor; every other component is a group of its own.
-        combinations: Index tuples, one entry per component. When given, only these configurations
-            exist; when None, all of the product do.
+        combinations: Index tuples, one entry per component. If given, only these configurations exist; if
+            None, all of the product.
 
     Raises:
         InvalidArgumentError: A component has no candidate, or a combination is out of range.
@@ -139,9 +139,9 @@ class PromptSpace(IndexSpace):
         if not self.names:
             raise InvalidArgumentError("A PromptSpace needs at least one component; got none.")
         if texts := [name for name, candidates in components.items() if isinstance(candidates, str)]:
-            raise InvalidArgumentError(f"Components {texts} are single texts; give a list of candidates.")
+            raise InvalidArgumentError(f"Components {texts} are single texts; pass a list of candidates.")
         if empty := [name for name, candidates in self.components.items() if not candidates]:
-            raise InvalidArgumentError(f"Components {empty} have no candidate; give at least one each.")
+            raise InvalidArgumentError(f"Components {empty} have no candidate; pass at least one each.")
         super().__init__(list(map(len, self.components.values())), groups_of(self.names), combinations)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-r"""Statistics of a search: noise, what random choice would find, whether texts say anything."""
+r"""Statistics of a search: noise, the expected best of random choices, and the effect of texts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.embedding import Geometry
 from mpromptune.model.space import FloatArray, IndexArray
 
-# NOTE: larger values stand for failures: whatever they are, they leave no digit for the others once these are
-# scaled to one deviation. float32, of which some of BoTorch's constants are, ends at 3.4e38.
+# NOTE: larger values stand for failures: scaled by the standard deviation, all others would lose their
+# digits. float32, in which BoTorch has some constants, ends at 3.4e38.
 LARGEST = 1e30
-# NOTE: of the integral over normal distributions; its error is below a hundredth of their deviation.
+# NOTE: for the integral over normal distributions; its error is below 0.01 standard deviations.
 _POINTS, _DEVIATIONS = 400, 5.0
-# NOTE: the smallest share that can be told is one in five hundred.
+# NOTE: the smallest possible p-value is 1/500.
 _PERMUTATIONS = 499
-# NOTE: fewer candidates can be dealt out in six ways at most, which tells nothing.
+# NOTE: fewer candidates have at most six permutations, too few for a test.
 _LEAST_CANDIDATES = 4
 
 
 def pooled_variance(samples: Sequence[FloatArray]) -> float:
-    """Variance within samples, pooled over samples; of all scores when no sample has two."""
+    """Variance within samples, pooled over samples; of all scores if no sample has two."""
     df = sum(len(scores) - 1 for scores in samples)
     if not df:
         return float(np.var(np.concatenate(samples)))
@@ -31,13 +31,13 @@ def pooled_variance(samples: Sequence[FloatArray]) -> float:
 
 
 def expected_best(means: FloatArray, stds: FloatArray, draws: int) -> FloatArray:
-    r"""Expected maximum of k values drawn from N at random, without replacement.
+    r"""Expected maximum of k values drawn at random from N, without replacement.
 
     .. math:: E_k = \int t \, dP_k(t), \quad P_k(t) = \binom{N}{k}^{-1} e_k(\Phi_1(t), \dots, \Phi_N(t))
 
-    with :math:`\Phi_i` the distribution of value i, by itself :math:`N(\mu_i, \sigma_i^2)`, and
-    :math:`e_k` the elementary symmetric polynomial: the mean, over all sets of k, of the probability
-    that none of them exceeds t. Where all deviations are 0 the result is exact:
+    with :math:`\Phi_i` the distribution function of value i, :math:`N(\mu_i, \sigma_i^2)`, and :math:`e_k`
+    the elementary symmetric polynomial. :math:`P_k` is the mean, over all sets of k values, of the
+    probability that none of them exceeds t. If all deviations are 0, the result is exact:
     :math:`\sum_i \binom{i - 1}{k - 1} v_{(i)} / \binom{N}{k}` of the sorted values.
 
     Args:
@@ -46,12 +46,12 @@ def expected_best(means: FloatArray, stds: FloatArray, draws: int) -> FloatArray
         draws: The largest k; at most N.
 
     Returns:
-        For k = 1, ..., ``draws``.
+        The expected maxima for k = 1, ..., ``draws``.
     """
     exact = not stds.any()
     low, high = (means - _DEVIATIONS * stds).min(), (means + _DEVIATIONS * stds).max()
     points = np.sort(means) if exact else np.linspace(low, high, _POINTS)
-    # P_k, one value after the other: of the sets of k among the first i, i - k in i lack the i-th.
+    # P_k, one value after another: of the sets of k among the first i values, (i - k) / i lack the i-th.
     k = np.arange(1, draws + 1)[:, None]
     below = np.zeros((draws + 1, len(points)))
     below[0] = 1.0
@@ -64,32 +64,32 @@ def expected_best(means: FloatArray, stds: FloatArray, draws: int) -> FloatArray
 
 
 def chance_of_likeness(beliefs: Beliefs, geometries: Sequence[Geometry], seed: int = 0) -> float | None:
-    r"""Share of random assignments of embeddings to candidates that explain as much as the real one.
+    r"""Fraction of random assignments of embeddings to candidates that explain as much as the real one.
 
-    A score test of the variance component that texts would add [Lin1997]_, by permutation: the
-    statistic of a component c is
+    It is the p-value of a score test, by permutation, of the variance component that texts add [Lin1997]_.
+    The statistic of a component c is
 
     .. math:: Q_c = v_c^T S_c v_c, \quad v_c = Z_c^T K^{-1} \hat u,
 
     with :math:`\hat u` and K the latents of the measured configurations and their prior covariance without
-    texts (see `rasch`), :math:`Z_c` a 1 where a latent has a candidate, and :math:`S_c` the similarities of
-    candidates by their texts, :math:`\exp(-d^2 / 2)`, 0 on the diagonal. It is large where candidates with
-    like texts deviate alike. Those of the components are added up in units of their standard deviations under
-    permutation. Only candidates that were measured take part, and only a view that comes from the embedder.
+    texts (see `rasch`), :math:`Z_c` 1 where a latent has a candidate, and :math:`S_c` the similarities of
+    candidates by their texts, :math:`\exp(-d^2 / 2)`, 0 on the diagonal. It is large if candidates with
+    similar texts deviate similarly. The statistics of components are summed in units of their standard
+    deviations under permutation. Only measured candidates and views of the embedder are used.
 
     Args:
         beliefs: Fitted to the scores.
-        geometries: Of the components, with their texts.
-        seed: Of the permutations.
+        geometries: Geometries of the components, with their texts.
+        seed: Seed of the permutations.
 
     Returns:
-        Near 0 where texts that are alike score alike; anything up to 1 where they say nothing. None
-        where no component has four measured candidates with texts that differ.
+        Near 0 if similar texts have similar scores; uniform in [0, 1] if texts do not matter. None if no
+        component has four measured candidates with different texts.
 
     .. [Lin1997] X. Lin. Variance component testing in generalised linear models with random effects.
         Biometrika 84(2), 1997.
     """
-    blind = beliefs.without_likeness()
+    blind = beliefs.without_similarity()
     weights = blind.split(blind.posterior.weights)
     rng = np.random.default_rng(seed)
     parts = [
@@ -107,7 +107,7 @@ def chance_of_likeness(beliefs: Beliefs, geometries: Sequence[Geometry], seed: i
 def _permuted(
     chosen: IndexArray, weights: FloatArray, geometry: Geometry, rng: np.random.Generator
 ) -> FloatArray:
-    """The statistic as it is, and then under each permutation; in units of their deviation."""
+    """The statistic of the data and of each permutation, in units of their standard deviation."""
     measured, places = np.unique(chosen, return_inverse=True)
     v = np.bincount(places, weights)
     similar = np.exp(-geometry.views[0].cpu().numpy()[np.ix_(measured, measured)] / 2.0)

@@ -1,13 +1,13 @@
-r"""The surrogate of plain Optuna studies, of one value a trial: a Gaussian process over configurations.
+r"""The surrogate for plain Optuna studies, with one value per trial: a Gaussian process over configurations.
 
 Notation
     C       components; the columns of an input are candidate indices
     d_cv^2  squared distance between two candidates of component c in view v (see `embedding`)
     k_c     component kernel, in [0, 1]; k_g group (predictor) kernel
-    K_zf    covariances of the M points Z that the posterior is expressed by, with the n observed ones
+    K_zf    covariances of the M inducing points Z with the n observed configurations
 
-GPyTorch lacks what is written by hand here: a kernel over indices that looks up tables computed once a fit,
-and the posterior of single rows without the covariances of all rows with one another.
+This is own code because GPyTorch has neither a kernel over indices that looks up tables computed once per
+fit, nor the posterior of single rows without the covariances between all rows.
 """
 
 from __future__ import annotations
@@ -40,45 +40,45 @@ from mpromptune.model.embedding import Geometry
 # Priors, in units of the standard deviation of the observed trial values. All positive
 # hyper-parameters are optimised as logarithms, so a normal prior is a log-normal one.
 #
-# NOTE: d^2 has median 1, so a length-scale of 1 gives a typical pair a correlation of 0.6. The
-# factor e^0.5 of prior spread covers 0.4 to 2.7 within two standard deviations.
+# NOTE: d^2 has median 1, so a length-scale of 1 gives a typical pair a correlation of 0.6. The prior standard
+# deviation of 0.5 covers 0.4 to 2.7 within two standard deviations.
 _LOG_LENGTHSCALE = (0.0, 0.5)
-# NOTE: on the real tables the instructions' main effect, the demos' and what is left over are of
-# the same order; a deviation of 1 lets the data move each variance by a factor of 7 either way.
+# NOTE: on the real tables the main effects of instructions and of demos and the residual are of the same
+# order; a standard deviation of 1 lets the data change each variance by a factor of 7 up or down.
 _LOG_VARIANCE = (math.log(0.3), 1.0)
-# NOTE: predictors act mostly on their own; their interaction starts at a tenth of that.
+# NOTE: predictors act mostly independently; their interaction starts at a tenth of their variance.
 _LOG_INTERACTION = (math.log(0.05), 1.0)
-# NOTE: softmax logits of (views..., identity). A priori half of a component is what no view explains, however
-# many there are: with equal shares for all, embeddings that say nothing cost 0.3 points on GSM8K s43 (0.81 +-
-# 0.16; 0.58 +- 0.13 with half, 0.51 +- 0.12 without texts; 60 seeds). Where they say much nothing is lost:
-# -0.09 +- 0.06 on four tables, 70 seeds each.
+# NOTE: prior of the softmax logits of (views..., identity). A priori no view explains half of a component's
+# variance, for any number of views: with equal weights for all, uninformative embeddings cost 0.3 points on
+# GSM8K s43 (0.81 +- 0.16; 0.58 +- 0.13 with half, 0.51 +- 0.12 without texts; 60 seeds). With informative
+# ones nothing is lost: -0.09 +- 0.06 on four tables, 70 seeds each.
 _LOGIT = 1.0
-# NOTE: a step that gains less than a hundred-thousandth of a nat per observation ends a fit. On 100
-# trials of 2000 configurations that is after 8 evaluations instead of 11, and moves no posterior mean by
-# more than 0.002. The bound on iterations is for the rare fit that creeps along a flat ridge.
+# NOTE: a fit ends when a step gains less than 1e-5 nats per observation. On 100 trials of 2000 configurations
+# this takes 8 evaluations instead of 11, and changes no posterior mean by more than 0.002. The limit on
+# iterations is for the rare fit that moves slowly along a flat ridge.
 _FIT = {"options": {"ftol": 1e-5, "maxiter": 75}}
-# NOTE: observations whose hyper-parameters are fitted, in n^3 steps; those of as many are taken for the model
-# of more, which has as many inducing points.
+# NOTE: most observations for an exact fit, which takes n^3 steps. With more, the hyper-parameters are fitted
+# to this many, and the model has this many inducing points.
 _EXACT = 512
-# NOTE: configurations that the spread half of the inducing points is chosen among, for each of these.
+# NOTE: number of configurations per inducing point among which the spread half of these points is chosen.
 _POOL = 3
-# NOTE: rows whose covariances with the points are computed at once: 8 MB an array.
+# NOTE: number of rows whose covariances with the points are computed at once: 8 MB per array.
 _ROWS = 2048
-# Rounding may leave a variance of what is known exactly below zero; and values that are all the same apart.
+# Rounding may make the variance of a known value negative, and the scale of equal values positive.
 _LEAST_VARIANCE, _LEAST_SCALE = 1e-12, 1e-8
 
 
 class PromptKernel(Kernel):
-    r"""Covariance of configurations, by the text of their components.
+    r"""Covariance of configurations, by the texts of their candidates.
 
-    Of the candidates of one component, with weights :math:`w` on the simplex,
+    For the candidates of one component, with weights :math:`w` on the simplex,
 
     .. math:: k_c(i, j) = \sum_v w_v \exp(-d_{cv}^2(i, j) / 2 \ell_v^2) + w_0 1[i = j]
 
-    The identity part is what the views cannot explain: where texts say nothing, :math:`w_0` takes over and
-    the kernel is no worse than one without texts. Within a predictor, a weighted sum of its components and,
-    where it has several, their product; across predictors, the sum of these and a small interaction of every
-    pair:
+    The identity part is the variance that the views do not explain: if texts are not informative,
+    :math:`w_0` dominates, and the kernel is no worse than one without texts. The kernel of a predictor is a
+    weighted sum of the kernels of its components and, if there are several, of their product. The kernel of
+    the program is the sum over predictors and a small interaction of every pair:
 
     .. math::
         k_g = \sum_{c \in g} a_c k_c + a_{g} \prod_{c \in g} k_c, \qquad
@@ -87,7 +87,7 @@ class PromptKernel(Kernel):
     where :math:`\bar k_g = k_g / k_g(x, x)`.
 
     Args:
-        geometries: One per component, in the order of the input's columns.
+        geometries: The geometry of each component, in the order of the input's columns.
     """
 
     is_stationary = False
@@ -110,19 +110,19 @@ class PromptKernel(Kernel):
             self._add(f"logits_{c}", modes.shape, (modes, _LOGIT))
 
     def _add(self, name: str, shape: Sequence[int], prior: tuple[float | Tensor, float]) -> None:
-        """A parameter that starts at the mode of its normal prior."""
+        """Register a parameter that starts at the mode of its normal prior."""
         value = torch.as_tensor(prior[0], dtype=torch.float64).expand(tuple(shape)).clone()
         self.register_parameter(name, torch.nn.Parameter(value))
         if value.numel():
             self.register_prior(f"{name}_prior", NormalPrior(*prior), name)
 
     def freeze(self) -> None:
-        """Hyper-parameters change no more: the covariances of candidates are computed once."""
+        """Fix the hyper-parameters, and compute the covariances of candidates once."""
         with torch.no_grad():
             self._frozen = [self.table(c) for c in range(len(self.views))]
 
     def table(self, component: int) -> Tensor:
-        """k_c of all its candidates, ``n x n``."""
+        """k_c of all candidates of a component, ``n x n``."""
         if self._frozen is not None:
             return self._frozen[component]
         views = self.views[component]
@@ -137,14 +137,14 @@ class PromptKernel(Kernel):
         i1, i2 = (x[..., : len(self.views)].long() for x in (x1, x2))
         if diag or i1.dim() > 2 or i2.dim() > 2 or not torch.equal(i1, i2):
             return self._covariance(i1, i2, diag)
-        # Some trials are of one configuration: a quarter of the work where it is half of them.
+        # Several trials may have one configuration, so only distinct rows are computed.
         distinct, position = torch.unique(i1, dim=0, return_inverse=True)
         return _lookup(self._covariance(distinct, distinct, False), position, position, False)
 
     def _covariance(self, i1: Tensor, i2: Tensor, diag: bool) -> Tensor:
-        """Sum of the groups and of the products of all pairs, from power sums: e_2 = (s_1^2 - s_2) / 2."""
+        """Sum over groups and over products of all pairs, from power sums: e_2 = (s_1^2 - s_2) / 2."""
         sums: list[Tensor] = []
-        for group in range(len(self.members)):  # one after the other: no array is larger than the result
+        for group in range(len(self.members)):  # in a loop, so that no array is larger than the result
             covariance, variance = self._group(group, i1, i2, diag)
             normal = covariance / variance
             parts = [covariance, normal, normal**2]
@@ -158,7 +158,7 @@ class PromptKernel(Kernel):
     def _group(self, group: int, i1: Tensor, i2: Tensor, diag: bool) -> tuple[Tensor, Tensor]:
         """Covariances of one group, and its variance (the covariance of a point with itself)."""
         members = self.members[group]
-        i1, i2 = i1[..., members], i2[..., members] if diag else _once(i2[..., members])
+        i1, i2 = i1[..., members], i2[..., members] if diag else _first_if_equal(i2[..., members])
         tables = [_lookup(self.table(c), i1[..., j], i2[..., j], diag) for j, c in enumerate(members)]
         variance = torch.exp(self.log_variance[members])
         covariance = reduce(add, (v * table for v, table in zip(variance, tables, strict=True)))
@@ -169,36 +169,36 @@ class PromptKernel(Kernel):
 
 
 def _lookup(table: Tensor, x1: Tensor, x2: Tensor, diag: bool) -> Tensor:
-    """``table[x1, x2]`` for every pair (or, with ``diag``, position by position)."""
+    """``table[x1, x2]`` for every pair, or with ``diag`` elementwise."""
     if diag:
         return table[x1, x2]
-    if x1.dim() == x2.dim() == 1:  # columns, then rows: many times faster than indexing pair by pair
+    if x1.dim() == x2.dim() == 1:  # selecting columns and then rows is much faster than indexing pairs
         return table.index_select(-1, x2).index_select(-2, x1)
     return table[x1.unsqueeze(-1), x2.unsqueeze(-2)]
 
 
-def _once(rows: Tensor) -> Tensor:
-    """The first of rows that are all the same: a local search changes one component of many."""
+def _first_if_equal(rows: Tensor) -> Tensor:
+    """The first row if all are equal, as for the components that a local search does not change."""
     return rows[:1] if rows.dim() == 2 and bool((rows == rows[:1]).all()) else rows
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    r"""A fitted Gaussian process: the posterior of the mean score, through M points.
+    r"""A fitted Gaussian process: the posterior of the mean score, given through M points.
 
     .. math:: \mu(x) = m + w^T k_x, \quad cov(x, x') = k(x, x') - v_x^T v_{x'}, \quad v_x = B L^{-1} k_x
 
-    with :math:`k_x` the covariances of x with the points. Rows may come from any device; what comes back is
-    on the CPU and in the units of the observations.
+    with :math:`k_x` the covariances of x with the points. Rows may be on any device; results are on the CPU
+    and in the units of the observations.
 
     Attributes:
-        model: Has the kernel, the prior mean and the noise, in units of ``scale``.
+        model: The kernel, the prior mean and the noise, in units of ``scale``.
         points: ``M x C`` candidate indices.
         weights: w, of length M.
         half: L, lower triangular.
-        basis: B, ``M x M``; None where it is the identity.
+        basis: B, ``M x M``; None for the identity.
         centre: Mean of the observations.
-        scale: Their standard deviation.
+        scale: Standard deviation of the observations.
     """
 
     model: SingleTaskGP
@@ -212,7 +212,7 @@ class Surrogate:
     @plain_torch()
     @torch.no_grad()
     def single(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and variances of ``N x C`` rows by themselves: two tensors of length N."""
+        """Means and variances of ``N x C`` rows: two tensors of length N."""
         X = rows.to(self.points)
         mean, explained = self._explained(X)
         variance = self.model.covar_module(X, diag=True) - explained.square().sum(dim=0)
@@ -236,13 +236,13 @@ class Surrogate:
 
 
 def _cross(kernel: Kernel, points: Tensor, X: Tensor) -> Tensor:
-    """Covariances, ``M x N``, in parts."""
+    """Covariances ``M x N``, computed in parts."""
     return torch.cat([kernel(points, part).to_dense() for part in torch.split(X, _ROWS)], dim=-1)
 
 
 @contextmanager
 def quiet_single_thread() -> Iterator[None]:
-    """`plain_torch`, and no advice about scaling: small index-valued GPs need none."""
+    """`plain_torch` without warnings about the scaling of inputs, which does not matter for indices."""
     with plain_torch(), warnings.catch_warnings():
         warnings.simplefilter("ignore", InputDataWarning)
         warnings.simplefilter("ignore", NumericalWarning)
@@ -251,16 +251,16 @@ def quiet_single_thread() -> Iterator[None]:
 
 @plain_torch()
 def fit(train_X: Tensor, train_Y: Tensor, geometries: Sequence[Geometry]) -> Surrogate:
-    r"""Fits the surrogate by maximum a posteriori (`fit_gpytorch_mll`).
+    r"""Fit the surrogate by maximum a posteriori (`fit_gpytorch_mll`).
 
-    Up to 512 observations the posterior is exact: :math:`w = K^{-1} (y - m)`, :math:`K = L L^T` with K
-    their covariance, noise included [Rasmussen2006]_. With more, the hyper-parameters are those of 512 of
-    them, evenly spread, and the posterior is that of all through at most 512 inducing points.
+    With up to 512 observations the posterior is exact: :math:`w = K^{-1} (y - m)`, :math:`K = L L^T`, where K
+    is their covariance including noise [Rasmussen2006]_. With more, the hyper-parameters are fitted to 512
+    evenly spread ones, and the posterior of all is computed through at most 512 inducing points.
 
     Args:
         train_X: ``n x C`` candidate indices.
-        train_Y: ``n x 1`` observed values, to be maximised.
-        geometries: Distances of the C components. The model is on their device.
+        train_Y: ``n x 1`` observed values, which are maximised.
+        geometries: Distances of the C components; the model is on their device.
 
     .. [Rasmussen2006] C. E. Rasmussen, C. Williams. Gaussian Processes for Machine Learning. MIT
         Press 2006, algorithm 2.1.
@@ -280,9 +280,9 @@ def fit(train_X: Tensor, train_Y: Tensor, geometries: Sequence[Geometry]) -> Sur
 
 
 def _fitted(X: Tensor, y: Tensor, kernel: Kernel) -> SingleTaskGP:
-    """The hyper-parameters that are most likely a posteriori."""
+    """A model with the maximum-a-posteriori hyper-parameters."""
     model = SingleTaskGP(X, y.unsqueeze(-1), covar_module=kernel, outcome_transform=None).to(X)
-    # A fit that fails is tried again from a draw of the priors, by torch's global generator.
+    # A fit that fails is repeated from a draw of the priors, which uses torch's global generator.
     with torch.random.fork_rng(devices=[]), lazily_evaluate_kernels(False):
         torch.manual_seed(0)
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model), optimizer_kwargs=_FIT)
@@ -291,7 +291,7 @@ def _fitted(X: Tensor, y: Tensor, kernel: Kernel) -> SingleTaskGP:
 
 
 def _exact(model: SingleTaskGP, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The posterior through the observations themselves."""
+    """The exact posterior, whose points are the observations."""
     half = psd_safe_cholesky(
         model.covar_module(X, X).to_dense() + model.likelihood.noise * torch.eye(len(X)).to(X)
     )
@@ -304,14 +304,14 @@ def _through_points(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     r"""The posterior of all observations through inducing points Z (FITC).
 
-    With :math:`K_{zz} = L L^T`, D the diagonal of the noise and of what the points do not explain of each
-    observation, :math:`A = L^{-1} K_{zf} D^{-1/2}` and :math:`A A^T = U S U^T`,
+    With :math:`K_{zz} = L L^T`, D the diagonal matrix of the noise plus the variance of each observation that
+    the points do not explain, :math:`A = L^{-1} K_{zf} D^{-1/2}` and :math:`A A^T = U S U^T`,
 
     .. math:: w = L^{-T} U (I + S)^{-1} U^T A D^{-1/2} (y - m), \quad B = (S / (I + S))^{1/2} U^T
 
-    [Snelson2006]_ [Titsias2009]_. Where every configuration is an inducing point, this is the exact
-    posterior. A configuration then takes :math:`O(M^2)`, whatever n is; GPyTorch's `InducingPointKernel` has
-    the same posterior, and covariances with all n for every batch.
+    [Snelson2006]_ [Titsias2009]_. If every configuration is an inducing point, the posterior is exact. The
+    posterior of a configuration takes :math:`O(M^2)`, independent of n. GPyTorch's `InducingPointKernel`
+    gives the same posterior, but computes covariances with all n for every batch.
 
     .. [Snelson2006] E. Snelson, Z. Ghahramani. Sparse Gaussian Processes using Pseudo-inputs. NeurIPS 2006.
     .. [Titsias2009] M. Titsias. Variational Learning of Inducing Variables in Sparse Gaussian Processes.
@@ -331,11 +331,11 @@ def _through_points(
 
 
 def inducing_points(model: SingleTaskGP, X: Tensor, y: Tensor, count: int) -> Tensor:
-    """At most ``count`` of the configurations that were observed, ``M x C``.
+    """At most ``count`` of the observed configurations, ``M x C``.
 
-    Where there are more, half of the points are those of the highest means of their own, shrunk by their
-    noise (what is asked of a search is which of them is best), and half are spread over others by
-    `GreedyVarianceReduction`. A function of what was observed alone.
+    If there are more, half of the points are those with the highest observed means, shrunk by their noise
+    (because a search needs to know which one is best), and half are spread over the others by
+    `GreedyVarianceReduction`. The result depends only on the observations.
     """
     rows, owner, counts = torch.unique(X, dim=0, return_inverse=True, return_counts=True)
     if len(rows) <= count:

@@ -1,7 +1,7 @@
-"""Params <-> index rows, and trials -> tensors: an Optuna study as the surrogate sees it.
+"""Encodes Optuna studies for the surrogate: params <-> index rows, and trials -> tensors.
 
-Every parameter becomes a component with an enumerated list of values: texts are embedded, numbers stand on a
-grid, other choices are compared by identity.
+Every parameter becomes a component with an enumerated list of values: texts are embedded, numbers are on a
+grid, and other choices are compared by identity.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from mpromptune.model.space import FloatArray, IndexSpace, PromptSpace, Row, gro
 from mpromptune.model.statistics import LARGEST
 from mpromptune.storage.attributes import PROPOSED
 
-# NOTE: grid of a numeric parameter. The observed values are added to it, so the model never rounds
-# what it has seen; 64 levels are finer than what tens of trials can tell apart.
+# NOTE: levels in the grid of a numeric parameter; tens of trials cannot distinguish finer ones. Observed
+# values are added to the grid, so that the model never rounds them.
 _GRID = 64
 _ALL_LEVELS = 1000
 
 
 @dataclass(frozen=True)
 class History:
-    """What a study knows, for maximisation.
+    """The observations of a study, for maximisation.
 
     Attributes:
         train_X: ``n x C`` candidate indices.
@@ -58,7 +58,7 @@ class Encoding:
 
     Attributes:
         names: Parameter names, one per component.
-        values: For each component, the parameter values that its indices stand for.
+        values: For each component, the parameter value of each index.
         space: The index rows that exist.
         geometries: Distances between the values of each component.
     """
@@ -70,7 +70,7 @@ class Encoding:
 
     @plain_torch()
     def on(self, device: torch.device) -> Encoding:
-        """The same with its distances, and so the surrogate, on a device."""
+        """A copy whose distances, and so the surrogate, are on a device."""
         return replace(self, geometries=tuple(replace(g, views=g.views.to(device)) for g in self.geometries))
 
     @cached_property
@@ -82,7 +82,7 @@ class Encoding:
         row: list[int] = []
         for name, index_of in zip(self.names, self._index_of, strict=True):
             if len(index_of) == 1:
-                row.append(0)  # Optuna does not pass on parameters that have a single value
+                row.append(0)  # Optuna does not pass parameters with a single value to samplers
             elif name in params and (index := index_of.get(_key(params[name]))) is not None:
                 row.append(index)
             else:
@@ -95,10 +95,10 @@ class Encoding:
 
     @plain_torch()
     def history(self, study: Study, trials: Iterable[FrozenTrial]) -> History:
-        """What trials of a study say about configurations of this space.
+        """The observations of a study for configurations of this space.
 
-        COMPLETE ones are observations; PRUNED ones count as measured only; RUNNING ones are pending; FAIL and
-        WAITING ones, and those of another space, are ignored.
+        COMPLETE trials are observations; PRUNED ones only count as measured; RUNNING ones are pending; FAIL
+        and WAITING ones, and trials of another space, are ignored.
         """
         placed = [(t, row) for t in trials if (row := self.row(proposed_params(t))) is not None]
         complete = [(t, row) for t, row in placed if t.state == TrialState.COMPLETE]
@@ -113,28 +113,28 @@ class Encoding:
         )
 
     def distances(self) -> dict[str, FloatArray] | None:
-        """Component to squared distances between its candidates; None where all go by identity alone."""
+        """Component to squared distances between its candidates; None if all are compared by identity."""
         if not any(len(geometry.views) for geometry in self.geometries):
             return None
         return {n: g.mean_distances() for n, g in zip(self.names, self.geometries, strict=True)}
 
 
 def proposed_params(trial: FrozenTrial) -> dict[str, Any]:
-    """The params of a trial, or those that a sampler handed to it and that it has yet to suggest."""
+    """The params of a trial, including those that were proposed for it but not suggested yet."""
     return {**trial.system_attrs.get(PROPOSED, {}), **trial.params}
 
 
 def _key(value: Any) -> Any:
-    # True == 1 == 1.0 as dictionary keys, but not as choices; NaN is no key, lists are not hashable.
+    # True, 1 and 1.0 are equal as dictionary keys, but not as choices; NaN and lists cannot be keys.
     if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         return value
     return type(value).__name__, repr(value)
 
 
 def _finite(values: FloatArray) -> FloatArray:
-    """Clips infinite values to the finite ones' range, as Optuna's own GP sampler does.
+    """Clip infinite values to the range of the finite ones, as Optuna's GP sampler does.
 
-    Where any is beyond what something is measured in, it stands for a failure: ranks take their place.
+    If a value is too large for a measurement, it stands for a failure, and all values are replaced by ranks.
     """
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
@@ -167,9 +167,8 @@ def encode_distributions(
     Args:
         search_space: Parameter names and distributions.
         observed: Params of the trials so far; their numeric values become grid points.
-        embedder: For categorical parameters whose choices are all strings; None compares choices
-            by identity.
-        known: Geometries for those parameters that are components of a PromptSpace.
+        embedder: Embeds choices that are all strings; None compares choices by identity.
+        known: Encoding of a PromptSpace, with the geometries of parameters that are its components.
     """
     names = tuple(search_space)
     groups = groups_of(names)
@@ -188,7 +187,7 @@ def encode_distributions(
 
 
 def _values(distribution: BaseDistribution, observed: Sequence[Any]) -> tuple[Any, ...]:
-    """All choices; of numbers, all that the step allows where they are few, or a grid and those observed."""
+    """All choices; for numbers, all values on the step grid if they are few, or a grid and the observed."""
     if isinstance(distribution, CategoricalDistribution):
         return tuple(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -197,7 +196,7 @@ def _values(distribution: BaseDistribution, observed: Sequence[Any]) -> tuple[An
         count = round((distribution.high - distribution.low) / distribution.step) + 1
         levels = count if count <= _ALL_LEVELS else _GRID
     grid = {_level(distribution, u) for u in np.linspace(0.0, 1.0, levels)}
-    # The range may have changed since.
+    # The range may have changed since the values were observed.
     return tuple(sorted(grid | {v for v in observed if distribution.low <= v <= distribution.high}))
 
 
@@ -218,7 +217,7 @@ def _bounds(distribution: FloatDistribution | IntDistribution) -> tuple[float, f
 
 
 def _level(distribution: FloatDistribution | IntDistribution, u: float) -> float | int:
-    """The value at the fraction ``u`` of the (possibly logarithmic) range, on the step grid."""
+    """The value at the fraction ``u`` of the range (logarithmic or not), rounded to the step grid."""
     low, high = _bounds(distribution)
     raw = low + u * (high - low)
     value = float(np.exp(raw)) if distribution.log else raw

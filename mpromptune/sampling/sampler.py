@@ -1,4 +1,4 @@
-"""qEISampler: an Optuna sampler that proposes batches of configurations by their text."""
+"""qEISampler: an Optuna sampler that proposes batches of configurations by their texts."""
 
 from __future__ import annotations
 
@@ -41,33 +41,33 @@ _BATCH_SIZE = 4
 class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler is known
     """Batch expected improvement over embedded prompts, for any Optuna study.
 
-    Configurations are embedded once; a Gaussian process over the embeddings is fitted to the
-    finished trials of the study; and ``batch_size`` configurations at a time are chosen by batch
-    expected improvement (qLogEI), with the running trials as pending points. The state lives in the
-    study and the randomness in ``(seed, trial number)``: a resumed study goes on as if it had never
-    stopped, and threads do not change what is proposed.
+    Texts are embedded once, and a Gaussian process over the embeddings is fitted to the finished trials of
+    the study. Then ``batch_size`` configurations at a time are chosen by batch expected improvement (qLogEI),
+    with the running trials as pending points. All state is in the study, and random numbers depend on
+    ``(seed, trial number)``: a resumed study continues as if it had not been interrupted, and threads do not
+    change the proposals.
 
-    Categorical parameters whose choices are all strings are embedded; other categorical ones are
-    compared by identity; numbers by their position in their range. With ``space``, parameters are
-    candidate indices (as in DSPy's MIPROv2) and the texts come from the space.
+    Categorical parameters whose choices are all strings are embedded; other choices are compared by identity;
+    numbers are compared by their position in the range. With ``space``, parameters are candidate indices (as
+    in DSPy's MIPROv2), and the space has the texts.
 
     Args:
         max_space_size: Spaces of up to this many configurations are enumerated at every proposal;
             larger ones are sampled and searched locally.
-        n_batches: Random joint batches that compete with the greedily built one.
-        batch_size: Configurations proposed at once (q). None leaves it to the search that the sampler is
-            used in; elsewhere it is 4.
-        min_cold_start: Finished trials before the first model; until then proposals are random.
-        space: The texts behind index-valued parameters.
+        n_batches: Number of random joint batches that compete with the greedy one.
+        batch_size: Number of configurations proposed at once (q). None means that a search chooses it;
+            elsewhere it is 4.
+        min_cold_start: Number of finished trials before the first model; until then proposals are random.
+        space: The texts of index-valued parameters.
         embedder: Model name or path, ``SentenceTransformer``, ``dspy.Embedder``, callable
             ``texts -> (n, d)``, or ``"index"`` to ignore the texts. Default: all-MiniLM-L6-v2.
         independent_sampler: Samples parameters outside the joint search space (default: random).
-        seed: Same seed and same history, same proposals. None draws one.
-        device: Where the surrogate is fitted and asked, such as ``"cuda"``; the CPU by default.
+        seed: The same seed and history give the same proposals. None draws a seed.
+        device: Device on which the surrogate is fitted and evaluated, such as ``"cuda"``; by default the CPU.
 
     Raises:
         InvalidArgumentError: An argument is out of range.
-        UnknownOptionError: There is no such argument (a TypeError).
+        UnknownOptionError: An argument is unknown (a TypeError).
         ValueError: The study is multi-objective.
 
     Example:
@@ -125,7 +125,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         """The parameters that all trials share, and those of ``space``."""
         own = _index_distributions(self.space)
         trials = study.get_trials(deepcopy=False)
-        if own and all(t.params.keys() <= own.keys() for t in trials):  # Optuna compares choice by choice
+        if own and all(t.params.keys() <= own.keys() for t in trials):  # faster than Optuna's comparison
             return own
         found = intersection_search_space(trials) or _suggested_by_running(study)
         shared = {k: d for k, d in found.items() if not d.single()}
@@ -154,7 +154,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """One parameter by itself, drawn from ``(seed, trial number, name)``."""
+        """The value of one parameter, drawn from ``(seed, trial number, name)``."""
         self._raise_error_if_multi_objective(study)
         sampler = self._independent_sampler
         if sampler is None:
@@ -162,12 +162,12 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def reseed_rng(self) -> None:
-        """Reseeds only the independent sampler: our own draws depend on the trial number alone."""
+        """Reseed only the independent sampler, because all other draws depend on the trial number."""
         if self._independent_sampler is not None:
             self._independent_sampler.reseed_rng()
 
     def check_embedder(self, texts: Sequence[str]) -> None:
-        """Embeds ``texts`` now, so that an embedder that cannot work fails before anything is paid."""
+        """Embed ``texts`` now, so that a broken embedder fails before anything is paid for."""
         if self._embedder is not None and texts:
             self._embedder(list(texts))
 
@@ -200,7 +200,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
     @plain_torch()
     def _rows(self, encoding: Encoding, history: History, seed: int) -> list[list[int]]:
-        """The next batch; a single configuration, drawn at random, before there is a model."""
+        """The next batch; one random configuration before there is a model."""
         rng = np.random.default_rng(seed)
         choices_of = partial(
             choice_set, encoding.space, self.max_space_size, history.measured, {*history.pending}, rng
@@ -226,10 +226,7 @@ def _unknown_argument(name: str) -> UnknownOptionError:
 
 
 def resolve_embedder(spec: Any) -> Embedder | None:
-    """As `as_embedder`, with ``"index"`` for no embedding at all.
-
-    An embedder may hang: it is waited for no longer than what asks for it may wait.
-    """
+    """Like `as_embedder`, with None for ``"index"``; the embedder can be interrupted if it hangs."""
     return None if spec == "index" else partial(_embed_in_time, as_embedder(spec))
 
 
@@ -242,7 +239,7 @@ def _index_distributions(space: PromptSpace | None) -> dict[str, BaseDistributio
 
 
 def _suggested_by_running(study: Study) -> dict[str, BaseDistribution]:
-    """Before any trial is complete: the parameters on which the running ones agree."""
+    """The parameters that all running trials share, for a study without complete trials."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     spaces = [t.distributions for t in running if t.distributions]
     if not spaces:
@@ -251,7 +248,7 @@ def _suggested_by_running(study: Study) -> dict[str, BaseDistribution]:
 
 
 def _agrees(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether ``other`` has these params; by representation, since NaN is not equal to itself."""
+    """Whether ``other`` has these params; compared by representation, since NaN is not equal to itself."""
     return all(name in other and repr(other[name]) == repr(value) for name, value in params.items())
 
 
@@ -260,12 +257,12 @@ def _is_to_be_proposed(trial: FrozenTrial) -> bool:
 
 
 def _next_of_plan(others: list[FrozenTrial], known: int, names: list[str]) -> dict[str, Any] | None:
-    """The next configuration of the newest batch, while nothing has been learnt since."""
+    """The next configuration of the newest batch; None if it is used up or trials have finished since."""
     leader = next((t for t in reversed(others) if PLAN in t.system_attrs), None)
     if leader is None or leader.system_attrs[PLAN]["known"] != known:
         return None
     plan = leader.system_attrs[PLAN]
-    late = plan.get("late", ())  # with threads, an earlier trial may come to the plan after a later one
+    late = plan.get("late", ())  # with threads, an earlier trial may be proposed after a later one
     handed_out = [proposed_params(t) for t in others if t.number >= leader.number or t.number in late]
     for params in plan["batch"]:
         taken = next((i for i, other in enumerate(handed_out) if _agrees(params, other)), None)

@@ -1,4 +1,4 @@
-"""Any Optuna sampler made fit for a search: by name or object, restricted to open configurations."""
+"""Adapts any Optuna sampler to a search: by name or object, restricted to open configurations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpromptune.sampling.sampler import qEISampler
 
 IsOpen = Callable[[Row], bool]
 
-# NOTE: rows looked at when a proposal has to be replaced in a space too large to list.
+# NOTE: number of rows considered when a proposal must be replaced in a space too large to enumerate.
 _REPLACEMENTS = 2000
 
 
@@ -32,12 +32,12 @@ def resolve_sampler(
     Args:
         spec: The name or object; None for the default.
         space: The configurations.
-        seed: Of all randomness.
-        n_trials: Trials that the study has already. Optuna's samplers draw from a stream, of which
-            they would repeat the beginning.
+        seed: Seed of the sampler.
+        n_trials: Number of trials in the study. It changes the seed of Optuna's samplers, which would
+            otherwise repeat the draws of an earlier run.
 
     Raises:
-        InvalidArgumentError: The name is not known.
+        InvalidArgumentError: The name is unknown.
     """
     if isinstance(spec, BaseSampler):
         return spec
@@ -55,14 +55,14 @@ def resolve_sampler(
 
 
 def is_qei(spec: BaseSampler | str | None) -> bool:
-    """Whether a search chooses configurations by what it knows of them, and not by asking a sampler."""
+    """Whether a search with this sampler chooses configurations itself, by the evidence."""
     return isinstance(spec, qEISampler) or str(spec or "qei").lower() == "qei"
 
 
 def bind(
     sampler: BaseSampler, space: PromptSpace, is_open: IsOpen, seed: int
 ) -> tuple[BaseSampler, Encoding]:
-    """The sampler made to propose open configurations only, and the encoding that judges them."""
+    """The sampler restricted to open configurations, and the encoding for the model of the search."""
     if not isinstance(sampler, qEISampler):
         return OpenSampler(sampler, space, is_open, seed), encode_prompts(space, None)
     bound = sampler.bound_to(space)
@@ -72,16 +72,16 @@ def bind(
 
 
 class OpenSampler(BaseSampler):
-    """Replaces what another sampler proposes by the nearest configuration that is still open.
+    """Replaces each proposal of another sampler by the nearest open configuration.
 
-    Optuna's samplers know neither of combinations that do not exist nor of configurations that
-    have nothing left to measure. Nearest means: the most components in common, ties at random.
+    Optuna's samplers may propose combinations that do not exist, or configurations that are fully measured.
+    The nearest configuration has the most components in common; ties are broken at random.
 
     Args:
-        inner: The sampler whose proposals are taken.
+        inner: The sampler that proposes.
         space: The configurations that exist.
-        is_open: Whether a configuration can still be measured.
-        seed: Breaks ties, together with the trial's number.
+        is_open: Whether a configuration may be measured.
+        seed: Breaks ties, together with the trial number.
     """
 
     def __init__(self, inner: BaseSampler, space: PromptSpace, is_open: IsOpen, seed: int) -> None:
@@ -119,7 +119,7 @@ class OpenSampler(BaseSampler):
         self._inner.before_trial(study, _not_enqueued(trial))
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: Any, values: Any) -> None:
-        endless = copy.copy(study)  # exhaustive samplers stop their study; a search ends when its plan does
+        endless = copy.copy(study)  # exhaustive samplers stop their study, but the plan must end the search
         vars(endless)["stop"] = _nothing
         self._inner.after_trial(endless, trial, state, values)
 
@@ -129,7 +129,7 @@ class OpenSampler(BaseSampler):
         rng = np.random.default_rng([self._seed, number])
         sample = self._space.sample(_REPLACEMENTS, rng)
         rows = rng.permutation(sample[[self._is_open(tuple(r)) for r in sample.tolist()]])
-        if not len(rows):  # the search sees that it is not open
+        if not len(rows):  # the search notices that the result is not open
             return row if self._space.exists(row) else self._space.first()
         return tuple(rows[(rows == np.array(row)).sum(axis=1).argmax()].tolist())
 
@@ -139,7 +139,7 @@ def _nothing() -> None:
 
 
 def _not_enqueued(trial: FrozenTrial) -> FrozenTrial:
-    """The trial as if its params were still to be sampled: grid samplers number it then."""
+    """The trial without its enqueued params, because grid samplers ignore enqueued trials."""
     asked = copy.copy(trial)
     asked.system_attrs = {k: v for k, v in trial.system_attrs.items() if k != "fixed_params"}
     return asked
@@ -148,7 +148,7 @@ def _not_enqueued(trial: FrozenTrial) -> FrozenTrial:
 def _as_suggested(
     study: Study, trial: FrozenTrial, params: dict[str, Any], distributions: dict[str, BaseDistribution]
 ) -> FrozenTrial:
-    """The trial as a study of the inner sampler's own would show it at its next parameter."""
+    """The trial as the inner sampler expects it before its next parameter: with ``params`` suggested."""
     suggested = copy.copy(trial)
     suggested.system_attrs = study._storage.get_trial_system_attrs(trial._trial_id)
     suggested.distributions = {name: distributions[name] for name in params if name in distributions}
