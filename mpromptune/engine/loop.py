@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 Callback = Callable[[Study, FrozenTrial], None]
 
-# NOTE: seconds that calls in flight are given when an error, not a user, ends the search: they are
-# paid for, so nearly all of them are worth waiting for; one that hangs is not.
+# NOTE: seconds that calls in flight have when an error ends the search: they are paid for; one may hang.
 _LAST_CALLS = 60.0
 
 
@@ -95,11 +94,10 @@ class Loop:
             result = self.summary.result(self.study)
             self.monitor.finish(result)
             return result
-        except KeyboardInterrupt as signalled:
+        except (KeyboardInterrupt, SystemExit) as signalled:
             self._abandon(self.grace)
-            raise self._interrupted(signalled) from signalled
-        except SystemExit:
-            self._abandon(self.grace)
+            if isinstance(signalled, KeyboardInterrupt):
+                raise self._interrupted(signalled) from signalled
             raise
 
     def _measure_all(self) -> None:
@@ -110,8 +108,8 @@ class Loop:
                 self.in_flight.popleft()
                 self._afford()
             self._take_rest()
-            if self.budget.reached:
-                self.workers.stopped.set()  # a call that hangs is to spend nothing when it wakes up
+            if self.budget.reached:  # a call that hangs is to spend nothing when it wakes up
+                self.workers.stopped.set()
         except (KeyboardInterrupt, SystemExit):
             raise
         except SearchStoppedError as error:
@@ -265,8 +263,12 @@ class Loop:
     def _book(
         self, running: _Running, scores: Mapping[int, float], refused: Sequence[int], is_over: bool
     ) -> None:
-        row, used = running.asked.row, running.asked.meter.total
-        self.table.finish(row, running.examples, scores, used, set(refused), is_over)
+        row, used, left_out = running.asked.row, running.asked.meter.total, self.table.unanswerable
+        again = self.table.finish(row, running.examples, scores, used, set(refused), is_over)
+        if again:
+            logger.warning("Configuration %s failed again on validation examples %s.", row, sorted(again))
+        if new := sorted(self.table.unanswerable - left_out):
+            logger.warning("Validation examples %s fail for most configurations, and are left out.", new)
         self.budget.note_trial(self.table.usage)
 
     def _take_rest(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,8 +11,6 @@ from typing import Any
 
 from mpromptune.execution.usage import Usage
 from mpromptune.model.space import Row
-
-logger = logging.getLogger(__name__)
 
 Examples = tuple[int, ...]
 
@@ -127,7 +124,7 @@ class ScoreTable:
         usage: Usage | None = None,
         refused: AbstractSet[int] = frozenset(),
         is_over: bool = True,
-    ) -> None:
+    ) -> AbstractSet[int]:
         """That trial has ended.
 
         Args:
@@ -137,6 +134,9 @@ class ScoreTable:
             usage: What it used.
             refused: Of those scored, the examples on which the prompt was refused.
             is_over: False where another run is to go on with it: it was cut short, and has not failed.
+
+        Returns:
+            Examples that ``row`` has failed on again, and is not asked on any more.
         """
         arm = self._arms[row]
         arm.pending -= Counter(examples)
@@ -155,8 +155,11 @@ class ScoreTable:
             arm.usage, self.usage = arm.usage + usage, self.usage + usage
         if lost:
             arm.failed_trials.append(lost)
-            self._warn_of(row, lost & self._given_up(row))
-        self._leave_out({*examples, *arm.failures})
+        # Examples that may have become unanswerable by this trial, or may be answerable again.
+        changed = {*examples, *arm.failures}
+        self._unanswerable -= changed
+        self._unanswerable |= set(filter(self._failures.is_unanswerable, changed))
+        return lost & self._given_up(row)
 
     def add(self, row: Row, examples: Examples, scores: Mapping[int, float], **known: Any) -> None:
         """A trial that has ended already; ``known`` as for `finish`."""
@@ -167,27 +170,6 @@ class ScoreTable:
         """Forgets the failures of ``row``: they ended an earlier run, and may have been mended since."""
         self._arms[row].failed_trials.clear()
         self._arms[row].failures.clear()
-
-    def _warn_of(self, row: Row, again: AbstractSet[int]) -> None:
-        if again:
-            message = "Configuration %s failed again on validation examples %s, and is judged by the others."
-            logger.warning(message, row, sorted(again))
-
-    def _leave_out(self, changed: AbstractSet[int]) -> None:
-        """Notes examples that fail for configurations that are fine, and for more than they are answered.
-
-        An answer can take one back.
-
-        Args:
-            changed: Those that may have become such, or may be no longer.
-        """
-        found = (self._unanswerable - changed) | set(filter(self._failures.is_unanswerable, changed))
-        if new := sorted(found - self._unanswerable):
-            logger.warning(
-                "Validation examples %s fail for more configurations than they are answered for: left out.",
-                new,
-            )
-        self._unanswerable = found
 
     # What was measured.
 
