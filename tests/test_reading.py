@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,18 @@ def test_a_compile_is_read_with_its_texts(tmp_path: Path) -> None:
     assert read.space.components == best.search_result.space.components
     assert read.usage == best.search_result.usage
     assert len(notes) == 1
+
+
+def test_reading_evaluates_and_unpickles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study of a compile may come from anybody."""
+    compiled(storage=tmp_path / "run.log", **QEI)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("what was read would be run")
+
+    for module, name in ((pickle, "loads"), (pickle, "load"), (pickle, "Unpickler"), (builtins, "eval")):
+        monkeypatch.setattr(module, name, refuse)
+    assert read_result(tmp_path / "run.log")[0].calls > 0
 
 
 def test_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
