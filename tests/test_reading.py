@@ -85,7 +85,7 @@ def test_studies_of_others_are_refused(tmp_path: Path) -> None:
     """A study that no search has made, and one in which none has begun."""
     url = f"sqlite:///{tmp_path}/other.db"
     optuna.create_study(study_name="other", storage=url)
-    with pytest.raises(StudyMismatchError, match="made by no search"):
+    with pytest.raises(StudyMismatchError, match="was not made by a search"):
         read_result(url)
     open_study(tmp_path / "empty.log")
     with pytest.raises(InvalidArgumentError, match="No search has begun"):

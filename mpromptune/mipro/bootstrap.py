@@ -1,7 +1,7 @@
 """The first step of a compile: DSPy's demo sets, all bootstrapped at the same time.
 
-DSPy's own loop makes one set after the other. What is by hand here is that all random draws come first, in
-its order, so that sets can be made at the same time.
+DSPy's own loop makes one set after another. Here all random draws are made first, in DSPy's order, so that
+the sets can be made at the same time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
     """Step 1: the demo sets of each predictor. ``given`` are DSPy's arguments of this step, by name.
 
-    Threads that it leaves idle begin with what comes after it.
+    Idle threads already begin with the next steps.
     """
     checkpoint, program, trainset = run.checkpoint, given["program"], given["trainset"]
     with run.step("bootstrap"):
@@ -42,22 +42,22 @@ def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
         is_proposed = checkpoint is not None and checkpoint.instructions() is not None
         number = given["num_fewshot_candidates"]
         bar = run.view.bar("Bootstrapping", number, "demo sets")
-        # What DSPy refuses about student and teacher it refuses here, before any call; and what it draws at
-        # random is drawn here, also where the sets are known.
+        # DSPy checks student and teacher here, before any call. All random draws are made here too, even if
+        # the sets are known.
         build = _prepared(run, given, bar.advance)
         if not is_proposed and run.num_threads > 1:
             proposal.begin(run, program, trainset)
         is_idle = kept is None or not is_proposed
-        # Without a bootstrap nothing else would call the metric before the proposals are paid.
+        # Without a bootstrap, nothing else would call the metric before the proposals are paid for.
         run.score_ahead(program, trainset, is_idle, is_first=kept is None and not demo_numbers(given)[0])
         if kept is not None:
-            logger.info("The demo sets are those that an interrupted run has bootstrapped.")
+            logger.info("The demo sets of an interrupted run are used again.")
             bar.advance(number)
             run.metric.known.set()
             return kept
         demos = build()
         run.metric.known.set()
-        if (down := run.threads.attempts.down) is not None:  # an outage, not a bad teacher
+        if (down := run.threads.attempts.down) is not None:  # failures are due to an outage, not the teacher
             raise down
         return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos)
 
@@ -96,20 +96,21 @@ def prepared_demo_sets(
     keep: Keeping = keep_nothing,
     **settings: Any,
 ) -> Callable[[], DemoSets]:
-    """Does all of DSPy's ``create_n_fewshot_demo_sets`` that needs no LM: every random draw, in its order.
+    """Do all of DSPy's ``create_n_fewshot_demo_sets`` that needs no LM: every random draw, in DSPy's order.
 
-    Arguments are as there, with those of ``BootstrapFewShot``; ``on_set`` is called after every set, in
-    order, and ``keep`` is of the attempts, each named by the numbers of its set and its example.
+    Arguments are those of that function and of ``BootstrapFewShot``. ``on_set`` is called after every set, in
+    order. ``keep`` makes the context of an attempt, from the numbers of its set and its example.
 
-    What is returned bootstraps all sets at the same time, and returns those of each predictor. Without
-    bootstrapped demos, where DSPy draws from an empty range and crashes, all sets but the first, which is
-    empty, are labelled examples that were drawn at random.
+    Returns:
+        A function that bootstraps all sets at the same time, and returns those of each predictor. Without
+        bootstrapped demos (where DSPy draws from an empty range and crashes), the first set is empty and
+        all others are random labelled examples.
     """
     label = LabeledFewShot(k=max_labeled_demos).compile
     settings["max_labeled_demos"] = max_labeled_demos
     makers: list[Callable[[], Any]] = []
-    # All ``compile`` methods of DSPy's are called here: what is hooked into them, MLflow's autologging for
-    # one, takes those of another thread for compiles by themselves.
+    # All ``compile`` methods of DSPy are called in this thread: hooks in them, such as MLflow's autologging,
+    # treat calls in another thread as separate compiles.
     for number in range(num_candidate_sets):
         examples, size = list(trainset), max_bootstrapped_demos
         if number == 0:
@@ -133,7 +134,7 @@ def _same(program: Any) -> Any:
 
 def _made(makers: list[Callable[[], Any]], threads: Threads, on_set: Callable[[], None]) -> DemoSets:
     programs: list[Any] = []
-    # A thread for each set, which only waits; closing `threads` ends them after an error.
+    # One thread for each set, which only waits; after an error, closing `threads` ends the waiting.
     with Threads(max(1, len(makers)), grace=0) as sets:
         futures = [sets.submit(maker) for maker in makers]
         try:
@@ -148,9 +149,9 @@ def _made(makers: list[Callable[[], Any]], threads: Threads, on_set: Callable[[]
 
 
 class SetBootstrap(BootstrapFewShot):
-    """DSPy's bootstrap of one set, of which each attempt is retried, counted and kept, in a thread of a pool.
+    """DSPy's bootstrap of one set; each attempt is retried, counted and saved, in a thread of a pool.
 
-    Its attempts follow each other as in DSPy, so it makes no call that DSPy would not make.
+    Attempts are made one after another as in DSPy, so no call is made that DSPy would not make.
     """
 
     error_count: int
@@ -162,7 +163,7 @@ class SetBootstrap(BootstrapFewShot):
         self._keep = keep
 
     def prepared(self, student: Any, teacher: Any, trainset: list[Any]) -> Callable[[], Any]:
-        """DSPy's ``compile``, of which everything is done but what is returned: that asks the LM."""
+        """Do the part of DSPy's ``compile`` that needs no LM; return a function that does the rest."""
         self.trainset = trainset
         self._prepare_student_and_teacher(student, teacher)
         self._prepare_predictor_mappings()
@@ -183,9 +184,9 @@ class SetBootstrap(BootstrapFewShot):
         return self.student
 
     def _succeeds(self, index: int) -> bool:
-        """Whether an example makes a demo; its errors are counted as DSPy does."""
+        """Whether an example gives a demo; its errors are counted as in DSPy."""
         errors, limit = self.error_count, self.max_errors
-        self.error_count, self.max_errors = 0, 1  # whatever DSPy counts is raised
+        self.error_count, self.max_errors = 0, 1  # so that DSPy raises each error that it counts
         demos = [predictor.demos for predictor in self.teacher.predictors()]
         try:
             return self._threads.attempts(partial(self._attempt, index, demos))
@@ -202,7 +203,7 @@ class SetBootstrap(BootstrapFewShot):
 
     def _attempt(self, index: int, demos: list[Any]) -> bool:
         for predictor, own in zip(self.teacher.predictors(), demos, strict=True):
-            predictor.demos = own  # of which a failed attempt has taken the example
+            predictor.demos = own  # a failed attempt has removed the example from its demos
         with measured() as meter, self._keep(index), blaming():
             record(Usage(program_calls=1))
             succeeds = bool(contained(self._bootstrap_one_example, self.trainset[index]))

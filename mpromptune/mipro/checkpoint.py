@@ -1,8 +1,8 @@
-"""What a compile keeps in its study besides the search: who it is, and what its first steps have paid for.
+"""The checkpoint of a compile in its study: the identity of the run, and the results of the first steps.
 
-LMs' answers are kept as they come in (`lms.adapters`), so a step that was cut off is made again from
-them. Demo sets, instructions and scores of the student are kept as well, once they are there: indices of the
-search stand for just these, and what a program or a metric pays for besides LMs is not paid again.
+Answers of LMs are saved as they come in (`lms.adapters`), so that an interrupted step is repeated from them.
+Demo sets, instructions and scores of the student are saved too when they are complete, because the indices of
+the search refer to exactly these, and because programs and metrics may also pay for other things than LMs.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from mpromptune.storage.lease import Lease
 
 logger = logging.getLogger(__name__)
 
-# Per predictor, its candidates.
+# The candidates of each predictor.
 DemoSets = dict[int, list[list[Any]]]
 Instructions = dict[int, list[str]]
 T = TypeVar("T")
 
-# NOTE: characters of one attribute: MySQL takes 65,535 bytes, and a character may take twelve of them.
+# NOTE: most characters of one attribute: MySQL allows 65,535 bytes, and a character may take twelve.
 _PIECE = 5000
 
 
 class Checkpoint:
-    """The steps of one compile before its search, in the attributes of its ``study``.
+    """The steps of a compile before its search, saved in the attributes of its ``study``.
 
     Args:
-        lease: Of its study; once that is lost, nothing is written any more.
-        run: What identifies the run (see `fingerprint`).
+        lease: The lease of its study; when it is lost, nothing is written any more.
+        run: The identity of the run (see `fingerprint`).
 
     Raises:
         StorageError: The storage cannot be read and written.
@@ -63,22 +63,22 @@ class Checkpoint:
     # Candidates.
 
     def demo_sets(self) -> DemoSets | None:
-        """Those of the bootstrap, if it has ended."""
+        """The demo sets, if the bootstrap has ended."""
         return self._candidates(DEMOS, "The demo sets", demos_from_json)
 
     def keep_demo_sets(self, program: Any, demos: DemoSets) -> DemoSets:
-        """Keeps what the bootstrap ended with; returns it as it will be loaded.
+        """Save the demo sets; return them as they will be loaded.
 
-        Should that give other prompts, a warning says that nothing was kept.
+        If the loaded sets would give other prompts, nothing is saved and a warning is logged.
         """
         try:
             plain = {i: [*map(demos_to_json, sets)] for i, sets in demos.items()}
             loaded = {i: [*map(demos_from_json, sets)] for i, sets in plain.items()}
             require_same_prompts(program, demos, loaded)
-        except Exception as error:  # noqa: BLE001 - of adapters, of types of fields: the demos are paid for
+        except Exception as error:  # noqa: BLE001 - adapters may raise any error; the demos are paid for
             logger.warning(
-                "The demo sets cannot be kept in the study (%s: %s): a run that goes on after an "
-                "interruption bootstraps them again.",
+                "The demo sets cannot be kept in the study (%s: %s): after an interruption they are "
+                "bootstrapped again.",
                 type(error).__name__,
                 error,
             )
@@ -87,11 +87,11 @@ class Checkpoint:
         return loaded
 
     def instructions(self) -> Instructions | None:
-        """Those of the proposal, if it has ended."""
+        """The instructions, if the proposal has ended."""
         return self._candidates(INSTRUCTIONS, "The instructions", _text)
 
     def keep_instructions(self, instructions: Instructions) -> None:
-        """Keeps what the proposal ended with."""
+        """Save the instructions."""
         self._keep_candidates(INSTRUCTIONS, {i: [*map(str, texts)] for i, texts in instructions.items()})
 
     def _candidates(self, kind: str, what: str, read: Callable[[Any], T]) -> dict[int, list[T]] | None:
@@ -104,7 +104,7 @@ class Checkpoint:
             return None
 
     def _keep_candidates(self, kind: str, candidates: Mapping[int, Sequence[Any]]) -> None:
-        """How many there are is written last: they are there as a whole or not at all."""
+        """Save candidates; their numbers are written last, so that they are complete or missing."""
         for i, some in candidates.items():
             for j, candidate in enumerate(some):
                 self._set(f"{kind}:{i}:{j}", candidate)
@@ -113,13 +113,13 @@ class Checkpoint:
     # Answers of LMs, and what they took.
 
     def answer(self, scope: str, digest: str, number: int, cached: bool) -> Answer | None:
-        """As `mpromptune.lms.adapters.Answers`."""
+        """See `mpromptune.lms.adapters.Answers`."""
         own = self._answer(f"{ANSWERS}:{scope}:{digest}:{number}")
-        # An equal request of another scope, which found the answer in the cache of a process that is gone.
+        # Otherwise an answer to an equal request of another scope, which an earlier process had in its cache.
         return own or (self._earlier.get(digest) if cached else None)
 
     def keep_answer(self, scope: str, digest: str, number: int, answer: Answer) -> None:
-        """As `mpromptune.lms.adapters.Answers`; what is no JSON is not kept."""
+        """See `mpromptune.lms.adapters.Answers`; an answer that is not JSON is not saved."""
         parts = {"usage": answer.usage.as_dict(), "total": answer.total.as_dict()}
         try:
             text = json.dumps({"outputs": answer.outputs, **parts}, ensure_ascii=False)
@@ -140,33 +140,33 @@ class Checkpoint:
             answer = json.loads("".join([kept["text"], *more]))
             outputs = list_from("an answer", answer["outputs"])
             return Answer(outputs, *(usage_from(answer[name]) for name in ("usage", "total")))
-        except CRASHES:  # there is none, or it is damaged
+        except CRASHES:  # there is no answer, or it is damaged
             return None
 
     def _answers(self) -> dict[str, Answer]:
-        """What is kept now, by key."""
+        """All saved answers, by key."""
         keys = [key for key in self._kept if key.startswith(f"{ANSWERS}:") and "/" not in key]
         return {key: answer for key in keys if (answer := self._answer(key)) is not None}
 
     def usage(self) -> dict[str, Usage]:
-        """What the steps before the search have used so far, in interrupted runs too."""
-        if not self._has_steps():  # nothing that another run could go on with, so this may be another
+        """The usage of the steps before the search so far, including interrupted runs."""
+        if not self._has_steps():  # an earlier run left nothing to continue, and may have been another one
             return {}
         used = kept_usage(self._kept)
-        for key, answer in self._answers().items():  # of a run that was killed, which has kept nothing else
+        for key, answer in self._answers().items():  # a killed run has saved its usage only with answers
             step = key.removeprefix(f"{ANSWERS}:").partition(":")[0]
             if answer.total != Usage():
                 used[step] = used.get(step, Usage()).at_least(answer.total)
         return used
 
     def keep_usage(self, step: str, usage: Usage) -> None:
-        """Keeps what a step has used."""
+        """Save the usage of a step."""
         self._set(f"{USED}:{step}", usage.as_dict())
 
     # The student's scores.
 
     def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
-        """Per validation example, the student's score or what it failed with, and what it used."""
+        """The student's score or error on each validation example, and its usage."""
         outcomes = {}
         for key, value in self._kept.items():
             if key.startswith(f"{STUDENT}:"):
@@ -177,11 +177,11 @@ class Checkpoint:
         return outcomes
 
     def keep_student_outcome(self, example: int, outcome: float | Exception, usage: Usage) -> None:
-        """Keeps it, unless it says nothing about the student; may be called by any thread."""
+        """Save a score or a failure of the student, but no infrastructure error; called from any thread."""
         if not isinstance(outcome, Exception):
             kept: dict[str, Any] = {"score": outcome}
         elif classify(outcome) is Verdict.CANDIDATE:
-            kept = {"error": type(outcome).__name__}  # not its message: nobody knows what is in it
+            kept = {"error": type(outcome).__name__}  # without its message, which may contain secrets
         else:
             return
         self._try_to_keep(
@@ -189,27 +189,27 @@ class Checkpoint:
         )
 
     def measured(self, params: Mapping[str, int]) -> set[int]:
-        """Validation examples of which the search has a score for a configuration."""
+        """Validation examples on which the search has a score of a configuration."""
         with reported(), readable(f"A trial of {named(self.study)}"):
             trials = [t for t in self.study.get_trials(deepcopy=False) if t.params == params]
         told = (t.user_attrs.get(EXAMPLES, ()) for t in trials if SCORES in t.user_attrs)
         return {example for some in (*told, *(t.intermediate_values for t in trials)) for example in some}
 
-    # Whose study it is.
+    # Identity of the run.
 
     def _require_same(self, run: Mapping[str, Part]) -> None:
         then = self._kept.get(RUN)
         if then is not None and not isinstance(then, dict):
             raise StorageError(f"What {named(self.study)} says of its run is damaged: {then!r}.")
         name = f"The study {self.study.study_name!r}"
-        advice = "Give a new run another study_name or storage"
+        advice = "Pass another study_name or storage for a new run"
         if then is None and self._has_trials() and not self._has_steps():
             raise StudyMismatchError(f"{name} was made by search(), not by MIPROv2.compile. {advice}.")
         changed = differences(then, run) if then is not None else []
         if changed and (self._has_trials() or self._has_steps()):
             raise StudyMismatchError(
-                f"{name} belongs to another run, which differs in: {', '.join(changed)}. {advice}, or go "
-                "on with what that one was given."
+                f"{name} belongs to another run, which differs in: {', '.join(changed)}. {advice}, or pass "
+                "the arguments of that run to continue it."
             )
 
     def _has_trials(self) -> bool:
@@ -217,7 +217,7 @@ class Checkpoint:
             return bool(self.study.get_trials(deepcopy=False))
 
     def _has_steps(self) -> bool:
-        """Whether anything has been paid for before a search."""
+        """Whether the study has results of steps before the search."""
         return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT, ANSWERS)) for key in self._kept)
 
     def _set(self, key: str, value: Any) -> None:
@@ -230,35 +230,35 @@ class Checkpoint:
         try:
             for key, value in values.items():
                 self._set(key, value)
-        except StorageError as error:  # which the search cannot do without, and will report
+        except StorageError as error:  # the search needs the storage too, and will report its error
             logger.warning("%s could not be kept: %s", what, error)
 
 
 def read_candidates(kept: Mapping[str, Any], kind: str) -> dict[int, list[Any]]:
-    """Per predictor, its candidates by the attributes of a study: `INSTRUCTIONS`, or `DEMOS` as JSON."""
+    """The candidates of each predictor in the attributes of a study: `INSTRUCTIONS`, or `DEMOS` as JSON."""
     return {i: [kept[f"{kind}:{i}:{j}"] for j in range(n)] for i, n in enumerate(kept[kind]["numbers"])}
 
 
 def kept_usage(kept: Mapping[str, Any]) -> dict[str, Usage]:
-    """Per step before the search, what it has used, by the attributes of a study."""
+    """The usage of each step before the search, in the attributes of a study."""
     keys = [key for key in kept if key.startswith(f"{USED}:")]
     return {key.removeprefix(f"{USED}:"): usage_from(kept[key]) for key in keys}
 
 
 def demos_to_json(demos: Sequence[Any]) -> list[dict[str, Any]]:
-    """The fields of each demo, as DSPy saves programs; what is no JSON as it stands in prompts."""
+    """The fields of each demo, as in DSPy's saved programs; values that are not JSON as in prompts."""
     plain = [{str(name): serialize_for_json(value) for name, value in demo.items()} for demo in demos]
     loaded: list[dict[str, Any]] = json.loads(json.dumps(plain))
     return loaded
 
 
 def demos_from_json(demos: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The demos that `demos_to_json` was given."""
+    """The demos from the result of `demos_to_json`."""
     return [dspy.Example(dict(fields)) for fields in demos]
 
 
 def require_same_prompts(program: Any, demos: DemoSets, loaded: DemoSets) -> None:
-    """Refuses, with a ValueError, loaded demos that predictors would be prompted with in another way."""
+    """Raise a ValueError if loaded demos give other prompts than the original ones."""
     adapter = dspy.settings.adapter or dspy.ChatAdapter()
     for i, predictor in enumerate(program.predictors()):
         signature = get_signature(predictor)

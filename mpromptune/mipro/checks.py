@@ -1,4 +1,4 @@
-"""What is checked before any LM call is paid for: what a compile is called with, and the DSPy it runs on."""
+"""Checks before any LM call is paid for: the arguments of a compile, and the version of DSPy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dspy.teleprompt.utils import get_signature
 
 from mpromptune.errors import IncompatibleDSPyError, InvalidArgumentError
 
-# NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest that may be installed.
+# NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest supported one.
 TESTED_DSPY = ("3.2.0", "3.3.1", "3.4.1")
 
-# What is relied on in MIPROv2: parameters of methods after `self`; with a last "...", there may be others.
+# The methods of MIPROv2 that are used, with their parameters after `self`; "..." allows others.
 _PARAMETERS = {
     "compile": "trainset seed minibatch_size minibatch_full_eval_steps view_data_batch_size "
     "program_aware_proposer data_aware_proposer tip_aware_proposer fewshot_aware_proposer ...",
@@ -35,7 +35,7 @@ _ATTRIBUTES = (
     "init_temperature log_dir max_bootstrapped_demos max_errors max_labeled_demos metric metric_threshold "
     "num_threads prompt_model seed task_model teacher_settings track_stats verbose"
 )
-# Methods of what the first steps are made of.
+# Methods of the DSPy classes that the first steps use.
 _METHODS = {
     BootstrapFewShot: "_prepare_student_and_teacher _prepare_predictor_mappings "
     "_bootstrap_one_example _train",
@@ -44,22 +44,22 @@ _METHODS = {
 
 
 def check_arguments(optimizer: Any, student: Any, given: Mapping[str, Any]) -> None:
-    """Refuses what cannot work.
+    """Require valid arguments of a compile.
 
     Args:
         optimizer: The ``dspy.MIPROv2``.
         student: The program.
-        given: What else ``compile`` was called with.
+        given: The other arguments of ``compile``.
 
     Raises:
-        InvalidArgumentError: Which argument it is, its value, and what to pass instead.
+        InvalidArgumentError: An argument is not valid; the message says what to pass instead.
     """
     _check_program("student", student)
     if given.get("teacher") is not None:
         _check_teacher(given["teacher"], student)
     _check_lms(optimizer, student)
     _check_metric(optimizer.metric, _bootstraps(optimizer, given))
-    if "trainset" in given:  # else DSPy says that it is missing
+    if "trainset" in given:  # otherwise DSPy reports that it is missing
         _check_examples("trainset", given["trainset"])
     if given.get("valset") is not None:
         _check_examples("valset", given["valset"])
@@ -95,7 +95,7 @@ def _check_teacher(teacher: Any, student: Any) -> None:
 
 
 def _check_lms(optimizer: Any, student: Any) -> None:
-    """Wherever an LM is wanted, its name is the usual mistake."""
+    """Require language models; the usual mistake is to pass a name."""
     settings = optimizer.teacher_settings
     if not isinstance(settings, Mapping):
         raise _refused("teacher_settings", "a dict of DSPy's settings", settings)
@@ -103,7 +103,7 @@ def _check_lms(optimizer: Any, student: Any) -> None:
     lms["teacher_settings['lm']"] = settings.get("lm")
     lms.update({f"the lm of predictor {name!r}": p.lm for name, p in student.named_predictors()})
     for name, lm in lms.items():
-        # The second are clients of another kind, which DSPy takes as well.
+        # DSPy also accepts another kind of client, which has this attribute.
         known = isinstance(lm, dspy.BaseLM) or getattr(lm, "supports_decision_requests", False)
         if lm is not None and not known:
             example = repr(lm) if isinstance(lm, str) else "'openai/gpt-4o'"
@@ -111,7 +111,7 @@ def _check_lms(optimizer: Any, student: Any) -> None:
 
 
 def _bootstraps(optimizer: Any, given: Mapping[str, Any]) -> bool:
-    """Whether demos are bootstrapped: not where there are to be labelled ones only."""
+    """Whether demos are bootstrapped, and not only labelled."""
     bootstrapped, labelled = (
         getattr(optimizer, name) if given.get(name) is None else given[name]
         for name in ("max_bootstrapped_demos", "max_labeled_demos")
@@ -120,12 +120,12 @@ def _bootstraps(optimizer: Any, given: Mapping[str, Any]) -> bool:
 
 
 def _check_metric(metric: Any, bootstraps: bool) -> None:
-    """DSPy calls it with ``(example, prediction)`` in evaluations, with a trace as well in the bootstrap."""
+    """Require a metric that DSPy can call: in evaluations with two arguments, in the bootstrap with three."""
     if not callable(metric) or isinstance(metric, type):
         raise _refused("metric", "a function metric(example, prediction, trace=None)", metric)
     try:
         signature = inspect.signature(metric)
-    except (TypeError, ValueError):  # what is written in C may not say
+    except (TypeError, ValueError):  # functions written in C may have no signature
         return
     for arguments in (2, 3) if bootstraps else (2,):
         try:
@@ -151,18 +151,18 @@ def _check_examples(name: str, examples: Any) -> None:
 def _has_inputs(example: dspy.Example) -> bool:
     try:
         return bool(example.inputs().keys())
-    except ValueError:  # they have not been set
+    except ValueError:  # the inputs have not been set
         return False
 
 
 def require_compatible(optimizer: StockMIPROv2) -> None:
-    """Refuses a DSPy that has changed what the search relies on; called before any LM call.
+    """Require a version of DSPy that has all that the search uses; called before any LM call.
 
     Args:
-        optimizer: What is about to compile with a sampler.
+        optimizer: The optimizer.
 
     Raises:
-        IncompatibleDSPyError: What has changed, and what can be done.
+        IncompatibleDSPyError: DSPy has changed; the message says what, and what to do.
     """
     found = (_changed(name, expected.split()) for name, expected in _PARAMETERS.items())
     changes = [change for change in found if change is not None]
@@ -174,17 +174,17 @@ def require_compatible(optimizer: StockMIPROv2) -> None:
 
 
 def incompatible(change: str) -> IncompatibleDSPyError:
-    """The error for what has changed in ``dspy.MIPROv2``."""
+    """The error for a change in ``dspy.MIPROv2``."""
     tested = f"{', '.join(TESTED_DSPY[:-1])} and {TESTED_DSPY[-1]}"
     return IncompatibleDSPyError(
         f"DSPy {dspy.__version__} has another MIPROv2 than the search of m-promptune is made for: {change}. "
         f"It is tested with DSPy {tested}. Install one of these (pip install 'dspy=={TESTED_DSPY[-1]}'), or "
-        "compile without a sampler and other options of m-promptune, which is DSPy's own search and works."
+        "compile without a sampler and other options of m-promptune: DSPy's own search works."
     )
 
 
 def _changed(name: str, expected: Sequence[str]) -> str | None:
-    """What has become of a method, if it is not what it was."""
+    """The change of a method, or None if it has not changed."""
     shown = f"{name}({', '.join(expected)})"
     if not hasattr(StockMIPROv2, name):
         return f"{shown} is gone"

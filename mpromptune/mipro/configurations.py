@@ -1,4 +1,4 @@
-"""DSPy programs as configurations: the space of their prompts, building one, and scoring it."""
+"""DSPy programs as configurations: the space of their prompts, and building and scoring a configuration."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ logger = logging.getLogger(__name__)
 
 Keep = Callable[[Mapping[str, int], int, Any], None]
 
-# Long runs of base64, as in data URLs of images and audio: digested, not embedded.
+# Long runs of base64, as in data URLs of images and audio; they are replaced by digests.
 _BINARY = re.compile(r"[A-Za-z0-9+/_-]{256,}={0,2}")
-# Programs kept built at a time; each is rebuilt from its indices when needed again, so that neither
-# programs nor their LM histories pile up.
+# Number of built programs in memory; others are built again when needed, so that programs and their LM
+# histories do not accumulate.
 _BUILT = 64
 
 
 class ProgramSpace:
-    """Every choice of instruction and demos for the predictors of one program.
+    """All choices of instructions and demo sets for the predictors of a program.
 
-    Candidates that occur twice count once, so that no configuration is paid for under two names; the
-    student's own instruction and demos are added where no candidate equals them.
+    Equal candidates count once, so that no configuration is paid for twice. The student's own instruction and
+    demos are added unless a candidate equals them.
 
     Args:
         program: The student; configuration `baseline` is exactly this program.
-        instructions: Per predictor, its candidate instructions.
-        demos: Per predictor, its candidate demo sets, or None when demos are not optimised.
+        instructions: The candidate instructions of each predictor.
+        demos: The candidate demo sets of each predictor, or None if demos are not optimised.
 
     Attributes:
-        candidates: Per component, under MIPROv2's name for it, what its indices stand for.
+        candidates: The candidates of each component, by MIPROv2's name for it.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ def _keep_nothing(params: Mapping[str, int], example: int, prediction: Any) -> N
 
 
 class ProgramRunner:
-    """``score(params, example)``: runs a configuration on one validation example, wherever it is called.
+    """``score(params, example)``: runs a configuration on one validation example, in any thread or process.
 
     Args:
         programs: The configurations.
         valset: The validation examples.
         metric: ``metric(example, prediction)`` returning a number, a bool, or a prediction with ``.score``.
-        keep: Called as ``keep(params, example, prediction)``, in the thread that made the prediction; in
-            no other process.
+        keep: Called as ``keep(params, example, prediction)`` in the thread that made the prediction; not
+            called in other processes.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class ProgramRunner:
         self._keep = keep
         self._build = lru_cache(maxsize=_BUILT)(lambda items: programs.build(dict(items)))
 
-    def __reduce__(self) -> Any:  # without what has been built
+    def __reduce__(self) -> Any:  # without the built programs
         return ProgramRunner, self._parts
 
     def __call__(self, params: Mapping[str, int], example: int) -> float:
-        """The metric's value; an exception of the program or of the metric is passed on."""
+        """The value of the metric; exceptions of the program or the metric are passed on."""
         _, valset, metric = self._parts
         program, item = self._build(tuple(sorted(params.items()))), valset[example]
         try:
-            # A trace of its own, or every call of the run would be kept in the caller's.
+            # An own trace, because otherwise the caller's trace would collect every call of the run.
             with dspy.context(trace=[]), measured(current_meter()), blaming():
                 prediction = program(**item.inputs())
                 self._keep(params, example, prediction)
@@ -130,7 +130,7 @@ class ProgramRunner:
 
 
 def scorer(run: Score, show_traceback: bool = False) -> Score:
-    """The score of a search: what ``run`` gives, and a line in the log for what a candidate failed on."""
+    """The score of a search: calls ``run``, and logs failures of candidates."""
 
     def score(params: dict[str, int], example: int) -> float:
         meter = current_meter() or Meter()
@@ -138,7 +138,7 @@ def scorer(run: Score, show_traceback: bool = False) -> Score:
         try:
             value = contained(run, params, example)
         except Exception as error:
-            if classify(error) in FAILURES:  # the other errors leave traces of their own
+            if classify(error) in FAILURES:  # other errors are reported elsewhere
                 said = example, dict(params), type(error).__name__, error
                 exc_info = error if show_traceback else None
                 logger.warning("Validation example %d failed with %s: %s: %s", *said, exc_info=exc_info)
@@ -150,7 +150,7 @@ def scorer(run: Score, show_traceback: bool = False) -> Score:
 
 
 def metric_value(value: Any) -> float:
-    """What a metric returned, as a number.
+    """The return value of a metric as a number.
 
     Raises:
         ScoreError: It is not a finite number, a bool, or a prediction with such a ``score``.
@@ -161,12 +161,12 @@ def metric_value(value: Any) -> float:
 
 
 def candidate_text(candidate: str | Sequence[Any]) -> Any:
-    """An instruction as it is; a demo set as the texts of its demos."""
+    """The text of an instruction, or the texts of the demos of a demo set."""
     return candidate if isinstance(candidate, str) else [demo_text(demo) for demo in candidate]
 
 
 def demo_text(demo: Any) -> str:
-    """All fields of a demo as text, whatever its signature; binary content is digested."""
+    """All fields of a demo as text; binary content is replaced by digests."""
     fields = demo.items() if hasattr(demo, "items") else [("demo", demo)]
     lines = [f"{name}: {value}" for name, value in fields if name != "augmented"]
     return _BINARY.sub(_digest, "\n".join(lines))
@@ -177,16 +177,16 @@ def _digest(match: re.Match[str]) -> str:
 
 
 def encodable(value: Any) -> Any:
-    """A text with ``?`` for every half of a surrogate pair; anything else as it is.
+    """A text with ``?`` for every lone surrogate; other values are unchanged.
 
-    LMs return halves where they cut an emoji in two. No request can be made with one, no class can have it
-    in its docstring, as DSPy's signatures do, and no file can be written with it.
+    LMs return lone surrogates when they cut an emoji in two. A text with one cannot be sent in a request,
+    written to a file, or be the docstring of a class, such as DSPy's signatures.
     """
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def encodable_demo(demo: Any) -> Any:
-    """A demo with such texts for its fields; the very same one where they are so already."""
+    """A demo whose fields are `encodable`; the same object if nothing changes."""
     if not isinstance(demo, dspy.Example):
         return demo
     texts = {name: encodable(value) for name, value in demo.items()}
@@ -197,5 +197,5 @@ def encodable_demo(demo: Any) -> Any:
 def _equal(a: Any, b: Any) -> bool:
     try:
         return bool(a == b)
-    except (TypeError, ValueError):  # demos that hold arrays have no single truth value
+    except (TypeError, ValueError):  # comparing demos with arrays gives no single truth value
         return a is b

@@ -1,4 +1,4 @@
-"""What a compile will use, said before it asks an LM anything; and who may ask for that, and end it there."""
+"""The estimated usage of a compile before its first LM call, and interceptors that may end it there."""
 
 from __future__ import annotations
 
@@ -18,30 +18,28 @@ from mpromptune.engine.options import SearchOptions
 from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.lms.metering import PerMillion
 
-# DSPy shows its dataset summariser this many batches of examples after the first one, at most.
+# DSPy shows its dataset summariser at most this many batches of examples after the first one.
 _MORE_BATCHES = 9
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a compile will use at most, but for retries.
+    """An upper estimate of the usage of a compile, without retries.
 
-    It reckons with one LM request for every predictor of a program, and without a cache. The search
-    spends its program calls to the last few that no configuration can use; proposals are exact unless
-    the dataset summary is complete early; the bootstrap stops at the first successes, so it seldom needs
-    all of its calls.
+    It assumes one LM request per predictor of a program, and no cache. The search spends nearly all of its
+    program calls. The number of proposals is exact unless the dataset summary is complete early. The
+    bootstrap rarely needs all of its calls, because it stops after enough successes.
 
     Attributes:
-        usage: Per step, program calls and LM calls; and tokens and cost, once `with_tokens` has said
-            how many a call takes.
-        prices: Per step, US dollars per million prompt and completion tokens, where known.
+        usage: Program calls and LM calls of each step; also tokens and cost after `with_tokens`.
+        prices: US dollars per million prompt and completion tokens of each step, if known.
     """
 
     usage: StepUsage
     prices: Mapping[str, PerMillion | None] = field(default_factory=dict)
 
     def with_tokens(self, prompt: float, completion: float) -> Estimate:
-        """The same with tokens, and with dollars where prices are known.
+        """The estimate with tokens, and with the cost if prices are known.
 
         Args:
             prompt: Tokens sent in a typical LM request.
@@ -50,7 +48,7 @@ class Estimate:
         return replace(self, usage=StepUsage({k: self._typical(k, prompt, completion) for k in self.usage}))
 
     def with_price(self, prompt: float, completion: float) -> Estimate:
-        """The same with a price of one's own for all models; before `with_tokens`.
+        """The estimate with one price for all models; call it before `with_tokens`.
 
         Args:
             prompt: US dollars per million tokens sent.
@@ -81,7 +79,7 @@ class Estimate:
 
 
 def demo_numbers(given: Mapping[str, Any]) -> tuple[int, int]:
-    """Bootstrapped and labelled demos of a set; a zero-shot run has some too, for the proposer to look at."""
+    """Numbers of bootstrapped and labelled demos in a set; zero-shot runs need some for the proposer."""
     numbers = given["max_bootstrapped_demos"], given["max_labeled_demos"]
     zero_shot = BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT, LABELED_FEWSHOT_EXAMPLES_IN_CONTEXT
     return zero_shot if numbers == (0, 0) else numbers
@@ -95,21 +93,21 @@ def estimate(
     task_price: PerMillion | None = None,
     prompt_price: PerMillion | None = None,
 ) -> Estimate:
-    """What a compile will use.
+    """Estimate the usage of a compile.
 
     Args:
-        given: What DSPy passes to its bootstrap, by name.
-        flags: Of ``compile``, for DSPy's proposer.
-        instructions: Instructions wanted for each predictor.
+        given: The arguments that DSPy passes to its bootstrap, by name.
+        flags: The arguments of ``compile`` for DSPy's proposer.
+        instructions: Number of instructions for each predictor.
         search_calls: Program calls of the search.
         task_price: US dollars per million prompt and completion tokens of the task model, if known.
-        prompt_price: Those of the prompt model.
+        prompt_price: The same for the prompt model.
     """
     n, train_size = len(given["program"].predictors()), len(given["trainset"])
     sets, (bootstrapped, labelled) = given["num_fewshot_candidates"], demo_numbers(given)
-    # Each set but the empty one and that of labelled examples takes the whole trainset at most.
+    # Every set except the empty one and the one of labelled examples needs at most the whole trainset.
     runs = max(sets - 1 - (labelled > 0), 0) * train_size if bootstrapped else 0
-    # A request for each instruction, two more to describe program and module; and the summary's.
+    # One request for each instruction, two more to describe program and module; and those of the summary.
     requests = min(instructions, max(sets, 1)) * n * (3 if flags["program_aware_proposer"] else 1)
     if flags["data_aware_proposer"]:
         requests += 2 + min(math.ceil(train_size / flags["view_data_batch_size"]) - 1, _MORE_BATCHES)
@@ -122,34 +120,34 @@ def estimate(
 
 
 class Interceptor:
-    """Told of a compile before its first LM call, and may end it by raising; this one does nothing.
+    """Receives the options and estimate of a compile before its first LM call, and may raise to end it.
 
-    It is how a command looks at the compile that a function of the user's performs.
+    Commands use it to inspect the compile in a user's function. This base class does nothing.
 
     Attributes:
-        options: Options that take the place of those given to the compile.
+        options: Options that override those given to the compile.
     """
 
     options: Mapping[str, Any] = {}
 
     def on_options(self, options: SearchOptions | None) -> None:
-        """The options in force; None for DSPy's own search, of which nothing else is said."""
+        """Called with the options of a compile; None for DSPy's own search, which has no estimate."""
 
     def on_estimate(self, estimate: Callable[[], Estimate]) -> None:
-        """What the whole compile would take."""
+        """Called with a function that estimates the whole compile."""
 
 
 _INTERCEPTOR: ContextVar[Interceptor] = ContextVar("mpromptune_interceptor", default=Interceptor())  # noqa: B039
 
 
 def interceptor() -> Interceptor:
-    """That of this context."""
+    """The interceptor of this context."""
     return _INTERCEPTOR.get()
 
 
 @contextmanager
 def intercepting(own: Interceptor) -> Iterator[None]:
-    """Every compile in this context is told to ``own``."""
+    """A context in which ``own`` is the interceptor of every compile."""
     token = _INTERCEPTOR.set(own)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What identifies a run of `compile`: the same in every process, and without any secret."""
+"""The identity of a run of `compile`: equal in every process, and without secrets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpromptune.lms.adapters import given_adapter
 
 Part = str | int | float | bool | None
 
-# What decides which candidates there are, beside the data; budget, threads and patience may change.
+# The arguments that determine the candidates, in addition to the data; budget, threads and so on may change.
 _ARGUMENTS = (
     "view_data_batch_size",
     "program_aware_proposer",
@@ -28,7 +28,7 @@ _ARGUMENTS = (
     "tip_aware_proposer",
     "fewshot_aware_proposer",
 )
-# Settings of a predictor that change its answers; the others may be secrets.
+# Settings of a predictor that change its answers; others may be secrets.
 _CONFIG = ("temperature", "max_tokens", "n", "top_p")
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -40,14 +40,14 @@ def fingerprint(
     candidates: tuple[int, int],
     arguments: Mapping[str, Any],
 ) -> dict[str, Part]:
-    """The run in named parts, of which digests and plain arguments are kept.
+    """The identity of a run as named parts: digests and plain arguments.
 
     Args:
         optimizer: The ``dspy.MIPROv2``.
         program: The student.
-        valset: The validation examples, as they are numbered in the search.
-        candidates: How many instructions, and how many demo sets.
-        arguments: Of ``dspy.MIPROv2.compile``, with defaults.
+        valset: The validation examples, in the order of the search.
+        candidates: Numbers of instructions and of demo sets.
+        arguments: The arguments of ``dspy.MIPROv2.compile``, with defaults.
     """
     adapter = given_adapter(dspy.settings.adapter)
 
@@ -74,20 +74,20 @@ def fingerprint(
 
 
 def differences(then: Mapping[str, Part], now: Mapping[str, Part]) -> list[str]:
-    """Which parts differ, and how."""
+    """The parts that differ, with both values."""
     names = [*now, *(name for name in then if name not in now)]
     changed = [name for name in names if then.get(name) != now.get(name)]
     return [f"{name} ({then.get(name)!r} then, {now.get(name)!r} now)" for name in changed]
 
 
 def digest(value: Any) -> str:
-    """A short digest of what `canonical` makes of a value."""
+    """A short digest of the `canonical` form of a value."""
     text = json.dumps(canonical(value), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def canonical(value: Any, inside: tuple[int, ...] = ()) -> Any:
-    """Any value as JSON that is the same in every process; it may hold what it is ``inside`` of."""
+    """A value as JSON that is equal in every process; ``inside`` are its containers, to stop at cycles."""
     if value is None or isinstance(value, str | bool | int | float):
         return value.value if isinstance(value, enum.Enum) else value
     if id(value) in inside:
@@ -102,7 +102,7 @@ def canonical(value: Any, inside: tuple[int, ...] = ()) -> Any:
 
 
 def _parts(value: Any) -> Any:
-    """A value as a mapping, a set, a sequence or a text of what makes it up."""
+    """The parts of a value as a mapping, a set, a sequence or a text."""
     if isinstance(value, Mapping | Set | list | tuple):
         return value
     if isinstance(value, bytes | bytearray):
@@ -117,7 +117,7 @@ def _parts(value: Any) -> Any:
 def _state(value: Any) -> tuple[Any, ...]:
     if isinstance(value, BaseModel):
         return (dict(value),)
-    for method in ("tobytes", "tolist"):  # of arrays, images and tensors
+    for method in ("tobytes", "tolist"):  # for arrays, images and tensors
         if callable(getattr(value, method, None)):
             return getattr(value, "shape", None), getattr(value, "size", None), getattr(value, method)()
     says_nothing = type(value).__dict__.get("__repr__", object.__repr__) is object.__repr__
@@ -137,7 +137,7 @@ def _of_program(program: Any) -> str:
 
 
 def _of_class(cls: type) -> list[Any]:
-    """DSPy's own modules are known by name: a new version of DSPy is no other program."""
+    """Name and source of a class; only the name for DSPy's own modules, so that DSPy may be updated."""
     is_own = cls.__module__.partition(".")[0] != "dspy"
     return [cls.__qualname__, _source(cls) if is_own else None]
 
@@ -155,13 +155,13 @@ def _of_predictor(predictor: Any) -> list[Any]:
 
 
 def _of_callable(function: Any) -> list[Any]:
-    """A function's source, or its class's: what an object holds may change from call to call."""
+    """Name and source of a function, or of the class of a callable object, whose state may change."""
     if isinstance(function, partial):
         return [_of_callable(function.func), function.args, function.keywords]
     function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType):
         function = function if isinstance(function, type) else type(function)
-    elif function.__name__ == "<lambda>":  # its line of source holds other things too
+    elif function.__name__ == "<lambda>":  # its source line contains other code too
         return [function.__qualname__, _of_code(function.__code__)]
     return [function.__qualname__, _source(function)]
 
@@ -179,12 +179,12 @@ def _source(item: Any) -> str | None:
 
 
 def _name(value: Any) -> str:
-    """Without the module, which is ``__main__`` or not as the script is run or imported."""
+    """The qualified name without the module, which may be ``__main__``."""
     if isinstance(value, partial):
         return _name(value.func)
     return str(getattr(value, "__qualname__", None) or type(value).__qualname__)
 
 
 def _model(lm: Any) -> str | None:
-    """Its name alone: other settings may be secrets."""
+    """The name of a model, without its settings, which may be secrets."""
     return None if lm is None else str(getattr(lm, "model", None) or type(lm).__qualname__)

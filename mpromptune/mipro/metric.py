@@ -1,4 +1,4 @@
-"""A metric that cannot score is found at the first example that it is asked to score."""
+"""Finds a broken metric at the first example that it scores."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from mpromptune.execution.interrupts import SLICE, Stopped, check_stopped
 from mpromptune.lms.errors import blame, classify
 from mpromptune.mipro.configurations import metric_value
 
-# What a correct metric may raise over an answer that it cannot read. Anything else (a name, a field or a
-# module that does not exist, a wrong call) is a mistake in it, if it comes before its first result.
+# Errors that a correct metric may raise on an answer that it cannot parse. Any other error (a name, field or
+# module that does not exist, a wrong call) before the first result shows a mistake in the metric.
 _OF_AN_ANSWER = (ValueError, IndexError, ArithmeticError, AssertionError)
-# As Python names it where nothing was found in an answer, as in ``re.search(...).group()``.
+# In messages of errors when nothing was found in an answer, as by ``re.search(...).group()``.
 _NOTHING = "NoneType"
-# NOTE: characters of an example that a message shows; enough to recognise it.
+# NOTE: most characters of an example in a message; enough to recognise it.
 _SHOWN = 500
 
 
 class CheckedMetric:
-    """The user's metric, which ends the compile where no score of it could be right.
+    """The user's metric; it ends the compile if the metric is broken.
 
-    In an evaluation it has to return a number. In the bootstrap, where it is given a trace, it may return
-    anything: DSPy takes its truth. If that is no number, and the metric has not worked in an evaluation yet,
-    it is called once more as in one. So a metric without a return statement is found. What it raises before
-    it has worked, with a trace or without as in this call, may be a mistake in it; later on it is the
-    candidate's failure.
+    In an evaluation the metric must return a number. In the bootstrap, with a trace, it may return anything,
+    because DSPy uses only its truth value. If that is not a number, and the metric has not worked in an
+    evaluation yet, it is called once more without a trace, so that a metric without a return statement is
+    found. An error before the metric has worked in the same way (with or without a trace) may show a mistake
+    in it; a later error is a failure of the candidate.
 
     Args:
-        metric: As given to MIPROv2.
-        on_failure: Called once it cannot score, before the error is raised.
+        metric: The metric given to MIPROv2.
+        on_failure: Called when the metric turns out to be broken, before the error is raised.
 
     Attributes:
-        failure: Why it cannot score.
-        known: Set once it has worked, or cannot score, or need not be waited for.
+        failure: The error if the metric is broken.
+        known: Set when the metric has worked, is broken, or no thread needs to wait for it.
     """
 
     def __init__(self, metric: Any, on_failure: Callable[[], None] = lambda: None) -> None:
@@ -52,10 +52,10 @@ class CheckedMetric:
         return repr(self._metric)
 
     def __call__(self, example: Any, prediction: Any, trace: Any = None) -> Any:
-        """What the metric returns; in an evaluation, as a number.
+        """The return value of the metric; in an evaluation as a number.
 
         Raises:
-            ScoreError: It cannot score.
+            ScoreError: The metric is broken.
         """
         asked = (example, prediction) if trace is None else (example, prediction, trace)
         value = self._ask(*asked)
@@ -71,10 +71,10 @@ class CheckedMetric:
         return number if trace is None else value
 
     def wait(self) -> None:
-        """Waits until it is `known` whether it works.
+        """Wait until it is `known` whether the metric works.
 
         Raises:
-            Stopped: It does not, or nobody waits any more.
+            Stopped: It is broken, or the result of this context is no longer needed.
         """
         while not self.known.wait(SLICE):
             check_stopped()
@@ -100,7 +100,7 @@ class CheckedMetric:
     def _failed(self, message: str, *asked: Any) -> ScoreError:
         texts = map(repr, asked)
         example, prediction = (t if len(t) <= _SHOWN else f"{t[:_SHOWN]}..." for t in texts)
-        error = ScoreError(f"{message} It was asked about {example} and the prediction {prediction}.")
+        error = ScoreError(f"{message} It was called with {example} and the prediction {prediction}.")
         self.failure = self.failure or error
         self._on_failure()
         self.known.set()

@@ -1,7 +1,7 @@
-"""MIPROv2: DSPy's optimizer with a concurrent, text-aware search. DSPy in, DSPy out.
+"""MIPROv2: DSPy's optimizer with a concurrent, text-aware search.
 
-The class reads in the order of a compile: DSPy's own ``compile`` calls the methods below one after the other.
-Without options each hands on what it is given, so that DSPy's search outlives changes of these methods.
+The methods of the class are in the order in which DSPy's own ``compile`` calls them. Without options each one
+passes its arguments to DSPy's method, so that DSPy's own search works even if DSPy changes these methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import dspy
 
-# Where it is defined: others may put another class, ours among them, in place of `dspy.MIPROv2`.
+# Imported from its own module, because `dspy.MIPROv2` may have been replaced, even by our class.
 from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from optuna.study import Study
 from optuna.trial import FrozenTrial
@@ -46,12 +46,12 @@ logger = logging.getLogger(__name__)
 
 _STOCK_INIT = inspect.signature(StockMIPROv2.__init__)
 _STOCK_COMPILE = inspect.signature(StockMIPROv2.compile)
-# The compile that is under way in this context; None means DSPy's own search.
+# The compile that runs in this context; None means DSPy's own search.
 _RUN: ContextVar[Run | None] = ContextVar("mpromptune_run", default=None)
 
 
 class _Planned(BaseException):
-    """Ends a compile before its first LM call; no Exception, so that nothing takes it for a failure."""
+    """Ends a compile before its first LM call; not an ``Exception``, which would count as a failure."""
 
     def __init__(self, estimate: Estimate) -> None:
         super().__init__(str(estimate))
@@ -61,18 +61,18 @@ class _Planned(BaseException):
 class MIPROv2(StockMIPROv2):
     """A drop-in ``dspy.MIPROv2`` that can evaluate many prompt configurations at once.
 
-    Without a sampler it is DSPy's optimizer, call for call. With one, the search step proposes
-    batches of configurations, measures them concurrently on small blocks of the validation set,
-    and returns the one with the highest posterior mean, measured on all of it next to the baseline.
+    Without a sampler it makes exactly the calls of DSPy's optimizer. With a sampler, the search step proposes
+    batches of configurations, measures them concurrently on small blocks of the validation set, and returns
+    the configuration with the highest posterior mean, compared with the baseline.
 
     Args:
-        *args: As ``dspy.MIPROv2``.
-        sampler_config: Options of the search (see `mpromptune.engine.options.SearchOptions`), among them
+        *args: Arguments of ``dspy.MIPROv2``.
+        sampler_config: Options of the search (see `mpromptune.engine.options.SearchOptions`), such as
             ``"sampler"``: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"`` or an Optuna sampler.
-        **kwargs: As ``dspy.MIPROv2``; or single options, as in ``sampler_config``.
+        **kwargs: Arguments of ``dspy.MIPROv2``, or single options as in ``sampler_config``.
 
     Raises:
-        UnknownOptionError: An option is not known (a TypeError).
+        UnknownOptionError: An option is unknown (a TypeError).
         InvalidArgumentError: An option is out of range, or given twice (a ValueError).
 
     Example:
@@ -85,35 +85,35 @@ class MIPROv2(StockMIPROv2):
     def __init__(self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         ours, stock = split(kwargs, _STOCK_INIT)
         if ours.get("verbose") is not None:
-            ours["verbose"] = bool(ours["verbose"])  # DSPy takes anything
+            ours["verbose"] = bool(ours["verbose"])  # DSPy accepts any value
         self._defaults = gather(sampler_config, ours)
-        resolve(self._defaults, {})  # fails now rather than after the bootstrap
+        resolve(self._defaults, {})  # check the options now rather than after the bootstrap
         super().__init__(*args, **stock)
 
     @extending(_STOCK_COMPILE)
     def compile(self, student: Any, *, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Optimizes ``student``.
+        """Optimize ``student``.
 
         Args:
             student: The program.
-            sampler_config: Options of the search; they override the constructor's.
+            sampler_config: Options of the search; they override those of the constructor.
             **kwargs: Arguments of ``dspy.MIPROv2.compile`` (``trainset``, ``valset``, ...), or
-                single options, as in ``sampler_config``.
+                single options as in ``sampler_config``.
 
         Returns:
             The best program, with ``score``, ``trial_logs``, ``candidate_programs`` and
-            ``mb_candidate_programs`` as DSPy sets them, and ``search_result`` when a sampler is in
-            use. With ``dry_run``, an `mpromptune.mipro.estimate.Estimate` instead.
+            ``mb_candidate_programs`` as DSPy sets them, and ``search_result`` if a sampler was used. With
+            ``dry_run``, an `mpromptune.mipro.estimate.Estimate` instead.
 
         Raises:
-            UnknownOptionError: An option is not known (a TypeError).
-            InvalidArgumentError: An option or an argument cannot work (a ValueError).
-            IncompatibleDSPyError: There are options, and DSPy has changed what they are built on.
-            StudyInUseError: Another run is at work on the study.
+            UnknownOptionError: An option is unknown (a TypeError).
+            InvalidArgumentError: An option or an argument is not valid (a ValueError).
+            IncompatibleDSPyError: There are options, and this version of DSPy does not support them.
+            StudyInUseError: Another run uses the study.
             TravelError: Something cannot be sent to the workers of the executor (a TypeError).
-            SearchStoppedError: No further call could succeed; what was measured is in ``.study``,
-                and ``.program`` is the best so far.
-            SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same.
+            SearchStoppedError: No further call could succeed; ``.study`` has all scores, and ``.program``
+                is the best program so far.
+            SearchInterrupted: Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same attributes.
         """
         ours, stock = split(kwargs, _STOCK_COMPILE)
         options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
@@ -128,7 +128,7 @@ class MIPROv2(StockMIPROv2):
         run = Run(self, student, options, {**defaults, **stock})
         try:
             with handled(), _current(run), run.under_way():
-                if options.dry_run:  # past what others hook into it: nothing is compiled
+                if options.dry_run:  # without the hooks of other packages, since nothing is compiled
                     return inspect.unwrap(StockMIPROv2.compile)(self, student, **stock)
                 return super().compile(student, **stock)
         except _Planned as planned:
@@ -138,11 +138,11 @@ class MIPROv2(StockMIPROv2):
         run = _RUN.get()
         if run is None:
             super()._set_random_seeds(*args, **kwargs)
-        else:  # DSPy takes a seed of 0 for none, and 3.2 seeds numpy's global generator as well
+        else:  # DSPy treats a seed of 0 as None, and DSPy 3.2 also seeds numpy's global generator
             self.rng = random.Random(run.seed)
 
     def _set_hyperparams_from_run_mode(self, *args: Any, **kwargs: Any) -> Any:
-        """Once DSPy has said how large the run is, all that can be wrong with it is found."""
+        """Let DSPy determine the size of the run, then check everything that may be wrong with it."""
         stock = super()._set_hyperparams_from_run_mode
         settings = stock(*args, **kwargs)
         if (run := _RUN.get()) is not None:
@@ -188,7 +188,7 @@ def _current(run: Run | None) -> Iterator[None]:
 
 
 def _named(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names."""
+    """The arguments of a call by name."""
     return dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
 
 
@@ -201,14 +201,14 @@ def _prepare(
     num_instructions: int,
     num_demo_sets: int,
 ) -> None:
-    """Checks what is known of the run, and looks up what an interrupted one has paid for."""
+    """Check the run before it pays for anything, and load the checkpoint of an interrupted run."""
     arguments = run.arguments
     minibatches = Minibatches(arguments["minibatch_size"], arguments["minibatch_full_eval_steps"], minibatch)
     options = run.options.within(len(valset), num_trials, minibatches)
     run.num_instructions, run.search_calls = num_instructions, options.max_calls or 0
     is_combined = len(program.predictors()) > 1
     task = Task(len(valset), run.search_calls, (), 1, run.seed, is_combined=is_combined)
-    plan = options.plan(task, ScoreTable(len(valset)))  # refuses what cannot work
+    plan = options.plan(task, ScoreTable(len(valset)))  # raises an error if a number is not valid
     if options.dry_run:
         return
     if options.storage is not None:
@@ -218,7 +218,7 @@ def _prepare(
     if check := getattr(options.made_sampler(0), "check_embedder", None):
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
     with dspy.context(lm=run.optimizer.task_model), _remote(run, ProgramSpace(program, {}), valset):
-        pass  # whatever cannot be sent to the workers has been named
+        pass  # this raises an error if something cannot be sent to the workers
     run.want_scores(valset, list(plan.first))
 
 
@@ -242,7 +242,7 @@ def _best_program(
     minibatch_full_eval_steps: int,
     seed: int,
 ) -> Any:
-    """The winner of the search as a program, with what the search found out; or what ended it, with that."""
+    """The winner of the search as a program, with the result; errors have the best program so far."""
     minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
     options = run.options.within(len(valset), num_trials, minibatches)
     run.end_steps()
@@ -267,7 +267,7 @@ def _remote(run: Run, programs: ProgramSpace, valset: list[Any]) -> Any:
 
 
 def _search(run: Run, options: SearchOptions, programs: ProgramSpace, score: Any, n_examples: int) -> Any:
-    # Torch is loaded here, once the bootstrap has shown that the program runs at all.
+    # Imported here because it loads torch, after the bootstrap has shown that the program runs.
     from mpromptune.engine.search import search
 
     max_calls = options.max_calls or 0
@@ -295,7 +295,7 @@ def _search(run: Run, options: SearchOptions, programs: ProgramSpace, score: Any
 
 
 def _describing(run: Run, program: Any) -> Callable[[Study, FrozenTrial], None]:
-    """A callback that writes to the study, with the first trial, what its report says of the compile."""
+    """A callback that saves data of the compile for reports in the study, with the first trial."""
     described = {
         PREDICTORS: [name for name, _ in program.named_predictors()],
         ESTIMATE: {step: usage.as_dict() for step, usage in run.estimated.items()},
@@ -309,7 +309,7 @@ def _describing(run: Run, program: Any) -> Callable[[Study, FrozenTrial], None]:
 
 
 def _finished(run: Run, programs: ProgramSpace, result: Any) -> Any:
-    """The winner as a program, with what the search found out."""
+    """The winner as a program, with the result of the search."""
     best = programs.build(result.best_params)
     best.search_result = result
     attach_statistics(best, programs, result, run.optimizer)
@@ -317,6 +317,6 @@ def _finished(run: Run, programs: ProgramSpace, result: Any) -> Any:
     logger.info("Best program scores %.2f (baseline %.2f).", *scores)
     logger.info("The compile took %s.", result.usage.total)
     if (limit := result.stopped_by) is not None:
-        message = "It ended by %s, exceeded by %g; %d program calls of the search were made."
+        message = "The search was ended by %s, exceeded by %g, after %d program calls."
         logger.warning(message, limit, result.overspent, result.calls)
     return best

@@ -1,4 +1,4 @@
-"""The second step of a compile: the instructions of DSPy's proposer, with its LM calls at the same time."""
+"""The second step of a compile: the instructions of DSPy's proposer, with concurrent LM calls."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from mpromptune.mipro.run import Run
 
 logger = logging.getLogger(__name__)
 
-# What decides, besides the summary, which fields the request for an instruction has.
+# Attributes that determine the fields of a request for an instruction, in addition to the summary.
 _FIELDS = ("program_aware", "use_task_demos", "use_instruct_history", "use_tip")
 
 
 def begin(run: Run, program: Any, trainset: Any) -> None:
-    """Asks for the dataset summary, which needs no demos, while the bootstrap is under way."""
+    """Request the dataset summary, which needs no demos, during the bootstrap."""
     flags = run.arguments
     own = ("prompt_model", "verbose", "rng", "init_temperature")
     with measured(run.budget.step("propose")):
@@ -64,7 +64,7 @@ def instructions(run: Run, given: Mapping[str, Any]) -> Instructions:
     with run.step("propose"):
         kept = None if run.checkpoint is None else run.checkpoint.instructions()
         if kept is not None:
-            logger.info("The instructions are those that an interrupted run has proposed.")
+            logger.info("The instructions of an interrupted run are used again.")
             number = sum(map(len, kept.values()))
             run.view.bar("Proposing", number, "instructions").advance(number)
             return kept
@@ -95,15 +95,15 @@ def _proposed(run: Run, given: Mapping[str, Any]) -> Instructions:
 
 
 class ConcurrentProposer(GroundedProposer):
-    """Draws all that is random in DSPy's order, and asks for all instructions at once.
+    """Makes all random draws in DSPy's order, and requests all instructions concurrently.
 
-    The dataset summary is asked for at once; only the last request for each instruction waits for it.
+    The dataset summary is requested first; only the last request for each instruction waits for it.
 
     Args:
-        threads: Run the LM calls.
-        keep: Of the proposals, each named by its draw, and of the ``"summary"``.
-        before_second: Called before every request for the summary but the first; may wait, or end them.
-        **arguments: As ``GroundedProposer``.
+        threads: Make the LM calls.
+        keep: Makes the context of a proposal, from its random draw, or of the ``"summary"``.
+        before_second: Called before all requests for the summary except the first; it may wait, or raise.
+        **arguments: Arguments of ``GroundedProposer``.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class ConcurrentProposer(GroundedProposer):
     def propose_instructions_for_program(
         self, *args: Any, program: Any, on_instruction: Callable[[], None] = lambda: None, **kwargs: Any
     ) -> Instructions:
-        """As ``GroundedProposer``; ``on_instruction`` is called after every instruction, in order.
+        """As in ``GroundedProposer``; ``on_instruction`` is called after every instruction, in order.
 
-        A request that gives no instruction costs its predictor that one candidate: its own instruction,
-        which is a candidate in any case, takes its place.
+        If a request gives no instruction, the predictor's own instruction, which is always a candidate, is
+        used instead.
         """
         propose: Callable[..., dict[int, list[Future[str]]]] = super().propose_instructions_for_program
         started = propose(*args, program=program, **kwargs)
@@ -151,7 +151,7 @@ class ConcurrentProposer(GroundedProposer):
         trial_logs: Any = None,
         **given: Any,
     ) -> Future[str]:
-        """Starts a proposal, with the tip that has just been drawn and a rollout that is drawn here."""
+        """Start a proposal, with the tip that DSPy has just drawn and a rollout id that is drawn here."""
         rollout = self.rng.randint(0, 10**9)
         generator = GenerateModuleInstruction(
             program_code_string=self.program_code_string,
@@ -162,7 +162,8 @@ class ConcurrentProposer(GroundedProposer):
             use_tip=self.use_tip,
             verbose=self.verbose,
         )
-        # Read now: a failure to describe the program changes the generator, but not its last request.
+        # Read now, because the generator changes them if it fails to describe the program, but DSPy's last
+        # request uses the original ones.
         fields = {name: getattr(generator, name) for name in _FIELDS}
         generator.generate_module_instruction = partial(self._generated, fields)
         given.update(demo_candidates=demo_candidates, tip=tip, num_demos_in_context=self.num_demos_in_context)
@@ -175,29 +176,29 @@ class ConcurrentProposer(GroundedProposer):
             return str(strip_prefix(made.proposed_instruction))
 
     def _generated(self, fields: Mapping[str, Any], /, **inputs: Any) -> Any:
-        """The last request of DSPy's generator, which was made without knowing of a summary."""
+        """The last request of DSPy's generator, with the summary, which the generator does not know."""
         summary = None if self._summary is None else self._summary.result()
         ask = generate_instruction_class(bool(summary), **fields)
         return ask(**{**inputs, "dataset_description": summary})
 
     def _summarised(self, before_second: Callable[[], None], trainset: Any, batch_size: int) -> str | None:
-        """DSPy's dataset summary; None, for proposals without, where none is to be had."""
+        """DSPy's dataset summary; None if its requests fail, so that proposals are made without it."""
         try:
             with self._keep("summary"), _retrying(self._threads, before_second):
                 return str(create_dataset_summary(trainset, batch_size, self.prompt_model))
         except Exception as error:
             if classify(error) is Verdict.STOP:
                 raise
-            logger.warning("There is no dataset summary, and instructions are proposed without: %s", error)
+            logger.warning("There is no dataset summary; instructions are proposed without it: %s", error)
             return None
 
 
 def _instruction(future: Future[str], failures: list[Exception]) -> str | None:
-    """What a request gave; None where it gave none, which is added to ``failures``."""
+    """The instruction of a request; None if it failed, and then its error is added to ``failures``."""
     try:
         instruction = result_of(future)
         if not instruction.strip():
-            raise EmptyInstructionError("The prompt model answered with an empty instruction.")
+            raise EmptyInstructionError("The prompt model returned an empty instruction.")
     except Exception as error:
         if classify(error) is Verdict.STOP:
             raise
@@ -207,14 +208,14 @@ def _instruction(future: Future[str], failures: list[Exception]) -> str | None:
 
 
 def _check_failures(failures: list[Exception], requests: int) -> None:
-    """Raises an error where all requests have failed, or half of them for the infrastructure; else warns."""
+    """Raise an error if all requests failed, or half of them because of the infrastructure; else warn."""
     outages = [error for error in failures if classify(error) in INFRASTRUCTURE]
     if failures and (len(failures) == requests or 2 * len(outages) >= requests):
         raise (outages or failures)[0]
     if failures:
         logger.warning(
-            "%d of %d requests for an instruction gave none (%s: %s); the student's own instruction takes "
-            "their place.",
+            "%d of %d requests for an instruction failed (%s: %s); the student's own instruction is used "
+            "instead.",
             len(failures),
             requests,
             type(failures[0]).__name__,
@@ -224,15 +225,15 @@ def _check_failures(failures: list[Exception], requests: int) -> None:
 
 @contextmanager
 def _retrying(threads: Threads, before_second: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """In here, requests of DSPy's modules are retried where another attempt may succeed."""
+    """A context in which requests of DSPy's modules are retried if another attempt may succeed."""
     with dspy.context(callbacks=[*dspy.settings.callbacks, _Retrying(threads, before_second)]):
         yield
 
 
 class _Retrying(BaseCallback):
-    """Retries each request of one chain of DSPy's, which goes on without an answer when a request fails.
+    """Retries each request in a chain of requests; DSPy itself continues without an answer if one fails.
 
-    DSPy makes a module for each request; its ``forward`` is replaced when it is called.
+    DSPy makes a module for each request; its ``forward`` is replaced when the module is called.
     """
 
     def __init__(self, threads: Threads, before_second: Callable[[], None]) -> None:
@@ -241,7 +242,7 @@ class _Retrying(BaseCallback):
         self._has_asked = False
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        """A module is about to be called."""
+        """Replace ``forward`` of a module that is about to be called."""
         if isinstance(instance, dspy.Predict) and "forward" not in vars(instance):
             instance.forward = partial(self._forward, partial(type(instance).forward, instance))
 
@@ -254,5 +255,5 @@ class _Retrying(BaseCallback):
             return self._attempts(partial(contained, forward, *args, **inputs))
         except Exception as error:
             if self._attempts.down is error:
-                self._attempts.down = None  # no outage, as far as one request can tell
+                self._attempts.down = None  # one failed request does not show an outage
             raise

@@ -1,4 +1,4 @@
-"""What a study alone says: the result of its search, and where the compile stands that it was made by."""
+"""Reads a study alone: the result of its search, and the state of its compile."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ _UNKNOWN = "(a text that the study does not keep, number {})"
 
 
 def read_result(storage: StorageSpec, study_name: str | None = None) -> tuple[SearchResult, tuple[str, ...]]:
-    """What can be said of a search from its study; nothing is written to it, and no LM is asked.
+    """The result of a search from its study; nothing is written, and no LM is called.
 
     Args:
-        storage: As `mpromptune.search` was given it.
-        study_name: By default that of the only study there.
+        storage: The ``storage`` of the search.
+        study_name: Name of the study; by default that of the only study in the storage.
 
     Returns:
-        The result, and what is not known or only estimated in it, a sentence each.
+        The result, and notes on what is unknown or only estimated in it, one or two sentences each.
 
     Raises:
-        InvalidArgumentError: There is no such storage, no such study, or nothing in it yet.
+        InvalidArgumentError: The storage or the study does not exist, or has no scores yet.
         StorageError: The storage cannot be read.
-        StudyMismatchError: The study is none of a search of this version.
+        StudyMismatchError: The study was not made by a search of this format version.
     """
     return result_of(load_study(storage, study_name))
 
 
 def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
-    """As `read_result`, of a study that has been loaded."""
+    """Like `read_result`, for a loaded study."""
     with reported():
         settings, record = recorded_settings(study), read_record(study)
         usage = _used(study, record)
@@ -76,7 +76,7 @@ def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
 
 
 def load_study(storage: StorageSpec, study_name: str | None = None) -> Study:
-    """The study of a search, without writing to its storage; arguments and errors as in `read_result`."""
+    """Load the study of a search without writing to its storage; see `read_result`."""
     check_storage(storage, study_name)
     with reported():
         return _load(storage, study_name)
@@ -85,7 +85,7 @@ def load_study(storage: StorageSpec, study_name: str | None = None) -> Study:
 def _load(storage: StorageSpec, study_name: str | None) -> Study:
     if isinstance(storage, str | os.PathLike):
         path = os.fspath(storage)
-        if "://" not in path and not Path(path).is_file():  # opening it would make one
+        if "://" not in path and not Path(path).is_file():  # opening it would create a file
             raise InvalidArgumentError(f"There is no journal file {path!r}.")
     opened = open_storage(storage)
     names = [study.study_name for study in opened.get_all_studies()]
@@ -93,16 +93,16 @@ def _load(storage: StorageSpec, study_name: str | None) -> Study:
     if name not in names:
         asked = "several studies" if study_name is None else f"no study {study_name!r}"
         asked = asked if names else "no study"
-        raise InvalidArgumentError(f"The storage has {asked}; give the name of one of {names}.")
+        raise InvalidArgumentError(f"The storage has {asked}; pass the name of one of {names}.")
     study = optuna.load_study(study_name=name, storage=opened)
     if SETTINGS not in study.user_attrs and FORMAT not in study.user_attrs:
-        raise StudyMismatchError(f"The study {name!r} was made by no search.")
+        raise StudyMismatchError(f"The study {name!r} was not made by a search.")
     require_ours(study)
     return study
 
 
 def _texts(study: Study, component: str, count: int) -> tuple[list[Candidate], bool]:
-    """What the indices of a component stand for, and whether all of it is known."""
+    """The texts of the candidates of a component, and whether all are known."""
     match = _COMPONENT.match(component)
     kind = _KINDS[match[2]] if match else None
     found: list[Any] = []
@@ -113,22 +113,22 @@ def _texts(study: Study, component: str, count: int) -> tuple[list[Candidate], b
     texts = [*map(candidate_text, found)]
     if len(texts) == count:
         return texts, True
-    if len(texts) == count - 1:  # a compile adds the student's own where no candidate equals it
+    if len(texts) == count - 1:  # a compile adds the student's own candidate unless one equals it
         return [*texts, _OWN], False
     return [_UNKNOWN.format(i) for i in range(count)], False
 
 
 def _used(study: Study, record: Record) -> StepUsage:
-    """What each step of a compile has used, the search by its trials."""
+    """The usage of each step of a compile; that of the search is the sum over its trials."""
     search = sum((recorded.usage for recorded in record), Usage())
     return StepUsage(kept_usage(study.user_attrs), search=search)
 
 
 def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
     notes = [
-        "This page was made from the study alone. Estimates are those of a model that knows nothing of "
-        "the texts, and may differ from those of the search; the winner is the one that it would return "
-        "if it ended now with the winner confirmed.",
+        "This page was made from the study alone. Its estimates are from a model without the texts, and may "
+        "differ from those of the search; the winner is the one that the search would return if it ended "
+        "now with the winner confirmed.",
     ]
     if unknown:
         notes.append(
@@ -138,21 +138,21 @@ def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-# What a study has of a step once that has ended.
+# The attribute that a study has when a step has ended.
 _STEPS = {"bootstrap": DEMOS, "propose": INSTRUCTIONS}
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a study holds of a compile.
+    """The state of a compile, from its study.
 
     Attributes:
-        study: Its study.
-        done: Steps that have ended and are not paid again.
-        used: What each step has used.
-        trials: Trials of the search that are over.
-        calls: Scores that the search has, or can take from the student's, which were measured before it.
-        result: What would be the result now; None before anything is measured.
+        study: The study.
+        done: Steps that have ended and will not be paid for again.
+        used: Usage of each step.
+        trials: Number of told trials of the search.
+        calls: Number of scores of the search, including those of the student that were measured before it.
+        result: The result so far; None without scores.
     """
 
     study: Study
@@ -163,10 +163,10 @@ class Standing:
     result: SearchResult | None
 
     def left(self, estimate: Estimate) -> StepUsage:
-        """What each step has yet to use, at most.
+        """The most that each step may still use.
 
         Args:
-            estimate: Of the whole compile.
+            estimate: The estimate of the whole compile.
         """
         whole = estimate.usage
         left = {step: Usage() if step in self.done else whole[step] for step in whole}
@@ -178,22 +178,22 @@ class Standing:
 
 
 def read_standing(storage: StorageSpec, study_name: str | None = None) -> Standing:
-    """Where the compile stands whose ``storage`` this was; nothing is written to it.
+    """The state of a compile from its storage; nothing is written.
 
     Args:
-        storage: As ``compile`` was given it.
-        study_name: As well.
+        storage: The ``storage`` of the compile.
+        study_name: The ``study_name`` of the compile.
 
     Raises:
-        InvalidArgumentError: There is no such storage, or no such study.
+        InvalidArgumentError: The storage or the study does not exist.
         StorageError: The storage cannot be read.
-        StudyMismatchError: The study is none of a compile of this version.
+        StudyMismatchError: The study was not made by a compile of this format version.
     """
     study = load_study(storage, study_name or DEFAULT_STUDY_NAME)
     with reported():
         kept, record, settings = study.user_attrs, read_record(study), recorded_settings(study)
     used, baseline = _used(study, record), settings["arguments"]["baseline"] if settings else None
-    # Of the student's scores, those that the search has not taken yet.
+    # Scores of the student that the search has not used yet.
     taken = {f"{STUDENT}:{example}" for r in record if r.params == baseline for example in r.scores}
     ahead = [kept[key] for key in kept if key.startswith(f"{STUDENT}:") and key not in taken]
     used["search"] = sum((Usage(**outcome["usage"]) for outcome in ahead), used["search"])

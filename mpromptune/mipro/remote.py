@@ -1,4 +1,4 @@
-"""Programs run by workers of other processes: what goes there with them, and what stays here."""
+"""Runs programs in workers of other processes, and sends all that they need."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mpromptune.lms.guard import Guard
 from mpromptune.lms.metering import METER, Pricing, measured
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace
 
-# Settings of DSPy's that belong to one thread or one call, and are made anew for each.
+# DSPy settings that belong to one thread or one call, and are created for each.
 _OF_A_CALL = frozenset(
     {"trace", "caller_predict", "caller_modules", "usage_tracker", "send_stream", "stream_listeners", METER}
 )
-# Of a cache; its size may be another one on every machine.
+# Settings of a cache that are sent; its size may differ between machines.
 _CACHE = ("enable_disk_cache", "enable_memory_cache", "disk_cache_dir")
 
 
@@ -38,14 +38,14 @@ def remote_programs(
     valset: Sequence[Any],
     metric: Any,
 ) -> Iterator[Score | None]:
-    """What runs a configuration on an example in another process; None where that is a matter of this one.
+    """A score that runs configurations in other processes; None if the executor has no such workers.
 
-    Program, data, metric, LM and settings are sent to a worker, or to all of them, at once. In every worker
-    another guard counts the LM requests.
+    Program, data, metric, LM and settings are sent to a worker (with Dask, to all) in advance. Every worker
+    has its own guard, which counts its LM requests.
 
     Raises:
-        TravelError: Something cannot be sent, or not be used there; the message says what.
-        ExecutorBrokenError: The executor runs nothing.
+        TravelError: Something cannot be sent to a worker or used there; the message says what.
+        ExecutorBrokenError: The executor runs no calls.
     """
     if not place.is_remote:
         yield None
@@ -60,7 +60,7 @@ def remote_programs(
 
 
 class _RemoteRunner:
-    """A run of a program as it is sent to a worker: with DSPy's settings and cache of where it came from."""
+    """A runner of programs that is sent to a worker together with DSPy's settings and cache settings."""
 
     def __init__(self, run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any]) -> None:
         self.settings = settings
@@ -79,17 +79,17 @@ class _RemoteRunner:
 def _arrived(
     run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any], cache: Mapping[str, Any]
 ) -> _RemoteRunner:
-    """The same in a worker, once in each."""
+    """Rebuild the runner in a worker; called once in each."""
     if any(getattr(dspy.cache, name) != value for name, value in cache.items()):
         dspy.configure_cache(**cache)
     return _RemoteRunner(run, pricing, settings)
 
 
 def dspy_settings() -> dict[str, Any]:
-    """DSPy's settings in this context, without what is of this process."""
+    """DSPy's settings in this context, without those that belong to this process."""
     settings = {name: value for name, value in dspy.settings.copy().items() if name not in _OF_A_CALL}
     settings["callbacks"] = [c for c in settings.get("callbacks") or [] if not isinstance(c, Guard)]
-    settings["adapter"] = given_adapter(settings.get("adapter"))  # what stands for it is made there
+    settings["adapter"] = given_adapter(settings.get("adapter"))  # the worker makes its own substitute
     if getattr(settings.get("lm"), "history", None):
         settings["lm"] = copy.copy(settings["lm"])
         settings["lm"].history = []
@@ -97,7 +97,7 @@ def dspy_settings() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    """What is different about the cache; the usual folder may be another one on every machine."""
+    """The settings of the cache, without its default folder, which may differ between machines."""
     found = {name: getattr(dspy.cache, name) for name in _CACHE if hasattr(dspy.cache, name)}
     if found.get("disk_cache_dir") == str(DISK_CACHE_DIR):
         del found["disk_cache_dir"]
@@ -105,16 +105,16 @@ def _cache() -> dict[str, Any]:
 
 
 class _Paced:
-    """A remote score that is given leave for all requests of a call before it is sent.
+    """A remote score that gets permission for all requests of a call before the call is sent.
 
-    Workers cannot ask for leave: so many requests are kept free for a call as any call before it has
-    made, from before it begins until a minute after it has ended. Only a call that makes more than any
-    before it, or takes longer than a minute, can exceed a cap.
+    Workers cannot ask for permission themselves. So each call reserves as many requests as any earlier call
+    has made, until a minute after its end. Only a call that makes more requests than any earlier one, or
+    takes longer than a minute, can exceed a limit per minute.
 
     Args:
         score: The remote score.
-        guard: Has the caps, and says when no request may be sent any more.
-        expected: Requests of a call, as far as that can be foreseen.
+        guard: Knows when no request may be sent any more.
+        expected: Expected number of requests in a call.
     """
 
     def __init__(self, score: Score, guard: Guard, pace: Pace, expected: int) -> None:
@@ -128,7 +128,7 @@ class _Paced:
         with metered() as meter:
             try:
                 return self._score(params, example)
-            except (Stopped, WorkerLostError):  # what it has used is not known: its leave stands
+            except (Stopped, WorkerLostError):  # its usage is unknown, so its ticket stays as it is
                 ticket = None
                 raise
             finally:

@@ -1,4 +1,4 @@
-"""What DSPy shows of an optimisation, from a search: statistics of the program, evaluations for callbacks."""
+"""The results of a search in DSPy's form: statistics of the program, and evaluations for callbacks."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from mpromptune.storage.attributes import EXAMPLES, PLANNED, SCORES
 
 logger = logging.getLogger(__name__)
 
-# What makes a compiled program heavy; each entry holds programs of its own.
+# Attributes that make a compiled program large, because they contain programs.
 _STATISTICS = ("trial_logs", "candidate_programs", "mb_candidate_programs", "search_result")
 
 _Key = tuple[tuple[str, int], ...]
 
 
 def percent(score: float | None) -> float:
-    """A score as DSPy prints it."""
-    assert score is not None  # only completed trials have come here
+    """A score in percent, as DSPy prints it."""
+    assert score is not None  # it is only called for completed trials
     return round(100.0 * score, 2)
 
 
 def forget_statistics(program: Any) -> None:
-    """Takes off what an earlier compile attached, or every candidate would carry a copy of it."""
+    """Remove the statistics of an earlier compile, which every candidate would copy otherwise."""
     for name in _STATISTICS:
         program.__dict__.pop(name, None)
 
 
 def attach_statistics(best: Any, programs: ProgramSpace, result: SearchResult, optimizer: Any) -> None:
-    """Sets what MIPROv2 sets, as far as the ``optimizer`` is to: ``score``, ``trial_logs`` and so on.
+    """Set the statistics of MIPROv2 (``score``, ``trial_logs`` and so on), if the ``optimizer`` wants them.
 
-    Scores are percentages, as DSPy's are. One program object serves all entries of a configuration.
+    Scores are in percent, as in DSPy. All entries of a configuration share one program object.
     """
     if not (optimizer.track_stats or optimizer.log_dir):
         return
@@ -66,10 +66,10 @@ def attach_statistics(best: Any, programs: ProgramSpace, result: SearchResult, o
 
 
 def _logs(result: SearchResult, build: Any, log_dir: str | None) -> dict[int, dict[str, Any]]:
-    """DSPy's log of every completed trial: numbered from 1, in the order in which they were asked.
+    """DSPy's log of all completed trials, numbered from 1 in the order in which they were asked.
 
-    A trial on all examples is logged as a full evaluation; where none completes a configuration by
-    itself, its last trial is, with the score over all examples; every other one as a minibatch.
+    A trial on all examples is logged as a full evaluation. If a fully measured configuration has no such
+    trial, its last trial is logged as one, with the score over all examples. Other trials are minibatches.
     """
     full = {_key(m.params): m.mean for m in result.configurations if m.fully}
     completed = _completed(result)
@@ -96,11 +96,11 @@ def _logs(result: SearchResult, build: Any, log_dir: str | None) -> dict[int, di
 
 
 def _saved(program: Any, log_dir: str | None, number: int, kind: str) -> str | None:
-    """Where the program was saved; a program that cannot be does not cost the whole search."""
+    """The path of the saved program; None if it cannot be saved, which must not end the compile."""
     try:
         note = "full_eval" if kind == "full_eval" else None
         path: str | None = save_candidate_program(program, log_dir, number, note)
-    except Exception as error:  # noqa: BLE001 - whatever the demos' own serialisation raises
+    except Exception as error:  # noqa: BLE001 - serialising demos may raise any error
         logger.warning("The program of trial %d could not be saved: %s", number, error)
         return None
     return path
@@ -108,7 +108,7 @@ def _saved(program: Any, log_dir: str | None, number: int, kind: str) -> str | N
 
 def _completed(result: SearchResult) -> list[FrozenTrial]:
     trials = result.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    # A damaged storage may have lost what a trial was of.
+    # A damaged storage may have lost the params of a trial.
     return [t for t in trials if EXAMPLES in t.user_attrs and t.params.keys() == result.best_params.keys()]
 
 
@@ -124,14 +124,14 @@ def _key(params: Mapping[str, int]) -> _Key:
 
 
 class Evaluations:
-    """Has DSPy's callbacks see every trial as one call of ``dspy.Evaluate``, in the order of the trials.
+    """Reports every trial to DSPy's callbacks as a call of ``dspy.Evaluate``, in the order of the trials.
 
-    Those who listen expect one evaluation after the other, all from the thread of the compile; in a search,
-    threads take single examples, and trials overlap. So each is called when its trial is told, and is over at
-    once. It is as in DSPy's MIPROv2: the program and its examples go in, the score in percent and
-    ``(example, prediction, score)`` come out, and the metadata tell full evaluations from minibatches. The
-    trial that completes the measurement of a configuration is a full one, of all of its scores. Predictions
-    of earlier trials are empty; a trial that lacks scores ends with a `TrialFailedError`.
+    Callbacks expect one evaluation after another in the thread of the compile, but in a search, threads
+    measure single examples, and trials overlap. So an evaluation is reported when its trial is told, and ends
+    at once. As in DSPy's MIPROv2, its arguments are the program and its examples, and it returns the score in
+    percent and ``(example, prediction, score)`` for each example; its metadata distinguish full evaluations
+    from minibatches. A trial that completes a configuration is a full evaluation with all of its scores.
+    Predictions of earlier trials are empty; a trial that lacks scores ends with a `TrialFailedError`.
 
     Attributes:
         programs: The configurations; None before the search.
@@ -146,16 +146,16 @@ class Evaluations:
         self._predictions: dict[tuple[_Key, int], Any] = {}
 
     def keep(self, params: Mapping[str, int], example: int, prediction: Any) -> None:
-        """Keeps a prediction until its trial is told; without ``params`` it is the student's, made ahead.
+        """Keep a prediction until its trial is told; empty ``params`` mean the student before the search.
 
-        Any thread may call it. Two trials that measure one configuration on one example at the same time
-        share the later prediction.
+        It is called from any thread. If two trials measure one configuration on one example at the same time,
+        both get the later prediction.
         """
         if self._wanted:
             self._predictions[_key(params), example] = prediction
 
     def on_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """A trial was told."""
+        """Report a trial that was told."""
         if not self._wanted:
             return
         assert self.programs is not None
@@ -164,22 +164,22 @@ class Evaluations:
         evaluation = _Evaluation(outcome, devset=list(self.valset), metric=self._metric)
         devset = [self.valset[i] for i in examples]
         try:
-            with deferred():  # or a run of MLflow's would stay open, and the compile's with it
+            with deferred():  # an interrupt would leave a run of MLflow open, and that of the compile too
                 program = self.programs.build(trial.params)
                 evaluation(program, devset=devset, callback_metadata={"metric_key": kind})
         except TrialFailedError:
-            pass  # those who listen have been told
+            pass  # the callbacks have received it
 
     def _outcome(
         self, study: Study, trial: FrozenTrial
     ) -> tuple[list[int], EvaluationResult | TrialFailedError]:
-        """The examples of an evaluation, and what came of it."""
+        """The examples of an evaluation, and its outcome."""
         answers = {i: self._taken(trial.params, i) for i in trial.user_attrs[EXAMPLES]}
         if trial.state != TrialState.COMPLETE:
             planned = list(trial.user_attrs[PLANNED])
             return planned, TrialFailedError(
                 f"Trial {trial.number} lacks the scores of {len(planned) - len(answers)} of {len(planned)} "
-                "examples, for errors that are not the program's."
+                "examples because of errors that are not the program's."
             )
         scores = self._scores(study, trial)
         results = [(self.valset[i], answers.get(i, dspy.Prediction()), scores[i]) for i in scores]
@@ -193,7 +193,7 @@ class Evaluations:
         return next((answer for answer in found if answer is not None), dspy.Prediction())
 
     def _scores(self, study: Study, trial: FrozenTrial) -> dict[int, float]:
-        """The trial's own, or all of its configuration's once they are complete by it."""
+        """The scores of a trial; all scores of its configuration if the trial completes them."""
         n, own = len(self.valset), _scores_of(trial)
         known = ScoreTable(n)
         for other in study.get_trials(deepcopy=False):
@@ -206,7 +206,7 @@ class Evaluations:
 
 
 class _Evaluation(dspy.Evaluate):
-    """An evaluation that has been made: called, it only says what came of it."""
+    """An evaluation that has ended; calling it only returns or raises its outcome."""
 
     def __init__(self, outcome: EvaluationResult | TrialFailedError, **settings: Any) -> None:
         super().__init__(**settings)
@@ -217,18 +217,18 @@ class _Evaluation(dspy.Evaluate):
             raise self._outcome
         return self._outcome
 
-    # Callbacks are told the arguments by DSPy's names for them.
+    # Callbacks get the arguments by DSPy's names.
     _replay.__dict__["__signature__"] = inspect.signature(dspy.Evaluate.__call__)
     __call__ = with_callbacks(_replay)
 
 
 def _scores_of(trial: FrozenTrial) -> dict[int, float]:
-    """Example to score; empty for a trial that is not told."""
+    """Example to score; empty for a trial that was not told."""
     scores = trial.user_attrs.get(SCORES, ())
     return dict(zip(trial.user_attrs[EXAMPLES], scores, strict=True)) if scores else {}
 
 
 def _listens(callback: Any) -> bool:
-    """Whether evaluations are of any interest to a callback of DSPy's."""
+    """Whether a DSPy callback handles evaluations."""
     names = ("on_evaluate_start", "on_evaluate_end")
     return any(getattr(type(callback), name, None) is not getattr(BaseCallback, name) for name in names)

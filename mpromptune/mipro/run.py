@@ -1,4 +1,4 @@
-"""A compile under way: what its three steps share, and the student's scores that idle threads make."""
+"""A running compile: the state that its three steps share, and scores of the student by idle threads."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A compile with options, while it is under way.
+    """A running compile with options.
 
     Attributes:
-        optimizer: The ``dspy.MIPROv2``; its ``rng`` is drawn from as DSPy does.
+        optimizer: The ``dspy.MIPROv2``; random draws from its ``rng`` are the same as DSPy's.
         student: The program.
-        options: Ours.
-        arguments: Of ``dspy.MIPROv2.compile``, with defaults.
-        seed: Of the whole compile.
-        num_threads: Program calls at a time.
-        budget: What may be used, and what each step has used.
+        options: The options of m-promptune.
+        arguments: The arguments of ``dspy.MIPROv2.compile``, with defaults.
+        seed: Seed of the whole compile.
+        num_threads: Program calls made at the same time.
+        budget: The limits, and the usage of each step.
         guard: Watches the LM requests.
-        threads: Run the calls of the steps before the search.
-        place: Where the programs of the search are run.
-        metric: The optimizer's; where it cannot score, no further call is begun.
-        view: What there is to see of all three steps.
-        evaluations: What DSPy's callbacks are told of the search.
-        checkpoint: What is kept in the storage, if there is one.
-        proposer: Proposes instructions, once it has been begun.
-        num_instructions: Instructions wanted for each predictor.
-        search_calls: Program calls of the search, at most.
-        estimated: What each step will use at most.
+        threads: Make the calls of the steps before the search.
+        place: The executor that runs the programs of the search.
+        metric: The optimizer's metric; if it is broken, no further call begins.
+        view: Shows the progress of all three steps.
+        evaluations: Reports the search to DSPy's callbacks.
+        checkpoint: The results saved in the storage, if there is one.
+        proposer: Proposes instructions; None before its first request.
+        num_instructions: Number of instructions for each predictor.
+        search_calls: Most program calls of the search.
+        estimated: Most usage of each step.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Run:
         self.evaluations = Evaluations(optimizer.metric)
         self.checkpoint: Checkpoint | None = None
         self.proposer: Any = None
-        self.num_instructions = self.search_calls = 0  # what DSPy makes of the compile's arguments
+        self.num_instructions = self.search_calls = 0  # set when DSPy has determined the size of the run
         self.estimated = StepUsage()
         self._valset: list[Any] | None = None
         self._first: Sequence[int] = ()
@@ -91,13 +91,13 @@ class Run:
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
-        """All that the steps need is open. Errors have the program so far, and what was used."""
+        """A context in which all resources of the steps are open; errors get the program and the usage."""
         try:
             with self.budget.ending(), self.guard.watching(), self._open, self.place:
                 try:
                     yield
                 finally:
-                    self.guard.stopped.set()  # whatever is under way asks no LM any more
+                    self.guard.stopped.set()  # calls in flight make no further LM call
                     try:
                         self.threads.close(self.threads.grace)
                     finally:
@@ -112,11 +112,11 @@ class Run:
             raise outside from signalled
 
     def resume(self, study: Study, run: Mapping[str, Part]) -> None:
-        """Takes from the study what an interrupted run has paid for, and keeps in it what this one does.
+        """Load the checkpoint of an interrupted run from the study, and save the results of this run there.
 
         Raises:
-            StudyInUseError: Another run is at work on it.
-            StudyMismatchError: It belongs to another run, with another ``run`` (see `fingerprint`).
+            StudyInUseError: Another run uses the study.
+            StudyMismatchError: The study belongs to another run, with another ``run`` (see `fingerprint`).
         """
         self._lease = self._open.enter_context(held(study, self.guard.stopped))
         self.checkpoint = Checkpoint(self._lease, run)
@@ -125,18 +125,18 @@ class Run:
 
     @property
     def storage(self) -> BaseStorage | None:
-        """The storage of this run, opened, where one was given."""
+        """The open storage of this run, if one was given."""
         return None if self.checkpoint is None else self.checkpoint.study._storage
 
     def keeping(self, step: str, *name: object) -> AbstractContextManager[None]:
-        """What LMs answer in here is paid for once, whatever becomes of this process."""
-        # The search counts what its scores have used, wherever they come from.
+        """A context in which answers of LMs are saved, so that they are paid for only once."""
+        # The search counts the usage of its scores itself.
         meter = None if step == SEARCH else self.budget.step(step)
         return keeping(self.checkpoint, ":".join(map(str, (step, *name))), meter)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Counts what a step uses; a limit, or the infrastructure, ends it with an error that says so."""
+        """A context that counts the usage of a step, and raises SearchStoppedError for errors that end it."""
         meter, began = self.budget.step(name), time.monotonic()
         before = meter.total.lm_calls
         try:
@@ -161,21 +161,21 @@ class Run:
 
     @property
     def _failure(self) -> BaseException | None:
-        """Why no further call is of any use, if so."""
+        """The error after which no further call is useful, if there is one."""
         lost = None if self._lease is None else self._lease.lost
         return self.metric.failure or lost or self.threads.failure
 
-    # Scores made ahead of the search.
+    # Scores of the student before the search.
 
     def want_scores(self, valset: list[Any], first: Sequence[int]) -> None:
-        """From the first step on, idle threads score the student on these examples of ``valset``."""
+        """Let idle threads score the student on these examples of ``valset``, from the first step on."""
         self._valset, self._first = valset, first
 
     def score_ahead(self, program: Any, trainset: Any, is_idle: bool, is_first: bool) -> None:
-        """Begins to score the student in idle threads; what an interrupted run has scored is known already.
+        """Begin to score the student in idle threads, except on examples scored by an interrupted run.
 
-        Examples that the bootstrap may be asking for just now are left out: the search finds their answers in
-        the cache. With ``is_first`` it waits for the first score, which shows whether the metric works.
+        Examples that the bootstrap also uses are left out, because the search finds their answers in the
+        cache. With ``is_first`` it waits for the first score, which shows whether the metric works.
         """
         if self._valset is None:
             return
@@ -191,23 +191,23 @@ class Run:
             self.threads.fill(calls)
 
     def end_steps(self) -> None:
-        """Starts no further call; those under way are waited for, unless they seem to hang.
+        """Start no further calls of the steps, and wait for those in flight unless they seem to hang.
 
         Raises:
-            Stopped: A limit leaves the search no time to begin.
+            Stopped: A limit was reached before the search.
         """
-        usage = self.budget.usage.get(SEARCH, Usage())  # of scores made ahead
+        usage = self.budget.usage.get(SEARCH, Usage())  # of the scores before the search
         most = math.inf if self.options.timeout is None else self.options.timeout
         self.threads.finish(patience(usage, usage.program_calls, self.threads.grace, most))
         if is_over():
             raise Stopped
-        self.guard.spares = True  # from now on, the workers begin nothing beyond a limit
+        self.guard.spares = True  # from now on, the workers begin no call after a limit is reached
 
     def known_or(self, score: Score, programs: ProgramSpace, valset: list[Any]) -> Score:
-        """``score``, with the scores that were made ahead in place of new ones; after `end_steps`."""
+        """``score``, but with known scores of the student instead of new ones; for use after `end_steps`."""
         score = reusing(self.checkpoint, score)
         ahead = self._ahead
-        # Scores belong to the very program and validation set that they were measured with.
+        # Scores are valid only for the program and the validation set with which they were measured.
         if ahead is None or programs.program is not ahead.program or valset is not self._valset:
             return score
         if self.checkpoint is not None:
@@ -217,25 +217,25 @@ class Run:
 
 def _stopped(step: str, error: BaseException) -> SearchStoppedError:
     return SearchStoppedError(
-        f"The {step} step stopped on {type(error).__name__}: {error}. What was made before is kept in "
+        f"The {step} step stopped because of {type(error).__name__}: {error}. Earlier results are kept in "
         "the storage, if one was given."
     )
 
 
 def max_errors(own: int | None) -> int:
-    """DSPy's ``max_errors``, which its settings decide unless it is given."""
+    """DSPy's ``max_errors``; by default that of its settings."""
     return int(dspy.settings.max_errors if own is None else own)
 
 
 def wants_traceback(own: bool | None) -> bool:
-    """DSPy's ``provide_traceback``, which its settings decide unless it is given."""
+    """DSPy's ``provide_traceback``; by default that of its settings."""
     return bool(dspy.settings.provide_traceback if own is None else own)
 
 
 class Ahead:
-    """Scores the student ahead of the search, which will ask for these scores in any case.
+    """Scores the student before the search, which needs these scores in any case.
 
-    It ends where the bootstrap would: after ``max_errors`` errors, or one that is not the program's own.
+    It stops as the bootstrap does: after ``max_errors`` errors, or one that is not the program's own.
     """
 
     def __init__(self, run: Run, program: Any, valset: list[Any]) -> None:
@@ -251,19 +251,19 @@ class Ahead:
         self._of_earlier_run = set(self._outcomes)
 
     def calls(self, examples: list[int]) -> Iterator[Callable[[], None]]:
-        """One for each example, for as long as there is hope."""
+        """Yield a call for each example without an outcome, until too many calls have failed."""
         for example in examples:
-            if self._is_hopeless():
+            if self._has_failed():
                 return
             if example not in self._outcomes:
                 yield partial(self._measure, example)
 
     def forget(self, examples: set[int]) -> None:
-        """Leaves out scores that the search has already: asked again, it wants another answer."""
+        """Remove outcomes that the search has already used; if it asks again, it needs a new score."""
         for example in examples:
             self._outcomes.pop(example, None)
 
-    def _is_hopeless(self) -> bool:
+    def _has_failed(self) -> bool:
         errors = [o for o, _ in tuple(self._outcomes.values()) if isinstance(o, Exception)]
         foreign = any(classify(error) not in FAILURES for error in errors)
         return foreign or len(errors) >= self._max_errors
@@ -276,7 +276,7 @@ class Ahead:
             try:
                 with self._run.keeping(SEARCH, example):
                     outcome = self._score(example)
-            except Exception as error:  # noqa: BLE001 - raised where the score is asked for
+            except Exception as error:  # noqa: BLE001 - raised when the search asks for the score
                 outcome = error
             record(Usage(seconds=time.monotonic() - began))
         self._outcomes[example] = outcome, meter.total
@@ -284,7 +284,7 @@ class Ahead:
             self._run.checkpoint.keep_student_outcome(example, outcome, meter.total)
 
     def score_or(self, score: Score, student: dict[str, int], params: dict[str, int], example: int) -> float:
-        """What came of it, once: after an error, another attempt is a call of its own."""
+        """The known outcome of the student, used once (a retry is a new call), or a new score."""
         known = self._outcomes.pop(example, None) if params == student else None
         if known is None:
             return score(params, example)
@@ -292,7 +292,7 @@ class Ahead:
         meter = current_meter()
         if meter is not None:
             meter.add(Usage(program_calls=-1))  # the program has not been run for this call
-            # What this run has made ahead the search as a whole has counted already.
+            # The meter of the search has already counted the scores that this run made before it.
             (meter.add if example in self._of_earlier_run else meter.attribute)(usage)
         if isinstance(outcome, Exception):
             raise outcome
