@@ -5,6 +5,7 @@
 #   make lint types                  ruff, mypy
 #   make docs                        the README, the mathematics and a reference of all names, as HTML
 #   make check                       all of the above
+#   make install                     nothing but the environment for all of them
 #   make matrix                      all tests with other versions, and every Python there is: hours
 #   make bench                       all benchmarks: hours, and finished cells are kept
 #   make notebooks                   the notebooks, executed in place
@@ -16,29 +17,32 @@ SITE ?= site
 ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Modules are compiled when they are first imported: compiling all of them takes longer than the tests of one.
+INSTALL := $(BIN)/python -m pip install --quiet --no-input --no-compile --disable-pip-version-check \
+	--constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs check matrix bench notebooks report clean
+.PHONY: help install demo test lint types docs check matrix bench notebooks report clean
 
 help:
 	@sed -n 's/^# *//p' Makefile
 
+install: $(VENV)/.installed-checks
+
 demo: $(VENV)/.installed
 	$(BIN)/mpromptune demo $(ARGS)
 
-test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+test: $(VENV)/.installed-checks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed-dev
+types: $(VENV)/.installed-checks
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed
-	$(INSTALL) --editable '.[docs]'
+docs: $(VENV)/.installed-checks
 	$(BIN)/python -m sphinx -q -W --keep-going docs $(SITE)
 	@echo "Open $(SITE)/index.html"
 
@@ -49,7 +53,7 @@ check:
 	$(MAKE) test ARGS=
 	$(MAKE) demo ARGS=
 
-matrix: $(VENV)/.installed-dev
+matrix: $(VENV)/.installed-checks
 	$(BIN)/python -m nox -- $(ARGS)
 
 bench: $(VENV)/.installed
@@ -77,20 +81,18 @@ ifeq ($(VENV),.venv)
 	rm -rf .venv
 endif
 
+# The pip that comes with Python takes twice as long to find and unpack packages.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) pip
 
-# torch comes first, so that no other package's requirements choose its build.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes a few minutes."
-	$(INSTALL) torch
 	$(INSTALL) --editable '.[offline,test]'
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) --editable '.[integrations]'
-	touch $@
-
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) --editable '.[dev]'
-	touch $@
+# One call of pip, as each resolves everything again.
+$(VENV)/.installed-checks: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes a few minutes."
+	$(INSTALL) --editable '.[offline,test,integrations,dev,docs]'
+	touch $(VENV)/.installed $@

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import dspy
@@ -18,6 +19,8 @@ from mpromptune.execution.interrupts import Stopped, current_stop
 from mpromptune.lms.threads import Threads
 from mpromptune.mipro.run import Run
 from mpromptune.storage.attributes import EXAMPLES, SCORES
+
+PATIENCE = 30.0  # seconds that a busy machine may need
 
 
 class Seen(MIPROv2):
@@ -148,23 +151,33 @@ def test_fillers_take_the_threads_that_are_left() -> None:
     order: list[str] = []
     running, most = Counter[str](), Counter[str]()
     lock = threading.Lock()
+    all_submitted, looked = threading.Event(), threading.Event()
 
-    def call(name: str) -> None:
+    def call(name: str, until: threading.Event) -> None:
         with lock:
             order.append(name)
             running["all"] += 1
             most["all"] = max(most["all"], running["all"])
-        time.sleep(0.01)
+        until.wait(PATIENCE)
         with lock:
             running["all"] -= 1
 
+    def wait_for_fillers(n: int) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while order.count("filler") < n and time.monotonic() < deadline:
+            time.sleep(0.001)
+
     with Threads(3) as threads:
-        threads.fill((lambda: call("filler")) for _ in range(12))
-        futures = [threads.submit(call, "submitted") for _ in range(6)]
+        # The first three hold their threads until all calls are submitted, the others until we have looked.
+        threads.fill(partial(call, "filler", all_submitted if i < 3 else looked) for i in range(12))
+        wait_for_fillers(3)
+        futures = [threads.submit(call, "submitted", all_submitted) for _ in range(6)]
+        all_submitted.set()
         for future in futures:
             future.result()
         at_most = order.count("filler")
-        time.sleep(0.2)
+        looked.set()
+        wait_for_fillers(12)
     assert order.count("filler") == 12
     assert order[:3] == ["filler"] * 3
     assert order[3:9] == ["submitted"] * 6
