@@ -153,7 +153,7 @@ def test_estimate_by_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         "propose",
         "search",
         "in total",
-        "Retries apart. No LM was asked.",
+        "Without retries. No LM was called.",
     ]
     lm = dspy.LM("nothing")
     program = dspy.Module()

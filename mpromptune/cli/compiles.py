@@ -1,4 +1,4 @@
-"""A compile in a function of the user's, named as ``run.py:compile``: what it takes, or going on with it."""
+"""Estimates or resumes a compile in a user's function, which is named as in ``run.py:compile``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mpromptune.mipro.estimate import Estimate, Interceptor, intercepting
 from mpromptune.mipro.optimizer import MIPROv2
 from mpromptune.mipro.reading import Standing, read_standing
 
-# Not the file's own name, which another module may have.
+# The module name of the user's file; its own name may belong to another module.
 _NAME = "mpromptune_target"
 
 
 class _Reached(BaseException):
-    """Leaves a function at its compile; no Exception, so that the function does not catch it."""
+    """Leaves a function at its compile; not an ``Exception``, so that the function does not catch it."""
 
 
 class _Estimating(Interceptor):
@@ -42,8 +42,8 @@ class _Resuming(Interceptor):
     def on_options(self, options: SearchOptions | None) -> None:
         if options is None or options.storage is None:
             raise InvalidArgumentError(
-                "compile is called without storage=, so nothing was kept that could be gone on with. Give it "
-                "storage='run.log', say, and the next interruption loses nothing."
+                "compile is called without storage=, so nothing was saved that could be resumed. Pass, for "
+                "example, storage='run.log', so that the next interruption loses nothing."
             )
         if options.dry_run:
             raise InvalidArgumentError(
@@ -57,13 +57,13 @@ class _Resuming(Interceptor):
 
 
 def estimate_of(target: str) -> Estimate:
-    """What the first compile of a function would take; the function ends there, and no LM is asked by it.
+    """Estimate the first compile of a function; the function ends there, and the compile calls no LM.
 
     Args:
-        target: As of `load_target`.
+        target: The function, as in `load_target`.
 
     Raises:
-        TargetError: The function raised something, or never called ``compile`` of a `MIPROv2`.
+        TargetError: The function raised an error, or never called ``compile`` of a `MIPROv2`.
     """
     function = load_target(target)
     try:
@@ -76,18 +76,18 @@ def estimate_of(target: str) -> Estimate:
 
 
 def resume(target: str, announce: Callable[[Standing, Estimate], None]) -> dspy.Module:
-    """Goes on with the compile of a function.
+    """Resume the compile of a function.
 
     Args:
-        target: Of a function that returns what ``compile``, called with ``storage``, returns.
-        announce: Told where the compile stands and what all of it takes, before any LM call.
+        target: A function that calls ``compile`` with ``storage``, and returns its result.
+        announce: Called with the state and the estimate of the compile before any LM call.
 
     Returns:
         The program.
 
     Raises:
-        InvalidArgumentError: Nothing was kept that could be gone on with.
-        TargetError: The function never called ``compile``, returned something else, or raised something.
+        InvalidArgumentError: Nothing was saved that could be resumed.
+        TargetError: The function never called ``compile``, returned something else, or raised an error.
     """
     function, resuming = load_target(target), _Resuming(announce)
     with intercepting(resuming):
@@ -96,8 +96,8 @@ def resume(target: str, announce: Callable[[Standing, Estimate], None]) -> dspy.
         raise TargetError(f"{target} returned without calling compile of mpromptune.MIPROv2.")
     if not hasattr(program, "search_result"):
         raise TargetError(
-            f"{target} returned {type(program).__name__}, not the program that compile returned, which "
-            "cannot be saved so. All that was paid for is kept: return the program, and the same command "
+            f"{target} returned {type(program).__name__}, not the program that compile returned, so it "
+            "cannot be saved. All that was paid for is kept: return the program, and the same command "
             "ends without an LM call."
         )
     return program
@@ -106,15 +106,15 @@ def resume(target: str, announce: Callable[[Standing, Estimate], None]) -> dspy.
 def estimate_by_numbers(
     auto: str, trainset: int, valset: int, predictors: int, zero_shot: bool, model: str | None
 ) -> Estimate:
-    """What a compile of this size would take.
+    """Estimate a compile of this size.
 
     Args:
-        auto: As of ``dspy.MIPROv2``.
-        trainset: Training examples.
-        valset: Validation examples, of which ``auto`` uses so many and no more.
-        predictors: Predictors of the program.
-        zero_shot: Without demos.
-        model: LiteLLM's name, by which its price is looked up.
+        auto: As in ``dspy.MIPROv2``.
+        trainset: Number of training examples.
+        valset: Number of validation examples; ``auto`` may use fewer.
+        predictors: Number of predictors in the program.
+        zero_shot: Whether there are no demos.
+        model: LiteLLM's name of the model, to look up its price.
     """
     program, lm = dspy.Module(), dspy.LM(model or "unknown")
     program.steps = [dspy.Predict("question -> answer") for _ in range(predictors)]
@@ -122,7 +122,7 @@ def estimate_by_numbers(
     optimizer = MIPROv2(metric=lambda *_: 0.0, auto=auto, prompt_model=lm, task_model=lm, **shots)
     example = dspy.Example(question="", answer="").with_inputs("question")
     data: dict[str, Any] = {"trainset": [example] * trainset, "valset": [example] * valset}
-    # Which sampler makes no difference, and this one has nothing to load.
+    # The sampler does not change the estimate, and this one loads nothing.
     found: Estimate = optimizer.compile(program, **data, sampler="random", dry_run=True)
     return found
 
@@ -130,15 +130,15 @@ def estimate_by_numbers(
 def load_target(target: str) -> Callable[[], Any]:
     """The function that ``target`` names.
 
-    What it imports is looked for as by ``python FILE`` or ``python -m MODULE``: next to the file, or in
-    the current folder. What stands under ``if __name__ == "__main__"`` is not run.
+    Its imports are searched as by ``python FILE`` or ``python -m MODULE``: next to the file, or in the
+    current folder. Code under ``if __name__ == "__main__"`` is not run.
 
     Args:
         target: ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION``.
 
     Raises:
-        InvalidArgumentError: There is no such file, module or function, or it needs arguments.
-        TargetError: The file or the module raised something.
+        InvalidArgumentError: The file, module or function does not exist, or needs arguments.
+        TargetError: The file or the module raised an error.
     """
     place, _, name = target.rpartition(":")
     if not place or not name:
@@ -160,7 +160,7 @@ def load_target(target: str) -> Callable[[], Any]:
 
 
 def _raising(what: str, function: Callable[[], Any]) -> Any:
-    """What ``function`` returns; what it raises becomes a TargetError, but for errors of ours."""
+    """The result of ``function``; its errors, except those of this package, become a TargetError."""
     try:
         return function()
     except MPromptuneError:
@@ -178,7 +178,7 @@ def _file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[_NAME] = module  # where Python looks for the sources of its classes
+    sys.modules[_NAME] = module  # Python finds the sources of its classes there
     spec.loader.exec_module(module)
     return module
 
@@ -191,8 +191,8 @@ def _module(name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # something that the module imports
         raise InvalidArgumentError(
-            f"There is no module {name!r}, neither installed nor in {Path.cwd()}; a file is named with "
-            f"its .py."
+            f"There is no module {name!r}, neither installed nor in {Path.cwd()}; the name of a file must "
+            "end in .py."
         ) from error
 
 

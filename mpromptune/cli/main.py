@@ -1,4 +1,4 @@
-"""The ``mpromptune`` command: what it takes, and what it prints."""
+"""The ``mpromptune`` command: its arguments and its output."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ Without --model, nothing leaves this machine:
   stand-in   texts of prompts and examples, and the proposer: the recording holds only numbers
   simulated  latency of validation calls (lognormal)
 
-With --model, a real model solves word problems that are generated here; about 750 program
-calls on the validation set, plus those of DSPy's bootstrap and proposals.
+With --model, a real model solves word problems that are generated here. This takes about 750
+program calls on the validation set, plus those of DSPy's bootstrap and proposals.
 """
 
 _REPORT = """\
-Writes one HTML page about a search from the study that its storage= was given. No LM is asked.
+Writes one HTML page about a search from the study in its storage=. No LM is called.
 
-The page holds texts of prompts and demos where the study does, as after a compile. A result in
-memory says more: result.report("report.html"), best.search_result.report("report.html").
+The page contains texts of prompts and demos if the study does, as after a compile. A result in
+memory has more data: result.report("report.html"), best.search_result.report("report.html").
 """
 
 _TARGET = """\
-TARGET is a function of yours that returns what compile of mpromptune.MIPROv2 returns: FILE.py:FUNCTION,
-or MODULE:FUNCTION for a module in the current folder or installed. It is called without arguments; what
-stands under `if __name__ == "__main__"` is not run. For example, in run.py:
+TARGET is a function that returns the result of compile of mpromptune.MIPROv2: FILE.py:FUNCTION, or
+MODULE:FUNCTION for a module that is installed or in the current folder. It is called without arguments;
+code under `if __name__ == "__main__"` is not run. For example, in run.py:
 
     def compile():
         dspy.configure(lm=dspy.LM("openai/gpt-4o-mini"))
@@ -54,30 +54,31 @@ stands under `if __name__ == "__main__"` is not run. For example, in run.py:
 """
 
 _ESTIMATE = f"""\
-Says what a compile takes: program calls and LM calls of each step, at most. No LM is asked.
+Estimates a compile: program calls and LM calls of each step, at most. No LM is called.
 
   mpromptune estimate run.py:compile
   mpromptune estimate run.py:compile --prompt-tokens 1000 --completion-tokens 200
   mpromptune estimate --auto medium --trainset 100 --valset 200 --predictors 2
 
 {_TARGET}
-The function is left at its first compile, with dry_run=True. Without TARGET, it is a compile of the size
-that --auto, --trainset, --valset and --predictors give.
+The function ends at its first compile, which runs with dry_run=True. Without TARGET, the size of the
+compile is given by --auto, --trainset, --valset and --predictors.
 """
 
 _RESUME = f"""\
-Goes on with a compile that was interrupted, and saves its program. Nothing that was paid is paid again.
+Resumes a compile that was interrupted, and saves its program. Nothing is paid for twice.
 
   mpromptune resume run.py:compile --output best.json
 
 {_TARGET}
-Its compile has to have storage=, as it had when it was interrupted. Where it stands, and what is left to
-pay, is printed first; then it goes on. One that has ended gives its program again without an LM call.
+Its compile must have storage=, as when it was interrupted. First the command prints the state of the
+compile, and what is left to pay; then it resumes it. A compile that has ended returns its program again
+without an LM call.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line.
+    """Run a command line.
 
     Args:
         argv: Arguments, without the program's name; by default those of the process.
@@ -102,13 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Leaves of what libraries log only warnings and errors of DSPy and Optuna, and errors of LiteLLM.
+    """Show only warnings and errors of DSPy and Optuna, and errors of LiteLLM.
 
-    Levels are left alone: the loggers and handlers get a filter, and lose it again.
+    Log levels are not changed: loggers and handlers get a filter, which is removed at the end.
     """
     filtered: list[tuple[logging.Filterer, Any]] = [(logging.getLogger("LiteLLM"), _is_error)]
-    filtered[0][0].addFilter(_is_error)  # LiteLLM warns while it is imported, of a list of prices on the web
-    import dspy  # noqa: F401 - here, and in the next line, for the handlers that they make
+    filtered[0][0].addFilter(_is_error)  # LiteLLM warns at its import if it cannot load prices from the web
+    import dspy  # noqa: F401 - it creates handlers, as the call below does
     import optuna
 
     optuna.logging.get_verbosity()
@@ -128,7 +129,7 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not DSPy's narration, nor what its own proposer makes it warn of twice for every instruction."""
+    """Whether to show a record: no messages below warnings, and not a warning caused by DSPy's proposer."""
     own_doing = record.getMessage().startswith("Input contains fields not in signature")
     return record.levelno >= logging.WARNING and not own_doing
 
@@ -141,10 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     raw = partial(commands.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_demo(raw("demo", help="compile a program against recorded answers, or live", description=_DEMO))
-    _add_estimate(
-        raw("estimate", help="say what a compile takes, without asking an LM", description=_ESTIMATE)
-    )
-    _add_resume(raw("resume", help="go on with a compile that was interrupted", description=_RESUME))
+    _add_estimate(raw("estimate", help="estimate a compile without calling an LM", description=_ESTIMATE))
+    _add_resume(raw("resume", help="resume a compile that was interrupted", description=_RESUME))
     _add_report(
         raw(
             "report",
@@ -163,11 +162,11 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
         "--sampler",
         choices=("qei", "tpe", "gp", "random", "stock"),
         default="qei",
-        help="what proposes; stock is DSPy's own search, one trial after the other (default: qei)",
+        help="the sampler; stock is DSPy's own search, one trial after another (default: qei)",
     )
     demo.add_argument("--num-threads", type=_positive, default=16, help="calls in flight (default: 16)")
-    demo.add_argument("--seed", type=int, default=9, help="of the compile (default: 9, DSPy's own)")
-    demo.add_argument("--calls", type=_positive, help="program calls to spend (default: what DSPy would)")
+    demo.add_argument("--seed", type=int, default=9, help="seed of the compile (default: 9, as in DSPy)")
+    demo.add_argument("--calls", type=_positive, help="program calls to spend (default: as many as DSPy)")
     demo.add_argument(
         "--latency", type=_amount, default=0.2, help="mean seconds of a simulated call (default: 0.2)"
     )
@@ -187,7 +186,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("storage", metavar="STORAGE", help="path of a journal file, or URL of a database")
-    report.add_argument("--study-name", help="which study; not needed where the storage has only one")
+    report.add_argument("--study-name", help="name of the study; not needed if the storage has only one")
     _add_output(report, "it", "report.html", Path)
     report.set_defaults(run=_report)
 
@@ -202,7 +201,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _add_estimate(estimate: argparse.ArgumentParser) -> None:
     _add_target(estimate, nargs="?")
-    tokens = estimate.add_argument_group("tokens and dollars, of a typical LM call")
+    tokens = estimate.add_argument_group("tokens and dollars of a typical LM call")
     tokens.add_argument("--prompt-tokens", type=_positive, metavar="N", help="tokens sent")
     tokens.add_argument("--completion-tokens", type=_positive, metavar="N", help="tokens received")
     tokens.add_argument(
@@ -225,7 +224,7 @@ def _add_estimate(estimate: argparse.ArgumentParser) -> None:
 def _estimate(args: argparse.Namespace) -> None:
     sizes = args.auto, args.trainset, args.valset
     if (args.target is None) != all(sizes) or (args.target and any(sizes)):
-        raise InvalidArgumentError("Give either TARGET, or --auto, --trainset and --valset; see --help.")
+        raise InvalidArgumentError("Pass either TARGET, or --auto, --trainset and --valset; see --help.")
     tokens = args.prompt_tokens, args.completion_tokens
     if any(tokens) != all(tokens) or (args.price and not all(tokens)):
         raise InvalidArgumentError("Dollars need both --prompt-tokens and --completion-tokens.")
@@ -241,7 +240,7 @@ def _estimate(args: argparse.Namespace) -> None:
 
 
 def _show_estimate(estimate: Estimate) -> None:
-    """A row for each step, and one for all; tokens and dollars where tokens were given."""
+    """Print a row for each step, and one for all; with tokens and dollars if tokens were given."""
     rows = [["at most", "program calls", "LM calls"]]
     if estimate.usage.total.tokens:
         rows[0] += ["tokens", "US dollars"]
@@ -252,7 +251,7 @@ def _show_estimate(estimate: Estimate) -> None:
             unknown = any(not estimate.prices.get(name) for name in asking if step in (name, "in total"))
             rows[-1] += [f"{usage.tokens:,}", "price not known" if unknown else f"{usage.cost:.2f}"]
     _print_table(rows)
-    print("Retries apart. No LM was asked.")
+    print("Without retries. No LM was called.")
 
 
 def _add_resume(resume: argparse.ArgumentParser) -> None:
@@ -272,8 +271,8 @@ def _resume(args: argparse.Namespace) -> None:
 
 
 def _show_standing(standing: Standing, estimate: Estimate) -> None:
-    """What is paid, what is left to pay, and the best so far."""
-    print(f"Study {standing.study.study_name!r}: {standing.trials} trials are over.")
+    """Print what is paid, what is left to pay, and the best configuration so far."""
+    print(f"Study {standing.study.study_name!r}: {standing.trials} trials have ended.")
     left = standing.left(estimate)
     rows = [["", "program calls", "LM calls", "US dollars", "left: program calls", "LM calls"]]
     for step, due in [*left.items(), ("in total", left.total)]:
@@ -284,7 +283,7 @@ def _show_standing(standing: Standing, estimate: Estimate) -> None:
     _print_table(rows)
     if standing.result is not None:
         print(f"Best so far: {_best(standing.result)}")
-    print("Left is at most, retries apart; what DSPy's cache answers is free.")
+    print("The numbers left are at most, without retries; answers from DSPy's cache are free.")
 
 
 def _best(result: SearchResult) -> str:
@@ -317,7 +316,7 @@ def _add_target(command: argparse.ArgumentParser, **settings: Any) -> None:
     command.add_argument(
         "target", metavar="TARGET", help="FILE.py:FUNCTION or MODULE:FUNCTION, see above", **settings
     )
-    command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
 
 def _add_output(command: argparse.ArgumentParser, what: str, default: str, kind: Any) -> None:

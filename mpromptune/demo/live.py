@@ -16,7 +16,8 @@ _NAMES = ("Amara", "Bruno", "Chen", "Dalia", "Emil", "Farah", "Goran", "Hana", "
 _THINGS = ("stamps", "marbles", "shells", "postcards", "beads", "coins", "stickers", "buttons")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
-# What `<low-high by step>` in a text is drawn from, and how a problem's numbers, in that order, are solved.
+# Templates: a text, in which `<low-high by step>` is replaced by a random number, and a function that solves
+# the problem from these numbers in order.
 _DRAWN = re.compile(r"<(\d+)-(\d+)(?: by (\d+))?>")
 _TEMPLATES: tuple[tuple[str, Callable[..., int]], ...] = (
     (
@@ -45,7 +46,7 @@ _TEMPLATES: tuple[tuple[str, Callable[..., int]], ...] = (
         lambda fast, slow, hours, late, faulty, box: (fast * hours + slow * (hours - late) - faulty) % box,
     ),
 )
-# Text of a step with a collection of ``t`` things, and how many they are then; None where it cannot be taken.
+# Text of a step with a collection of ``t`` things, and their number afterwards; None if it is impossible.
 _STEPS: tuple[tuple[str, Callable[[int, int, int], int | None]], ...] = (
     ("{name} finds {n} more {things}.", lambda t, n, m: t + n),
     ("{name} buys {m} boxes of {n} {things} each.", lambda t, n, m: t + m * n),

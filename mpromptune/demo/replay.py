@@ -27,15 +27,15 @@ ScoreArray = np.ndarray[Any, np.dtype[np.uint8]]
 RIGHT, WRONG = "right", "wrong"
 TABLE = "gsm8k_llama33_70b_s43.npz"
 
-# NOTE: fixed, so that every run of every sampler faces the same task.
+# NOTE: fixed, so that every run of every sampler has the same task.
 _POOL_SEED = 43
 _POOL_SIZE = 72
 _N_TRAIN = 100
-# NOTE: 18 trials on minibatches of 35 and four full evaluations, as in DSPy's "medium" zero-shot runs,
-# come to 1630 program calls on 200 validation examples.
+# NOTE: 18 trials on minibatches of 35, four full evaluations and the baseline, as in DSPy's "medium"
+# zero-shot runs, take 1630 program calls on 200 validation examples.
 _NUM_TRIALS = 18
-# NOTE: spread of the simulated latency. At 0.5 one call in twenty takes over twice the mean: without
-# stragglers, waiting for a whole minibatch would look cheaper than it is.
+# NOTE: spread of the simulated latency. At 0.5 one call in twenty takes over twice the mean: without slow
+# calls, waiting for a whole minibatch would look cheaper than it is.
 _LATENCY_SIGMA = 0.5
 
 _PROMPT = re.compile(r"Recorded prompt (\d+)")
@@ -45,13 +45,13 @@ _FIELD = re.compile(r"\[\[ ## (\w+) ## \]\]")
 
 @dataclass(frozen=True)
 class Recording:
-    """A pool of recorded prompts, by their numbers in the table, and what each got right.
+    """A pool of recorded prompts, by their numbers in the table, and their scores.
 
     Attributes:
-        scores: ``prompts x examples``, 1 where the LM answered right; all prompts of the table.
+        scores: ``prompts x examples``, 1 for a right answer; for all prompts of the table.
         features: ``prompts x d`` embeddings.
-        n_demos: Demos in each prompt.
-        pool: Numbers of the prompts that take part; the first is the student's own.
+        n_demos: Number of demos in each prompt.
+        pool: Numbers of the prompts in the task; the first is the student's own.
         train: Numbers of the training examples.
         validation: Numbers of the validation examples.
     """
@@ -94,7 +94,7 @@ class Recording:
         return tuple(self.text(prompt) for prompt in self.pool)
 
     def mean(self, prompt: int) -> float:
-        """Share of all recorded examples that a prompt got right."""
+        """Fraction of all recorded examples with a right answer for a prompt."""
         return float(self.scores[prompt].mean())
 
     def best_mean(self) -> float:
@@ -110,7 +110,7 @@ def prompt_of(text: str) -> int:
     """The number of the recorded prompt that a text stands for.
 
     Raises:
-        ValueError: It stands for none.
+        ValueError: The text stands for no prompt.
     """
     if found := _PROMPT.search(text):
         return int(found[1])
@@ -118,7 +118,7 @@ def prompt_of(text: str) -> int:
 
 
 def _draw_pool(scores: ScoreArray) -> tuple[int, ...]:
-    """Prompts drawn at random, the one of median mean accuracy first."""
+    """Random prompts; the first is the one with the median accuracy."""
     rng = np.random.default_rng(_POOL_SEED)
     pool = rng.choice(len(scores), _POOL_SIZE, replace=False)
     by_mean = pool[np.argsort(scores[pool].mean(axis=1), kind="stable")]
@@ -129,7 +129,7 @@ def _draw_pool(scores: ScoreArray) -> tuple[int, ...]:
 def _features(arrays: dict[str, np.ndarray[Any, Any]], n_demos: IndexArray) -> FloatArray:
     """Instruction embedding, mean demo embedding, and the number of demos, side by side."""
     instructions = arrays["instruction_emb"].astype(np.float64)[arrays["instruction_of"]]
-    # A row of zeros at the end is what the padding index -1 picks.
+    # The padding index -1 selects the row of zeros at the end.
     demos = np.vstack([arrays["demo_emb"].astype(np.float64), np.zeros(instructions.shape[1])])
     pooled = demos[arrays["demo_sets"][arrays["demo_set_of"]]].sum(axis=1)
     pooled /= np.maximum(n_demos, 1)[:, None]
@@ -138,7 +138,7 @@ def _features(arrays: dict[str, np.ndarray[Any, Any]], n_demos: IndexArray) -> F
 
 
 def latency_of(prompt: int, example: int, mean: float) -> float:
-    """Simulated seconds of one call: lognormal, and the same whenever and wherever it is made."""
+    """Simulated seconds of one call: lognormal, and equal for equal calls."""
     rng = random.Random(f"{prompt}/{example}")
     return rng.lognormvariate(math.log(mean) - _LATENCY_SIGMA**2 / 2, _LATENCY_SIGMA)
 
@@ -152,20 +152,20 @@ def examples(numbers: tuple[int, ...]) -> list[dspy.Example]:
 
 
 def answered_right(example: dspy.Example, prediction: Any, trace: Any = None) -> bool:
-    """Metric: whether the recorded LM got the example right."""
+    """Metric: whether the recorded LM answered the example correctly."""
     return bool(prediction.answer == example.answer)
 
 
 class ReplayLM(dspy.BaseLM):
-    """Answers as recorded, and as a prompt model proposes the recorded prompts one after another.
+    """Gives the recorded answers; as a prompt model it proposes the recorded prompts one after another.
 
     Args:
         recording: The answers.
-        latency: Mean seconds that a validation question takes. Everything else is answered at
-            once: the demo is about the search, and DSPy's bootstrap asks one question at a time.
+        latency: Mean seconds of an answer to a validation question. All other answers take no time, because
+            the demo shows the search, and DSPy's bootstrap asks one question at a time.
 
     Attributes:
-        answered: (prompt, example) to the number of times that it was answered.
+        answered: (prompt, example) to the number of its answers.
     """
 
     def __init__(self, recording: Recording, latency: float = 0.0) -> None:
@@ -191,7 +191,7 @@ class ReplayLM(dspy.BaseLM):
         return SimpleNamespace(choices=[choice], usage={}, model=self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplayLM:
-        """DSPy 3.2 copies an LM so for each proposal; copies share the recording and the counts."""
+        """Share the recording and the counts with copies, which DSPy 3.2 makes for each proposal."""
         twin = copy.copy(self)
         twin.kwargs, twin.history = dict(self.kwargs), []
         return twin
@@ -214,7 +214,7 @@ class ReplayLM(dspy.BaseLM):
 
 
 def replay_task(latency: float, recording: Recording | None = None) -> Task:
-    """GSM8K as Llama-3.3-70B was recorded to answer it; zero-shot, a candidate per recorded prompt."""
+    """GSM8K with the recorded answers of Llama-3.3-70B; zero-shot, with a candidate per recorded prompt."""
     recording = recording or Recording.load()
     prompts, total = len(recording.pool), recording.scores.shape[1]
 

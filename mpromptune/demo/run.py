@@ -1,4 +1,4 @@
-"""Runs the demo: a task, recorded or live, compiled by MIPROv2 and summed up."""
+"""Runs the demo: compiles a task, recorded or live, by MIPROv2, and prints a summary."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Task:
     """A program to compile, and everything that MIPROv2 needs for it.
 
     Attributes:
-        title: Names the task.
-        notes: (label, text) lines that say what is real about it.
+        title: Name of the task.
+        notes: (label, text) lines that say which parts are real.
         program: The student.
         trainset: Training examples.
         valset: Validation examples.
@@ -37,7 +37,7 @@ class Task:
         arguments: Further arguments of the MIPROv2 constructor.
         compile_arguments: Further arguments of ``compile``.
         embedder: Embedder of the texts, or None for the default model.
-        truth: Rows for the closing table that only a recording knows, given the winner.
+        truth: Returns rows of the closing table for the winner, known only from a recording.
     """
 
     title: str
@@ -64,7 +64,7 @@ class DemoResult:
 
 
 class _SortedMIPROv2(MIPROv2):
-    """Its instructions are asked for concurrently, and a replay hands them out as they are asked for."""
+    """Sorts the instructions, because a replay gives them in the order of concurrent requests."""
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
         proposed = super()._propose_instructions(*args, **kwargs)
@@ -81,19 +81,19 @@ def run_demo(
     seed: int = 9,
     calls: int | None = None,
 ) -> DemoResult:
-    """Compiles a task, saves the winner, and prints what is about to run and what came of it.
+    """Compile a task, save the winner, and print the settings and the results.
 
     Args:
         task: The task.
-        console: Where to print.
-        output: Where the program is saved.
+        console: The console to print on.
+        output: The file in which the program is saved.
         sampler: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"``, or ``"stock"`` for DSPy's own search.
-        num_threads: Program calls in flight.
-        seed: Of the compile.
-        calls: Program calls to spend; by default what DSPy would.
+        num_threads: Program calls made at the same time.
+        seed: Seed of the compile.
+        calls: Program calls to spend; by default as many as DSPy.
 
     Raises:
-        InvalidArgumentError: DSPy's own search is given a number of calls.
+        InvalidArgumentError: A number of calls was given for DSPy's own search.
     """
     if sampler == STOCK and calls is not None:
         raise InvalidArgumentError(f"calls={calls} needs a sampler; DSPy's own search sets its own.")
@@ -117,10 +117,10 @@ def run_demo(
     began = time.monotonic()
     data: dict[str, Any] = {"trainset": task.trainset, "valset": task.valset, **task.compile_arguments}
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        # The replayed LM is of the kind that DSPy 3.2 knows, which 3.4 deprecates.
+        # The replayed LM has the interface of DSPy 3.2, which DSPy 3.4 deprecates.
         warnings.filterwarnings("ignore", message=".*BaseLM.forward", category=DeprecationWarning)
         warnings.simplefilter("ignore", ExperimentalWarning)
-        if sampler == STOCK:  # which has no view, and prints much
+        if sampler == STOCK:  # DSPy's own search has no live view, and prints much
             stack.enter_context(console.status("DSPy's own MIPROv2"))
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))

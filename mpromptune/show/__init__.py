@@ -1,1 +1,1 @@
-"""What users see of a search: the live view while it runs, and the report when it is over."""
+"""What users see of a search: the live view while it runs, and the report at its end."""

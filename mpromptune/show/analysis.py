@@ -1,4 +1,4 @@
-"""What a search found, in numbers and names: growth, effects, hard examples, and how sure its gain is."""
+"""Analysis of a finished search: growth, effects, hard examples, and the uncertainty of its gain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 
 _MIPRO_NAME = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
-# NOTE: characters of a text that stand for it: a few words, which fit beside a figure.
+# NOTE: characters in an excerpt of a text: a few words, which fit beside a figure.
 _EXCERPT = 28
 
 
@@ -25,10 +25,10 @@ class Step(NamedTuple):
     """One trial in the course of a search.
 
     Attributes:
-        calls: Program calls up to and including this trial's.
+        calls: Program calls up to and including those of this trial.
         score: Mean of the trial's own scores.
-        best: The highest posterior mean, as it is at the end, of the configurations met so far.
-        met: How many these are.
+        best: Highest posterior mean, at the end of the search, of the configurations measured so far.
+        met: Number of configurations measured so far.
     """
 
     calls: int
@@ -38,13 +38,13 @@ class Step(NamedTuple):
 
 
 def title(findings: Findings, component: str) -> str:
-    """A component's name for people: the program's own name of the predictor, where the study has it."""
+    """A readable name of a component, with the predictor's name in the program if the study has it."""
     match = _MIPRO_NAME.match(component)
     return ", ".join(filter(None, (_predictor(findings, int(match[1])), match[2]))) if match else component
 
 
 def _predictor(findings: Findings, index: int) -> str:
-    """A predictor's name; none where there is no other to tell it from."""
+    """The name of a predictor; empty if it has no name and is the only one."""
     names: list[str] = findings.study.user_attrs.get(PREDICTORS, [])
     if index < len(names):
         return names[index]
@@ -63,12 +63,12 @@ def label(findings: Findings, params: Mapping[str, int]) -> str:
 
 
 def candidate_name(findings: Findings, component: str, index: int) -> str:
-    """A candidate in a few words that no other one of its component has."""
+    """A short name of a candidate that is unique in its component."""
     return _candidate_names(findings, component).get(index, f"no. {index}")
 
 
 def _candidate_names(findings: Findings, component: str) -> dict[int, str]:
-    """By index; nothing where the texts are not known."""
+    """Names of candidates by index; empty if the texts are not known."""
     if findings.space is None or component not in findings.space.components:
         return {}
     candidates = findings.space.components[component]
@@ -87,7 +87,7 @@ def _name(candidate: Candidate, excerpt: str) -> str:
 
 
 def _excerpts(candidates: Sequence[Candidate]) -> list[str]:
-    """The beginnings of texts, or where others begin alike, what comes after that."""
+    """The beginnings of texts; where several begin alike, excerpts from the first difference on."""
     texts = [" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates]
     found = []
     for text in texts:
@@ -110,19 +110,19 @@ def is_share(findings: Findings) -> bool:
 
 
 def unit(findings: Findings) -> Callable[[float], str]:
-    """Puts a score into words, in the one unit of this search: percent, or that of the metric."""
+    """A function that formats a score: in percent, or in the unit of the metric."""
     if is_share(findings):
         return lambda score: f"{100 * score:.1f} %" if math.isfinite(score) else "not measured"
     return lambda score: f"{score:.4g}" if math.isfinite(score) else "not measured"
 
 
 def winner(findings: Findings) -> Measured | None:
-    """The winner's own entry; None where it was never measured."""
+    """The entry of the winner; None if it was never measured."""
     return _entry(findings, findings.best_params)
 
 
 def baseline(findings: Findings) -> Measured | None:
-    """The baseline's."""
+    """The entry of the baseline; None if it was never measured."""
     return _entry(findings, findings.baseline_params)
 
 
@@ -131,7 +131,7 @@ def _entry(findings: Findings, params: Mapping[str, int] | None) -> Measured | N
 
 
 def differences(findings: Findings) -> list[float]:
-    """The winner's score less the baseline's on each example that both have; none where they are the same."""
+    """Winner's score minus baseline's on each example that both have; empty if the baseline is the winner."""
     best, own = winner(findings), baseline(findings)
     if best is None or own is None or best is own:
         return []
@@ -139,15 +139,15 @@ def differences(findings: Findings) -> list[float]:
 
 
 def gain(findings: Findings) -> tuple[float, float] | None:
-    """The mean of `differences`, and its standard error; None of fewer than two."""
+    """The mean of `differences` and its standard error; None for fewer than two."""
     found = differences(findings)
     return (fmean(found), stdev(found) / math.sqrt(len(found))) if len(found) > 1 else None
 
 
 def chance_of_gain(findings: Findings) -> float | None:
-    """Probability that the winner is better than the baseline, by the model; None where that says nothing.
+    """Posterior probability that the winner is better than the baseline; None without both.
 
-    That of two normal distributions, taken to be independent, which for prompts that are alike is cautious.
+    The two normal distributions are assumed to be independent, which is cautious for similar prompts.
     """
     best, own = winner(findings), baseline(findings)
     if best is None or own is None or best is own:
@@ -158,7 +158,7 @@ def chance_of_gain(findings: Findings) -> float | None:
 
 
 def rivals(findings: Findings) -> list[Measured]:
-    """Configurations whose estimate is within a standard deviation of the difference from the winner's."""
+    """Configurations whose estimate is within one standard deviation of the difference to the winner's."""
     best = winner(findings)
     if best is None:
         return []
@@ -190,15 +190,14 @@ def _key(params: Mapping[str, int]) -> frozenset[tuple[str, int]]:
 
 
 def random_in_full(findings: Findings) -> list[float]:
-    """What random choice could expect of the same calls: the best of 1, 2, ... that it measures in full.
+    """The expected best of 1, 2, ... random configurations, all measured in full, with the same calls.
 
-    Each configuration is drawn anew from all that exist and measured on the whole validation set, so
-    that its score is then as well known as the winner's; the k-th is known after k times as many
-    calls as there are examples. What the surrogate does not know of a configuration counts as
-    chance, for good and bad. Plans that drop poor configurations early would do better.
+    Configurations are drawn from the whole space and measured on the whole validation set, so the k-th is
+    known after k times as many calls as there are examples. The uncertainty of the surrogate about a
+    configuration counts as chance. Plans that drop poor configurations early would do better.
 
     Returns:
-        One value for each whole measurement of the search's calls; none where nothing is known of
+        One value for each full measurement that the search's calls allow; empty if nothing is known of
         configurations that were not measured.
     """
     if findings.drawn is None:
@@ -208,10 +207,10 @@ def random_in_full(findings: Findings) -> list[float]:
 
 
 def random_in_hindsight(findings: Findings) -> list[float]:
-    """The expected highest posterior mean of as many random configurations as the search had met.
+    """The expected highest posterior mean of as many random configurations as the search had measured.
 
-    Step by step as in `growth`, and with the same hindsight: it says how much of the rise chance
-    alone would have brought, had it known as well which configuration is the best of those met.
+    It has one value for each step of `growth`, with the same posterior means of the end of the search: it
+    shows how much of the growth chance alone would have brought.
     """
     steps = growth(findings)
     if findings.drawn is None or not steps:
@@ -222,7 +221,7 @@ def random_in_hindsight(findings: Findings) -> list[float]:
 
 
 def main_effects(findings: Findings) -> dict[str, dict[int, list[float]]]:
-    """For each component, by candidate, the posterior means of the configurations measured with it."""
+    """The posterior means of the measured configurations with each candidate, by component and candidate."""
     found: dict[str, dict[int, list[float]]] = {}
     for measured in findings.configurations:
         for name, index in measured.params.items():
@@ -231,7 +230,7 @@ def main_effects(findings: Findings) -> dict[str, dict[int, list[float]]]:
 
 
 def example_scores(findings: Findings) -> dict[int, list[float]]:
-    """By validation example, the scores of the configurations measured on it; the hardest example first."""
+    """The scores of the measured configurations on each validation example, hardest example first."""
     found: dict[int, list[float]] = {}
     for measured in findings.configurations:
         for example, score in measured.scores.items():

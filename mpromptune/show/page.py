@@ -1,4 +1,4 @@
-"""A search as one HTML page that needs nothing else: no script, no network. Its looks are in page.html."""
+"""The report of a search as one self-contained HTML page; its template is page.html."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 _LEADERS = 20
 _LISTED = 60
-# NOTE: comparing texts word by word takes the square of their length: a second or so for this many.
+# NOTE: most words in texts that are compared word by word, which takes quadratic time: about a second for
+# this many.
 _COMPARED_WORDS = 3000
-# NOTE: of difflib's ratio. Texts that have less in common read better one after the other.
+# NOTE: smallest ratio of difflib for such a comparison; less similar texts are shown one after another.
 _ALIKE = 0.6
 
 
 def write_report(findings: Findings, path: str | os.PathLike[str], notes: Sequence[str] = ()) -> Path:
-    """Writes the page of `render` to a file.
+    """Write the page of `render` to a file.
 
     Returns:
         The file's path.
@@ -53,11 +54,11 @@ def write_report(findings: Findings, path: str | os.PathLike[str], notes: Sequen
 
 
 def render(findings: Findings, notes: Sequence[str] = ()) -> str:
-    """The page. Without matplotlib, a sentence stands in the place of its figures.
+    """The HTML page. Without matplotlib, it has a sentence instead of figures.
 
     Args:
-        findings: Of the search.
-        notes: What else the reader should know, a sentence each.
+        findings: The findings of the search.
+        notes: Further notes for the reader, one or two sentences each.
     """
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
@@ -90,7 +91,7 @@ def _score(
     score: float,
     interval: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """A score in words, with its 95 % interval where it is an estimate, not measured on all examples."""
+    """A formatted score, with its 95 % interval if it was not measured on all examples."""
     say = analysis.unit(findings)
     if measured is None or measured.fully or score != score:
         return {"score": say(score), "interval": ""}
@@ -102,7 +103,7 @@ def _score(
 
 
 def _gained(findings: Findings) -> str:
-    """The gain, in examples where they are right or wrong."""
+    """The formatted gain; as a number of examples if answers are right or wrong."""
     gain = findings.best_score - findings.baseline_score
     if gain != gain or findings.best_params == findings.baseline_params:
         return ""
@@ -119,7 +120,7 @@ def _points(findings: Findings, difference: float) -> str:
 
 
 def _changes(findings: Findings) -> list[dict[str, Any]]:
-    """Per component, the baseline's candidate against the winner's: words of a text, or demos as cards."""
+    """The changes from baseline to winner by component: words of a text, or demos as cards."""
     before = findings.baseline_params or findings.best_params
     changes = []
     for component, new in findings.best_params.items():
@@ -161,7 +162,7 @@ def _marked(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[str, Seque
 
 
 def _leaders(findings: Findings) -> list[dict[str, Any]]:
-    """The best, and the baseline wherever it stands."""
+    """The best configurations, and the baseline."""
     roles = {"winner": findings.best_params, "baseline": findings.baseline_params}
     return [
         {
@@ -176,7 +177,7 @@ def _leaders(findings: Findings) -> list[dict[str, Any]]:
 
 
 def _spent(findings: Findings) -> dict[str, Any]:
-    """By step: what was used, what the estimate had allowed, and how long the search took."""
+    """Usage and estimate of each step, and the duration of the search."""
     planned = {k: Usage(**used) for k, used in findings.study.user_attrs.get(ESTIMATE, {}).items()}
     rows = {**findings.usage, "total": findings.usage.total} if findings.usage else {}
     if planned:
@@ -199,20 +200,20 @@ _FIGURES: dict[str, Callable[[Findings], Figure]] = {
 
 
 def _figures(findings: Findings) -> dict[str, str]:
-    """The drawings that can be made, by name; alone under "missing", how to have any."""
+    """The figures that can be drawn, by name; only a message under "missing" if none can."""
     figures = {}
     for name, draw in _FIGURES.items():
         try:
             figures[name] = _svg(draw(findings), name)
         except MissingExtraError as error:
             return {"missing": str(error)}
-        except InvalidArgumentError:  # what this figure is about is not known
+        except InvalidArgumentError:  # the findings lack the data of this figure
             continue
     return figures
 
 
 def _svg(figure: Any, name: str) -> str:
-    """The drawing alone, named by its caption, with texts as texts and the page's colour for black."""
+    """The SVG of a figure, labelled by its caption, with texts as text and the page's colour for black."""
     import matplotlib as mpl
 
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""Figures of a search, in the manner of ``optuna.visualization``; needs ``m-promptune[plots]``."""
+"""Figures of a search, similar to ``optuna.visualization``; needs ``m-promptune[plots]``."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREY, _GREEN = "#3b6fb6", "#d9822b", "#8a8f98", "#1b7f5c"  # apart for colour-blind eyes
+_BLUE, _ORANGE, _GREY, _GREEN = "#3b6fb6", "#d9822b", "#8a8f98", "#1b7f5c"  # distinct with colour blindness
 _WIDTH = 6.4
-# NOTE: the eigenvectors of a distance matrix of this size take a second.
+# NOTE: most configurations in a map: the eigenvectors of a distance matrix of this size take a second.
 _MAPPED = 1000
-# NOTE: part of the trials at either end that the figure of growth need not have room for: on blocks of
-# ten, they are trials of which two or more examples went otherwise than expected.
+# NOTE: fraction of the trials at either end that may lie outside the figure of growth: with blocks of ten,
+# these are trials in which two or more examples were not as expected.
 _FAR_OFF = 0.1
-# NOTE: characters in a line of a name that leave half of a figure to its dots.
+# NOTE: characters in a line of a name, which leave half of a figure to its dots.
 _NAME = 44
 
 
 def plot_growth(findings: Findings) -> Figure:
-    """Score against program calls: each trial's own, and the best configuration's met so far.
+    """Scores against program calls: of each trial, and of the best configuration measured so far.
 
-    The line is the highest of the posterior means, as they are at the end of the search; a trial's
-    own score is that on its examples alone (those far off are not shown). Beside it, what random
-    choice could expect: of configurations that are all measured in full, as many as the calls allow
-    (dashed), and of as many as the search had met, known in hindsight as the line's are (dotted).
+    The line is the highest posterior mean so far, where all posterior means are those at the end of the
+    search. The score of a trial is the mean on its own examples (outliers are not shown). Two further lines
+    show random choice: the best of as many configurations as the calls allow to measure in full (dashed), and
+    of as many as the search had measured, by posterior means at the end (dotted).
     """
     steps = _some(growth(findings), "trial with a score")
     figure, axes = _panel(4.2)
@@ -57,7 +57,7 @@ def plot_growth(findings: Findings) -> Figure:
     axes.step(calls, best, where="post", color=_BLUE, label="best met so far, in hindsight")
     _random_lines(axes, findings, calls)
     _baseline_line(axes.axhline, findings)
-    # Single trials far off would flatten the rest.
+    # Outliers would compress the rest.
     trials, *others = (np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines)
     shown = np.concatenate([np.quantile(trials, [_FAR_OFF, 1.0 - _FAR_OFF]), *others])
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
@@ -69,7 +69,7 @@ def plot_growth(findings: Findings) -> Figure:
 
 
 def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
-    """What random choice could expect, as far as the result says what there is to choose from."""
+    """Draw the lines of random choice, if the result has random configurations."""
     style: dict[str, Any] = {"where": "post", "color": _GREEN}
     if hindsight := random_in_hindsight(findings):
         axes.step(calls, hindsight, linestyle=":", label="as many at random, in hindsight", **style)
@@ -82,8 +82,8 @@ def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
     """The configurations with the highest posterior means, ± one standard deviation.
 
     Args:
-        findings: Of the search.
-        limit: How many at most.
+        findings: The findings of the search.
+        limit: Most configurations to show.
     """
     leaders = _some(findings.configurations[:limit], "configuration that was measured")
     figure, axes = _panel(1.2 + 0.36 * len(leaders))
@@ -101,9 +101,9 @@ def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
 
 
 def plot_map(findings: Findings) -> Figure:
-    """The configurations in two dimensions: the nearer, the more alike their prompts.
+    """The configurations in two dimensions; near ones have similar prompts.
 
-    Classical scaling of the distances that the model saw, summed over components.
+    The positions are found by classical scaling of the model's distances, summed over components.
 
     Raises:
         InvalidArgumentError: The search did not embed texts, or measured fewer than three.
@@ -169,7 +169,7 @@ def plot_examples(findings: Findings) -> Figure:
 
 
 def plot_usage(findings: Findings) -> Figure:
-    """What each step cost: in US dollars if any are known, otherwise in tokens, or in program calls."""
+    """The usage of each step: in US dollars if known, otherwise in tokens or in program calls."""
     measures = (("US dollars", "cost"), ("tokens", "tokens"), ("program calls", "program_calls"))
     unit, attribute = next((m for m in measures if getattr(findings.usage.total, m[1])), ("", ""))
     if not unit:
@@ -240,5 +240,5 @@ def _some(items: Sequence[Any], what: str) -> Sequence[Any]:
 
 
 def _short(text: str, lines: int = 1) -> str:
-    """A name that fits beside a figure, in which no dollar sign begins a formula."""
+    """A name that fits beside a figure, with dollar signs escaped, since they would begin a formula."""
     return textwrap.fill(text, _NAME, max_lines=lines, placeholder=" …").replace("$", r"\$")

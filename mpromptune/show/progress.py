@@ -1,4 +1,4 @@
-"""How far a search has got, as plain numbers for whoever watches it, and how long the rest takes."""
+"""The progress of a search as plain data for callbacks, and the time that the rest will take."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ logger = logging.getLogger(__name__)
 
 # NOTE: the standard normal quantile of 97.5 %: the posterior of a mean score is normal.
 _QUANTILE = 1.959964
-# NOTE: the speed is that of the last quarter of the time, so that an estimate is as steady as the run is long
-# and still follows a provider that slows down; and of a minute at least, in which most LM calls come back.
+# NOTE: the speed is measured over the last quarter of the time, so that estimates of long runs are steady and
+# still follow a provider that slows down; but over at least a minute, in which most LM calls end.
 _SHARE, _LEAST = 0.25, 60.0
-# NOTE: counts kept of that time: enough that dropping the oldest is not noticed.
+# NOTE: number of counts kept for that time; enough that dropping the oldest one changes little.
 _KEPT = 100
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What is thought of one configuration.
+    """The estimated score of one configuration.
 
     Attributes:
-        mean: Estimate of its mean score over all examples, by the surrogate once there is one; before,
-            and with samplers that fit none, the mean of its scores.
+        mean: Estimate of its mean score over all examples: by the surrogate if there is one, otherwise the
+            mean of its scores.
         std: Standard deviation of that estimate.
         measured: Mean of its scores so far; when the search has finished, its score in the result.
-        examples: Validation examples that it has been measured on.
+        examples: Number of validation examples on which it was measured.
     """
 
     mean: float
@@ -53,22 +53,21 @@ class Standing:
 
 @dataclass(frozen=True)
 class Progress:
-    """A search as it stands.
+    """The progress of a search.
 
     Attributes:
-        calls: Program calls that have come back, those of earlier runs too.
-        max_calls: The budget; a search may end before it.
+        calls: Program calls that have ended, including those of earlier runs.
+        max_calls: The budget; a search may end before it is spent.
         trials: Trials told.
         batches: Batches told.
         n_examples: Size of the validation set.
-        best: The configuration with the highest estimate; when finished, the winner. None before
-            anything was measured.
-        baseline: The one that it is compared with, once it has been measured.
-        load: Calls in flight, and how many may be.
-        usage: Everything used so far; of a compile, by all of its steps.
-        limits: What may be used.
-        seconds: Since this run of the search began.
-        seconds_left: Until the budget or a limit is used up, at the speed of late; None if unknown.
+        best: The configuration with the highest estimate, or the winner when finished. None without scores.
+        baseline: The baseline; None before its first score.
+        load: Calls in flight, and their limit.
+        usage: The usage so far; in a compile, of all steps.
+        limits: The limits on usage.
+        seconds: Seconds since this run of the search began.
+        seconds_left: Seconds until the budget or a limit is reached, at the recent speed; None if unknown.
         finished: Whether the search has ended, and the winner is known.
     """
 
@@ -91,7 +90,7 @@ OnProgress = Callable[[Progress], object]
 
 
 def together(*listeners: OnProgress | None) -> OnProgress | None:
-    """Several listeners as one, each left out once it has raised an error; None where there are none."""
+    """One callback for several; each is dropped when it raises an error. None if there are none."""
     active = [listener for listener in listeners if listener is not None]
 
     def tell(progress: Progress) -> None:
@@ -106,10 +105,10 @@ def together(*listeners: OnProgress | None) -> OnProgress | None:
 
 
 class Speed:
-    """How fast something has been done of late.
+    """The recent speed of a process.
 
     Args:
-        clock: Says the time, in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -118,7 +117,7 @@ class Speed:
         self._counts: deque[tuple[float, int]] = deque()
 
     def note(self, done: int) -> None:
-        """So many are done by now; the time begins with the first count."""
+        """Note the number done until now; the time begins with the first call."""
         now = self._clock()
         window = max(_LEAST, _SHARE * (now - self._began))
         while len(self._counts) > 1 and self._counts[1][0] <= now - window:
@@ -128,7 +127,7 @@ class Speed:
         self._counts.append((now, done))
 
     def seconds_for(self, rest: int) -> float | None:
-        """Seconds that so many more will take; None where that is not known."""
+        """Seconds that ``rest`` more will take; None if it is not known."""
         if rest <= 0:
             return 0.0
         if not self._counts:

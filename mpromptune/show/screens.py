@@ -1,6 +1,6 @@
-"""Where the live view is shown: terminals and notebooks, drawn by rich, or whatever takes lines of text.
+"""Screens for the live view: terminals and notebooks, drawn by rich, or lines of text for logs.
 
-The lines are by hand: libraries draw bars, and leave nothing that can be read in a log.
+The lines are own code because libraries draw bars, which cannot be read in a log.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from rich.text import Text
 
 from mpromptune.show.view import Screen, View
 
-# NOTE: seconds between two lines of a step, at first; in a long run a twentieth of the time that it has
-# taken, so that a night of it is some hundred lines, and a step that hangs is still noticed.
+# NOTE: seconds between two lines of a step, or a twentieth of its time so far if that is longer. So a run of
+# a night writes some hundred lines, and a step that hangs is still noticed.
 _LINE_EVERY, _LINE_SHARE = 30.0, 0.05
 _Handler: TypeAlias = "logging.StreamHandler[TextIO]"
 
 
 def choose() -> Screen | None:
-    """What suits the place where this process writes to; None where there is nothing to write to.
+    """The screen for the standard error of this process; None if there is none.
 
-    It is standard error, as for progress bars elsewhere: what a script prints can be piped on. A
-    terminal that another live display of rich draws on is left to that.
+    Standard error is usual for progress bars, so that the standard output of a script can be piped. No screen
+    is used on a terminal on which another live display of rich draws.
     """
     console = _Console(stderr=True)
     if console.is_jupyter:
         return Notebook()
-    # What rich's `Live` puts in the place of the streams has this attribute.
+    # The streams by which rich's `Live` replaces the standard ones have this attribute.
     if sys.stderr is None or any(hasattr(s, "rich_proxied_file") for s in (sys.stdout, sys.stderr)):
         return None
-    # Not rich's word for a terminal, which the environment can change: logs of CI would be full of escapes.
+    # Not rich's `is_terminal`, which the environment can set, so that logs of CI would be full of escapes.
     is_dumb = os.environ.get("TERM", "dumb" if os.name == "posix" else "") == "dumb"
     return Lines(sys.stderr) if is_dumb or not sys.stderr.isatty() else Terminal(console)
 
 
 class _Console(Console):
-    """rich's, but for a broken pipe, which is no reason to exit."""
+    """rich's console, which does not exit on a broken pipe."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -50,24 +50,24 @@ class _Console(Console):
 
 
 class Terminal(Screen):
-    """Bars that move, and lines below them that change."""
+    """Moving bars, and changing lines below them."""
 
     interval = 0.25
 
     def __init__(self, console: Console) -> None:
-        # What is printed appears above the bars; what is printed into a file or a pipe stays there.
+        # Printed text appears above the bars, unless standard output is a file or a pipe.
         prints_here = sys.stdout is not None and sys.stdout.isatty()
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=prints_here)
         self._moved: list[tuple[_Handler, TextIO, TextIO]] = []
 
     def show(self, view: View) -> None:
-        """Draws it in the place of the frame before."""
+        """Replace the last frame."""
         if not self._live.is_started:
             self._start()
         self._live.update(_drawn(view), refresh=True)
 
     def close(self, view: View) -> None:
-        """Leaves the last frame where it is."""
+        """Draw the last frame, and leave it on the terminal."""
         try:
             self.show(view)
         finally:
@@ -77,7 +77,7 @@ class Terminal(Screen):
                     handler.setStream(old)
 
     def _start(self) -> None:
-        """Takes the terminal, also from log handlers: their lines would land in the middle of the bars."""
+        """Start the live display, and redirect log handlers, whose lines would appear between the bars."""
         before = sys.stdout, sys.stderr
         self._live.start()
         proxies = dict(zip(before, (sys.stdout, sys.stderr), strict=True))
@@ -89,13 +89,13 @@ class Terminal(Screen):
 
 
 class Notebook(Screen):
-    """One output of the cell, replaced as the compile goes on; needs no more than IPython."""
+    """One output of the cell, which is replaced by each frame; needs only IPython."""
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def show(self, view: View) -> None:
-        """Replaces the output."""
+        """Replace the output."""
         from IPython.display import display
 
         if self._handle is None:
@@ -108,7 +108,7 @@ def _drawn(view: View) -> Table:
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(no_wrap=True)
     grid.add_column(ratio=1, min_width=6)
-    # The last column keeps its place until all is over, or the bars would change their length.
+    # The last column keeps its width until the end, so that the bars do not change their length.
     for width in (0, 0, 0 if all(bar.ended for bar in view.bars) else len("0:00:00 left")):
         grid.add_column(justify="right", no_wrap=True, min_width=width)
     for bar in view.bars:
@@ -123,14 +123,14 @@ def _drawn(view: View) -> Table:
 
 
 class Lines(Screen):
-    """A line where a step begins and ends, and now and then in between."""
+    """A line when a step begins or ends, and at intervals in between."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._written: list[tuple[int, float, bool]] = []  # percent, seconds and end of each step's last line
 
     def show(self, view: View) -> None:
-        """Writes what is new, if it is time."""
+        """Write the lines that are due."""
         for number, bar in enumerate(view.bars):
             if number == len(self._written):
                 self._write(f"{bar.title}: {bar.total} {bar.unit}")

@@ -1,4 +1,4 @@
-"""What speaks against taking a result at its word, and what to do about it, in plain sentences."""
+"""Reasons to doubt a result, and what to do about them, as sentences."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from mpromptune.show.analysis import example_scores, gain, is_share, never_solve
 from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 
-# NOTE: on fewer examples, the standard error of a share of right answers is up to 0.09 and more.
+# NOTE: with fewer examples, the standard error of a fraction of right answers may exceed 0.09.
 _FEW_EXAMPLES = 30
-# NOTE: of standard errors; what chance exceeds about once in twenty times.
+# NOTE: in standard errors; chance exceeds this about once in twenty times.
 _CLEAR = 2.0
-# NOTE: embeddings that say nothing get the sign four times in five; made-up ones that determine the
-# scores, and those of the recorded GSM8K prompts, had shares of 0.1 at most.
+# NOTE: uninformative embeddings get this warning four times in five; artificial embeddings that determine the
+# scores, and those of the recorded GSM8K prompts, had p-values of at most 0.1.
 _LIKELY_CHANCE = 0.2
 
-Sign = tuple[str, str]  # what was noticed, and what to do; either may be empty
+Sign = tuple[str, str]  # the reason, and the advice; either may be empty
 
 
 def warning_signs(findings: Findings) -> list[str]:
-    """What speaks against taking the result at its word, a sentence each."""
+    """Reasons to doubt the result, one sentence each."""
     return [noticed for noticed, _ in _signs(findings)]
 
 
 def next_steps(findings: Findings) -> list[str]:
-    """What to do next, the most urgent first."""
+    """The next steps, most urgent first."""
     advised = dict.fromkeys(advice for _, advice in _signs(findings) if advice)
     last = "Measure the program on a test set: the best of many flatters itself a little on the examples "
     return [*advised, f"{last}it was chosen by."]
@@ -92,7 +92,7 @@ def _about_the_winner(findings: Findings, best: Measured) -> Iterator[Sign]:
 
 
 def is_lucky(measured: Measured) -> bool:
-    """Whether it scored more than a standard deviation above what the model expects of it."""
+    """Whether a configuration's score is more than a standard deviation above the model's estimate."""
     return measured.mean - measured.posterior_mean > max(measured.posterior_std, 1e-9)
 
 

@@ -1,7 +1,7 @@
-"""The live view of a compile: a bar for each step, and below them scores, expenses and calls in flight.
+"""The live view of a compile: a bar for each step, and lines with scores, usage and calls in flight.
 
-Screens are drawn by rich, but not by its own refresh thread: neither an interrupt nor a terminal that accepts
-nothing may leave one half drawn, end a compile or hold it up.
+Screens are drawn by rich, but in own threads instead of rich's refresh thread: an interrupt, or a terminal
+that accepts no output, must not leave a screen half drawn, end the compile or delay it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mpromptune.show.progress import Progress, Speed, Standing
 
 logger = logging.getLogger(__name__)
 
-# NOTE: seconds that the end of a compile waits for the last frame; a terminal that is stopped (Ctrl-S) must
-# not hold up a result for longer.
+# NOTE: seconds that the end of a compile waits for the last frame; a stopped terminal (Ctrl-S) must not delay
+# the result longer.
 _LAST_FRAME = 5.0
 
 
@@ -32,9 +32,9 @@ class Bar:
 
     Attributes:
         title: Its name.
-        total: How many are to be done.
-        unit: What is counted.
-        search: The last report of the search, which then says what is done.
+        total: Number of units in the step.
+        unit: Name of the units.
+        search: The last progress of the search, if this is its bar; it has the number done.
     """
 
     def __init__(self, title: str, total: int, unit: str, clock: Callable[[], float]) -> None:
@@ -46,33 +46,33 @@ class Bar:
         self._speed.note(0)
 
     def advance(self, number: int = 1) -> None:
-        """So many more are done."""
+        """Note that ``number`` more units are done."""
         with self._lock:
             self._done += number
             self._speed.note(self._done)
 
     def end(self) -> None:
-        """The step is over."""
+        """End the step."""
         self._ended = self._clock() if self._ended is None else self._ended
 
     @property
     def ended(self) -> bool:
-        """Whether the step is over."""
+        """Whether the step has ended."""
         return self._ended is not None
 
     @property
     def done(self) -> int:
-        """How many are done."""
+        """Number of units done."""
         return self._done if self.search is None else self.search.calls
 
     @property
     def seconds(self) -> float:
-        """Since the step began, until it ended."""
+        """Seconds since the step began, until it ended."""
         return (self._clock() if self._ended is None else self._ended) - self._began
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the step ends; None where that is not known."""
+        """Seconds until the step ends; None if it is not known."""
         if self.search is not None:
             return self.search.seconds_left
         with self._lock:
@@ -80,25 +80,25 @@ class Bar:
 
     @property
     def percent(self) -> int:
-        """What is done, rounded down."""
+        """Percentage done, rounded down."""
         return 100 * self.done // max(self.total, 1)
 
     @property
     def texts(self) -> tuple[str, str, str]:
-        """What is done of what, the time it has taken, and the time left as far as that is known."""
+        """The number done of the total, the time so far, and the time left if it is known."""
         left = None if self.ended else self.seconds_left
         remaining = "" if left is None else f"{_duration(left)} left"
         return f"{self.done}/{self.total} {self.unit}", _duration(self.seconds), remaining
 
 
 class View:
-    """What there is to see of a compile, and the thread that shows it; no error of it ends a compile.
+    """The state of a compile to show, and the thread that shows it; its errors do not end the compile.
 
     Args:
-        open_screen: Where to show it, or nowhere; called when the first step begins.
-        budget: What is used.
-        load: The calls in flight before the search.
-        clock: Says the time, in seconds.
+        open_screen: Returns the screen, or None; called when the first step begins.
+        budget: The usage and its limits.
+        load: Returns the load of the steps before the search.
+        clock: Returns the time in seconds.
 
     Attributes:
         bars: The steps that have begun.
@@ -119,13 +119,13 @@ class View:
         self._thread: threading.Thread | None = None
 
     def bar(self, title: str, total: int, unit: str) -> Bar:
-        """Begins a step, which ends those before; the first one opens the view."""
+        """Begin a step, which ends the earlier ones; the first one opens the view."""
         bar = Bar(title, total, unit, self._clock)
         for earlier in self.bars:
             earlier.end()
         self.bars = (*self.bars, bar)
         if self._thread is None:
-            run = contextvars.copy_context().run  # in which a notebook's kernel finds the cell
+            run = contextvars.copy_context().run  # a notebook's kernel finds the cell by this context
             with deferred():  # a thread whose start is interrupted cannot be joined
                 self._thread = threading.Thread(
                     target=run, args=(self._run,), name="mpromptune-view", daemon=True
@@ -135,11 +135,11 @@ class View:
         return bar
 
     def on_progress(self, progress: Progress) -> None:
-        """Takes a report of the search, whose bar is the last one."""
+        """Receive the progress of the search, whose bar is the last one."""
         self._search = self.bars[-1].search = progress
 
     def close(self) -> None:
-        """Leaves the last frame on the screen."""
+        """End all steps, and show the last frame."""
         for bar in self.bars:
             bar.end()
         self._closed = True
@@ -150,7 +150,7 @@ class View:
 
     @property
     def status(self) -> list[str]:
-        """A line each of scores, expenses, and calls in flight; those that there is something to say of."""
+        """Lines with scores, usage and calls in flight, as far as there are any."""
         load = self._load() if self._search is None else self._search.load
         lines = [", ".join(_scores(self._search)), ", ".join(_expenses(self._budget))]
         return [line for line in (*lines, "" if self._closed else _concurrency(load)) if line]
@@ -174,7 +174,7 @@ class View:
 
 
 def _scores(search: Progress | None) -> Iterator[str]:
-    """In percent, as DSPy has them: estimates while the search runs, at its end what was measured."""
+    """Scores in percent, as in DSPy: estimates while the search runs, measured scores at its end."""
     if search is None or search.best is None:
         return
     best, baseline = search.best, search.baseline
@@ -229,18 +229,18 @@ def _duration(seconds: float) -> str:
 
 
 class Screen:
-    """Where a view is shown; only one thread calls it, and what it raises ends the view and nothing else.
+    """A place to show a view; only one thread calls it, and its errors end only the view.
 
     Attributes:
-        interval: Seconds from one frame to the next.
+        interval: Seconds between frames.
     """
 
     interval = 1.0
 
     def show(self, view: View) -> None:
-        """Shows how things stand, instead of what was shown before or after it."""
+        """Show the present state; a screen replaces the last frame or writes new lines."""
         raise NotImplementedError
 
     def close(self, view: View) -> None:
-        """Shows the last frame, and leaves the screen to others."""
+        """Show the last frame, and release the screen."""
         self.show(view)
