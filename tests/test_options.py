@@ -17,7 +17,7 @@ from tasks import SMALL_RUN, TRAIN, VAL, ZERO_SHOT, Adder, Counted
 from mpromptune import MIPROv2, PromptSpace, search
 from mpromptune.engine.arguments import gather, resolve
 from mpromptune.engine.batches import BatchPlan
-from mpromptune.engine.options import OPTION_NAMES
+from mpromptune.engine.options import OPTION_NAMES, SEARCH_OPTIONS
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError, UnknownOptionError
 from mpromptune.storage.attributes import EXAMPLES
 
@@ -261,3 +261,13 @@ def test_a_plan_of_ones_own(plan: Callable[..., Any], tmp_path: Any) -> None:
     assert len(asked) == result.calls
     with pytest.raises(InvalidArgumentError, match="patience.* only apply to schedule='blocks'"):
         _searched(asked, **run, patience=3)
+
+
+def test_search_shows_its_options() -> None:
+    """To `help` and editors: a dozen arguments of its own, then each option with its default."""
+    parameters = inspect.signature(search).parameters
+    own = [name for name in parameters if name not in SEARCH_OPTIONS]
+    assert len(own) == 12
+    assert parameters["embedder"].default is None
+    assert parameters["confirm"].default == "auto"
+    assert not {"options", "n_jobs", "dry_run"} & parameters.keys()

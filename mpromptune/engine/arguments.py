@@ -1,4 +1,4 @@
-"""The arguments of MIPROv2: DSPy's own, and our options beside them."""
+"""The arguments of MIPROv2 and of `search`: their own, and our options beside them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mpromptune.engine.options import OPTION_NAMES, QEI_ONLY, SearchOptions, unknown_option
+from mpromptune.engine.options import OPTION_NAMES, QEI_ONLY, SEARCH_OPTIONS, SearchOptions, unknown_option
 from mpromptune.errors import InvalidArgumentError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -26,6 +26,18 @@ def extending(stock: inspect.Signature) -> Callable[[F], F]:
         return function
 
     return declare
+
+
+def with_options(function: F) -> F:
+    """Declares the options of `search` in the place of its ``**options``, for those who inspect it."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in SEARCH_OPTIONS.items()
+    ]
+    function.__dict__["__signature__"] = signature.replace(parameters=[*own, *options])
+    return function
 
 
 def split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,14 @@ class Minibatches:
     """DSPy's own arguments of the plan of MIPROv2.
 
     Attributes:
-        size: Examples of a trial.
-        full_eval_steps: Trials from one full evaluation to the next.
-        enabled: False when every trial is a full evaluation and there are no others.
+        minibatch_size: Examples of a trial.
+        minibatch_full_eval_steps: Trials from one full evaluation to the next.
+        minibatch: False when every trial is a full evaluation and there are no others.
     """
 
-    size: int = 35
-    full_eval_steps: int = 5
-    enabled: bool = True
+    minibatch_size: int = 35
+    minibatch_full_eval_steps: int = 5
+    minibatch: bool = True
 
     def within(self, n_examples: int) -> Minibatches:
         """The plan for a validation set; a minibatch of all of it is a full evaluation itself.
@@ -37,18 +37,20 @@ class Minibatches:
         Raises:
             InvalidArgumentError: A number cannot work.
         """
-        require_count("minibatch_full_eval_steps", self.full_eval_steps)
-        if not self.enabled or require_count("minibatch_size", self.size) == n_examples:
-            return Minibatches(n_examples, self.full_eval_steps, enabled=False)
-        if self.size > n_examples:
+        require_count("minibatch_full_eval_steps", self.minibatch_full_eval_steps)
+        if not self.minibatch or require_count("minibatch_size", self.minibatch_size) == n_examples:
+            return Minibatches(n_examples, self.minibatch_full_eval_steps, minibatch=False)
+        if self.minibatch_size > n_examples:
             raise InvalidArgumentError(
-                f"minibatch_size={self.size} exceeds the {n_examples} validation examples."
+                f"minibatch_size={self.minibatch_size} exceeds the {n_examples} validation examples."
             )
         return self
 
     def calls(self, num_trials: int, n_examples: int) -> int:
         """What ``num_trials`` trials cost, with the baseline and the full evaluations."""
-        return stock_calls(num_trials, n_examples, self.enabled, self.size, self.full_eval_steps)
+        return stock_calls(
+            num_trials, n_examples, self.minibatch, self.minibatch_size, self.minibatch_full_eval_steps
+        )
 
     def trials_for(self, max_calls: int, n_examples: int) -> int:
         """The most trials that ``max_calls`` calls allow.
@@ -85,7 +87,7 @@ def stock_calls(
 class MiproPlan:
     """The baseline in full; then trials on minibatches of their own, q at a time.
 
-    After every ``full_eval_steps`` trials, and after the last, the configuration with the highest
+    After every ``minibatch_full_eval_steps`` trials, and after the last, the configuration with the highest
     mean that has no full evaluation yet gets one. It is chosen when all trials before it have been
     told, so the next batch overlaps with it, not with the choice. What has a full evaluation is not
     proposed again; pairs that were measured before are paid for again, as in DSPy.
@@ -113,13 +115,13 @@ class MiproPlan:
         self.task, self._table = task, table
         self._batches = (minibatches or Minibatches()).within(task.n_examples)
         self._planned = self._num_trials = self._batches.trials_for(task.max_calls, task.n_examples)
-        self.batch_size = batch_size or task.batch_size(self._batches.size)
+        self.batch_size = batch_size or task.batch_size(self._batches.minibatch_size)
         self.outage = task.n_examples  # what a full evaluation lacks may fail again, and be its own fault
         self.arguments: Mapping[str, Any] = {
-            "minibatch_size": self._batches.size,
-            "minibatch_full_eval_steps": self._batches.full_eval_steps,
+            "minibatch_size": self._batches.minibatch_size,
+            "minibatch_full_eval_steps": self._batches.minibatch_full_eval_steps,
         }
-        self._steps = self._batches.full_eval_steps if self._batches.enabled else self._num_trials
+        self._steps = self._batches.minibatch_full_eval_steps if self._batches.minibatch else self._num_trials
         self._asked = 0  # trials on minibatches
         self._decided = 0  # full evaluations of their best
         self._chosen = [task.baseline]  # for full evaluations, the baseline's among them
@@ -146,7 +148,9 @@ class MiproPlan:
 
     def next_batch(self, evidence: Evidence) -> Iterator[Request]:
         """Full evaluations that are due, or the minibatches up to the next one."""
-        if not self._is_affordable(self._batches.size):  # an earlier run may have spent more than planned
+        if not self._is_affordable(
+            self._batches.minibatch_size
+        ):  # an earlier run may have spent more than planned
             self._num_trials = min(self._num_trials, self._asked)
         is_left = self._decided * self._steps < self._num_trials
         if is_left and self._asked >= self._boundary():
@@ -169,7 +173,7 @@ class MiproPlan:
     def _explore(self, evidence: Evidence) -> Iterator[Request]:
         for _ in range(min(self.batch_size, self._boundary() - self._asked)):
             closed = {*self._table.whole, *self._chosen, *filter(self._table.is_dropped, self._table.started)}
-            if len(closed) >= self.task.space_size or not self._is_affordable(self._batches.size):
+            if len(closed) >= self.task.space_size or not self._is_affordable(self._batches.minibatch_size):
                 return
             self._asked += 1
             yield Request(self._proposed(evidence) if self.task.allocates else None, self._minibatch)
@@ -183,12 +187,12 @@ class MiproPlan:
         # The last entry tells this stream from the others that start from (seed, trial number).
         n_examples = self.task.n_examples
         rng = np.random.default_rng([abs(self.task.seed), number, n_examples])
-        drawn = rng.choice(n_examples, self._batches.size, replace=False)
+        drawn = rng.choice(n_examples, self._batches.minibatch_size, replace=False)
         return tuple(sorted(int(example) for example in drawn))
 
     def _is_affordable(self, calls: int) -> bool:
         """Whether the budget holds these calls, and after a minibatch the full evaluation that follows."""
-        follows = self.task.n_examples if self._batches.enabled else 0
+        follows = self.task.n_examples if self._batches.minibatch else 0
         return self._table.asked_calls + calls + follows <= self.task.max_calls
 
     def _boundary(self) -> int:

@@ -38,14 +38,6 @@ _COMPILE_ONLY = (
 )
 
 
-# DSPy's own arguments, with the names that they have in `Minibatches`.
-_MINIBATCHES = {
-    "minibatch": "enabled",
-    "minibatch_size": "size",
-    "minibatch_full_eval_steps": "full_eval_steps",
-}
-
-
 @dataclass(frozen=True)
 class SearchOptions:
     """How a search is run.
@@ -156,12 +148,11 @@ class SearchOptions:
         Raises:
             UnknownOptionError: A name is not an option of it.
         """
-        valid = [name for name in (*OPTION_NAMES, *_MINIBATCHES) if name not in _COMPILE_ONLY]
         for name in given:
-            if name not in valid:
-                raise unknown_option(name, valid)
+            if name not in SEARCH_OPTIONS:
+                raise unknown_option(name, list(SEARCH_OPTIONS))
         chosen = {name: value for name, value in given.items() if value is not None}
-        sizes = {_MINIBATCHES[name]: chosen.pop(name) for name in _MINIBATCHES if name in chosen}
+        sizes = {field.name: chosen.pop(field.name) for field in fields(Minibatches) if field.name in chosen}
         if chosen.get("schedule") == "mipro":
             chosen["schedule"] = Minibatches(**sizes)
         return cls(**chosen)
@@ -339,6 +330,11 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
 }
 
 OPTION_NAMES = tuple(field.name for field in fields(SearchOptions))
+# The options of `search` with their defaults.
+SEARCH_OPTIONS: dict[str, Any] = {
+    **{field.name: field.default for field in fields(SearchOptions) if field.name not in _COMPILE_ONLY},
+    **{field.name: field.default for field in fields(Minibatches)},
+}
 
 
 def unknown_option(name: str, valid: Sequence[str]) -> UnknownOptionError:

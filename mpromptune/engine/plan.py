@@ -81,7 +81,7 @@ class Request:
 
 
 class Plan(Protocol):
-    """Spends the budget, by what the table of scores says. A class is listed in `plans.PLANS`.
+    """Spends the budget, by what the table of scores says. A class is listed in `options.PLANS`.
 
     Every request becomes a trial, and is in the table, before the next one is taken.
 

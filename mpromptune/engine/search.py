@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from mpromptune.engine.arguments import with_options
 from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.loop import Loop
 from mpromptune.engine.options import SearchOptions
@@ -34,6 +35,7 @@ from mpromptune.storage.storage import open_study
 logger = logging.getLogger(__name__)
 
 
+@with_options
 def search(
     space: PromptSpace,
     score: Score,
