@@ -48,9 +48,7 @@ class Minibatches:
 
     def calls(self, num_trials: int, n_examples: int) -> int:
         """What ``num_trials`` trials cost, with the baseline and the full evaluations."""
-        return stock_calls(
-            num_trials, n_examples, self.minibatch, self.minibatch_size, self.minibatch_full_eval_steps
-        )
+        return stock_calls(num_trials, n_examples, **asdict(self))
 
     def trials_for(self, max_calls: int, n_examples: int) -> int:
         """The most trials that ``max_calls`` calls allow.
