@@ -27,7 +27,7 @@ import mpromptune.sampling.sampler  # noqa: F401
 from mpromptune import MIPROv2
 from mpromptune.execution.interrupts import current_stop
 from mpromptune.execution.usage import Usage
-from mpromptune.storage.attributes import STUDENT, USAGE
+from mpromptune.storage.attributes import USAGE
 from mpromptune.storage.storage import open_study
 
 THREADS = 4
@@ -227,12 +227,10 @@ def log_lines(log: Path, what: str, *prefix: str) -> Counter[str]:
     return Counter(line[-1] for line in lines if line[: 1 + len(prefix)] == [what, *prefix])
 
 
-def recorded(storage: Any, baseline: Any) -> set[tuple[Any, int]]:
+def recorded(storage: Any) -> set[tuple[Any, int]]:
     """The (configuration, example) pairs of which a storage has a score."""
     study = open_study(storage)
-    ahead = {int(key.rpartition(":")[2]) for key in study.user_attrs if key.startswith(f"{STUDENT}:")}
-    told = {(tuple(t.params.items()), e) for t in study.trials for e in t.intermediate_values}
-    return told | {(tuple(baseline.items()), example) for example in ahead}
+    return {(tuple(t.params.items()), e) for t in study.trials for e in t.intermediate_values}
 
 
 def compile_and_die(storage: Path, log: Path, step: str, at: int) -> None:

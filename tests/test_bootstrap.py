@@ -14,8 +14,8 @@ from dspy.teleprompt.utils import create_n_fewshot_demo_sets
 from lms import ScriptedLM, digest
 from tasks import Adder, Planner, additions
 
-from mpromptune.lms.threads import Threads
 from mpromptune.mipro.bootstrap import prepared_demo_sets
+from mpromptune.mipro.run import Threads
 
 TRAIN = additions(20)
 

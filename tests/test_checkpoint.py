@@ -18,7 +18,7 @@ from tasks import FEW_SHOT, LABELLED_ONLY, QEI, SMALL_RUN, TRAIN, VAL, ZERO_SHOT
 
 from mpromptune import MIPROv2
 from mpromptune.errors import SearchStoppedError, StorageError, StudyMismatchError
-from mpromptune.storage.attributes import ANSWERS, DEMOS, INSTRUCTIONS, STUDENT
+from mpromptune.storage.attributes import ANSWERS, DEMOS, INSTRUCTIONS
 from mpromptune.storage.storage import open_study
 
 SHOTS = {"zero": ZERO_SHOT, "labelled": LABELLED_ONLY, "few": FEW_SHOT}
@@ -121,9 +121,8 @@ def whole() -> Any:
         (_is_bootstrap, 3, "{}/run.log"),
         (_is_proposal, 1, "{}/run.log"),
         (_is_proposal, 4, "sqlite:///{}/run.db"),
-        (_is_of_valset, 5, "{}/run.log"),
     ],
-    ids=["bootstrap", "proposal", "proposal in a database", "student"],
+    ids=["bootstrap", "proposal", "proposal in a database"],
 )
 def test_interrupted_steps(tmp_path: Path, kind: Any, n: int, place: str, whole: Any) -> None:
     """After the end of a step it is not repeated, and the run ends as if nothing had happened."""
@@ -140,9 +139,7 @@ def test_interrupted_steps(tmp_path: Path, kind: Any, n: int, place: str, whole:
     assert best.dump_state() == expected.dump_state()
     if DEMOS in kept:
         assert not any(map(_is_bootstrap, rest_lm.calls))
-    students = sum(key.startswith(STUDENT) for key in kept)
     answers = sum(key.startswith(f"{ANSWERS}:search:") for key in kept)
-    assert answers >= 2 * students  # a call per predictor, and those of program calls that were cut off
     of_valset = sum(map(_is_of_valset, whole_lm.calls))
     assert sum(map(_is_of_valset, rest_lm.calls)) == of_valset - answers
 
@@ -164,7 +161,6 @@ def test_killed_between_the_steps(
         patch.setattr(where, killed)
         with pytest.raises(Killed):
             _compile(tmp_path / "run.log")
-    students = sum(key.startswith(STUDENT) for key in open_study(tmp_path / "run.log").user_attrs)
     lm = arithmetic_lm()
     optimizer, best = _compile(tmp_path / "run.log", lm)
     assert optimizer.instructions == whole[1].instructions
@@ -172,7 +168,22 @@ def test_killed_between_the_steps(
     assert not any(map(_is_bootstrap, lm.calls))
     if where.endswith("search"):
         assert all(map(_is_of_valset, lm.calls))
-        assert len(lm.calls) == sum(map(_is_of_valset, whole[0].calls)) - 2 * students
+        assert len(lm.calls) == sum(map(_is_of_valset, whole[0].calls)) - 2  # the first score
+
+
+@pytest.mark.parametrize("end", [*range(2, 7)])
+def test_the_first_score_is_paid_for_once(tmp_path: Path, end: int) -> None:
+    """Wherever its requests, or the proposals, are cut off."""
+    lms = arithmetic_lm(), Mortal(arithmetic_lm(), lambda messages: True, end), arithmetic_lm()
+    expected = _compile(None, lms[0], LABELLED_ONLY)[1]
+    with pytest.raises((Killed, KeyboardInterrupt)):
+        _compile(tmp_path / "run.log", lms[1], LABELLED_ONLY)
+    best = _compile(tmp_path / "run.log", lms[2], LABELLED_ONLY)[1]
+    assert _measured(best) == _measured(expected)
+    of_valset = [sum(map(_is_of_valset, lm.calls)) for lm in lms]
+    assert of_valset[1] + of_valset[2] == of_valset[0]
+    used, whole = best.search_result.usage["search"], expected.search_result.usage["search"]
+    assert replace(used, seconds=0.0) == replace(whole, seconds=0.0)
 
 
 @pytest.mark.parametrize(("n", "schedule"), [(40, "blocks"), (80, "blocks"), (60, "mipro")])
@@ -371,30 +382,6 @@ def test_disk_that_is_full_after_the_bootstrap(
         with pytest.raises(StorageError, match="No space left on device"):
             _compile(tmp_path / "run.log")
     assert _measured(_compile(tmp_path / "run.log")[1]) == _measured(whole[2])
-
-
-def test_failures_of_the_student_are_kept(tmp_path: Path) -> None:
-    """Those of its own are not asked for again; an outage is."""
-
-    class Failing(Counted):
-        def __call__(self, example: Any, prediction: Any, trace: Any = None) -> bool:
-            correct = super().__call__(example, prediction, trace)
-            if trace is None and example.question == VAL[0].question:
-                raise ValueError("sk-secret")
-            return correct
-
-    with pytest.raises(Killed):
-        _compile(tmp_path / "run.log", Mortal(arithmetic_lm(), _is_proposal, 6), metric=Failing())
-    kept = open_study(tmp_path / "run.log").user_attrs
-    students = {k: v for k, v in kept.items() if k.startswith(STUDENT)}
-    assert students[f"{STUDENT}:0"].keys() == {"error", "usage"}
-    assert students[f"{STUDENT}:0"]["error"] == "ValueError"  # and not its message
-    metric = Failing()
-    _, best = _compile(tmp_path / "run.log", metric=metric, failure_score=-1.0)
-    baseline = best.search_result.study.trials[0].params
-    scores = next(m.scores for m in best.search_result.configurations if m.params == baseline)
-    assert scores[0] == -1.0
-    assert metric.calls == best.search_result.calls - len(students)
 
 
 def test_no_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

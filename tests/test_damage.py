@@ -27,7 +27,6 @@ from mpromptune.storage.attributes import (
     INSTRUCTIONS,
     RESUMES,
     SCORES,
-    STUDENT,
     USAGE,
     USED,
 )
@@ -197,7 +196,7 @@ def test_a_search_goes_on_without_what_is_lost(change: Any) -> None:
     assert result.calls <= 50
 
 
-KEPT = (DEMOS, INSTRUCTIONS, f"{DEMOS}:0:1", f"{STUDENT}:3", f"{USED}:bootstrap", ANSWERS)
+KEPT = (DEMOS, INSTRUCTIONS, f"{DEMOS}:0:1", f"{USED}:bootstrap", ANSWERS)
 
 
 @pytest.mark.parametrize("value", [None, "x", {"parts": ["0:0"], "rng": "x"}], ids=repr)

@@ -98,20 +98,6 @@ def test_requests_that_hang_before_the_search(release: threading.Event, when: Wh
     assert max(lm.began) <= began + SECONDS + 0.5
 
 
-def test_scores_made_ahead_that_hang_do_not_hold_up_the_search(release: threading.Event) -> None:
-    """One of them hangs while all else is quick: the search begins, and asks again."""
-    first: list[Messages] = []
-
-    def when(number: int, step: str, messages: Messages) -> bool:
-        return step == "search" and number == 4 and not first.append(messages)
-
-    unfitted = {"sampler": "random", "embedder": None, "n_batches": None}
-    with in_time(10):
-        best = compiled(HangingLM(release, when), **unfitted, **{**LIMIT, "max_seconds": 30})
-    assert len(first) == 1
-    assert best.search_result.stopped_by is None
-
-
 def test_an_embedder_that_hangs(release: threading.Event) -> None:
     """It is asked before any request is paid for: nothing is."""
     lm = HangingLM(release, _never)

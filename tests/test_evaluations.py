@@ -111,7 +111,7 @@ def test_the_trial_that_completes_a_configuration_is_a_full_evaluation(
 
 
 def test_predictions_are_those_that_were_scored(listened: tuple[Listener, Any]) -> None:
-    """A trial's own predictions come with its scores, those of the student made ahead among them."""
+    """A trial's own predictions come with its scores."""
     listener, best = listened
     for trial, (_, outputs, _) in zip(best.search_result.study.trials, listener.ends, strict=True):
         own = [VAL[i] for i in trial.user_attrs[EXAMPLES]]

@@ -179,7 +179,7 @@ def test_authentication_errors_stop_at_once() -> None:
 
     program = Failing(fails)
     with pytest.raises(SearchStoppedError, match="LMAuthError: bad key") as caught:
-        _compile(metric, program, confirm=False)  # nothing is scored ahead of the search
+        _compile(metric, program, confirm=False)
     assert isinstance(caught.value.__cause__, dspy_errors.LMAuthError)
     states = {t.state for t in caught.value.study.trials}  # type: ignore[attr-defined]
     assert TrialState.RUNNING not in states

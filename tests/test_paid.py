@@ -20,7 +20,7 @@ KILLS = 6
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_kill_costs_one_request_a_thread(program: str, tmp_path: Path, forks: Any) -> None:
-    """In bootstrap, proposals and scoring ahead; and the program is that of a run in one go."""
+    """In bootstrap, proposals and search; and the program is that of a run in one go."""
     path, log = tmp_path / "run.journal", tmp_path / "run.log"
     expected = run(None, LoggedLM(tmp_path / "whole.log"), program, verbose=False)
     rng = random.Random(program)

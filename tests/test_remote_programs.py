@@ -84,7 +84,7 @@ def test_dask_runs_programs(at_home: Any, tmp_path: Path) -> None:
     assert answered["away"] > 0
     assert used.total.lm_calls == answered.total()
     assert used.total.prompt_tokens == 10 * answered.total()
-    # Two predictors; what was scored ahead of the search was asked here.
+    # Two predictors.
     assert used["search"].lm_calls == 2 * best.search_result.calls
     assert at_home.search_result.usage["search"].lm_calls == used["search"].lm_calls
 

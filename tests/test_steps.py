@@ -1,33 +1,27 @@
-"""The steps before the search use the threads they leave idle, and change nothing by it."""
+"""The student is scored once before all else, which shows that the metric works, and costs nothing more."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import dspy
 import pytest
 from lms import ScriptedLM, arithmetic_lm, digest
-from tasks import FEW_SHOT, QEI, SMALL_RUN_CALLS, TRAIN, VAL, ZERO_SHOT, Planner, compiled
+from tasks import FEW_SHOT, LABELLED_ONLY, QEI, SMALL_RUN_CALLS, VAL, ZERO_SHOT, Planner, compiled
 
 from mpromptune import MIPROv2
 from mpromptune.execution.interrupts import Stopped, current_stop
-from mpromptune.lms.threads import Threads
-from mpromptune.mipro.run import Run
+from mpromptune.mipro.run import Run, Threads
 from mpromptune.storage.attributes import EXAMPLES, SCORES
-
-PATIENCE = 30.0  # seconds that a busy machine may need
 
 
 class Seen(MIPROv2):
-    """Remembers how many scores the metric had given when the search began, and on what."""
+    """Remembers how many scores the metric had given when the search began."""
 
     def _optimize_prompt_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        self.before, self.asked = self.metric.calls, set(self.metric.asked)
+        self.before = self.metric.calls
         return super()._optimize_prompt_parameters(*args, **kwargs)
 
 
@@ -40,7 +34,6 @@ class Exact:
 
     def __init__(self, failures: dict[str, list[Exception]] | None = None) -> None:
         self.calls = 0
-        self.asked: Counter[str] = Counter()
         self._failures = failures or {}
         self._lock = threading.Lock()
 
@@ -48,7 +41,6 @@ class Exact:
         if trace is None:
             with self._lock:
                 self.calls += 1
-                self.asked[example.question] += 1
                 if errors := self._failures.get(example.question):
                     raise errors.pop()
         return bool(example.answer == prediction.answer)
@@ -80,58 +72,44 @@ def _measured(best: Any) -> list[Any]:
     return [(t.params, t.user_attrs[EXAMPLES], t.user_attrs[SCORES], t.value) for t in trials]
 
 
-@pytest.mark.parametrize("shots", [ZERO_SHOT, FEW_SHOT], ids=["zero", "few"])
-def test_same_search_for_the_same_calls(shots: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the student scored ahead, trials, winner and LM calls are what they are without."""
-    ahead_lm, plain_lm = _jittery_lm(), _jittery_lm()
-    optimizer, ahead = _compile(Exact(), ahead_lm, shots)
-    monkeypatch.setattr(Run, "want_scores", lambda self, *_: None)
+@pytest.mark.parametrize("shots", [ZERO_SHOT, LABELLED_ONLY, FEW_SHOT], ids=["zero", "labelled", "few"])
+def test_the_first_score_is_one_of_the_search(shots: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials, winner and LM calls are what they are without it."""
+    first_lm, plain_lm = _jittery_lm(), _jittery_lm()
+    optimizer, best = _compile(Exact(), first_lm, shots)
+    monkeypatch.setattr(Run, "score_first", lambda self, program: None)
     unaided, plain = _compile(Exact(), plain_lm, shots)
-    assert _measured(ahead) == _measured(plain)
-    assert (ahead.score, ahead.dump_state()) == (plain.score, plain.dump_state())
-    assert Counter(map(repr, ahead_lm.calls)) == Counter(map(repr, plain_lm.calls))
+    assert _measured(best) == _measured(plain)
+    assert (best.score, best.dump_state()) == (plain.score, plain.dump_state())
+    assert Counter(map(repr, first_lm.calls)) == Counter(map(repr, plain_lm.calls))
     assert optimizer.metric.calls == unaided.metric.calls == SMALL_RUN_CALLS
-    assert optimizer.before > unaided.before == 0
+    assert (optimizer.before, unaided.before) == (1, 0)
 
 
-@pytest.mark.parametrize("confirm", ["auto", False])
-def test_nothing_is_scored_ahead_that_may_not_be_needed(confirm: Any) -> None:
-    """Without ``confirm=True``, only the student's first block, which the search begins with, is."""
-    optimizer, _ = _compile(Exact(), confirm=confirm)
-    assert 0 < optimizer.before <= 5
-
-
-def test_examples_of_the_bootstrap_are_not_asked_for_ahead() -> None:
-    """At the same time, a cache could not answer one of two equal requests."""
-    optimizer, _ = _compile(Exact(), shots=ZERO_SHOT, valset=[*TRAIN, *VAL])
-    assert optimizer.asked
-    assert not optimizer.asked & {example.question for example in TRAIN}
+def _failing_first(error: Exception, **options: Any) -> Any:
+    """The optimizer, the score of the example that fails first, the program, and that without a failure."""
+    expected = _compile(Exact())[1]
+    first = expected.search_result.study.trials[0].user_attrs[EXAMPLES][0]
+    failures = {VAL[first].question: [error]}
+    optimizer, best = _compile(Exact(failures), **options)
+    baseline = best.search_result.study.trials[0].params
+    (scores,) = (m.scores for m in best.search_result.configurations if m.params == baseline)
+    return optimizer, scores[first], best, expected
 
 
 def test_an_outage_is_left_to_the_search() -> None:
-    """It ends the scoring ahead; the search tries again, and misses nothing."""
-    question = VAL[0].question
-    expected = _compile(Exact())[1]
-    optimizer, best = _compile(Exact({question: [ConnectionError("down")]}))
+    """It tries again, and misses nothing."""
+    optimizer, _, best, expected = _failing_first(ConnectionError("down"))
     assert _measured(best) == _measured(expected)
     assert optimizer.metric.calls == SMALL_RUN_CALLS + 1
 
 
 def test_a_failure_of_the_student_is_paid_once() -> None:
     """What the program itself got wrong is not asked for again, and scores ``failure_score``."""
-    failures = {example.question: [ValueError("odd")] for example in VAL[::6]}
-    optimizer, best = _compile(Exact(failures), failure_score=-1.0)
+    optimizer, score, *_ = _failing_first(ValueError("odd"), failure_score=-1.0)
+    assert optimizer.before == 1
     assert optimizer.metric.calls == SMALL_RUN_CALLS
-    baseline = best.search_result.study.trials[0].params
-    scores = next(m.scores for m in best.search_result.configurations if m.params == baseline)
-    assert [example for example, score in scores.items() if score == -1.0] == [0, 6]
-
-
-def test_a_student_that_never_works_is_given_up() -> None:
-    """No more scores are asked for ahead than errors are allowed and threads are there."""
-    failures = {example.question: [ValueError("odd")] for example in VAL}
-    optimizer, _ = _compile(Exact(failures), shots={**FEW_SHOT, "num_threads": 3, "max_errors": 2})
-    assert 2 <= optimizer.before <= 2 + 3
+    assert score == -1.0
 
 
 def test_a_program_that_was_replaced_is_measured_itself() -> None:
@@ -143,98 +121,34 @@ def test_a_program_that_was_replaced_is_measured_itself() -> None:
 
     metric = Exact()
     _compile(metric, optimizer=Another)
-    assert SMALL_RUN_CALLS < metric.calls <= SMALL_RUN_CALLS + len(VAL)
+    assert metric.calls == SMALL_RUN_CALLS + 1
 
 
-def test_fillers_take_the_threads_that_are_left() -> None:
-    """Never more calls at a time than threads, and what is submitted goes before what only fills."""
-    order: list[str] = []
-    running, most = Counter[str](), Counter[str]()
-    lock = threading.Lock()
-    all_submitted, looked = threading.Event(), threading.Event()
+def test_closing_leaves_behind_what_hangs() -> None:
+    """What is under way is told to end, and what is queued never begins."""
+    begun, release = threading.Semaphore(0), threading.Event()
 
-    def call(name: str, until: threading.Event) -> None:
-        with lock:
-            order.append(name)
-            running["all"] += 1
-            most["all"] = max(most["all"], running["all"])
-        until.wait(PATIENCE)
-        with lock:
-            running["all"] -= 1
-
-    def wait_for_fillers(n: int) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while order.count("filler") < n and time.monotonic() < deadline:
-            time.sleep(0.001)
-
-    with Threads(3) as threads:
-        # The first three hold their threads until all calls are submitted, the others until we have looked.
-        threads.fill(partial(call, "filler", all_submitted if i < 3 else looked) for i in range(12))
-        wait_for_fillers(3)
-        futures = [threads.submit(call, "submitted", all_submitted) for _ in range(6)]
-        all_submitted.set()
-        for future in futures:
-            future.result()
-        at_most = order.count("filler")
-        looked.set()
-        wait_for_fillers(12)
-    assert order.count("filler") == 12
-    assert order[:3] == ["filler"] * 3
-    assert order[3:9] == ["submitted"] * 6
-    assert at_most <= 3 + 3
-    assert most["all"] == 3
-
-
-def test_closing_takes_no_further_filler() -> None:
-    """Of a stream of calls, only those are taken that are begun."""
-    taken: list[int] = []
-
-    def calls() -> Iterator[Any]:
-        for number in range(1000):
-            taken.append(number)
-            yield lambda: time.sleep(0.01)
-
-    threads = Threads(2)
-    threads.fill(calls())
-    time.sleep(0.05)
-    threads.close()
-    done = len(taken)
-    assert 2 <= done < 30
-    time.sleep(0.05)
-    assert len(taken) == done
-
-
-def test_what_is_under_way_comes_to_its_end() -> None:
-    """A program of several predictors makes all of its calls; one that hangs is left behind, and told."""
-    begun, finishing, release = threading.Semaphore(0), threading.Event(), threading.Event()
-
-    def call(hangs: bool) -> bool:
+    def call() -> bool:
         stop = current_stop()
         begun.release()
-        (release if hangs else finishing).wait(10)
+        release.wait(10)
         return stop()
 
     threads = Threads(2)
-    futures = [threads.submit(call, hangs) for hangs in (False, True)]
+    futures = [threads.submit(call) for _ in range(2)]
     assert begun.acquire(timeout=10)
     assert begun.acquire(timeout=10)
-    late = threads.submit(call, False)
-    threading.Timer(0.1, finishing.set).start()
-    threads.finish(within=0.5)
-    assert futures[0].result(10) is False
-    assert not futures[1].done()
+    late = threads.submit(call)
+    threads.close(within=0.1)
+    assert not any(future.done() for future in futures)
     release.set()
-    assert futures[1].result(10) is True
+    assert [future.result(10) for future in futures] == [True, True]
     with pytest.raises(Stopped):
         late.result(10)
 
 
-def test_fillers_keep_the_context() -> None:
-    """DSPy's settings of the moment reach them, each in a context of its own."""
-    seen: list[Any] = []
+def test_calls_keep_the_context() -> None:
+    """DSPy's settings of the moment reach them."""
     lm = arithmetic_lm()
-    with Threads(4) as threads:
-        with dspy.context(lm=lm):
-            threads.fill((lambda: seen.append(dspy.settings.lm)) for _ in range(8))
-        time.sleep(0.1)
-    assert seen == [lm] * 8
+    with Threads(4) as threads, dspy.context(lm=lm):
+        assert [threads.submit(lambda: dspy.settings.lm).result() for _ in range(8)] == [lm] * 8

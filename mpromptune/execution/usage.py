@@ -92,14 +92,10 @@ class Meter:
 
     def add(self, usage: Usage) -> None:
         """Record usage, here and in all parents."""
-        self.attribute(usage)
-        if self._parent is not None:
-            self._parent.add(usage)
-
-    def attribute(self, usage: Usage) -> None:
-        """Record usage only here, because the parents have counted it before."""
         with self._lock:
             self._total = self._total + usage
+        if self._parent is not None:
+            self._parent.add(usage)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

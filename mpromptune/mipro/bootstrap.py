@@ -6,6 +6,7 @@ the sets can be made at the same time.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import random
 from collections.abc import Callable, Mapping
@@ -17,25 +18,22 @@ from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
 from mpromptune.errors import CallCancelledError
 from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.interrupts import contained, result_of
+from mpromptune.execution.pool import in_daemon
 from mpromptune.execution.usage import Usage, record
 from mpromptune.lms.adapters import Keeping, keep_nothing
 from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import note_call
 from mpromptune.lms.metering import measured
-from mpromptune.lms.threads import Threads
 from mpromptune.mipro import proposal
 from mpromptune.mipro.checkpoint import DemoSets
 from mpromptune.mipro.estimate import demo_numbers
-from mpromptune.mipro.run import Run, max_errors
+from mpromptune.mipro.run import Run, Threads, max_errors
 
 logger = logging.getLogger(__name__)
 
 
 def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
-    """Step 1: the demo sets of each predictor. ``given`` are DSPy's arguments of this step, by name.
-
-    Idle threads already begin with the next steps.
-    """
+    """Step 1: the demo sets of each predictor. ``given`` are DSPy's arguments of this step, by name."""
     checkpoint, program, trainset = run.checkpoint, given["program"], given["trainset"]
     with run.step("bootstrap"):
         kept = None if checkpoint is None else checkpoint.demo_sets()
@@ -45,18 +43,14 @@ def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
         # DSPy checks student and teacher here, before any call. All random draws are made here too, even if
         # the sets are known.
         build = _prepared(run, given, bar.advance)
+        run.score_first(program)
         if not is_proposed and run.num_threads > 1:
             proposal.begin(run, program, trainset)
-        is_idle = kept is None or not is_proposed
-        # Without a bootstrap, nothing else would call the metric before the proposals are paid for.
-        run.score_ahead(program, trainset, is_idle, is_first=kept is None and not demo_numbers(given)[0])
         if kept is not None:
             logger.info("The demo sets of an interrupted run are used again.")
             bar.advance(number)
-            run.metric.known.set()
             return kept
         demos = build()
-        run.metric.known.set()
         if (down := run.threads.attempts.down) is not None:  # failures are due to an outage, not the teacher
             raise down
         return demos if checkpoint is None else checkpoint.keep_demo_sets(program, demos)
@@ -125,25 +119,19 @@ def prepared_demo_sets(
                 size = rng.randint(1, size)
             bootstrap = SetBootstrap(threads, partial(keep, number), max_bootstrapped_demos=size, **settings)
             makers.append(bootstrap.prepared(student, teacher, examples))
-    return partial(_made, makers, threads, on_set)
+    return partial(_made, makers, on_set)
 
 
 def _same(program: Any) -> Any:
     return program
 
 
-def _made(makers: list[Callable[[], Any]], threads: Threads, on_set: Callable[[], None]) -> DemoSets:
+def _made(makers: list[Callable[[], Any]], on_set: Callable[[], None]) -> DemoSets:
     programs: list[Any] = []
-    # One thread for each set, which only waits; after an error, closing `threads` ends the waiting.
-    with Threads(max(1, len(makers)), grace=0) as sets:
-        futures = [sets.submit(maker) for maker in makers]
-        try:
-            for future in futures:
-                programs.append(result_of(future))
-                on_set()
-        except BaseException:
-            threads.close(threads.grace)
-            raise
+    # One thread for each set, which only waits; it ends when the threads of the step are closed.
+    for future in [in_daemon(partial(contextvars.copy_context().run, maker)) for maker in makers]:
+        programs.append(result_of(future))
+        on_set()
     predictors = zip(*(program.predictors() for program in programs), strict=True)
     return {i: [predictor.demos for predictor in some] for i, some in enumerate(predictors)}
 

@@ -1,8 +1,8 @@
 """The checkpoint of a compile in its study: the identity of the run, and the results of the first steps.
 
 Answers of LMs are saved as they come in (`lms.adapters`), so that an interrupted step is repeated from them.
-Demo sets, instructions and scores of the student are saved too when they are complete, because the indices of
-the search refer to exactly these, and because programs and metrics may also pay for other things than LMs.
+Demo sets and instructions are saved too when they are complete, because the indices of the search refer to
+exactly these, and because programs and metrics may also pay for other things than LMs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from dspy.adapters.utils import serialize_for_json
 from dspy.teleprompt.utils import get_signature
 
 from mpromptune.errors import StorageError, StudyMismatchError
-from mpromptune.execution.attempts import Verdict
-from mpromptune.execution.pool import as_score
 from mpromptune.execution.usage import Usage
 from mpromptune.lms.adapters import Answer
-from mpromptune.lms.errors import classify
 from mpromptune.mipro.fingerprint import Part, differences
-from mpromptune.storage.attributes import ANSWERS, DEMOS, EXAMPLES, INSTRUCTIONS, RUN, SCORES, STUDENT, USED
-from mpromptune.storage.damage import CRASHES, list_from, named, readable, reported, usage_from
+from mpromptune.storage.attributes import ANSWERS, DEMOS, INSTRUCTIONS, RUN, USED
+from mpromptune.storage.damage import CRASHES, list_from, named, reported, usage_from
 from mpromptune.storage.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -163,37 +160,10 @@ class Checkpoint:
         """Save the usage of a step."""
         self._set(f"{USED}:{step}", usage.as_dict())
 
-    # The student's scores.
-
-    def student_outcomes(self) -> dict[int, tuple[float | Exception, Usage]]:
-        """The student's score or error on each validation example, and its usage."""
-        outcomes = {}
-        for key, value in self._kept.items():
-            if key.startswith(f"{STUDENT}:"):
-                try:
-                    outcomes[int(key.removeprefix(f"{STUDENT}:"))] = _outcome(value)
-                except CRASHES as error:
-                    _warn_of_damage(f"A score of the student ({key})", error)
-        return outcomes
-
-    def keep_student_outcome(self, example: int, outcome: float | Exception, usage: Usage) -> None:
-        """Save a score or a failure of the student, but no infrastructure error; called from any thread."""
-        if not isinstance(outcome, Exception):
-            kept: dict[str, Any] = {"score": outcome}
-        elif classify(outcome) is Verdict.CANDIDATE:
-            kept = {"error": type(outcome).__name__}  # without its message, which may contain secrets
-        else:
-            return
-        self._try_to_keep(
-            "A score of the student", {f"{STUDENT}:{example}": {**kept, "usage": usage.as_dict()}}
-        )
-
-    def measured(self, params: Mapping[str, int]) -> set[int]:
-        """Validation examples on which the search has a score of a configuration."""
-        with reported(), readable(f"A trial of {named(self.study)}"):
-            trials = [t for t in self.study.get_trials(deepcopy=False) if t.params == params]
-        told = (t.user_attrs.get(EXAMPLES, ()) for t in trials if SCORES in t.user_attrs)
-        return {example for some in (*told, *(t.intermediate_values for t in trials)) for example in some}
+    def has_scores(self) -> bool:
+        """Whether the search has measured anything."""
+        with reported():
+            return any(trial.intermediate_values for trial in self.study.get_trials(deepcopy=False))
 
     # Identity of the run.
 
@@ -218,7 +188,7 @@ class Checkpoint:
 
     def _has_steps(self) -> bool:
         """Whether the study has results of steps before the search."""
-        return any(key.startswith((DEMOS, INSTRUCTIONS, STUDENT, ANSWERS)) for key in self._kept)
+        return any(key.startswith((DEMOS, INSTRUCTIONS, ANSWERS)) for key in self._kept)
 
     def _set(self, key: str, value: Any) -> None:
         if self._lease.lost is None:
@@ -275,10 +245,3 @@ def _text(value: Any) -> str:
 
 def _warn_of_damage(what: str, error: Exception) -> None:
     logger.warning("%s cannot be read in the study (%s: %s): made again.", what, type(error).__name__, error)
-
-
-def _outcome(kept: Mapping[str, Any]) -> tuple[float | Exception, Usage]:
-    usage = usage_from(kept["usage"])
-    if "score" in kept:
-        return as_score(kept["score"]), usage
-    return RuntimeError(f"the student failed with {kept['error']} before the run was interrupted"), usage

@@ -5,12 +5,10 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from mpromptune.errors import ScoreError
 from mpromptune.execution.attempts import Verdict
-from mpromptune.execution.interrupts import SLICE, Stopped, check_stopped
 from mpromptune.lms.errors import blame, classify
 from mpromptune.mipro.configurations import metric_value
 
@@ -38,7 +36,6 @@ class CheckedMetric:
 
     Attributes:
         failure: The error if the metric is broken.
-        known: Set when the metric has worked, is broken, or no thread needs to wait for it.
     """
 
     def __init__(self, metric: Any, on_failure: Callable[[], None] = lambda: None) -> None:
@@ -46,7 +43,6 @@ class CheckedMetric:
         self._on_failure = on_failure
         self._has_worked: set[bool] = set()  # True: with a trace; False: without one
         self.failure: ScoreError | None = None
-        self.known = Event()
 
     def __repr__(self) -> str:
         return repr(self._metric)
@@ -67,19 +63,7 @@ class CheckedMetric:
             if False not in self._has_worked:
                 self(example, prediction)
         self._has_worked.add(trace is not None)
-        self.known.set()
         return number if trace is None else value
-
-    def wait(self) -> None:
-        """Wait until it is `known` whether the metric works.
-
-        Raises:
-            Stopped: It is broken, or the result of this context is no longer needed.
-        """
-        while not self.known.wait(SLICE):
-            check_stopped()
-        if self.failure is not None:
-            raise Stopped
 
     def _ask(self, example: Any, prediction: Any, *trace: Any) -> Any:
         try:
@@ -103,5 +87,4 @@ class CheckedMetric:
         error = ScoreError(f"{message} It was called with {example} and the prediction {prediction}.")
         self.failure = self.failure or error
         self._on_failure()
-        self.known.set()
         return error

@@ -219,7 +219,7 @@ def _prepare(
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
     with dspy.context(lm=run.optimizer.task_model), _remote(run, ProgramSpace(program, {}), valset):
         pass  # this raises an error if something cannot be sent to the workers
-    run.want_scores(valset, list(plan.first))
+    run.first = next(((valset, example) for example in plan.first), None)
 
 
 def _estimate(run: Run, given: Mapping[str, Any]) -> Estimate:
@@ -253,7 +253,7 @@ def _best_program(
         with _remote(run, programs, valset) as remote:
             runner = remote or ProgramRunner(programs, valset, run.metric, run.evaluations.keep)
             score = scorer(runner, wants_traceback(evaluate.provide_traceback))
-            score = run.known_or(score, programs, valset)
+            score = run.with_first(score, programs, valset)
             result = _search(run, options, programs, score, len(valset))
     except (SearchInterrupted, SearchStoppedError) as error:
         error.program = program if error.result is None else _finished(run, programs, error.result)

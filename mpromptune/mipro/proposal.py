@@ -24,10 +24,9 @@ from mpromptune.execution.interrupts import contained, result_of
 from mpromptune.lms.adapters import Keeping, keep_nothing
 from mpromptune.lms.errors import classify
 from mpromptune.lms.metering import measured
-from mpromptune.lms.threads import Threads
 from mpromptune.mipro.checkpoint import Instructions
 from mpromptune.mipro.configurations import encodable
-from mpromptune.mipro.run import Run
+from mpromptune.mipro.run import Run, Threads
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ def begin(run: Run, program: Any, trainset: Any) -> None:
         run.proposer = ConcurrentProposer(
             run.threads,
             partial(run.keeping, "propose"),
-            run.metric.wait,
             program=program,
             trainset=trainset,
             view_data_batch_size=flags["view_data_batch_size"],
@@ -102,7 +100,6 @@ class ConcurrentProposer(GroundedProposer):
     Args:
         threads: Make the LM calls.
         keep: Makes the context of a proposal, from its random draw, or of the ``"summary"``.
-        before_second: Called before all requests for the summary except the first; it may wait, or raise.
         **arguments: Arguments of ``GroundedProposer``.
     """
 
@@ -110,7 +107,6 @@ class ConcurrentProposer(GroundedProposer):
         self,
         threads: Threads,
         keep: Keeping = keep_nothing,
-        before_second: Callable[[], None] = lambda: None,
         **arguments: Any,
     ) -> None:
         self._threads = threads
@@ -120,7 +116,7 @@ class ConcurrentProposer(GroundedProposer):
         super().__init__(use_dataset_summary=False, **arguments)
         if wants_summary:
             seen = arguments["trainset"], arguments["view_data_batch_size"]
-            self._summary = threads.submit(self._summarised, before_second, *seen)
+            self._summary = threads.submit(self._summarised, *seen)
 
     def propose_instructions_for_program(
         self, *args: Any, program: Any, on_instruction: Callable[[], None] = lambda: None, **kwargs: Any
@@ -181,10 +177,10 @@ class ConcurrentProposer(GroundedProposer):
         ask = generate_instruction_class(bool(summary), **fields)
         return ask(**{**inputs, "dataset_description": summary})
 
-    def _summarised(self, before_second: Callable[[], None], trainset: Any, batch_size: int) -> str | None:
+    def _summarised(self, trainset: Any, batch_size: int) -> str | None:
         """DSPy's dataset summary; None if its requests fail, so that proposals are made without it."""
         try:
-            with self._keep("summary"), _retrying(self._threads, before_second):
+            with self._keep("summary"), _retrying(self._threads):
                 return str(create_dataset_summary(trainset, batch_size, self.prompt_model))
         except Exception as error:
             if classify(error) is Verdict.STOP:
@@ -224,9 +220,9 @@ def _check_failures(failures: list[Exception], requests: int) -> None:
 
 
 @contextmanager
-def _retrying(threads: Threads, before_second: Callable[[], None] = lambda: None) -> Iterator[None]:
+def _retrying(threads: Threads) -> Iterator[None]:
     """A context in which requests of DSPy's modules are retried if another attempt may succeed."""
-    with dspy.context(callbacks=[*dspy.settings.callbacks, _Retrying(threads, before_second)]):
+    with dspy.context(callbacks=[*dspy.settings.callbacks, _Retrying(threads)]):
         yield
 
 
@@ -236,10 +232,8 @@ class _Retrying(BaseCallback):
     DSPy makes a module for each request; its ``forward`` is replaced when the module is called.
     """
 
-    def __init__(self, threads: Threads, before_second: Callable[[], None]) -> None:
+    def __init__(self, threads: Threads) -> None:
         self._attempts = threads.attempts
-        self._before_second = before_second
-        self._has_asked = False
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Replace ``forward`` of a module that is about to be called."""
@@ -247,9 +241,6 @@ class _Retrying(BaseCallback):
             instance.forward = partial(self._forward, partial(type(instance).forward, instance))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._has_asked:
-            self._before_second()
-        self._has_asked = True
         inputs = {name: encodable(value) for name, value in kwargs.items()}
         try:
             return self._attempts(partial(contained, forward, *args, **inputs))

@@ -22,7 +22,7 @@ from mpromptune.mipro.checkpoint import kept_usage, read_candidates
 from mpromptune.mipro.configurations import candidate_text
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.model.space import Candidate, PromptSpace
-from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS, STUDENT
+from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS
 from mpromptune.storage.damage import reported
 from mpromptune.storage.record import Record, read_record
 from mpromptune.storage.storage import (
@@ -151,7 +151,7 @@ class Standing:
         done: Steps that have ended and will not be paid for again.
         used: Usage of each step.
         trials: Number of told trials of the search.
-        calls: Number of scores of the search, including those of the student that were measured before it.
+        calls: Number of scores of the search.
         result: The result so far; None without scores.
     """
 
@@ -191,18 +191,13 @@ def read_standing(storage: StorageSpec, study_name: str | None = None) -> Standi
     """
     study = load_study(storage, study_name or DEFAULT_STUDY_NAME)
     with reported():
-        kept, record, settings = study.user_attrs, read_record(study), recorded_settings(study)
-    used, baseline = _used(study, record), settings["arguments"]["baseline"] if settings else None
-    # Scores of the student that the search has not used yet.
-    taken = {f"{STUDENT}:{example}" for r in record if r.params == baseline for example in r.scores}
-    ahead = [kept[key] for key in kept if key.startswith(f"{STUDENT}:") and key not in taken]
-    used["search"] = sum((Usage(**outcome["usage"]) for outcome in ahead), used["search"])
+        record = read_record(study)
     scores = sum(len(recorded.scores) for recorded in record)
     return Standing(
         study=study,
-        done=frozenset(step for step, key in _STEPS.items() if key in kept),
-        used=used,
+        done=frozenset(step for step, key in _STEPS.items() if key in study.user_attrs),
+        used=_used(study, record),
         trials=sum(recorded.told for recorded in record),
-        calls=scores + len(ahead),
+        calls=scores,
         result=result_of(study)[0] if scores else None,
     )

@@ -146,7 +146,7 @@ class Evaluations:
         self._predictions: dict[tuple[_Key, int], Any] = {}
 
     def keep(self, params: Mapping[str, int], example: int, prediction: Any) -> None:
-        """Keep a prediction until its trial is told; empty ``params`` mean the student before the search.
+        """Keep a prediction until its trial is told.
 
         It is called from any thread. If two trials measure one configuration on one example at the same time,
         both get the later prediction.
@@ -174,7 +174,8 @@ class Evaluations:
         self, study: Study, trial: FrozenTrial
     ) -> tuple[list[int], EvaluationResult | TrialFailedError]:
         """The examples of an evaluation, and its outcome."""
-        answers = {i: self._taken(trial.params, i) for i in trial.user_attrs[EXAMPLES]}
+        key, kept = _key(trial.params), self._predictions
+        answers = {i: kept.pop((key, i), dspy.Prediction()) for i in trial.user_attrs[EXAMPLES]}
         if trial.state != TrialState.COMPLETE:
             planned = list(trial.user_attrs[PLANNED])
             return planned, TrialFailedError(
@@ -185,12 +186,6 @@ class Evaluations:
         results = [(self.valset[i], answers.get(i, dspy.Prediction()), scores[i]) for i in scores]
         mean = sum(scores.values()) / len(scores)
         return list(scores), EvaluationResult(score=percent(mean), results=results)
-
-    def _taken(self, params: Mapping[str, int], example: int) -> Any:
-        assert self.programs is not None
-        keys = [_key(params), *([()] if params == self.programs.baseline else [])]
-        found = [self._predictions.pop((key, example), None) for key in keys]
-        return next((answer for answer in found if answer is not None), dspy.Prediction())
 
     def _scores(self, study: Study, trial: FrozenTrial) -> dict[int, float]:
         """The scores of a trial; all scores of its configuration if the trial completes them."""

@@ -1,15 +1,16 @@
-"""A running compile: the state that its three steps share, and scores of the student by idle threads."""
+"""A running compile: the state that its three steps share, their threads, and the first score."""
 
 from __future__ import annotations
 
+import contextvars
 import logging
-import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import dspy
 from optuna.storages import BaseStorage
@@ -17,17 +18,16 @@ from optuna.study import Study
 
 from mpromptune.engine.options import SearchOptions
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
-from mpromptune.execution.attempts import FAILURES, INFRASTRUCTURE, Verdict
-from mpromptune.execution.interrupts import Stopped, interrupted, is_over, result_of
-from mpromptune.execution.limits import SEARCH, Budget, patience
-from mpromptune.execution.pool import Score
+from mpromptune.execution.attempts import INFRASTRUCTURE, Attempts, RetryPolicy, Verdict
+from mpromptune.execution.interrupts import Stopped, check_stopped, interrupted, is_over, result_of, stoppable
+from mpromptune.execution.limits import SEARCH, Budget
+from mpromptune.execution.pool import DaemonThreads, Score
 from mpromptune.execution.remote import Workplace
-from mpromptune.execution.usage import StepUsage, Usage, current_meter, record
+from mpromptune.execution.usage import StepUsage, Usage, record
 from mpromptune.lms.adapters import keeping, reusing
-from mpromptune.lms.errors import classify
+from mpromptune.lms.errors import classify, retry_after
 from mpromptune.lms.guard import Guard
 from mpromptune.lms.metering import Pricing, measured
-from mpromptune.lms.threads import Threads
 from mpromptune.mipro.checkpoint import Checkpoint
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
 from mpromptune.mipro.fingerprint import Part
@@ -38,6 +38,8 @@ from mpromptune.show.view import View
 from mpromptune.storage.lease import Lease, held
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Run:
@@ -62,6 +64,7 @@ class Run:
         num_instructions: Number of instructions for each predictor.
         search_calls: Most program calls of the search.
         estimated: Most usage of each step.
+        first: The validation examples, and the index of the one that the search begins with.
     """
 
     def __init__(
@@ -74,18 +77,17 @@ class Run:
         self.budget = Budget(options.limits, grace=options.grace)
         pricing = Pricing(options.prices, must_know=options.max_cost is not None)
         self.guard = Guard(self.budget, pricing, pace=options.pace)
-        self.threads = pool = Threads(self.num_threads, options.grace, options.retry, self.budget.admits)
+        self.threads = pool = Threads(self.num_threads, options.retry, self.budget.admits)
         self.place = Workplace(None if options.dry_run else options.executor)
-        self.metric = CheckedMetric(optimizer.metric, pool.end)
-        self.view = View(choose if options.verbose else lambda: None, self.budget, lambda: pool.load)
+        self.metric = CheckedMetric(optimizer.metric, pool.stop)
+        self.view = View(choose if options.verbose else lambda: None, self.budget, lambda: pool.attempts.load)
         self.evaluations = Evaluations(optimizer.metric)
         self.checkpoint: Checkpoint | None = None
         self.proposer: Any = None
         self.num_instructions = self.search_calls = 0  # set when DSPy has determined the size of the run
         self.estimated = StepUsage()
-        self._valset: list[Any] | None = None
-        self._first: Sequence[int] = ()
-        self._ahead: Ahead | None = None
+        self.first: tuple[list[Any], int] | None = None
+        self._first: FirstScore | None = None
         self._lease: Lease | None = None
         self._open = ExitStack()
 
@@ -99,7 +101,7 @@ class Run:
                 finally:
                     self.guard.stopped.set()  # calls in flight make no further LM call
                     try:
-                        self.threads.close(self.threads.grace)
+                        self.threads.close(self.options.grace)
                     finally:
                         self.view.close()
         except (SearchInterrupted, SearchStoppedError) as error:
@@ -140,9 +142,20 @@ class Run:
         meter, began = self.budget.step(name), time.monotonic()
         before = meter.total.lm_calls
         try:
-            with measured(meter):
+            with self._explained(name), measured(meter):
                 yield
                 record(Usage(seconds=time.monotonic() - began))
+        except BaseException:
+            self.threads.close(self.options.grace)  # calls in flight are counted too
+            raise
+        finally:
+            if self.checkpoint is not None and meter.total.lm_calls > before:
+                self.checkpoint.keep_usage(name, meter.total)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
             if self._failure is not None:
                 raise self._failure
         except Exception as error:
@@ -155,9 +168,6 @@ class Run:
             if self.budget.reached is None:
                 raise
             raise self.budget.used_up(f"in the {name} step, before the search began") from stop
-        finally:
-            if self.checkpoint is not None and meter.total.lm_calls > before:
-                self.checkpoint.keep_usage(name, meter.total)
 
     @property
     def _failure(self) -> BaseException | None:
@@ -165,54 +175,137 @@ class Run:
         lost = None if self._lease is None else self._lease.lost
         return self.metric.failure or lost or self.threads.failure
 
-    # Scores of the student before the search.
+    def score_first(self, program: Any) -> None:
+        """Score the student on the example that the search begins with, before anything else is paid for.
 
-    def want_scores(self, valset: list[Any], first: Sequence[int]) -> None:
-        """Let idle threads score the student on these examples of ``valset``, from the first step on."""
-        self._valset, self._first = valset, first
-
-    def score_ahead(self, program: Any, trainset: Any, is_idle: bool, is_first: bool) -> None:
-        """Begin to score the student in idle threads, except on examples scored by an interrupted run.
-
-        Examples that the bootstrap also uses are left out, because the search finds their answers in the
-        cache. With ``is_first`` it waits for the first score, which shows whether the metric works.
+        A broken metric ends the compile here. The search uses this score instead of its own call (see
+        `with_first`).
         """
-        if self._valset is None:
+        if self.first is None or (self.checkpoint is not None and self.checkpoint.has_scores()):
             return
-        self._ahead = ahead = Ahead(self, program, self._valset)
-        if not is_idle:
-            return
-        bootstrapped = {hash(repr(example)) for example in trainset}
-        others = [i for i in self._first if hash(repr(self._valset[i])) not in bootstrapped]
+        self._first = FirstScore(program, *self.first)
         with measured(self.budget.step(SEARCH)):
-            calls = ahead.calls(others)
-            for first in islice(calls, int(is_first)):
-                result_of(self.threads.submit(first))
-            self.threads.fill(calls)
+            result_of(self.threads.submit(self._first.make, self))
+
+    def with_first(self, score: Score, programs: ProgramSpace, valset: list[Any]) -> Score:
+        """``score``, but with the outcome of `score_first` instead of the first call for it."""
+        first, score = self._first, reusing(self.checkpoint, score)
+        # A score is valid only for the program and the validation set with which it was measured.
+        if first is None or programs.program is not first.program or valset is not first.valset:
+            return score
+        return partial(first.score_or, score, programs.baseline, self)
 
     def end_steps(self) -> None:
-        """Start no further calls of the steps, and wait for those in flight unless they seem to hang.
+        """End the threads of the steps.
 
         Raises:
             Stopped: A limit was reached before the search.
         """
-        usage = self.budget.usage.get(SEARCH, Usage())  # of the scores before the search
-        most = math.inf if self.options.timeout is None else self.options.timeout
-        self.threads.finish(patience(usage, usage.program_calls, self.threads.grace, most))
+        self.threads.close(self.options.grace)
         if is_over():
             raise Stopped
         self.guard.spares = True  # from now on, the workers begin no call after a limit is reached
 
-    def known_or(self, score: Score, programs: ProgramSpace, valset: list[Any]) -> Score:
-        """``score``, but with known scores of the student instead of new ones; for use after `end_steps`."""
-        score = reusing(self.checkpoint, score)
-        ahead = self._ahead
-        # Scores are valid only for the program and the validation set with which they were measured.
-        if ahead is None or programs.program is not ahead.program or valset is not self._valset:
-            return score
-        if self.checkpoint is not None:
-            ahead.forget(self.checkpoint.measured(programs.baseline))
-        return partial(ahead.score_or, score, programs.baseline)
+
+class Threads(DaemonThreads):
+    """The threads of the steps before the search; each call runs in a copy of its caller's context.
+
+    Attributes:
+        attempts: Makes a call with retries, in the calling thread.
+        failure: The error after which no other call can succeed; no call begins after it.
+    """
+
+    def __init__(
+        self, number: int, retry: RetryPolicy | None = None, admits: Callable[[], bool] = lambda: True
+    ) -> None:
+        super().__init__(number, "mpromptune-step")
+        self.failure: BaseException | None = None
+        self._stopped = threading.Event()
+        judged = self._judge, retry or RetryPolicy(), retry_after
+        self.attempts = Attempts(*judged, number, self._stopped, admits)
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Queue a call; it raises `Stopped` if it has not begun before `stop`."""
+        return super().submit(contextvars.copy_context().run, self._run, fn, *args, **kwargs)
+
+    def stop(self) -> None:
+        """Begin no more calls; calls in flight make no further LM call."""
+        self._stopped.set()
+
+    def close(self, within: float | None = None) -> None:
+        """Stop; the first time, wait for calls in flight, at most ``within`` seconds."""
+        is_first = not self._closed
+        self.stop()
+        # Not `cancel_futures`: a thread that waits for a future is not notified of its cancellation.
+        self.shutdown(wait=False)
+        if is_first:
+            self.join(within)
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _judge(self, error: BaseException) -> Verdict:
+        verdict = classify(error)
+        if verdict is Verdict.STOP:
+            self.failure = self.failure or error
+            self.stop()
+        return verdict
+
+    def _run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        with stoppable(self._stopped.is_set):
+            check_stopped()
+            return call(*args, **kwargs)
+
+
+class FirstScore:
+    """The score of the student on one example, measured before the search, which uses it.
+
+    Args:
+        program: The student.
+        valset: The validation examples.
+        example: Index of the example.
+    """
+
+    def __init__(self, program: Any, valset: list[Any], example: int) -> None:
+        self.program, self.valset, self._example = program, valset, example
+        self._prediction: Any = None
+        self._outcomes: list[tuple[float | Exception, Usage]] = []  # empty once the search has used it
+
+    def make(self, run: Run) -> None:
+        """Measure it; an error of the program or of the infrastructure is raised in the search."""
+        student = ProgramSpace(self.program, {})
+        runner = ProgramRunner(student, self.valset, run.metric, self._keep)
+        score = scorer(runner, wants_traceback(run.arguments.get("provide_traceback")))
+        began = time.monotonic()
+        outcome: float | Exception
+        with measured() as meter, run.keeping(SEARCH, self._example):
+            record(Usage(program_calls=1))
+            try:
+                outcome = score(student.baseline, self._example)
+            except Exception as error:
+                if classify(error) is Verdict.STOP:
+                    raise
+                outcome = error
+            record(Usage(seconds=time.monotonic() - began))
+        self._outcomes.append((outcome, meter.total))
+
+    def score_or(
+        self, score: Score, student: Mapping[str, int], run: Run, params: dict[str, int], example: int
+    ) -> float:
+        """This score, for the first call of the search that needs it; otherwise a new one."""
+        if params != student or example != self._example or not self._outcomes:
+            return score(params, example)
+        outcome, usage = self._outcomes.pop()
+        run.evaluations.keep(params, example, self._prediction)
+        # Its usage moves from the whole search to this call, which does not run the program.
+        run.budget.step(SEARCH).add(Usage() - usage)
+        record(usage - Usage(program_calls=1))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _keep(self, params: Mapping[str, int], example: int, prediction: Any) -> None:
+        self._prediction = prediction
 
 
 def _stopped(step: str, error: BaseException) -> SearchStoppedError:
@@ -230,70 +323,3 @@ def max_errors(own: int | None) -> int:
 def wants_traceback(own: bool | None) -> bool:
     """DSPy's ``provide_traceback``; by default that of its settings."""
     return bool(dspy.settings.provide_traceback if own is None else own)
-
-
-class Ahead:
-    """Scores the student before the search, which needs these scores in any case.
-
-    It stops as the bootstrap does: after ``max_errors`` errors, or one that is not the program's own.
-    """
-
-    def __init__(self, run: Run, program: Any, valset: list[Any]) -> None:
-        self.program = program
-        self._run = run
-        self._max_errors = max_errors(run.optimizer.max_errors)
-        student = ProgramSpace(program, {})
-        keep = run.evaluations.keep
-        runner = ProgramRunner(student, valset, run.metric, lambda _, i, made: keep({}, i, made))
-        score = scorer(runner, wants_traceback(run.arguments.get("provide_traceback")))
-        self._score = partial(score, student.baseline)
-        self._outcomes = {} if run.checkpoint is None else run.checkpoint.student_outcomes()
-        self._of_earlier_run = set(self._outcomes)
-
-    def calls(self, examples: list[int]) -> Iterator[Callable[[], None]]:
-        """Yield a call for each example without an outcome, until too many calls have failed."""
-        for example in examples:
-            if self._has_failed():
-                return
-            if example not in self._outcomes:
-                yield partial(self._measure, example)
-
-    def forget(self, examples: set[int]) -> None:
-        """Remove outcomes that the search has already used; if it asks again, it needs a new score."""
-        for example in examples:
-            self._outcomes.pop(example, None)
-
-    def _has_failed(self) -> bool:
-        errors = [o for o, _ in tuple(self._outcomes.values()) if isinstance(o, Exception)]
-        foreign = any(classify(error) not in FAILURES for error in errors)
-        return foreign or len(errors) >= self._max_errors
-
-    def _measure(self, example: int) -> None:
-        began = time.monotonic()
-        outcome: float | Exception
-        with measured() as meter:
-            record(Usage(program_calls=1))
-            try:
-                with self._run.keeping(SEARCH, example):
-                    outcome = self._score(example)
-            except Exception as error:  # noqa: BLE001 - raised when the search asks for the score
-                outcome = error
-            record(Usage(seconds=time.monotonic() - began))
-        self._outcomes[example] = outcome, meter.total
-        if self._run.checkpoint is not None:
-            self._run.checkpoint.keep_student_outcome(example, outcome, meter.total)
-
-    def score_or(self, score: Score, student: dict[str, int], params: dict[str, int], example: int) -> float:
-        """The known outcome of the student, used once (a retry is a new call), or a new score."""
-        known = self._outcomes.pop(example, None) if params == student else None
-        if known is None:
-            return score(params, example)
-        outcome, usage = known
-        meter = current_meter()
-        if meter is not None:
-            meter.add(Usage(program_calls=-1))  # the program has not been run for this call
-            # The meter of the search has already counted the scores that this run made before it.
-            (meter.add if example in self._of_earlier_run else meter.attribute)(usage)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome

@@ -55,7 +55,7 @@ class Findings:
         n_examples: Size of the validation set.
         configurations: All measured configurations, highest posterior mean first.
         study: The Optuna study; each trial is one configuration on a set of examples.
-        usage: Usage of each step, and ``.total``; scores made before the search count for it.
+        usage: Usage of each step, and ``.total``.
         stopped_by: The limit that ended the search before its program calls were spent:
             ``"max_tokens"``, ``"max_cost"`` or ``"max_seconds"``.
         overspent: By how much the calls in flight exceeded that limit, in its unit.
