@@ -1,6 +1,6 @@
 """Batch Bayesian optimisation of the prompts of DSPy programs.
 
-Names are imported at first use: torch and sentence-transformers are loaded only when a sampler is.
+Names are imported at first use, so that torch and sentence-transformers are loaded only with a sampler.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every error of the package, under one root, and the checks of numbers that all layers share."""
+"""All errors of the package, and the checks of numbers that all layers share."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 
 
 class MPromptuneError(Exception):
-    """Root of all errors raised by m-promptune."""
+    """Base class of all errors raised by m-promptune."""
 
 
 class InvalidArgumentError(MPromptuneError, ValueError):
-    """An argument has a value that cannot work; raised before any LM call is paid for."""
+    """An argument has a value that is not valid; raised before any LM call is paid for."""
 
 
 class UnknownOptionError(MPromptuneError, TypeError):
-    """An option name is not known; the message lists the valid ones."""
+    """An option name is unknown; the message lists the valid ones."""
 
 
 class EmbedderUnavailableError(MPromptuneError, RuntimeError):
-    """The embedding model can be had neither locally nor from the hub."""
+    """The embedding model is neither stored locally nor available from the hub."""
 
 
 class MissingExtraError(MPromptuneError, ImportError):
-    """A package that only some functions need is not installed; the message says how to install it."""
+    """An optional package is not installed; the message says how to install it."""
 
 
 class IncompatibleDSPyError(MPromptuneError, RuntimeError):
-    """This version of DSPy lacks what the search is built on; raised before any LM call."""
+    """This version of DSPy lacks something that the search needs; raised before any LM call."""
 
 
 class TargetError(MPromptuneError, RuntimeError):
-    """The function that a command was given did not do what it was called for."""
+    """The function given to a command did not do what the command needs."""
 
 
 class EmbeddingError(MPromptuneError, ValueError):
@@ -41,15 +41,15 @@ class EmbeddingError(MPromptuneError, ValueError):
 
 
 class ScoreError(MPromptuneError, TypeError):
-    """A metric cannot score: it returned no finite number, or raised before it had returned anything."""
+    """A metric is broken: it returned no finite number, or raised an error on its first calls."""
 
 
 class EmptyInstructionError(MPromptuneError, ValueError):
-    """The prompt model gave no instruction; raised when it gave none in all requests."""
+    """The prompt model returned no instruction in any of its requests."""
 
 
 class StorageError(MPromptuneError, OSError):
-    """A storage cannot be opened, read or written; what was recorded before is kept."""
+    """A storage cannot be opened, read or written; earlier records are kept."""
 
 
 class StudyMismatchError(MPromptuneError, ValueError):
@@ -57,11 +57,11 @@ class StudyMismatchError(MPromptuneError, ValueError):
 
 
 class StudyInUseError(MPromptuneError, RuntimeError):
-    """Another run is at work on the study; the message says which, and what to do."""
+    """Another run uses the study; the message says which run, and what to do."""
 
 
 class CallCancelledError(MPromptuneError, RuntimeError):
-    """A program call let out ``asyncio.CancelledError``, or another error that is no ``Exception``."""
+    """A program call raised ``asyncio.CancelledError``, or another error that is not an ``Exception``."""
 
 
 class CallTimeoutError(MPromptuneError, TimeoutError):
@@ -69,15 +69,15 @@ class CallTimeoutError(MPromptuneError, TimeoutError):
 
 
 class EmptyAnswerError(MPromptuneError, RuntimeError):
-    """A language model answered a program without a word; another attempt may succeed."""
+    """A language model returned an empty answer; another attempt may succeed."""
 
 
 class AnswerRefusedError(MPromptuneError, RuntimeError):
-    """A language model gave no word, for a reason that is the prompt's: a filter, or ``max_tokens``."""
+    """A language model returned no text because of the prompt: a content filter, or ``max_tokens``."""
 
 
 class TrialFailedError(MPromptuneError, RuntimeError):
-    """A trial lacks scores, for errors of the infrastructure; nobody but DSPy's callbacks sees it."""
+    """A trial lacks scores because of infrastructure errors; only DSPy's callbacks receive it."""
 
 
 class TravelError(MPromptuneError, TypeError):
@@ -85,21 +85,21 @@ class TravelError(MPromptuneError, TypeError):
 
 
 class WorkerLostError(MPromptuneError, ConnectionError):
-    """A worker died, or its executor gave up a call; another attempt may succeed."""
+    """A worker died, or its executor cancelled a call; another attempt may succeed."""
 
 
 class ExecutorBrokenError(MPromptuneError, RuntimeError):
-    """An executor makes no more calls."""
+    """An executor accepts no more calls."""
 
 
 class SearchStoppedError(MPromptuneError, RuntimeError):
     """The search had to stop before its budget was spent.
 
     Attributes:
-        study: The Optuna study with everything that was measured until then.
-        result: The SearchResult of that, its winner by posterior mean; None where nothing was.
-        program: The best program so far, when a program was compiled.
-        usage: What each step of a compile has used.
+        study: The Optuna study with all scores so far.
+        result: The SearchResult so far, with the winner by posterior mean; None without scores.
+        program: The best program so far, if a program was compiled.
+        usage: The usage of each step of a compile.
     """
 
     def __init__(self, message: str, study: object = None) -> None:
@@ -111,17 +111,15 @@ class SearchStoppedError(MPromptuneError, RuntimeError):
 
 
 class SearchInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a search or a compile; nothing is spent any more.
+    """Ctrl-C stopped a search or a compile; nothing more is spent.
 
-    No MPromptuneError, which ``except Exception`` would take for a failure: it ends a script that
-    does not ask for it.
+    It is no MPromptuneError, so that ``except Exception`` does not catch it and a script ends as usual.
 
     Attributes:
-        study: The Optuna study with everything that was measured; None before the search.
-        result: The SearchResult of that, its winner by posterior mean; None where nothing was.
-        program: The best program so far, when a program was compiled: the student as it came where
-            nothing was measured.
-        usage: What each step of a compile has used.
+        study: The Optuna study with all scores so far; None before the search.
+        result: The SearchResult so far, with the winner by posterior mean; None without scores.
+        program: The best program so far, if a program was compiled; the student itself without scores.
+        usage: The usage of each step of a compile.
     """
 
     def __init__(self, message: str, study: object = None, result: Any = None) -> None:
@@ -133,7 +131,7 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 class SearchTerminated(SearchInterrupted, SystemExit):
-    """SIGTERM stopped it; if nobody catches this, the process ends with status 143, as by default."""
+    """SIGTERM stopped a search or a compile; uncaught, it ends the process with status 143, as by default."""
 
     code = 143  # 128 + SIGTERM, as a shell reports it
 
@@ -174,9 +172,9 @@ def require_positive(name: str, value: Any) -> float:
 
 
 def as_real(value: Any) -> float:
-    """Any real number as a float: of Python (``Decimal``, ``Fraction``, bool), NumPy, torch and so on.
+    """A real number of Python (``Decimal``, ``Fraction``, bool), NumPy, torch and so on as a float.
 
-    Not a number where it is none, or too large for a float.
+    Other values, and numbers too large for a float, become NaN.
     """
     if getattr(value, "ndim", None) == 0:  # scalars of arrays and tensors
         value = value.item()
@@ -189,7 +187,7 @@ def as_real(value: Any) -> float:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from or while handling, and so on."""
+    """Yield the error, then its cause or context, and so on."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

@@ -508,7 +508,7 @@ def test_when_everything_fails_the_search_stops() -> None:
     def down(params: dict[str, int], example: int) -> float:
         raise ValueError("whatever it is")
 
-    with pytest.raises(SearchStoppedError, match=f"all {5 + 4 * 5} calls of a batch failing"):
+    with pytest.raises(SearchStoppedError, match=f"failures of all {5 + 4 * 5} calls of a batch"):
         run(down)
 
 

@@ -194,7 +194,7 @@ def test_a_score_that_always_fails_ends_the_search() -> None:
         asked.append(example)
         raise ValueError("broken")
 
-    with pytest.raises(SearchStoppedError, match="all 24 calls of a batch failing"):
+    with pytest.raises(SearchStoppedError, match="failures of all 24 calls of a batch"):
         run(score)
     assert len(asked) < CALLS / 2
 

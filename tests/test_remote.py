@@ -306,7 +306,7 @@ def test_a_stop_reaches_the_workers_of_dask(dask: Executor, tmp_path: Path) -> N
     """What waits in its queue asks nothing more, and what is under way comes back and is kept."""
     log, stopped = tmp_path / "log", threading.Event()
     score = Written(log, latency=0.02)
-    with pytest.raises(SearchStoppedError, match="told to from outside") as caught:
+    with pytest.raises(SearchStoppedError, match="a request from outside") as caught:
         run(score, executor=dask, num_threads=16, stopped=stopped, callbacks=[lambda *_: stopped.set()])
     for future in [dask.submit(abs, -i) for i in range(20)]:  # behind whatever is queued
         future.result(PATIENCE)

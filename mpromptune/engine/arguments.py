@@ -1,4 +1,4 @@
-"""The arguments of MIPROv2 and of `search`: their own, and our options beside them."""
+"""The arguments of MIPROv2 and of `search`: their own and the options of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def extending(stock: inspect.Signature) -> Callable[[F], F]:
-    """Declares DSPy's parameters and ours, which is what callers such as BetterTogether inspect."""
+    """Declare DSPy's parameters and our options in the signature, which BetterTogether inspects."""
 
     def declare(function: F) -> F:
         ours = [
@@ -29,7 +29,7 @@ def extending(stock: inspect.Signature) -> Callable[[F], F]:
 
 
 def with_options(function: F) -> F:
-    """Declares the options of `search` in the place of its ``**options``, for those who inspect it."""
+    """Declare the options of `search` in its signature, in place of ``**options``."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [
@@ -41,7 +41,11 @@ def with_options(function: F) -> F:
 
 
 def split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our options and DSPy's arguments, of which some are both; anything else is an error that lists them."""
+    """Our options and DSPy's arguments; some names are both.
+
+    Raises:
+        UnknownOptionError: A name is neither.
+    """
     for name in kwargs:
         if name not in OPTION_NAMES and name not in stock.parameters:
             others = [n for n in stock.parameters if n not in ("self", "student")]
@@ -51,7 +55,7 @@ def split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str
 
 
 def gather(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Merges options given in several places of one call; None means not given.
+    """Merge options given in several places of one call; None means not given.
 
     Raises:
         InvalidArgumentError: The same option is given twice, or a source is not a mapping.
@@ -73,11 +77,11 @@ def gather(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def resolve(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SearchOptions | None:
-    """The options in force; None when nothing asks for a sampler, which means DSPy's own search.
+    """The options of a compile; None if no option requires our search, so that DSPy's own search runs.
 
-    ``n_jobs`` and ``verbose`` alone ask for nothing: the one has no meaning for DSPy's serial loop, the
-    other is also an argument of DSPy's own. A sampler given now takes no arguments that were meant for
-    the default one.
+    ``n_jobs`` and ``verbose`` alone do not require it: the first has no meaning for DSPy's serial loop, and
+    the second is also an argument of DSPy. Default options that apply only to ``"qei"`` are dropped when
+    another sampler is given.
     """
     sampler = given.get("sampler", "qei")
     if not isinstance(sampler, str) or sampler.lower() != "qei":

@@ -1,4 +1,4 @@
-"""What a search has to decide by: the scores that came in, and the posterior that they give."""
+"""The evidence that a search decides by: the scores so far, and the posterior given these scores."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mpromptune.sampling.encoding import Encoding
 
 # NOTE: the standard normal quantile of 97.5 %: the posterior of a mean score is normal.
 QUANTILE = 1.959964
-# NOTE: the expected best of a few of so many differs from that of all by less than can be drawn.
+# NOTE: size of random samples of a space: enough for figures, and for the expected best of a few draws.
 _DRAWN = 500
 
 
 @dataclass
 class Evidence:
-    """The table of scores, and the model of all of them.
+    """The table of scores, and the model fitted to them.
 
     Attributes:
-        encoding: Configurations as the model sees them.
+        encoding: The encoding of configurations for the model.
         table: The scores.
-        min_cold_start: Configurations measured before the model chooses any.
-        ranking: Measured configurations by posterior mean, as they were last ranked.
+        min_cold_start: Number of measured configurations before the model chooses any.
+        ranking: The configurations ranked last, by posterior mean.
     """
 
     encoding: Encoding
@@ -40,21 +40,21 @@ class Evidence:
         self._beliefs = Beliefs(self.encoding.space, self.encoding.geometries)
         self._told = 0
         self._information: FloatArray | None = None
-        self._range = (-math.inf, math.inf)  # of all scores: nothing beyond them is foreseen
+        self._range = (-math.inf, math.inf)  # of all scores; predictions are clipped to it
         self.ranking: list[Row] = []
 
     @property
     def is_additive(self) -> bool:
-        """Whether a configuration's skill is a sum, of which every trial tells a part."""
+        """Whether the skill of a configuration is modelled as a sum over its candidates."""
         return self._beliefs.is_additive
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the model knows all that was told."""
+        """Whether the model has been fitted to all scores told so far."""
         return self._told == self.table.calls > 0
 
     def _model(self) -> Beliefs | None:
-        """Fitted again only when another score has been told; None before the first."""
+        """The model, fitted again if scores have been told since; None before the first score."""
         table = self.table
         if table.calls and not self.is_fitted:
             rows = table.rows
@@ -77,8 +77,8 @@ class Evidence:
     def whole_score(self, row: Row) -> tuple[float, float, float]:
         """Mean score over all examples that can be answered, and its 95 % credible interval.
 
-        What was not measured is foreseen, within the range of all scores so far; not a number where nothing
-        was measured.
+        Missing scores are predicted, within the range of all scores so far. The result is NaN if the
+        configuration has no score.
         """
         known, model = self.table.means(row), self._model()
         if model is None or not known:
@@ -93,7 +93,7 @@ class Evidence:
         return middle, low, high
 
     def best_first(self, rows: Sequence[Row]) -> list[Row]:
-        """Configurations by their posterior means, the highest first."""
+        """Configurations by posterior mean, highest first."""
         if not rows:
             return []
         self.ranking = [rows[i] for i in np.argsort(-self.posterior(rows)[0], kind="stable")]
@@ -102,7 +102,7 @@ class Evidence:
     def propose(
         self, n: int, calls_left: int, is_open: Callable[[Row], bool], rng: np.random.Generator
     ) -> list[Row]:
-        """Configurations for the ``n`` places of a batch; those never asked for, before there is a model."""
+        """Configurations for the ``n`` blocks of a batch; random ones before there is a model."""
         model = self._model()
         rows: list[Row] = []
         if model is not None and len(self.table.rows) >= self.min_cold_start:
@@ -114,7 +114,7 @@ class Evidence:
         return rows
 
     def information(self) -> FloatArray | None:
-        """What a score on each example says about the leader; None before there is any score."""
+        """Information of a score of the leader on each example; None before the first score."""
         model = self._model()
         if model is None:
             return None
@@ -128,26 +128,26 @@ class Evidence:
         return 0.5 if model is None else model.chance_of_gain(row, other)
 
     def largest_gain(self, leader: Row, is_open: Callable[[Row], bool]) -> float:
-        """The most that is expected from any open configuration over ``leader``; infinite unfitted."""
+        """Largest expected gain of an open configuration over ``leader``; infinite before the first score."""
         model = self._model()
         if model is None:
             return math.inf
         return gains(model, leader, is_open, np.random.default_rng(self.table.batches))
 
     def standard_error(self, n_examples: int) -> float:
-        """Of a configuration's mean over a whole validation set."""
+        """Standard error of a configuration's mean score over ``n_examples`` examples."""
         scores = [np.array(list(self.table.means(row).values())) for row in self.table.rows]
         cut = [np.clip(some, -LARGEST, LARGEST) for some in scores]
         return float(np.sqrt(pooled_variance(cut) / n_examples))
 
     def drawn(self) -> FloatArray:
-        """Posterior means and standard deviations of configurations drawn at random, ``m x 2``."""
+        """Posterior means and standard deviations of ``m`` random configurations, ``m x 2``."""
         rows = self.encoding.space.sample(_DRAWN, np.random.default_rng(0))
         pairs: FloatArray = np.stack(self.posterior([tuple(row) for row in rows.tolist()]), axis=1)
         return pairs
 
     def text_chance(self) -> float | None:
-        """How easily chance explains as much as the embeddings do; None where there are none."""
+        """The p-value of a test whether the embeddings explain any of the scores; None without them."""
         model = self._model()
         if model is None or not any(geometry.has_text for geometry in self.encoding.geometries):
             return None

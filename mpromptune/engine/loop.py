@@ -1,4 +1,4 @@
-"""The loop of a search: ask a batch, measure it, tell it, and repeat; what and when is the plan's."""
+"""The loop of a search: ask a batch, measure it, tell it, and repeat; the plan decides what is asked."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 Callback = Callable[[Study, FrozenTrial], None]
 
-# NOTE: seconds that calls in flight have when an error ends the search: they are paid for; one may hang.
+# NOTE: seconds to wait for calls in flight when an error ends the search: they are paid for; one may hang.
 _LAST_CALLS = 60.0
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A trial whose examples are being measured; what an earlier run has measured is there at once."""
+    """A trial that is being measured; futures of scores from an earlier run are done from the start."""
 
     asked: Asked
     examples: Examples
@@ -52,19 +52,19 @@ class _Running:
 
 @dataclass
 class Loop:
-    """The one thread that talks to the study; workers only score, and save what they have scored.
+    """The loop, in the thread that called `search`: only it asks and tells trials; workers save scores.
 
     Attributes:
         space: The configurations.
-        plan: What is measured next, and who wins.
-        workers: Score (configuration, example) pairs.
-        trials: The trials of the study: the record of earlier runs first.
-        evidence: The table of scores, and what was learnt.
-        budget: Limits beside program calls, and what counts against them.
-        failure_score: What an example scores when the candidate itself failed on it.
+        plan: Decides what is measured next, and the winner.
+        workers: Score pairs of configuration and example.
+        trials: The trials of the study, those of the record first.
+        evidence: The table of scores and the model.
+        budget: Limits other than program calls, and the usage that counts against them.
+        failure_score: The score of an example on which the candidate failed.
         callbacks: Called after every trial, in order.
-        on_progress: Told how the search stands.
-        grace: Seconds that an interrupt leaves to calls in flight.
+        on_progress: Called with the progress of the search.
+        grace: Seconds that calls in flight may still take after an interrupt.
     """
 
     space: PromptSpace
@@ -88,7 +88,7 @@ class Loop:
         self.monitor = Monitor(self.on_progress, *watched, lambda: sum(f.done() for f in self._futures()))
 
     def run(self) -> SearchResult:
-        """Batches until the plan has no more, or a limit is used up."""
+        """Measure batches until the plan is finished or a limit is reached."""
         try:
             self._measure_all()
             result = self.summary.result(self.study)
@@ -108,7 +108,7 @@ class Loop:
                 self.in_flight.popleft()
                 self._afford()
             self._take_rest()
-            if self.budget.reached:  # a call that hangs is to spend nothing when it wakes up
+            if self.budget.reached:  # a call that hangs must spend nothing if it resumes
                 self.workers.stopped.set()
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -120,13 +120,13 @@ class Loop:
     # Asking.
 
     def _fill(self) -> bool:
-        """Starts batches until enough are in flight; whether any is."""
+        """Start batches until enough are in flight; return whether any is."""
         while len(self.in_flight) < self.plan.batches_in_flight and not self.budget.reached:
             batch: list[_Running] = []
-            self.in_flight.append(batch)  # before it is filled: what has started is never lost
+            self.in_flight.append(batch)  # before it is filled, so that no started trial is lost
             for request in self.plan.next_batch(self.evidence):
                 asked = self.trials.next(request.row)
-                with deferred():  # what has been submitted is to be found in its batch
+                with deferred():  # an interrupt must not separate a submitted trial from its batch
                     self._start(request, asked, batch)
             if not batch:
                 self.in_flight.pop()
@@ -146,7 +146,7 @@ class Loop:
         if asked.examples is not None:
             return asked.examples
         if request.row is None and not self.plan.is_open(asked.row):
-            return ()  # in a space too large to list, a sampler may find nothing open
+            return ()  # in a space too large to enumerate, a sampler may find no open configuration
         return request.examples(asked.row, asked.number)
 
     def _submit(self, asked: Asked, example: int) -> Future[Outcome]:
@@ -158,9 +158,9 @@ class Loop:
         return measured
 
     def _keep(self, asked: Asked, outcome: Outcome) -> None:
-        """Saves a score in the worker that has it: it is paid for, whatever comes next.
+        """Save a score, or the usage of a failed call, in the worker's thread as soon as the call ends.
 
-        What a candidate failed on is not known to be its own fault before its batch is complete.
+        A failure gets no score here: only the whole batch shows whether the candidate caused it.
         """
         try:
             self.trials.keep(asked, outcome.example, outcome.score, outcome.usage)
@@ -171,14 +171,14 @@ class Loop:
     # Waiting.
 
     def _running(self) -> list[_Running]:
-        """All trials that are being measured."""
+        """All trials in flight."""
         return [running for batch in self.in_flight for running in batch]
 
     def _futures(self) -> list[Future[Outcome]]:
         return [future for running in self._running() for future in running.futures]
 
     def _await(self, batch: list[_Running]) -> None:
-        """Waits for a batch; once no call may begin, not for good for one that hangs."""
+        """Wait for a batch; when no call may begin any more, only for a limited time."""
         calls = [future for running in batch for future in running.futures]
         wait_for(calls, unless=self._is_ending, meanwhile=self._look)
         if self.budget.reached:
@@ -193,8 +193,8 @@ class Loop:
     def _is_ending(self) -> bool:
         return self.workers.stopped.is_set() or self.budget.reached is not None
 
-    def _in_hand(self) -> tuple[list[Answer], list[Future[Outcome]]]:
-        """Answers of all batches in flight, and calls that are worth waiting for."""
+    def _answers_in_flight(self) -> tuple[list[Answer], list[Future[Outcome]]]:
+        """Answers so far in all batches in flight, and the calls to wait for."""
         calls = [(running.asked.row, future) for running in self._running() for future in running.futures]
         done = [(row, future.result()) for row, future in calls if future.done()]
         return done, [] if self._is_ending() else [future for _, future in calls if not future.done()]
@@ -202,51 +202,51 @@ class Loop:
     # Telling.
 
     def _finish(self, batch: list[_Running]) -> None:
-        """Waits for a batch and tells it in the order in which it was asked."""
+        """Wait for a batch, and tell its trials in the order in which they were asked."""
         self._await(batch)
-        self._require_going()
+        self._require_running()
         outcomes = [running.outcomes for running in batch]
-        self._require_sense(batch, outcomes)
+        self._require_no_outage(batch, outcomes)
         for running, results in zip(list(batch), outcomes, strict=True):
-            with deferred():  # what is told is not closed again
+            with deferred():  # an interrupt must not close a trial that is being told
                 batch.remove(running)
                 frozen = self._tell(running, results)
-            if frozen is not None:  # told by this run: an earlier one has called back itself
+            if frozen is not None:  # callbacks of trials told by an earlier run were called then
                 for callback in self.callbacks:
                     callback(self.study, frozen)
         self.table.batches += 1
         self._require_baseline(outcomes)
 
-    def _require_going(self) -> None:
-        """Stops where the workers have stopped."""
+    def _require_running(self) -> None:
+        """Raise SearchStoppedError if the workers have stopped."""
         unsaved = self.unsaved or self.trials.lease.lost
         if unsaved is not None:
             raise self._stopped("a score that could not be saved", unsaved)
         if self.workers.fatal is not None:
-            raise self._stopped("an error that no further call can mend", self.workers.fatal)
+            raise self._stopped("an error that would also fail every further call", self.workers.fatal)
         if self.workers.stopped.is_set():
-            raise self._stopped("being told to from outside", None)
+            raise self._stopped("a request from outside", None)
 
-    def _require_sense(self, batch: list[_Running], outcomes: list[list[Outcome]]) -> None:
-        """Stops where a batch's answers are not to be told."""
+    def _require_no_outage(self, batch: list[_Running], outcomes: list[list[Outcome]]) -> None:
+        """Raise SearchStoppedError if a batch shows an outage, or is incomplete without a limit reached."""
         paired = list(zip(batch, outcomes, strict=True))
         answers = [(running.asked.row, outcome) for running, results in paired for outcome in results]
-        alarm = self.outage.alarm(answers, self._in_hand)
-        self._require_going()
+        alarm = self.outage.alarm(answers, self._answers_in_flight)
+        self._require_running()
         if alarm is not None:
             raise self._stopped(*alarm)
         anew = [results for running, results in paired if running.asked.trial is not None]
         if not self.budget.reached and any(map(is_cut_short, anew)):
-            raise self._stopped("being told to from outside", None)
+            raise self._stopped("a request from outside", None)
 
     def _require_baseline(self, outcomes: list[list[Outcome]]) -> None:
-        """Stops where the baseline has failed too often, and was never answered: nothing to compare with."""
+        """Raise SearchStoppedError if the baseline failed too often and has no score to compare with."""
         baseline = self.plan.task.baseline
         if self.table.is_dropped(baseline) and not self.table.means(baseline):
             error = next((o.error for results in outcomes for o in results if o.error is not None), None)
             if error is not None:
-                raise self._stopped("the baseline's trials failing", error)
-            self.table.forgive(baseline)  # it was an earlier run that stopped on them
+                raise self._stopped("failures of the baseline", error)
+            self.table.forgive(baseline)  # the failures are of an earlier run, which stopped on them
 
     def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
         verdicts = {outcome.example: self.workers.verdict(outcome) for outcome in outcomes}
@@ -268,11 +268,11 @@ class Loop:
         if again:
             logger.warning("Configuration %s failed again on validation examples %s.", row, sorted(again))
         if new := sorted(self.table.unanswerable - left_out):
-            logger.warning("Validation examples %s fail for most configurations, and are left out.", new)
+            logger.warning("Most configurations fail on validation examples %s: these are excluded.", new)
         self.budget.note_trial(self.table.usage)
 
     def _take_rest(self) -> None:
-        """Tells what a run with a larger budget measured, and this one does not ask for."""
+        """Tell the trials of the record that this run, with a smaller budget, does not ask for."""
         for asked in self.trials.rest():
             running = _Running(asked, asked.examples or (), ())
             self.table.start(asked.row, running.examples)
@@ -281,7 +281,7 @@ class Loop:
             self.trials.tell(asked, running.examples, asked.scores, asked.refused, abandoned=is_open)
 
     def _afford(self) -> None:
-        """Tells the plan how far tokens, money and time go, so that it can keep back what it needs."""
+        """Tell the plan how many calls the limits on tokens, cost and time allow."""
         table, max_calls = self.table, self.plan.task.max_calls
         left = self.budget.calls_left(table.usage, table.calls)
         if left is None:
@@ -289,7 +289,7 @@ class Loop:
         name, calls = left
         price = partial(table.relative_use, MEASURE[name])
         dearest = max(map(price, table.rows), default=1.0)
-        if calls >= dearest * (max_calls - table.calls):  # enough, come what may
+        if calls >= dearest * (max_calls - table.calls):  # enough even if all calls are of the dearest row
             self.summary.binding = None
             self.plan.afford(max_calls, lambda row: 1.0)
         else:
@@ -299,18 +299,18 @@ class Loop:
     # Ending early.
 
     def _abandon(self, grace: float) -> None:
-        """Stops the workers and closes every open trial, keeping the scores that come in until then."""
+        """Stop the workers, wait up to ``grace`` seconds, and close all open trials with their scores."""
         self.workers.stopped.set()
         try:
             wait_for([future for future in self._futures() if not future.cancel()], grace)
-        finally:  # another interrupt ends the waiting, and leaves no trial open either
+        finally:  # also if another interrupt ends the waiting
             with deferred():
                 self._close_all()
 
     def _close_all(self) -> None:
         running = [(one, scores_of(one.futures)) for one in self._running()]
         self.in_flight.clear()
-        for one, scores in running:  # first, so that they count even where the storage fails
+        for one, scores in running:  # first, so that they count even if the storage fails
             self._book(one, scores, one.asked.refused, is_over=False)
         try:
             for one, scores in running:
@@ -321,30 +321,30 @@ class Loop:
             try:
                 self.study = salvaged(self.study, {one.asked.number: scores for one, scores in running})
             except Exception:
-                logger.exception("Nor can the storage be read.")
+                logger.exception("The storage cannot be read either.")
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
         why = "" if cause is None else f": {type(cause).__name__}: {cause}"
-        error = SearchStoppedError(f"The search stopped on {what}{why}.", self.study)
+        error = SearchStoppedError(f"The search stopped because of {what}{why}.", self.study)
         error.__cause__ = cause
         return error
 
     def _closed(self, error: SearchStoppedError) -> SearchStoppedError:
-        """The error with all that was measured, once the last calls have come back."""
+        """The error with the study and the result so far, after closing open trials."""
         self._abandon(_LAST_CALLS)
-        error.args = (f"{error} {self.table.calls} calls measured before are kept in the study.",)
+        error.args = (f"{error} The study keeps the scores of {self.table.calls} calls.",)
         error.study, error.result = self.study, self.summary.so_far(self.study)
         return error
 
     def _interrupted(self, signalled: BaseException) -> SearchInterrupted:
         error = interrupted(signalled)(
-            f"The search was interrupted; {self.table.calls} calls measured before are kept in the study. "
-            "What is caught as SearchInterrupted has `.study`, `.result` and, after a compile, `.program`: "
+            f"The search was interrupted; the study keeps the scores of {self.table.calls} calls. "
+            "Catch SearchInterrupted to get its `.study`, its `.result` and, after a compile, `.program`: "
             "the best so far.",
             self.study,
             self.summary.so_far(self.study),
         )
-        if isinstance(error, SystemExit):  # which ends the interpreter without a word
+        if isinstance(error, SystemExit):  # it would end the interpreter without printing the message
             logger.warning("%s", error)
         return error

@@ -1,4 +1,4 @@
-"""The plan of DSPy's MIPROv2: random minibatches, and now and then the best one so far in full."""
+"""The plan of DSPy's MIPROv2: random minibatches, and at intervals the best one so far in full."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mpromptune.model.space import Row
 
 @dataclass(frozen=True)
 class Minibatches:
-    """DSPy's own arguments of the plan of MIPROv2.
+    """The arguments of DSPy's MIPROv2 for minibatches.
 
     Attributes:
         minibatch_size: Examples of a trial.
-        minibatch_full_eval_steps: Trials from one full evaluation to the next.
-        minibatch: False when every trial is a full evaluation and there are no others.
+        minibatch_full_eval_steps: Number of trials between two full evaluations.
+        minibatch: False if every trial is a full evaluation.
     """
 
     minibatch_size: int = 35
@@ -32,10 +32,10 @@ class Minibatches:
     minibatch: bool = True
 
     def within(self, n_examples: int) -> Minibatches:
-        """The plan for a validation set; a minibatch of all of it is a full evaluation itself.
+        """The arguments for a validation set; a minibatch of all examples counts as a full evaluation.
 
         Raises:
-            InvalidArgumentError: A number cannot work.
+            InvalidArgumentError: A number is out of range.
         """
         require_count("minibatch_full_eval_steps", self.minibatch_full_eval_steps)
         if not self.minibatch or require_count("minibatch_size", self.minibatch_size) == n_examples:
@@ -47,21 +47,21 @@ class Minibatches:
         return self
 
     def calls(self, num_trials: int, n_examples: int) -> int:
-        """What ``num_trials`` trials cost, with the baseline and the full evaluations."""
+        """Number of calls of ``num_trials`` trials, with the baseline and the full evaluations."""
         return stock_calls(num_trials, n_examples, **asdict(self))
 
     def trials_for(self, max_calls: int, n_examples: int) -> int:
-        """The most trials that ``max_calls`` calls allow.
+        """The largest number of trials that ``max_calls`` calls allow.
 
         Raises:
-            InvalidArgumentError: Not even one.
+            InvalidArgumentError: They do not allow a single trial.
         """
         if max_calls < (least := self.calls(1, n_examples)):
             raise InvalidArgumentError(
                 f"max_calls={max_calls} is below the {least} calls of MIPROv2's shortest plan: the baseline "
                 f"on all {n_examples} validation examples, one trial, and a full evaluation of it."
             )
-        # Every trial costs at least one call, so there are no more of them than calls.
+        # Every trial costs at least one call, so there are at most as many trials as calls.
         return bisect_right(range(max_calls + 1), max_calls, key=lambda n: self.calls(n, n_examples)) - 1
 
 
@@ -83,24 +83,25 @@ def stock_calls(
 
 
 class MiproPlan:
-    """The baseline in full; then trials on minibatches of their own, q at a time.
+    """Evaluates the baseline in full, then trials on random minibatches, q at a time.
 
     After every ``minibatch_full_eval_steps`` trials, and after the last, the configuration with the highest
-    mean that has no full evaluation yet gets one. It is chosen when all trials before it have been
-    told, so the next batch overlaps with it, not with the choice. What has a full evaluation is not
-    proposed again; pairs that were measured before are paid for again, as in DSPy.
+    mean among those without a full evaluation gets one. It is chosen when all earlier trials have been told;
+    the next batch starts after the choice and runs at the same time as the full evaluation. A configuration
+    with a full evaluation is not proposed again. Pairs of configuration and example that were measured before
+    are paid for again, as in DSPy.
 
     Args:
-        task: Its budget says how long the plan is.
+        task: The search problem; its budget sets the number of trials.
         table: The scores.
-        batch_size: Trials at a time.
-        minibatches: DSPy's own arguments.
+        batch_size: Trials in a batch.
+        minibatches: DSPy's arguments.
 
     Raises:
-        InvalidArgumentError: A number cannot work.
+        InvalidArgumentError: A number is out of range.
     """
 
-    measures_baseline: bool = False  # it is the first trial of all
+    measures_baseline: bool = False  # the first trial does that anyway
     batches_in_flight: int = 2
 
     def __init__(
@@ -114,15 +115,15 @@ class MiproPlan:
         self._batches = (minibatches or Minibatches()).within(task.n_examples)
         self._planned = self._num_trials = self._batches.trials_for(task.max_calls, task.n_examples)
         self.batch_size = batch_size or task.batch_size(self._batches.minibatch_size)
-        self.outage = task.n_examples  # what a full evaluation lacks may fail again, and be its own fault
+        self.outage = task.n_examples  # a repeated full evaluation may fail again without an outage
         self.arguments: Mapping[str, Any] = {
             "minibatch_size": self._batches.minibatch_size,
             "minibatch_full_eval_steps": self._batches.minibatch_full_eval_steps,
         }
         self._steps = self._batches.minibatch_full_eval_steps if self._batches.minibatch else self._num_trials
         self._asked = 0  # trials on minibatches
-        self._decided = 0  # full evaluations of their best
-        self._chosen = [task.baseline]  # for full evaluations, the baseline's among them
+        self._decided = 0  # choices of a configuration for a full evaluation
+        self._chosen = [task.baseline]  # configurations chosen for full evaluations
 
     @property
     def first(self) -> Examples:
@@ -134,25 +135,24 @@ class MiproPlan:
         return row not in self._chosen and row not in self._table.whole and not self._table.is_dropped(row)
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
-        """Shortens the plan; what has been asked still ends with a full evaluation of its best."""
+        """Shorten the plan; trials that have been asked are still followed by a full evaluation."""
         n_examples = self.task.n_examples
         least = self._batches.calls(1, n_examples)
         affordable = self._batches.trials_for(calls, n_examples) if calls >= least else 0
         self._num_trials = max(self._asked, min(self._planned, affordable))
 
     def is_full(self, row: Row) -> bool:
-        """Whether ``row`` has had a full evaluation; minibatches that add up to one do not count."""
+        """Whether ``row`` has had a full evaluation; minibatches that cover all examples do not count."""
         return row in self._table.whole and not self._table.pending_of(row) and self._table.is_full(row)
 
     def next_batch(self, evidence: Evidence) -> Iterator[Request]:
-        """Full evaluations that are due, or the minibatches up to the next one."""
-        if not self._is_affordable(
-            self._batches.minibatch_size
-        ):  # an earlier run may have spent more than planned
+        """Yield the full evaluations that are due; if there are none, trials on minibatches."""
+        # An earlier run may have spent more than planned.
+        if not self._is_affordable(self._batches.minibatch_size):
             self._num_trials = min(self._num_trials, self._asked)
         is_left = self._decided * self._steps < self._num_trials
         if is_left and self._asked >= self._boundary():
-            if self._table.pending:  # the choice is made when all before it have been told
+            if self._table.pending:  # the choice needs the scores of all earlier trials
                 return
             self._decide()
         owed = dict.fromkeys([*self._table.whole, *self._chosen])
@@ -163,7 +163,7 @@ class MiproPlan:
             yield from self._explore(evidence)
 
     def _lacking(self, row: Row) -> Examples:
-        """What the full evaluation of ``row`` has not answered; nothing once it has failed too often."""
+        """Examples that the full evaluation of ``row`` lacks; none if its trials failed too often."""
         if row not in self._table.whole:
             return self.first
         return () if self._table.is_dropped(row) else self._table.missing(row)
@@ -182,19 +182,19 @@ class MiproPlan:
         return rows[0] if rows else None
 
     def _minibatch(self, row: Row, number: int) -> Examples:
-        # The last entry tells this stream from the others that start from (seed, trial number).
+        # The last entry makes this stream differ from others that are seeded by (seed, trial number).
         n_examples = self.task.n_examples
         rng = np.random.default_rng([abs(self.task.seed), number, n_examples])
         drawn = rng.choice(n_examples, self._batches.minibatch_size, replace=False)
         return tuple(sorted(int(example) for example in drawn))
 
     def _is_affordable(self, calls: int) -> bool:
-        """Whether the budget holds these calls, and after a minibatch the full evaluation that follows."""
+        """Whether the budget allows these calls and, with minibatches, a full evaluation after them."""
         follows = self.task.n_examples if self._batches.minibatch else 0
         return self._table.asked_calls + calls + follows <= self.task.max_calls
 
     def _boundary(self) -> int:
-        """Trials before the next full evaluation."""
+        """Number of trials on minibatches after which the next full evaluation is due."""
         return min((self._decided + 1) * self._steps, self._num_trials)
 
     def _decide(self) -> None:
@@ -204,9 +204,9 @@ class MiproPlan:
             self._chosen.append(max(lacking, key=self._table.mean))
 
     def winner(self, ranked: Sequence[Row], is_cut_short: bool) -> Row:
-        """The best full evaluation; of equal ones the earliest, which favours the baseline.
+        """The configuration with the best full evaluation; of equal ones the earliest, the baseline first.
 
-        Where some lack examples, whatever is worse than the baseline on what both have is passed over.
+        Configurations with a lower score than the baseline on the examples that both have are skipped.
         """
         baseline = self.task.baseline
         full = [row for row in self._table.whole if self.is_full(row)]

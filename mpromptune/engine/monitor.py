@@ -1,4 +1,4 @@
-"""Tells whoever watches a search how it is getting on; nothing here can change or end it."""
+"""Reports the progress of a search to a callback; nothing here can change or end the search."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from mpromptune.storage.findings import Findings
 
 logger = logging.getLogger(__name__)
 
-# NOTE: seconds from one report to the next while a batch is awaited; no eye wants more.
+# NOTE: seconds between reports while a batch is awaited: often enough for a person who watches.
 _BEAT = 0.5
 
 
 @dataclass
 class Monitor:
-    """Reports before and after every batch, now and then while one is awaited, and at the end.
+    """Reports before and after every batch, at intervals while one is awaited, and at the end.
 
-    No model is fitted for it: estimates are those of the last decision of the plan. Everything happens in the
-    thread of the search.
+    It fits no model: the estimates are those of the plan's last decision. It runs in the search's thread.
 
     Attributes:
-        on_progress: Whom to tell; None for nobody, and after it has raised an error.
-        plan: Has budget and baseline.
-        evidence: Has the scores, and the model.
-        budget: What is used.
-        workers: Have the calls in flight.
-        trials: Those told, and whether earlier runs still have some.
-        answered: Calls of open trials that have come back.
-        clock: Says the time, in seconds.
+        on_progress: The callback; None if there is none, or if it has raised an error.
+        plan: The plan, with its budget and baseline.
+        evidence: The scores and the model.
+        budget: The usage so far.
+        workers: The workers, which know the calls in flight.
+        trials: The trials told, and those of the record that are left.
+        answered: Returns the number of answered calls in open trials.
+        clock: Returns the time in seconds.
     """
 
     on_progress: OnProgress | None
@@ -57,22 +56,22 @@ class Monitor:
         self._estimates: dict[Row, tuple[float, float]] = {}  # mean and standard deviation, by row
 
     def report(self) -> None:
-        """Tells how the search stands."""
+        """Report the progress now."""
         self._safely(lambda: self._tell(*self._standings(), self._seconds_left()))
 
     def beat(self) -> None:
-        """The same, if it is time."""
+        """Report the progress if the last report is `_BEAT` seconds old."""
         if self.clock() - self._last >= _BEAT:
             self.report()
 
     def finish(self, result: Findings) -> None:
-        """Tells how the search has ended."""
+        """Report the result at the end of the search."""
         best = _found(result, result.best_params, result.best_score)
         baseline = _found(result, result.baseline_params, result.baseline_score)
         self._safely(lambda: self._tell(best, baseline, 0.0, finished=True))
 
     def _safely(self, step: Callable[[], None]) -> None:
-        """Nobody watches any more once anything went wrong here."""
+        """Call ``step``; an error in it is logged, and no further report is made."""
         if self.on_progress is None:
             return
         try:
@@ -107,7 +106,7 @@ class Monitor:
         return self.evidence.table.calls + self.answered()
 
     def _seconds_left(self) -> float | None:
-        if self.trials.record:  # answers of earlier runs take no time, and say nothing of new ones
+        if self.trials.record:  # answers from the record take no time, so they do not count for the speed
             self._speed = Speed(self.clock)
         self._speed.note(self._calls())
         rest, table = self.plan.task.max_calls - self._calls(), self.evidence.table
@@ -122,7 +121,7 @@ class Monitor:
             rows = [ranking[0], baseline]
             normal = zip(*(values.tolist() for values in self.evidence.posterior(rows)), strict=True)
             self._estimates = dict(zip(rows, normal, strict=True))
-            # The baseline may not have been ranked with the others.
+            # The baseline need not be among the ranked configurations.
             measured = [row for row in rows if table.means(row)]
             self._best = max(measured, key=lambda row: self._estimates[row][0], default=None)
         best = self._best or max(table.rows, key=table.mean, default=None)
@@ -138,7 +137,7 @@ class Monitor:
 
 
 def _found(result: Findings, params: Mapping[str, int] | None, score: float) -> Standing | None:
-    """What a result says of a configuration, if that was measured."""
+    """The standing of a configuration in a result; None if it was not measured."""
     found = next((m for m in result.configurations if m.params == params), None)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""The options of a search, for `search`, for MIPROv2's constructor and for its compile: one home."""
+"""The options of a search, for `search`, for MIPROv2's constructor and for its compile."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from mpromptune.sampling import SAMPLER_NAMES, unknown_sampler
 from mpromptune.show.progress import OnProgress
 from mpromptune.storage.storage import check_storage
 
-# The plans by name; each is made as `plan(task, table, batch_size=..., **those of _BLOCKS_ONLY it takes)`.
+# The plans by name, each made by `plan(task, table, batch_size=...)`; "blocks" also gets `_BLOCKS_ONLY`.
 PLANS: Mapping[str, Callable[..., Plan]] = {"blocks": BatchPlan, "mipro": MiproPlan}
 
 _BLOCKS_ONLY = ("block_size", "patience", "target", "confirm")
 QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder", "device")
-# What means nothing without DSPy's earlier steps, or has an argument of its own in `search`.
+# Options that apply only to the steps before the search, or are explicit arguments of `search`.
 _COMPILE_ONLY = (
     *("n_jobs", "max_calls", "prices", "dry_run", "verbose"),
     *("max_requests_per_minute", "max_tokens_per_minute"),
@@ -40,63 +40,63 @@ _COMPILE_ONLY = (
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How a search is run.
+    """The options of a search.
 
-    `search` takes them as keywords, but for ``n_jobs``, ``prices``, ``dry_run``, ``verbose`` and the caps per
-    minute; and with ``schedule="mipro"`` DSPy's ``minibatch``, ``minibatch_size`` and
-    ``minibatch_full_eval_steps``. ``MIPROv2`` takes all of them.
+    `search` takes them as keyword arguments, except ``n_jobs``, ``prices``, ``dry_run``, ``verbose`` and the
+    limits per minute; with ``schedule="mipro"`` it also takes DSPy's ``minibatch``, ``minibatch_size`` and
+    ``minibatch_full_eval_steps``. ``MIPROv2`` takes all options.
 
     Attributes:
         sampler: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"`` (any case) or an Optuna sampler.
-        n_jobs: Multiplies ``num_threads``: so many times as many program calls in flight.
-        batch_size: Blocks in a batch (q), or trials; by default by the budget, and as before in a study that
-            is gone on with.
+        n_jobs: Multiplies ``num_threads``, the number of program calls in flight.
+        batch_size: Blocks (or trials) in a batch (q); by default derived from the budget, or the same as
+            before in a study that is continued.
         max_space_size: (qei) Spaces of up to this size are enumerated at every proposal.
-        n_batches: (qei) Random joint batches that compete with the greedy one.
-        min_cold_start: (qei) Finished trials before the first model.
+        n_batches: (qei) Number of random joint batches that compete with the greedy one.
+        min_cold_start: (qei) Number of finished trials before the first model.
         embedder: (qei) Model name or path, SentenceTransformer, dspy.Embedder or callable.
-        device: (qei) Where the surrogate is fitted and asked; by default the CPU.
-        block_size: Examples of a block; by default 5, or 3 where several predictors are combined.
-        max_calls: Program calls to spend; by default exactly what DSPy's MIPROv2 would.
-        confirm: ``"auto"`` ends with the winner measured on every example where that takes no more than a
-            fifth of the calls, and with the baseline measured until it is 95 % sure which of the two is
-            better. True keeps calls back so that both end measured on every example, False none.
-        patience: Stop after so many batches in a row after which, by the posterior, no open configuration is
-            expected to gain over the leader a tenth of a full evaluation's standard error. None: never. It
-            cannot judge where all scores are the same.
-        target: Stop exploring once the leader's posterior mean is at or above this mean score; go on if,
-            fully measured, it is not.
-        schedule: ``"blocks"``; ``"mipro"`` for minibatches and full evaluations as DSPy's; `Minibatches` of
-            other sizes; or what makes a `Plan`.
-        max_tokens: Tokens that the whole compile may use, in both directions.
-        max_cost: US dollars that it may cost.
-        max_seconds: Wall-clock time that it may take, but for ``grace``.
-        prices: Model to US dollars per million prompt and completion tokens, or a callable
-            ``(model, usage) -> dollars``; by default what the provider reports or LiteLLM lists.
-        max_requests_per_minute: LM requests in any minute.
-        max_tokens_per_minute: Tokens in any minute.
-        dry_run: Return an `Estimate` of what the compile would use, and ask no LM.
-        failure_score: What an example scores when the candidate itself fails on it.
-        timeout: Seconds after which an attempt of a program call is given up (default: never).
-        max_retries: Further attempts after errors of the infrastructure, rate limits apart.
-        grace: Seconds that Ctrl-C, SIGTERM and ``max_seconds`` leave to calls in flight. No other call
-            begins; a second Ctrl-C does not wait.
-        storage: Path of a journal file, URL of a database, or an Optuna storage, in which the same call goes
-            on where it was interrupted; by default memory.
+        device: (qei) Device on which the surrogate is fitted and evaluated; by default the CPU.
+        block_size: Examples in a block; by default 5, or 3 if configurations combine several predictors.
+        max_calls: Program calls to spend; by default exactly as many as DSPy's MIPROv2.
+        confirm: ``"auto"`` measures the winner on every example in the end if that takes at most a fifth of
+            the calls, and the baseline until it is 95 % certain which of the two is better. True keeps
+            calls back so that both are measured on every example. False keeps no calls back.
+        patience: Stop after this number of consecutive batches without an expected gain: no open
+            configuration's expected gain over the leader is a tenth of a full evaluation's standard error.
+            None: never stop. It has no effect while all scores are equal.
+        target: Stop exploring when the leader's posterior mean reaches this mean score; continue if its
+            score is lower when it is fully measured.
+        schedule: ``"blocks"``; ``"mipro"`` for DSPy's minibatches and full evaluations; `Minibatches` with
+            other sizes; or a callable that makes a `Plan`.
+        max_tokens: Tokens that the whole compile may use, prompts and completions together.
+        max_cost: US dollars that the whole compile may cost.
+        max_seconds: Wall-clock time that the whole compile may take, not counting ``grace``.
+        prices: Maps a model to US dollars per million prompt and completion tokens, or is a callable
+            ``(model, usage) -> dollars``; by default the cost that the provider reports or LiteLLM lists.
+        max_requests_per_minute: Most LM requests in any minute.
+        max_tokens_per_minute: Most tokens in any minute.
+        dry_run: Return an `Estimate` of the usage of the compile without calling an LM.
+        failure_score: The score of an example on which the candidate itself fails.
+        timeout: Seconds after which an attempt of a program call is cancelled (default: never).
+        max_retries: Number of retries after infrastructure errors; retries after rate limits do not count.
+        grace: Seconds that calls in flight may still take after Ctrl-C, SIGTERM or ``max_seconds``. No
+            other call begins; a second Ctrl-C stops the waiting.
+        storage: Path of a journal file, URL of a database, or an Optuna storage; the same call then
+            continues an interrupted search. By default the study is in memory.
         study_name: Name of the study in the storage, by default ``"mpromptune"``.
-        callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which they
-            are told.
+        callbacks: Called as ``callback(study, trial)`` after every finished trial, in the order in which
+            trials are told.
         on_progress: Called as ``on_progress(progress)`` with a `Progress`: at the beginning, after every
-            batch, about twice a second while calls are awaited, and at the end. In the thread that searches,
-            so it should not take long; an error in it is logged, and it is not called again.
-        verbose: Show how the compile is getting on.
-        executor: Where scores are computed; by default threads. Any ``concurrent.futures.Executor``, which is
-            left open, or a callable that makes one, which is made anew when it breaks. To all but a
-            ``ThreadPoolExecutor`` the score travels (by cloudpickle), but no context variable does. It should
-            have room for ``num_threads`` calls: what waits in its queue nears its ``timeout``.
+            batch, about twice a second while calls are awaited, and at the end. It runs in the thread of the
+            search, so it should be fast; if it raises an error, this is logged and it is not called again.
+        verbose: Show the progress of the compile.
+        executor: Computes the scores; by default threads. A ``concurrent.futures.Executor``, which is left
+            open, or a callable that makes one, which is called again when the executor breaks. Unless it is
+            a ``ThreadPoolExecutor``, the score is sent to it by cloudpickle; context variables are not. It
+            should run ``num_threads`` calls at once, because ``timeout`` includes the time in its queue.
 
     Raises:
-        InvalidArgumentError: A value cannot work.
+        InvalidArgumentError: A value is not valid.
     """
 
     sampler: BaseSampler | str = "qei"
@@ -143,10 +143,10 @@ class SearchOptions:
 
     @classmethod
     def of_search(cls, given: Mapping[str, Any]) -> SearchOptions:
-        """Those of `search`, where None is the default; DSPy's minibatches among them.
+        """The options given to `search`, DSPy's minibatch arguments included; None means the default.
 
         Raises:
-            UnknownOptionError: A name is not an option of it.
+            UnknownOptionError: A name is not an option of `search`.
         """
         for name in given:
             if name not in SEARCH_OPTIONS:
@@ -159,27 +159,27 @@ class SearchOptions:
 
     @property
     def of_compile(self) -> dict[str, Any]:
-        """What a compile hands on to `search`."""
+        """The options that a compile passes to `search`."""
         return {name: getattr(self, name) for name in OPTION_NAMES if name not in _COMPILE_ONLY}
 
     @property
     def limits(self) -> Limits:
-        """On what the whole compile may use."""
+        """The limits on the usage of the whole compile."""
         return Limits(self.max_tokens, self.max_cost, self.max_seconds)
 
     @property
     def pace(self) -> Pace | None:
-        """Caps per minute, if any are given."""
+        """The limits per minute; None if there are none."""
         caps = self.max_requests_per_minute, self.max_tokens_per_minute
         return None if caps == (None, None) else Pace(*caps)
 
     @property
     def retry(self) -> RetryPolicy:
-        """How a program call is tried."""
+        """The number of attempts of a program call and their timeout."""
         return RetryPolicy(attempts=1 + self.max_retries, timeout=self.timeout)
 
     def made_sampler(self, seed: int) -> BaseSampler | str:
-        """The sampler, made here where options of ``"qei"`` are given; another one by its name."""
+        """The sampler: a `qEISampler` with its options for ``"qei"``, otherwise the sampler or name given."""
         if isinstance(self.sampler, BaseSampler) or self.sampler.lower() != "qei":
             return self.sampler
         from mpromptune.sampling.sampler import qEISampler  # it loads torch
@@ -190,22 +190,22 @@ class SearchOptions:
 
     @property
     def schedule_name(self) -> str:
-        """What a study says of its plan."""
+        """The name of the plan in a study's settings."""
         if isinstance(self.schedule, Minibatches):
             return "mipro"
         own = getattr(self.schedule, "__name__", type(self.schedule).__name__)  # a partial has no name
         return self.schedule if isinstance(self.schedule, str) else own
 
     def plan(self, task: Task, table: ScoreTable, batch_size: int | None = None) -> Plan:
-        """The plan that the options ask for.
+        """The plan for these options.
 
         Args:
-            task: What is searched.
-            table: The scores that it is to decide by.
-            batch_size: As before in a study; one that is given comes first.
+            task: The search problem.
+            table: The scores that the plan decides by.
+            batch_size: The batch size recorded in the study; the option of that name takes precedence.
 
         Raises:
-            InvalidArgumentError: It cannot be made with this budget and these examples.
+            InvalidArgumentError: The plan does not work with this budget and this number of examples.
         """
         if isinstance(self.schedule, Minibatches):
             maker: Callable[..., Plan] = partial(MiproPlan, minibatches=self.schedule)
@@ -216,10 +216,10 @@ class SearchOptions:
         return maker(task, table, batch_size=self.batch_size or batch_size, **given)
 
     def within(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> SearchOptions:
-        """With the budget that DSPy's arguments ask for, unless one is given, and its minibatches.
+        """The options with DSPy's minibatches and, unless ``max_calls`` is given, the budget of DSPy's plan.
 
         Raises:
-            InvalidArgumentError: DSPy's arguments cannot work.
+            InvalidArgumentError: DSPy's arguments are not valid.
         """
         calls = self.max_calls
         if calls is None:
@@ -314,7 +314,7 @@ _POSITIVE = (
     *("n_jobs", "batch_size", "max_space_size", "min_cold_start", "block_size", "max_calls", "patience"),
     *("max_requests_per_minute", "max_tokens_per_minute"),
 )
-# What a value has to pass, unless it is None.
+# The check of each option; None is always valid.
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(_POSITIVE, require_count),
     **dict.fromkeys(("n_batches", "max_retries"), partial(require_count, least=0)),
@@ -338,7 +338,7 @@ SEARCH_OPTIONS: dict[str, Any] = {
 
 
 def unknown_option(name: str, valid: Sequence[str]) -> UnknownOptionError:
-    """The error for a name that is not known, with the nearest one that is."""
+    """The error for an unknown option name; it suggests the most similar valid name."""
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     meant = f" Did you mean {near[0]!r}?" if near else ""
     return UnknownOptionError(

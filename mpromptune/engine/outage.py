@@ -1,19 +1,19 @@
-r"""An outage or broken candidates? Whose failures the last ones were.
+r"""Tells an outage from broken candidates by the last failures.
 
-A candidate that cannot be answered fails wherever it is asked, while others are answered. In an outage
-nobody is answered any more, whoever is asked: those least of all expected to fail among them. So only
-failures after the last success count, in the order in which calls came back, and the question is how likely
-they are if every configuration failed by itself:
+A broken candidate fails on all its calls, while calls of other configurations succeed. In an outage all calls
+fail, even those of configurations that succeeded before. So only the failures after the last success count,
+in the order in which calls end. The search computes how likely these failures are if each configuration
+failed independently of the others, as the product over their configurations of
 
-    (f + 1) / (s + f + 2)       for each failure of one with s successes and f failures before,
-    (b + 1) / (n + 2)           once for one that was never answered before, where b of n
-                                configurations have been found to fail on everything,
-    1                           for one of these b.
+    (f + 1) / (s + f + 2)       for each failure of a configuration with s successes and f failures before,
+    (b + 1) / (n + 2)           once for a configuration without calls before, where b of the n
+                                configurations known so far have failed on all their calls,
+    1                           for one of these b configurations.
 
-These are Laplace's rule of succession; a candidate that fails always is one event, not many.
+These are Laplace's rule of succession; a candidate that always fails is one event, not many.
 
-Nor is an example that nobody can be asked, say for a filter of the provider's, a sign of anything: what
-configurations lack in the end is such examples, and then nothing but these may be asked.
+Failures on an example that no configuration can answer, for instance because of a provider's filter, do not
+count: at the end of a search these may be the only examples that configurations still lack.
 """
 
 from __future__ import annotations
@@ -28,71 +28,73 @@ from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.execution.pool import Outcome
 from mpromptune.model.space import Row
 
-# NOTE: below this, failures are not the candidates' own. It was reasoned, not tuned: where ten of ten
-# configurations are fine, two of them that were answered ten times and then fail twice each are below
-# it (5e-5), and so are three new ones that fail (6e-4); two new ones (7e-3), or one of the ten that
-# fails once next to a new one (7e-3), are not.
+# NOTE: likelihood below which failures count as an outage. It was reasoned, not tuned. With ten
+# configurations that all succeeded before, it is an outage if two of them with ten successes each fail
+# twice each (5e-5), or if three new ones fail (6e-4); it is none if two new ones fail (7e-3), or if one of
+# the ten fails once together with a new one (7e-3).
 _OWN_FAULT = 1e-3
-# Small batches in a row without a single answer that are read as an outage.
+# Number of consecutive small batches without an answer that counts as an outage.
 _BARREN_BATCHES = 10
 
 Answer = tuple[Row, Outcome]
-# What is under way: answers that have come back, and calls that have not.
-InHand = Callable[[], tuple[list[Answer], list[Future[Outcome]]]]
+# Returns the answers of all batches in flight, and their calls that have not ended.
+AnswersInFlight = Callable[[], tuple[list[Answer], list[Future[Outcome]]]]
 
 
 @dataclass
 class Outage:
     """Judges every batch before it is told.
 
-    To it a failure is one whether it is scored or not. A study does not say which scores were failures, so
-    no plan may know what is known here.
+    Here a failure counts whether it is scored or not. A study does not save which scores were failures, so
+    no plan may decide by this knowledge.
 
     Attributes:
-        verdict: On a failed outcome; None for a scored or a skipped one.
-        many: Failures that are read as an outage, though all of one configuration or of one example.
+        verdict: Returns the verdict on a failed outcome; None for one that was scored or skipped.
+        many: Number of failures that counts as an outage even if all are of one configuration or example.
     """
 
     verdict: Callable[[Outcome], Verdict | None]
     many: int
-    barren: int = 0  # batches in a row that the infrastructure has failed on
+    barren: int = 0  # consecutive batches in which all calls failed because of the infrastructure
     _successes: Counter[Row] = field(default_factory=Counter)
     _errors: Counter[Row] = field(default_factory=Counter)
     _failures: Failures = field(default_factory=Failures)
 
-    def alarm(self, batch: Sequence[Answer], in_hand: InHand) -> tuple[str, BaseException] | None:
-        """What the search has to stop on, and the error behind it; None when the batch may be told.
+    def alarm(self, batch: Sequence[Answer], in_flight: AnswersInFlight) -> tuple[str, BaseException] | None:
+        """The reason to stop the search, and its error; None if the batch may be told.
 
         Args:
-            batch: Its answers.
-            in_hand: Those of all batches under way.
+            batch: The answers of the batch.
+            in_flight: Returns the answers of all batches in flight.
         """
-        answers, run = self._last_failures(batch, in_hand)
+        answers, run = self._last_failures(batch, in_flight)
         failures = [answer for answer in run if not self._failures.is_unanswerable(answer[1].example)]
         if failures or not run:
             fresh = [(row, o) for row, o in failures if not self._failures.has_failed(row, o.example)]
             if self._is_barren(batch, answers, failures, fresh):
-                return f"all {len(batch)} calls of a batch failing", _error(failures)
+                return f"failures of all {len(batch)} calls of a batch", _error(failures)
             if fresh and self._is_outage(fresh, answers):
-                return f"the last {len(fresh)} calls failing, whatever was asked", _error(fresh)
+                return f"failures of the last {len(fresh)} calls", _error(fresh)
         self.note(batch)
         return None
 
     def note(self, batch: Iterable[Answer]) -> None:
-        """Learns from answers; what an earlier run has failed on has neither a score nor an error."""
+        """Count successes and failures. A failure of an earlier run has neither a score nor an error."""
         for row, outcome in batch:
             is_answered, example = outcome.score is not None, {outcome.example}
             (self._successes if is_answered else self._errors)[row] += 1
             self._failures.note(row, *((example, set()) if is_answered else (set(), example)))
 
-    def _last_failures(self, batch: Sequence[Answer], in_hand: InHand) -> tuple[list[Answer], list[Answer]]:
-        """All answers in hand, and the failures since the last success if any is of this batch.
+    def _last_failures(
+        self, batch: Sequence[Answer], in_flight: AnswersInFlight
+    ) -> tuple[list[Answer], list[Answer]]:
+        """All answers in flight, and the failures since the last success if one of them is of this batch.
 
         Calls of later batches may be signs of life; they are waited for while that is open.
         """
         own = {id(outcome) for _, outcome in batch}
         while True:
-            answers, pending = in_hand()
+            answers, pending = in_flight()
             run = last_failures(answers)
             if not any(id(outcome) in own for _, outcome in run):
                 return answers, []
@@ -107,9 +109,9 @@ class Outage:
         failures: Sequence[Answer],
         fresh: Sequence[Answer],
     ) -> bool:
-        """Whether a batch without any answer is the infrastructure's doing.
+        """Whether a batch without any answer shows an outage.
 
-        Of what has failed before, and is only tried once more, it takes many batches.
+        If all its calls repeat earlier failures, only many such batches do.
         """
         is_barren = bool(failures) and all(outcome.error is not None for _, outcome in batch)
         infrastructure = {self.verdict(outcome) for _, outcome in batch} <= INFRASTRUCTURE
@@ -121,7 +123,7 @@ class Outage:
         return bool(several or (self.barren and len(batch) >= self.many) or self.barren >= _BARREN_BATCHES)
 
     def _is_outage(self, run: Sequence[Answer], answers: Sequence[Answer]) -> bool:
-        """Whether these failures in a row are too unlikely to be the configurations' own."""
+        """Whether these failures are too unlikely to be the fault of the configurations."""
         if not _are_several(run) and len(run) < self.many:
             return False
         judged = {id(outcome) for _, outcome in run}
@@ -135,7 +137,7 @@ class Outage:
 
 
 def last_failures(answers: Iterable[Answer]) -> list[Answer]:
-    """Those after the last success, in the order in which they came back; skipped calls are no answers."""
+    """The failures after the last success, in the order in which calls ended; skipped calls do not count."""
     run: list[Answer] = []
     for row, outcome in sorted(answers, key=lambda answer: answer[1].order):
         if outcome.score is not None:
@@ -146,12 +148,12 @@ def last_failures(answers: Iterable[Answer]) -> list[Answer]:
 
 
 def _are_several(failures: Sequence[Answer]) -> bool:
-    """Whether they are of more than one configuration, and of more than one example."""
+    """Whether they are of more than one configuration and of more than one example."""
     return len({row for row, _ in failures}) > 1 and len({outcome.example for _, outcome in failures}) > 1
 
 
 def _chance(row: Row, times: int, successes: Counter[Row], failures: Counter[Row]) -> float:
-    """Of ``times`` failures of ``row``, after these successes and failures of all."""
+    """Likelihood of ``times`` failures of ``row``, given the earlier successes and failures of all rows."""
     if successes[row]:
         return float(((failures[row] + 1) / (successes[row] + failures[row] + 2)) ** times)
     if failures[row]:

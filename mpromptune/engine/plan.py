@@ -1,4 +1,4 @@
-"""The seam between a search and its evaluation plan: what is measured next, and who wins."""
+"""The interface of plans: a plan decides what is measured next, and which configuration wins."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.scores import Examples, ScoreTable
 from mpromptune.model.space import Row
 
-# NOTE: threads up to which trials do not depend on their number, and the calls in flight for all of these, at
-# which 32 threads are busy for 0.95 of the time; but no more than a part of the budget, since what is asked
-# for before earlier answers are known is asked blindly.
+# NOTE: up to `_SMALL_POOL` threads, trials do not depend on the number of threads: there are always
+# `_IN_FLIGHT` calls in flight, with which 32 threads are busy for 0.95 of the time. They are at most
+# `_SHARE` of the budget, because calls in flight were chosen without the scores of the others.
 _SMALL_POOL = 32
 _IN_FLIGHT = 96
 _SHARE = 0.08
-# NOTE: calls in flight for each thread of a larger pool, which rides out slow calls, and what part of the
-# budget they may be. In a simulation of 2130 calls with lognormal latencies (sigma 0.5), 64 threads are busy
-# for 0.90, 0.94 and 0.95 of the time with three, four and five; 128 for 0.80, 0.86 and 0.88.
+# NOTE: calls in flight for each thread of a larger pool, and the largest share of the budget that they may
+# be. In a simulation of 2130 calls with lognormal latencies (sigma 0.5), 64 threads are busy for 0.90, 0.94
+# and 0.95 of the time with three, four and five calls each; 128 threads for 0.80, 0.86 and 0.88.
 _PER_THREAD = 4
 _LARGEST_SHARE = 0.25
-# Batches that these calls are made of, so that the pool never waits for a decision.
+# Number of batches that the calls in flight are divided into, so that the pool never waits for a decision.
 _BATCHES = 3
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a plan is made for.
+    """The search problem that a plan is made for.
 
     Attributes:
         n_examples: Size of the validation set.
         max_calls: Budget of program calls.
         baseline: The configuration that the winner is compared with.
         space_size: Number of configurations.
-        seed: Of all draws, together with the number of trials before.
-        num_threads: Calls in flight at once.
+        seed: Seeds every random draw, together with the number of earlier trials.
+        num_threads: Calls made at the same time.
         is_combined: Whether configurations combine the candidates of several predictors.
-        allocates: Whether the plan chooses the configurations by what is known; otherwise a sampler does.
+        allocates: Whether the plan chooses the configurations by the evidence; otherwise a sampler does.
     """
 
     n_examples: int
@@ -51,11 +51,11 @@ class Task:
     allocates: bool = False
 
     def batch_size(self, trial_size: int) -> int:
-        """Trials or blocks of ``trial_size`` calls each in a batch."""
+        """Number of trials or blocks, of ``trial_size`` calls each, in a batch."""
         return max(2, round(self._usual_calls / (_BATCHES * trial_size)))
 
     def batches_in_flight(self, calls_of_a_batch: int) -> int:
-        """Batches being measured at any time, at most; at least two, so that the pool never drains."""
+        """Most batches measured at the same time; at least two, so that the pool always has work."""
         calls = self._usual_calls
         if self.num_threads > _SMALL_POOL:
             calls = max(calls, min(_PER_THREAD * self.num_threads, _LARGEST_SHARE * self.max_calls))
@@ -73,7 +73,7 @@ class Request:
 
     Attributes:
         row: Its configuration; None leaves the choice to the sampler.
-        examples: ``examples(row, trial number)``: what it is measured on.
+        examples: ``examples(row, trial number)`` returns the examples to measure it on.
     """
 
     row: Row | None
@@ -81,16 +81,16 @@ class Request:
 
 
 class Plan(Protocol):
-    """Spends the budget, by what the table of scores says. A class is listed in `options.PLANS`.
+    """Decides how the budget is spent, by the table of scores. `options.PLANS` lists the classes.
 
-    Every request becomes a trial, and is in the table, before the next one is taken.
+    Every request becomes a trial, and is in the table, before the next request is taken.
 
     Attributes:
-        task: What it was made for.
-        batch_size: Trials, or blocks, of a batch.
-        batches_in_flight: Batches at a time: while one is being told, the others keep the workers busy.
-        outage: Failures in a batch that are read as an outage, though all of one configuration.
-        arguments: What must stay as it is in a study.
+        task: The search problem.
+        batch_size: Trials, or blocks, in a batch.
+        batches_in_flight: Batches at the same time: while one is told, the others keep the workers busy.
+        outage: Number of failures in a batch that counts as an outage even if all are of one configuration.
+        arguments: The arguments that must not change within a study.
         measures_baseline: Whether the baseline has to be measured on all examples.
     """
 
@@ -103,20 +103,22 @@ class Plan(Protocol):
 
     @property
     def first(self) -> Examples:
-        """Examples that the baseline is measured on first of all."""
+        """The examples of the baseline's first trial."""
 
     def is_open(self, row: Row) -> bool:
         """Whether the sampler may propose ``row``."""
 
     def next_batch(self, evidence: Evidence) -> Iterator[Request]:
-        """The trials of the next batch; none when there is nothing to start now."""
+        """Yield the trials of the next batch; none when there is nothing to start now."""
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
-        """Only ``calls`` calls can be paid in all, if those are fewer than the task's; said every batch.
+        """Limit the plan to ``calls`` calls in all, if that is less than ``task.max_calls``.
+
+        It is called after every batch.
 
         Args:
-            calls: Those told so far and those that what is left allows.
-            price: How many times the average call one of a configuration costs.
+            calls: The calls told so far, and those that the remaining budgets allow.
+            price: Cost of a call of a configuration, in average calls.
         """
 
     def is_full(self, row: Row) -> bool:
@@ -126,18 +128,18 @@ class Plan(Protocol):
         """The configuration to return.
 
         Args:
-            ranked: Those measured, by posterior mean, the highest first; at least one if cut short.
+            ranked: The measured ones by posterior mean, highest first; at least one if it is cut short.
             is_cut_short: Whether the search ends before the plan does.
         """
 
 
 def best_so_far(table: ScoreTable, ranked: Sequence[Row], baseline: Row) -> Row:
-    """Whom to return when a search is cut short.
+    """The configuration to return when a search is cut short.
 
-    The first of ``ranked`` that is fully measured, or, where nothing is but the baseline, the first of all;
-    passing over what scores worse than the baseline on the examples that both were measured on, or shares
-    none with it. If nothing is left, the baseline; but where that has no score yet, there is nothing to pass
-    over.
+    It is the first of the fully measured ones in ``ranked``, or, if only the baseline is fully measured, the
+    first of all. Configurations with a lower score than the baseline on the examples that both have, or with
+    no such examples, are skipped; if none is left, the baseline is returned. While the baseline has no
+    score, none is skipped.
     """
     full = [row for row in ranked if row != baseline and table.is_full(row)]
     if not table.means(baseline):

@@ -14,12 +14,12 @@ __all__ = ["RESULT_VERSION", "Measured", "SearchResult"]
 
 @dataclass(frozen=True)
 class SearchResult(Findings):
-    """Outcome of `search`; for its attributes see `Findings`, for figures `mpromptune.plots`."""
+    """The result of `search`; its attributes are those of `Findings`, `mpromptune.plots` draws figures."""
 
     def report(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one HTML page about the search, which needs nothing else to be read.
+        """Write a report of the search as one self-contained HTML page.
 
-        It holds texts of prompts and demos. Without matplotlib it has no figures.
+        It contains texts of prompts and demos. Without matplotlib it has no figures.
 
         Args:
             path: The file; overwritten if it exists.

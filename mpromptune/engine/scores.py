@@ -1,4 +1,4 @@
-"""The one table of scores: what was asked of which configuration, what came of it, and what it cost."""
+"""The table of scores: all trials of each configuration, with their scores, failures and usage."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from mpromptune.model.space import Row
 
 Examples = tuple[int, ...]
 
-# Trials of one configuration that may fail before it is given up, unless on few of its examples.
+# Number of failed trials after which a configuration is dropped, unless it fails on few examples.
 _FAILED_TRIALS = 3
-# Trials of one configuration that have to fail on an example before it is not tried there again.
+# Number of failed trials on an example after which a configuration is not measured on it again.
 _TRIES = 2
-# Configurations, answered elsewhere, that an example has to fail for before it is left out for everybody.
+# Number of configurations with successes elsewhere that must fail on an example before it is excluded.
 _WITNESSES = 2
-# NOTE: part of the examples that a configuration may fail on, and yet be compared on the others. It was
-# reasoned, not tuned: a filter or a time limit hits a few pairs in a hundred, and who fails on one of ten has
-# a fault of its own.
+# NOTE: fraction of examples on which a configuration may fail and still be compared on the others. It was
+# reasoned, not tuned: a filter or a timeout affects a few pairs in a hundred; a configuration that fails on
+# one example in ten is faulty.
 _TOLERATED = 0.1
 
 
 @dataclass
 class Failures:
-    """Which examples fail, and for whom.
+    """The successes and failures on each example.
 
     Attributes:
-        answers: How often each example was answered.
-        failing: For whom each example failed, and was not answered since.
-        sound: The configurations that were answered on anything.
+        answers: Number of successes on each example.
+        failing: The configurations that failed on each example, without a success since.
+        sound: The configurations with any success.
     """
 
     answers: Counter[int] = field(default_factory=Counter)
@@ -41,7 +41,7 @@ class Failures:
     sound: set[Row] = field(default_factory=set)
 
     def note(self, row: Row, answered: AbstractSet[int], failed: AbstractSet[int]) -> None:
-        """``row`` was answered on some examples, and failed on others."""
+        """Add the successes and failures of a trial of ``row``."""
         if answered:
             self.sound.add(row)
         for example in answered:
@@ -51,24 +51,24 @@ class Failures:
             self.failing.setdefault(example, set()).add(row)
 
     def has_failed(self, row: Row, example: int) -> bool:
-        """Whether ``row`` failed on it, and was not answered since."""
+        """Whether ``row`` failed on ``example`` without a success since."""
         return row in self.failing.get(example, ())
 
     def is_unanswerable(self, example: int) -> bool:
-        """Whether it fails for configurations that are fine, and for more than it is answered."""
+        """Whether several sound configurations fail on ``example``, and more fail than succeed."""
         witnesses = len(self.failing.get(example, set()) & self.sound)
         return witnesses >= max(_WITNESSES, self.answers[example] + 1)
 
 
 @dataclass
 class _Arm:
-    """What is known of one configuration; counters are by example."""
+    """The trials of one configuration; counters are by example."""
 
     scores: dict[int, list[float]] = field(default_factory=dict)
-    means: dict[int, float] = field(default_factory=dict)  # of these, which are asked for more often
+    means: dict[int, float] = field(default_factory=dict)  # means of `scores`, which are needed more often
     pending: Counter[int] = field(default_factory=Counter)
-    failures: Counter[int] = field(default_factory=Counter)  # since the last answer
-    failed_trials: list[AbstractSet[int]] = field(default_factory=list)  # what each of them lacks
+    failures: Counter[int] = field(default_factory=Counter)  # since the last success
+    failed_trials: list[AbstractSet[int]] = field(default_factory=list)  # the examples that each lacks
     usage: Usage = field(default_factory=Usage)
 
     @property
@@ -81,21 +81,21 @@ class _Arm:
 
 
 class ScoreTable:
-    """Every call that was asked for and answered; plans decide by it, and keep no books of their own.
+    """All calls that were asked for, and their scores; plans decide by it and count nothing themselves.
 
-    It holds what a study keeps and nothing else, so that a run that goes on decides as one in one go.
-    A configuration may be new at any time. An example that is scored again keeps all its answers.
+    It contains only what the study saves, so that a continued search decides as an uninterrupted one.
+    Configurations are added when they are first asked. A pair that is measured again keeps all its scores.
 
     Args:
         n_examples: Size of the validation set.
 
     Attributes:
         calls: Program calls that gave a score.
-        pending: Program calls under way.
+        pending: Program calls of open trials.
         batches: Batches told.
-        usage: What all trials have used, those that failed included.
-        trials: Trials that have begun.
-        whole: Configurations of trials on all examples, in the order in which they began.
+        usage: Usage of all trials, including failed ones.
+        trials: Number of trials begun.
+        whole: Configurations that have had a trial on all examples, in the order in which these began.
     """
 
     def __init__(self, n_examples: int) -> None:
@@ -104,12 +104,12 @@ class ScoreTable:
         self.usage = Usage()
         self.whole: dict[Row, None] = {}
         self._arms: dict[Row, _Arm] = {}
-        self._told: dict[Row, None] = {}  # in the order in which they were first told
+        self._told: dict[Row, None] = {}  # configurations in the order in which they were first told
         self._failures = Failures()
         self._unanswerable: frozenset[int] = frozenset()
 
     def start(self, row: Row, examples: Examples) -> None:
-        """A trial of ``row`` on ``examples`` has begun."""
+        """Add an open trial of ``row`` on ``examples``."""
         self._arms.setdefault(row, _Arm()).pending.update(examples)
         self.pending += len(examples)
         self.trials += 1
@@ -125,18 +125,18 @@ class ScoreTable:
         refused: AbstractSet[int] = frozenset(),
         is_over: bool = True,
     ) -> AbstractSet[int]:
-        """That trial has ended.
+        """Record the end of a trial.
 
         Args:
             row: Its configuration.
-            examples: What it was to be measured on.
-            scores: Example to score; the others have failed.
-            usage: What it used.
-            refused: Of those scored, the examples on which the prompt was refused.
-            is_over: False where another run is to go on with it: it was cut short, and has not failed.
+            examples: The examples that it was asked on.
+            scores: Example to score; the other examples have failed.
+            usage: Its usage.
+            refused: The scored examples on which the prompt was refused.
+            is_over: False if it was cut short and the next run continues it; it has not failed then.
 
         Returns:
-            Examples that ``row`` has failed on again, and is not asked on any more.
+            Examples on which ``row`` has failed again, so that it is not measured on them any more.
         """
         arm = self._arms[row]
         arm.pending -= Counter(examples)
@@ -162,12 +162,12 @@ class ScoreTable:
         return lost & self._given_up(row)
 
     def add(self, row: Row, examples: Examples, scores: Mapping[int, float], **known: Any) -> None:
-        """A trial that has ended already; ``known`` as for `finish`."""
+        """Add a trial that has ended; ``known`` are the keyword arguments of `finish`."""
         self.start(row, examples)
         self.finish(row, examples, scores, **known)
 
     def forgive(self, row: Row) -> None:
-        """Forgets the failures of ``row``: they ended an earlier run, and may have been mended since."""
+        """Clear the failed trials of ``row``: they ended an earlier run, and the cause may be gone."""
         self._arms[row].failed_trials.clear()
         self._arms[row].failures.clear()
 
@@ -175,23 +175,23 @@ class ScoreTable:
 
     @property
     def rows(self) -> list[Row]:
-        """Configurations with any score, in the order in which they were first told."""
+        """Configurations with at least one score, in the order in which they were first told."""
         return [row for row in self._told if self._arms[row].scores]
 
     @property
     def started(self) -> AbstractSet[Row]:
-        """Configurations that were ever asked on anything."""
+        """Configurations with at least one trial, open or ended."""
         return self._arms.keys()
 
     @property
     def unanswerable(self) -> frozenset[int]:
-        """Examples that nobody is compared on."""
+        """The examples excluded from comparisons because no configuration can answer them."""
         return self._unanswerable
 
     def means(self, row: Row) -> dict[int, float]:
-        """Example to the mean of its scores, in the order of the examples.
+        """The mean score of ``row`` on each example, in the order of the examples.
 
-        An example that is refused whatever the prompt says nothing about who was refused.
+        A score for a refusal does not count on an example that is refused for any prompt.
         """
         if row not in self._arms:
             return {}
@@ -200,14 +200,14 @@ class ScoreTable:
         return {example: means[example] for example in sorted(means.keys() - refused)}
 
     def mean(self, row: Row) -> float:
-        """Mean over the examples of the mean of each; not a number where there is no score."""
+        """Mean score of ``row``, each example counting once; NaN if it has no score."""
         means = list(self.means(row).values())
         return mean(means) if means else math.nan
 
     def is_full(self, row: Row) -> bool:
         """Whether ``row`` has a score on every example that can be answered.
 
-        It need not have those on which it failed again and again, as long as they are few.
+        A few examples on which it failed repeatedly may be missing.
         """
         if row not in self._arms:
             return False
@@ -217,13 +217,13 @@ class ScoreTable:
         return is_whole and _are_few(len(own), len(answered))
 
     def is_not_worse(self, row: Row, baseline: Row) -> bool:
-        """Whether ``row`` scores at least as well as ``baseline`` on what both were measured on."""
+        """Whether ``row`` scores at least as well as ``baseline`` on the examples that both have."""
         ours, theirs = self.means(row), self.means(baseline)
         shared = ours.keys() & theirs.keys()
         return bool(shared) and sum(ours[e] for e in shared) >= sum(theirs[e] for e in shared)
 
     def relative_use(self, of: Callable[[Usage], float], row: Row) -> float:
-        """How many times the mean use of a call one of ``row`` takes; 1 where that is not known."""
+        """Mean use of a call of ``row`` divided by that of all calls; 1 if it is not known."""
         arm = self._arms.get(row, _Arm())
         mean_use = of(self.usage) / max(self.calls, 1)
         return of(arm.usage) / arm.calls / mean_use if arm.calls and mean_use else 1.0
@@ -232,25 +232,25 @@ class ScoreTable:
 
     @property
     def asked_calls(self) -> int:
-        """Calls that gave a score or are under way; what failed costs none of the budget."""
+        """Calls that gave a score or are pending; failed calls do not count against the budget."""
         return self.calls + self.pending
 
     def asked(self, row: Row) -> AbstractSet[int]:
-        """Examples that ``row`` is measured on, or being measured on."""
+        """Examples on which ``row`` has a score or a pending call."""
         return self._arms[row].asked if row in self._arms else frozenset()
 
     def pending_of(self, row: Row) -> int:
-        """Calls of ``row`` under way."""
+        """Number of pending calls of ``row``."""
         return self._arms[row].pending.total() if row in self._arms else 0
 
     def open_of(self, row: Row, order: Iterable[int]) -> Examples:
-        """The examples that ``row`` may be explored on, in order; those that failed before come last."""
+        """The examples that ``row`` may be measured on, in the given order but failed ones last."""
         return self._lacking(row, order, self._unanswerable)
 
     def missing(self, row: Row) -> Examples:
-        """The examples that a finalist still lacks, failed ones last.
+        """The examples that ``row`` lacks for a full score, failed ones last.
 
-        Of those left out, what it has not been asked on: a passing failure may be over.
+        Excluded examples are among them until ``row`` fails on them: their failures may have been temporary.
         """
         return self._lacking(row, range(self.n_examples), self._unanswerable & self._lost(row))
 
@@ -259,11 +259,11 @@ class ScoreTable:
         return self._lost(row) >= set(self.missing(row))
 
     def is_open(self, row: Row) -> bool:
-        """Whether ``row`` has examples left to be explored on."""
+        """Whether ``row`` may be measured on further examples."""
         return len(self._closed(row) | self._unanswerable) < self.n_examples and not self.is_dropped(row)
 
     def is_dropped(self, row: Row) -> bool:
-        """Whether so many trials of ``row``, and examples, failed that no further call is risked on it."""
+        """Whether ``row`` is not measured any more because too many of its trials and examples failed."""
         if row not in self._arms:
             return False
         failed = sum(not lost <= self._unanswerable for lost in self._arms[row].failed_trials)
@@ -277,24 +277,24 @@ class ScoreTable:
         return tuple(sorted((e for e in order if e not in closed), key=last.__contains__))
 
     def _closed(self, row: Row) -> AbstractSet[int]:
-        """Examples that ``row`` is measured on, being measured on, or failed on often enough."""
+        """Examples on which ``row`` has a score or a pending call, or failed too often."""
         given_up = self._given_up(row)
         return self.asked(row) | given_up if given_up and self._lacks_few(row) else self.asked(row)
 
     def _lost(self, row: Row) -> AbstractSet[int]:
-        """Examples without a score that ``row`` failed on."""
+        """Examples on which ``row`` failed and has neither a score nor a pending call."""
         if row not in self._arms:
             return frozenset()
         asked = self._arms[row].asked
         return {example for example in self._arms[row].failures if example not in asked}
 
     def _given_up(self, row: Row) -> AbstractSet[int]:
-        """Examples that enough trials of ``row`` failed on."""
+        """Examples on which ``row`` failed too often to be measured again."""
         failures = self._arms[row].failures if row in self._arms else {}
         return {example for example, times in failures.items() if times >= _TRIES}
 
     def _lacks_few(self, row: Row) -> bool:
-        """Whether ``row`` fails on so few examples that it can be judged on the others."""
+        """Whether ``row`` fails on so few examples that it can be compared on the others."""
         return _are_few(len(self._lost(row) - self._unanswerable), len(self.asked(row)))
 
 
@@ -303,7 +303,7 @@ def _are_few(lost: int, answered: int) -> bool:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean; of numbers whose sum overflows, too."""
+    """The arithmetic mean, also of numbers whose sum overflows."""
     total = sum(values)
     if math.isfinite(total):
         return total / len(values)

@@ -1,4 +1,4 @@
-"""`search`: the engine by itself, without DSPy."""
+"""`search`: the engine without DSPy."""
 
 from __future__ import annotations
 
@@ -52,55 +52,56 @@ def search(
     stopped: threading.Event | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Finds the configuration with the highest mean score for a budget of program calls.
+    """Find the configuration with the highest mean score within a budget of program calls.
 
-    Batches of ``batch_size`` blocks are measured, several at a time; a block is ``block_size`` examples of
-    one configuration, which may have several. With ``"qei"`` the configurations are those that may be the
-    best when all calls are spent, and the examples mostly those that tell the leaders apart (see
-    docs/mathematics.md); no pair of configuration and example is paid for twice. With ``schedule="mipro"``
-    trials are measured on random minibatches instead and, now and then, the best one so far on all examples,
-    as in DSPy's MIPROv2. Proposals depend on ``seed``, on ``batch_size``, on the number of batches in flight
-    (the same for up to 32 threads) and on what earlier batches measured, never on timing.
+    The search measures batches of ``batch_size`` blocks, several batches at a time. A block is one
+    configuration on ``block_size`` examples; a configuration may have several blocks in a batch. With
+    ``"qei"``, configurations are chosen by their chance to be the best when all calls are spent, and examples
+    mostly by how well they distinguish the leaders (see docs/mathematics.md); no pair of configuration and
+    example is paid for twice. With ``schedule="mipro"``, trials use random minibatches, and at intervals the
+    best configuration so far is evaluated on all examples, as in DSPy's MIPROv2. Proposals depend on
+    ``seed``, ``batch_size``, the number of batches in flight (the same for up to 32 threads) and the scores
+    of earlier batches, never on timing.
 
-    With ``storage`` every score is saved as it comes in, and the same call goes on where the last one
-    ended, however it ended. After ``kill -9`` the trials of ``"qei"`` are those of a search in one go;
-    trials that an error or an interrupt cut off are taken up under new numbers. No saved score is paid
-    again, and a finished search is returned without a call. ``max_calls`` is for all runs together; it
-    may change, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
-    sampler and the callbacks, which are not called again. A study takes one run at a time: it
-    belongs to that run until it ends. After ``kill -9`` it is free at once on the same host, and
-    elsewhere after a minute, for which the next run waits.
+    With ``storage``, every score is saved at once, and the same call continues a search that ended early for
+    any reason. After ``kill -9``, the trials of ``"qei"`` are those of an uninterrupted search; trials cut
+    short by an error or an interrupt continue under new numbers. No saved score is paid for again, and a
+    finished search returns its result without a call. ``max_calls`` counts the calls of all runs. It may
+    change between runs, as may ``confirm``, ``patience``, ``target``, ``failure_score``, ``num_threads``, the
+    sampler and the callbacks; callbacks are not called again for old trials. Only one run at a time may use a
+    study. After ``kill -9`` the study is free at once on the same host; on other hosts after a minute, for
+    which the next run waits.
 
     Args:
         space: The configurations.
-        score: ``score(params, example) -> float``, the higher the better; called from threads. It calls
-            `mpromptune.execution.usage.record` to say what it used, where there are limits on that.
+        score: ``score(params, example) -> float``, higher is better; called from threads. If there are
+            limits on usage, it reports its usage by `mpromptune.execution.usage.record`.
         n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
-        max_calls: Calls of ``score`` to spend. Fewer are spent when nothing is left to measure.
-        num_threads: Calls in flight at once.
+        max_calls: Calls of ``score`` to spend; fewer are spent if nothing is left to measure.
+        num_threads: Calls made at the same time.
         baseline: Configuration to compare with; by default the first of the space.
-        seed: Fixes blocks, proposals and so the whole search.
-        classify: The verdict on an exception of ``score``.
-        retry: How infrastructure errors are retried; by default as ``timeout`` and ``max_retries`` say.
-        retry_after: Seconds that an exception of ``score`` asks to wait, or None.
-        budget: Limits that count already, in the place of ``max_tokens``, ``max_cost`` and ``max_seconds``.
-        stopped: Set from outside, no further call begins; set when nothing more may be spent.
+        seed: Determines blocks and proposals, and so the whole search.
+        classify: Returns the verdict on an exception of ``score``.
+        retry: How infrastructure errors are retried; by default from ``timeout`` and ``max_retries``.
+        retry_after: Returns the seconds that an exception of ``score`` asks to wait, or None.
+        budget: A running budget, used instead of ``max_tokens``, ``max_cost`` and ``max_seconds``.
+        stopped: When it is set, no further call begins; the search sets it when nothing more may be spent.
         options: See `SearchOptions`; None is the default.
 
     Returns:
-        The winner, its score, the baseline's, and the study.
+        The winner, its score, the baseline's score, and the study.
 
     Raises:
-        InvalidArgumentError: An argument cannot work; no call was made.
-        UnknownOptionError: An option is not known; the message names the nearest.
+        InvalidArgumentError: An argument is not valid; no call was made.
+        UnknownOptionError: An option is unknown; the message suggests a similar name.
         TravelError: The score cannot be sent to the workers of the executor; no call was made.
         StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
-            seed or schedule, or to none; no call was made.
-        StudyInUseError: Another run is at work on the study; no call was made.
-        SearchStoppedError: No further call could succeed; ``.study`` keeps what was measured, in memory
-            where the storage failed, and ``.result`` is what can be said from it.
-        SearchInterrupted: By Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same. SIGTERM is listened to
-            in the main thread, unless it has a handler already.
+            seed or schedule, or was not made by a search; no call was made.
+        StudyInUseError: Another run uses the study; no call was made.
+        SearchStoppedError: No further call could succeed. ``.study`` has all scores, in memory if the
+            storage failed, and ``.result`` the result so far.
+        SearchInterrupted: Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same attributes. SIGTERM is
+            handled in the main thread only, and only if it has no handler yet.
     """
     for name, count in {"n_examples": n_examples, "max_calls": max_calls, "num_threads": num_threads}.items():
         require_count(name, count)
@@ -115,7 +116,7 @@ def search(
         is_combined=space.combinations is None and len(set(space.groups)) > 1,
         allocates=is_qei(chosen.sampler),
     )
-    _warn_of_little(chosen.plan(task, ScoreTable(n_examples)))
+    _warn_of_low_budget(chosen.plan(task, ScoreTable(n_examples)))
     budget = budget or Budget(chosen.limits, grace=chosen.grace)
     retry, stopped = retry or chosen.retry, stopped or threading.Event()
     study = open_study(chosen.storage, chosen.study_name)
@@ -126,31 +127,31 @@ def search(
         measuring(score, Workplace(chosen.executor), num_threads, retry, stopped) as (score, pool),
     ):
         workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
-        loop = _take_up(space, task, chosen, lease, workers, budget)
+        loop = _prepare(space, task, chosen, lease, workers, budget)
         with metered(budget.begin_search()):
             return loop.run()
 
 
-def _warn_of_little(plan: Plan) -> None:
+def _warn_of_low_budget(plan: Plan) -> None:
     n_examples, max_calls = plan.task.n_examples, plan.task.max_calls
     if plan.measures_baseline and 4 * n_examples > max_calls:
         logger.warning(
             "Measuring the winner and the baseline on all %d validation examples takes up to %d of "
-            "max_calls=%d: little is left to find a winner with. Raise max_calls, use fewer validation "
+            "max_calls=%d, which leaves few calls for the search. Raise max_calls, use fewer validation "
             "examples, or pass confirm=False.",
             *(n_examples, 2 * n_examples, max_calls),
         )
 
 
-def _take_up(
+def _prepare(
     space: PromptSpace, task: Task, options: SearchOptions, lease: Lease, workers: Workers, budget: Budget
 ) -> Loop:
-    """The search made ready on its study: settings compared, the record read, the sampler set.
+    """The loop on the study: compares settings, reads the record and sets the sampler.
 
     Raises:
-        InvalidArgumentError: The budget is too low to go on.
+        InvalidArgumentError: The budget is too low to continue the study.
         StudyMismatchError: The study belongs to another search.
-        StorageError: It is damaged.
+        StorageError: The study is damaged.
     """
     study, table = lease.study, ScoreTable(task.n_examples)
     sampler = options.made_sampler(task.seed)
@@ -158,22 +159,22 @@ def _take_up(
         before = recorded_settings(study)
         own = sampler.batch_size if isinstance(sampler, qEISampler) else None
         plan = options.plan(task, table, own or before.get("batch_size"))
-        if before.get("batch_size") == plan.batch_size:  # so that other threads make no other trials
+        if before.get("batch_size") == plan.batch_size:  # trials must not depend on the number of threads
             plan.batches_in_flight = int(before["batches_in_flight"])
         settings = settings_of(space, task, options.schedule_name, plan)
         require_same(study, before, settings)
     require_readable(study, distributions_of(space), task.n_examples)
     record = read_record(study)
-    missing: set[int] = set()  # what the baseline has to be asked on besides
+    missing: set[int] = set()  # further examples on which the baseline must be measured
     if plan.measures_baseline:
         missing.update(table_of(record, space, task.n_examples).missing(task.baseline))
         for recorded in record:
             if not recorded.told and recorded.params == space.params(task.baseline):
-                missing -= set(recorded.examples or ())  # its trial goes on
+                missing -= set(recorded.examples or ())  # its trial continues
     check_left(record, task.max_calls, len(missing))
     made = resolve_sampler(sampler, space, task.seed, len(study.get_trials(deepcopy=False)))
     study.sampler, encoding = bind(made, space, plan.is_open, task.seed)
-    if made is options.sampler and record:  # its stream is at its beginning, and would come again
+    if made is options.sampler and record:  # otherwise it would draw the same numbers as in the first run
         study.sampler.reseed_rng()
     write_settings(study, settings, encoding)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))

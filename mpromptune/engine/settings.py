@@ -1,4 +1,4 @@
-"""The arguments on which the trials of a study depend; studies of another search are refused."""
+"""The settings of a search: the arguments that its trials depend on; a study of other settings is refused."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
 
-# NOTE: distances are divided by their median. The same model on another machine differs by 1e-6 of
-# that, another model by a tenth and more.
+# NOTE: distances are divided by their median. On that scale, the same model on another machine differs by
+# 1e-6, another model by 0.1 or more.
 _TOLERANCE = 1e-2
 
 
 def settings_of(space: PromptSpace, task: Task, schedule: str, plan: Plan) -> Settings:
-    """What is written down of a search, with hashes in the place of texts."""
+    """The settings of a search, with hashes instead of texts."""
     arguments = {
         "n_examples": task.n_examples,
         "baseline": space.params(task.baseline),
@@ -54,16 +54,16 @@ def _sha256(value: Any) -> str:
 
 
 def recorded_settings(study: Study) -> Settings:
-    """The settings of the search that a study belongs to; empty for one without any trials."""
+    """The settings of the search that a study belongs to; empty for a study without trials."""
     settings = study.user_attrs.get(SETTINGS)
     return dict(settings) if settings and study.get_trials(deepcopy=False) else {}
 
 
 def require_same(study: Study, before: Settings, now: Settings) -> None:
-    """Refuses to go on with a study under arguments that would make its trials those of another search.
+    """Require that the settings of a study have not changed.
 
     Raises:
-        StudyMismatchError: What has changed, from what to what.
+        StudyMismatchError: They have; the message lists the old and new values.
     """
     if not before:
         return
@@ -74,8 +74,8 @@ def require_same(study: Study, before: Settings, now: Settings) -> None:
     if changes:
         raise StudyMismatchError(
             f"The study {study.study_name!r} belongs to a search with other arguments: {'; '.join(changes)}. "
-            "Give the arguments that it was made with to go on, or another study_name or storage to start "
-            "anew. No call was made."
+            "Pass the same arguments as before to continue it, or another study_name or storage to start a "
+            "new search. No call was made."
         )
 
 
@@ -100,10 +100,10 @@ def _change(what: str, before: Any, now: Any) -> str:
 
 
 def write_settings(study: Study, settings: Settings, encoding: Encoding) -> None:
-    """Keeps the settings with the study, and how far its candidates are from each other.
+    """Save the settings and the distances between candidates in the study.
 
     Raises:
-        StorageError: What the study says of its candidates is damaged.
+        StorageError: The distances saved in the study are damaged.
     """
     with readable(f"What {named(study)} says of its candidates"):
         _compare_geometry(study, encoding)
@@ -113,10 +113,10 @@ def write_settings(study: Study, settings: Settings, encoding: Encoding) -> None
 
 
 def _compare_geometry(study: Study, encoding: Encoding) -> None:
-    """Warns when an embedder sees the candidates otherwise than in the run that the study goes on from.
+    """Warn if the embedder gives other distances between candidates than in the earlier run.
 
-    What was measured holds whatever the embedder, so this is no reason to refuse; but the trials to
-    come are not those of a search that was never interrupted.
+    The scores are still valid, so the study is not refused, but further trials will differ from those of an
+    uninterrupted search.
     """
     now = _geometry(encoding)
     before = study.user_attrs.get(GEOMETRY)
@@ -124,15 +124,15 @@ def _compare_geometry(study: Study, encoding: Encoding) -> None:
         return
     if before is not None:
         logger.warning(
-            "The embedder gives other vectors than in the run that study %r goes on from. What was "
-            "measured still counts, but the trials to come are not those of a search in one go.",
+            "The embedder gives other vectors than in the earlier run of study %r. The scores are still "
+            "valid, but further trials will differ from those of an uninterrupted search.",
             study.study_name,
         )
     study.set_user_attr(GEOMETRY, now)
 
 
 def _geometry(encoding: Encoding) -> dict[str, list[list[float]]] | None:
-    """Of each candidate, by component and view, the mean distance to the others; None without texts."""
+    """Mean distance of each candidate to the others, by component and view; None without texts."""
     found = {
         name: [[round(float(d), 4) for d in view.mean(dim=1)] for view in geometry.views]
         for name, geometry in zip(encoding.names, encoding.geometries, strict=True)

@@ -1,4 +1,4 @@
-"""The result of a search, made from what it knows: at its end, and whenever it has to stop."""
+"""Makes the result of a search from its evidence, at its end or when it stops early."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Summary:
-    """Makes results.
+    """Makes the result of a search.
 
     Attributes:
         space: The configurations.
-        plan: Says who wins.
-        evidence: The scores, and what the model makes of them.
-        budget: What was used.
-        binding: The limit that leaves fewer calls than the plan has, if any.
+        plan: Chooses the winner.
+        evidence: The scores and the model.
+        budget: The usage.
+        binding: Name of the limit that allows fewer calls than the plan has, if any.
     """
 
     space: PromptSpace
@@ -42,10 +42,10 @@ class Summary:
     binding: str | None = None
 
     def result(self, study: Study) -> SearchResult:
-        """Of a search that has ended.
+        """The result of a search that has ended.
 
         Raises:
-            SearchStoppedError: A limit was reached before anything was measured.
+            SearchStoppedError: A limit was reached before the first score.
         """
         ranked = self.evidence.best_first(self.evidence.table.rows)
         limit = self.budget.reached or self.binding
@@ -53,16 +53,16 @@ class Summary:
             raise SearchStoppedError(
                 f"{limit} was reached before anything was measured: {self.budget.usage.total}.", study
             )
-        # A plan that a limit has cut short may not have got to its winner.
+        # A plan that a limit has cut short may not have measured its winner in full.
         return self._of(self.plan.winner(ranked, is_cut_short=limit is not None), ranked, study)
 
     def so_far(self, study: Study) -> SearchResult | None:
-        """Of a search that stopped, as by an error; nothing that goes wrong here hides why it did."""
+        """The result of a search that stopped early; None without scores or if an error is raised here."""
         try:
             ranked = self.evidence.best_first(self.evidence.table.rows)
             return self._of(self.plan.winner(ranked, is_cut_short=True), ranked, study) if ranked else None
         except Exception:
-            logger.exception("No result could be made of what was measured.")
+            logger.exception("No result could be made from the scores so far.")
             return None
 
     def _of(self, winner: Row, ranked: Sequence[Row], study: Study) -> SearchResult:
@@ -82,18 +82,18 @@ class Summary:
 def result_of_study(
     study: Study, arguments: Mapping[str, Any], table: ScoreTable, space: PromptSpace
 ) -> SearchResult | None:
-    """The result of a search from its study alone, by a model that knows nothing of the texts.
+    """The result of a search from its study alone, by a model without the texts of candidates.
 
     Args:
         study: The study.
-        arguments: What its settings say of the search.
-        table: All of its scores.
-        space: Its configurations.
+        arguments: The arguments of the search, from the study's settings.
+        table: All scores of the study.
+        space: The configurations.
 
     Returns:
-        What the search would return if it were cut short now; None where nothing was measured.
+        The result that the search would return if it were cut short now; None without scores.
     """
-    # As many calls as any plan may need: none is made.
+    # Enough for any plan; no call is made.
     calls = 100 * table.n_examples + table.asked_calls
     task = Task(table.n_examples, calls, space.row(arguments["baseline"]), space.size, arguments["seed"])
     plan: Plan = BatchPlan(task, table, confirm=True)
@@ -111,7 +111,7 @@ def result_of_study(
 def _found(
     study: Study, space: PromptSpace, plan: Plan, evidence: Evidence, winner: Row, ranked: Sequence[Row]
 ) -> SearchResult:
-    """What the scores say; a mean is foreseen where not all examples were measured."""
+    """The parts of a result that the scores give; mean scores are predicted if examples are missing."""
 
     def score(row: Row) -> tuple[float, float, float]:
         return (table.mean(row),) * 3 if plan.is_full(row) else evidence.whole_score(row)

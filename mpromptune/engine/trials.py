@@ -1,8 +1,8 @@
-"""The trials of a search in their study: asked anew or taken from an earlier run, kept, and told.
+"""The trials of a search in their study: asked or taken from the record of earlier runs, saved, and told.
 
-A search that goes on takes every step again that it took before. Trials that were told are answers without a
-call. Those that a killed run left open go on under their own number, so that nobody could tell that it was
-killed; abandoned ones, which are closed, under a new one.
+A continued search repeats all steps of the earlier runs. A trial that was told in an earlier run needs no
+call. A trial that a killed run left open continues under its own number, so that the study equals that of an
+uninterrupted search. An abandoned trial is closed, so it continues as a new trial.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from mpromptune.storage.record import Record, Recorded, abandoned_attributes, re
 
 @dataclass(frozen=True)
 class Asked:
-    """The answer to a request for a trial.
+    """A trial for a request of the plan.
 
     Attributes:
-        trial: To be measured; None when an earlier run has told it.
+        trial: The trial to measure; None if an earlier run has told it.
         number: Its number.
         row: Its configuration.
-        examples: What an earlier run chose to measure it on, or None; empty for nothing.
-        scores: What an earlier run paid for.
-        meter: What it has used, in earlier runs too.
-        refused: Examples on which the prompt was refused, as an earlier run has told.
+        examples: The examples that an earlier run chose for it, or None; empty if it chose none.
+        scores: The scores that an earlier run paid for.
+        meter: Its usage, including that in earlier runs.
+        refused: The examples on which the prompt was refused in an earlier run.
     """
 
     trial: Trial | None
@@ -50,7 +50,7 @@ class Asked:
 
     @classmethod
     def of(cls, recorded: Recorded, row: Row, trial: Trial | None = None) -> Asked:
-        """A trial of an earlier run; ``trial`` unless it was told."""
+        """A trial of the record; ``trial`` is given if it was not told."""
         examples = recorded.examples if trial is not None else recorded.examples or ()
         asked = cls(trial, recorded.number, row, examples, recorded.scores, refused=recorded.refused)
         asked.meter.add(recorded.usage)
@@ -58,16 +58,16 @@ class Asked:
 
 
 class Trials:
-    """Answers requests from the record of earlier runs first, and then from the sampler.
+    """Provides trials for requests: first those of the record, then new ones.
 
     Args:
         study: The study; its sampler proposes configurations.
         space: The configurations.
         record: The trials of earlier runs.
-        lease: Says whether this run may write to the study.
+        lease: The right of this run to write to the study.
 
     Attributes:
-        told: Trials told, in earlier runs too.
+        told: Number of trials told, including those of earlier runs.
     """
 
     def __init__(self, study: Study, space: PromptSpace, record: Record, lease: Lease) -> None:
@@ -79,17 +79,17 @@ class Trials:
         self.told = 0
 
     def next(self, row: Row | None) -> Asked:
-        """The next trial of the record; after the last, a new one of ``row``, or of the sampler's choice."""
+        """The next trial of the record; after the last, a new one of ``row`` or chosen by the sampler."""
         self.lease.require()
         while self.record:
             recorded = self.record.popleft()
-            asked = self._told(recorded) if recorded.told else self._again(recorded)
+            asked = self._told(recorded) if recorded.told else self._continued(recorded)
             if asked is not None:
                 return asked
         if row is None:
             trial = self.study.ask(fixed_distributions=self._distributions)
         else:
-            with deferred():  # an interrupt in between would leave a trial that waits, and that nobody closes
+            with deferred():  # an interrupt in between would leave an enqueued trial that is never closed
                 self.study.enqueue_trial(self._space.params(row))
                 trial = self.study.ask(fixed_distributions=self._distributions)
         return Asked(trial, trial.number, self._space.row(trial.params))
@@ -97,12 +97,12 @@ class Trials:
     def _told(self, recorded: Recorded) -> Asked:
         return Asked.of(recorded, self._space.row(recorded.params) if recorded.examples else ())
 
-    def _again(self, recorded: Recorded) -> Asked | None:
+    def _continued(self, recorded: Recorded) -> Asked | None:
         with deferred():
-            return self._open(recorded if recorded.is_open else self._taken_up(recorded))
+            return self._open(recorded if recorded.is_open else self._copied(recorded))
 
-    def _taken_up(self, abandoned: Recorded) -> Recorded:
-        """A new trial in the place of a closed one; with its scores, in a single write."""
+    def _copied(self, abandoned: Recorded) -> Recorded:
+        """A new trial with the scores of an abandoned one, added in a single write."""
         trial = create_trial(
             state=TrialState.WAITING,
             user_attrs={
@@ -118,34 +118,34 @@ class Trials:
         return recorded_of(self.study.get_trials(deepcopy=False)[-1])
 
     def _open(self, recorded: Recorded) -> Asked | None:
-        """A trial that was left open; None when it was left in the middle of a proposal that is lost."""
-        # A killed run may have left it waiting.
+        """An open trial of the record; None if the run was killed while the sampler proposed it."""
+        # A killed run may have left it in the state WAITING.
         self.study._storage.set_trial_state_values(recorded.trial_id, TrialState.RUNNING)
         trial = Trial(self.study, recorded.trial_id)
         for name, distribution in self._distributions.items():
             assert isinstance(distribution, CategoricalDistribution)
-            trial.suggest_categorical(name, distribution.choices)  # what is stored, where it is
+            trial.suggest_categorical(name, distribution.choices)  # returns the stored choice if there is one
         row = tuple(int(trial.params[name]) for name in self._space.names)
         if self._space.exists(row):
             return Asked.of(recorded, row, trial)
-        self._forget(trial)  # half of it is from a sampler that has forgotten what it drew
+        self._forget(trial)  # some of its choices are lost with the killed run
         return None
 
     def _forget(self, trial: Trial) -> None:
-        """Closes one of which nothing was measured, as if it had not been asked for."""
+        """Close a trial without scores as if it had not been asked for."""
         trial.set_user_attr(ABANDONED, True)
         self.study.tell(trial, state=TrialState.FAIL)
 
     def start(self, asked: Asked, examples: Sequence[int]) -> None:
-        """Notes what a trial is to be measured on."""
+        """Save the examples that a trial is measured on."""
         self.lease.require()
         if asked.trial is not None and asked.examples is None:
             asked.trial.set_user_attr(EXAMPLES, list(examples))
 
     def keep(self, asked: Asked, example: int, score: float | None, usage: Usage) -> None:
-        """Saves at once what a call used, and its score, if any, as an intermediate value.
+        """Save the usage of a call and, as an intermediate value, its score if there is one.
 
-        A call that hung until its trial was closed comes too late.
+        A call that ends after its trial was closed is ignored.
         """
         assert asked.trial is not None
         self.lease.require()
@@ -158,7 +158,7 @@ class Trials:
                 asked.trial.report(score, step=example)
 
     def drop(self, asked: Asked) -> None:
-        """Closes a trial of which nothing is to be measured."""
+        """Close a trial that is not measured."""
         if asked.trial is not None:
             self.study.tell(asked.trial, state=TrialState.FAIL)
 
@@ -170,14 +170,14 @@ class Trials:
         refused: Sequence[int] = (),
         abandoned: bool = False,
     ) -> FrozenTrial | None:
-        """Tells a trial: its mean when every example was measured, FAIL otherwise.
+        """Tell a trial its mean score if all examples have a score, otherwise FAIL.
 
         Args:
-            asked: The trial; None is returned for one that an earlier run has told.
-            examples: What it was to be measured on.
+            asked: The trial; if an earlier run has told it, the result is None.
+            examples: The examples that it was asked on.
             scores: Example to score.
-            refused: Of those, the examples on which the prompt was refused.
-            abandoned: Whether the run ends, and the next one is to take up what it lacks.
+            refused: The scored examples on which the prompt was refused.
+            abandoned: Whether this run ends and the next one should continue the trial.
         """
         self.lease.require()
         self.told += 1
@@ -188,7 +188,7 @@ class Trials:
             self._closed.add(asked.number)
         failed = len(scores) < len(examples)
         attributes = {
-            # First, so that it is never lost what was planned.
+            # First, so that the planned examples are never lost.
             **({PLANNED: list(examples)} if failed else {}),
             **({ABANDONED: True} if failed and abandoned else {}),
             **({REFUSED: list(refused)} if refused else {}),
@@ -202,19 +202,19 @@ class Trials:
         return self.study.tell(trial, sum(scores.values()) / len(scores))
 
     def rest(self) -> Iterator[Asked]:
-        """What is left of the record when the search needs no more of it; it was paid for all the same."""
+        """Yield the trials of the record that the search does not ask for; they were paid for too."""
         while self.record:
             recorded = self.record.popleft()
             asked = self._open(recorded) if recorded.is_open else self._told(recorded)
             if asked is None:
                 continue
-            if asked.trial is not None and asked.examples is None:  # killed in the middle of a proposal
+            if asked.trial is not None and asked.examples is None:  # the run was killed during the proposal
                 self._forget(asked.trial)
             else:
                 yield asked
 
     def abandon_open(self) -> None:
-        """Closes what is still open: trials that the sampler failed on, and the record's."""
+        """Close all open trials: those on which the sampler failed, and those left in the record."""
         self.lease.require()
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             recorded = recorded_of(trial)
@@ -224,7 +224,7 @@ class Trials:
 
 
 def table_of(record: Record, space: PromptSpace, n_examples: int) -> ScoreTable:
-    """The scores of earlier runs."""
+    """The table with the scores of the record."""
     table = ScoreTable(n_examples)
     for recorded in record:
         if recorded.params.keys() == set(space.names):
