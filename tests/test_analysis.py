@@ -155,7 +155,7 @@ NEAR = replace(OTHER, posterior_mean=0.66, posterior_std=0.04)
 LACKING = replace(WINNER, scores={e: WINNER.scores[e] for e in (0, 1, 2)})
 FLAT = tuple(replace(m, scores=dict.fromkeys(m.scores, 2.0)) for m in findings().configurations)
 ALONE = {"best_params": BASELINE.params, "configurations": (BASELINE,)}
-CHANCE = "The embeddings explain nothing that could be told from chance"
+CHANCE = "The embeddings explain no more than chance"
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ CHANCE = "The embeddings explain nothing that could be told from chance"
             "on 3 of 4 validation examples: its score is an estimate",
         ),
         (ALONE, "Only one configuration"),
-        (ALONE, "Nothing was found that beats the baseline"),
+        (ALONE, "No configuration better than the baseline was found"),
         ({"configurations": FLAT}, "Every score is 2"),
-        ({"study": study_of(TRIALS, lost=[0])}, "failed or were cut off: 1;"),
+        ({"study": study_of(TRIALS, lost=[0])}, "failed or were cut short: 1;"),
         ({"text_chance": 0.5}, "as well in 50 % of cases"),
     ],
 )

@@ -67,7 +67,7 @@ def test_open_trials_count_as_far_as_they_are(tmp_path: Path) -> None:
     trial.report(0.0, step=3)
     assert read_result(read.study._storage)[0].calls == read.calls + 1
     assert cli.main(["report", str(tmp_path / "run.log"), "--output", str(tmp_path / "page.html")]) == 0
-    assert "trials that are open: 1." in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "open trials: 1." in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_several_studies_need_a_name(tmp_path: Path) -> None:

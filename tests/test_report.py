@@ -151,7 +151,7 @@ def test_figures_are_in_the_page(page: str) -> None:
         f"caption-{name}" for name in ("growth", "leaders", "map", "effects", "examples", "usage")
     ]
     text = text_of(page)
-    assert "The best configuration (70.0 %) was met after 8 of 10 calls." in text
+    assert "The best configuration (70.0 %) was first measured after 8 of 10 calls." in text
     assert "0 of 3 configurations are within one standard deviation of the winner." in text
     assert "instruction matters most: +30.0 points from its worst candidate to its best." in text
     assert "Of 4 examples, no configuration solves 1." in text
@@ -273,7 +273,7 @@ def test_failing_searches_are_reported(tmp_path: Path) -> None:
     result = search(space, score, retry=RetryPolicy(attempts=1), **arguments)
     page = result.report(tmp_path / "page.html").read_text(encoding="utf-8")
     Checked(page)
-    assert "Trials that failed or were cut off: " in page
+    assert "Trials that failed or were cut short: " in page
     with pytest.raises(SearchStoppedError) as stopped:
         search(space, score, retry=RetryPolicy(attempts=1), callbacks=[lambda *_: outage.set()], **arguments)
     Checked(stopped.value.result.report(tmp_path / "page.html").read_text(encoding="utf-8"))

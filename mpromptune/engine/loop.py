@@ -164,7 +164,7 @@ class Loop:
         """
         try:
             self.trials.keep(asked, outcome.example, outcome.score, outcome.usage)
-        except Exception as error:  # noqa: BLE001 - whatever a storage raises
+        except Exception as error:  # noqa: BLE001 - any error of a storage
             self.unsaved = self.unsaved or error
             self.workers.stopped.set()
 
@@ -316,7 +316,7 @@ class Loop:
             for one, scores in running:
                 self.trials.tell(one.asked, one.examples, scores, abandoned=True)
             self.trials.abandon_open()
-        except Exception as error:  # noqa: BLE001 - whatever a storage raises
+        except Exception as error:  # noqa: BLE001 - any error of a storage
             logger.warning("Open trials could not be closed in the storage (%s); kept in memory.", error)
             try:
                 self.study = salvaged(self.study, {one.asked.number: scores for one, scores in running})

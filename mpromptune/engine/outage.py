@@ -90,7 +90,7 @@ class Outage:
     ) -> tuple[list[Answer], list[Answer]]:
         """All answers in flight, and the failures since the last success if one of them is of this batch.
 
-        Calls of later batches may be signs of life; they are waited for while that is open.
+        It waits for calls of later batches, because a success among them would rule out an outage.
         """
         own = {id(outcome) for _, outcome in batch}
         while True:

@@ -27,8 +27,8 @@ def warning_signs(findings: Findings) -> list[str]:
 def next_steps(findings: Findings) -> list[str]:
     """The next steps, most urgent first."""
     advised = dict.fromkeys(advice for _, advice in _signs(findings) if advice)
-    last = "Measure the program on a test set: the best of many flatters itself a little on the examples "
-    return [*advised, f"{last}it was chosen by."]
+    last = "Measure the program on a test set: on the examples by which it was chosen, "
+    return [*advised, f"{last}the score of the best of many is a little too high."]
 
 
 def _signs(findings: Findings) -> Iterator[Sign]:
@@ -41,8 +41,8 @@ def _signs(findings: Findings) -> Iterator[Sign]:
     chance = findings.text_chance
     if chance is not None and chance > _LIKELY_CHANCE:
         yield (
-            "The embeddings explain nothing that could be told from chance: dealt out at random among the "
-            f"candidates, they explain the scores as well in {100 * chance:.0f} % of cases.",
+            "The embeddings explain no more than chance: assigned to the candidates at random, "
+            f"they explain the scores as well in {100 * chance:.0f} % of cases.",
             "Try another embedder, or embedder='index', which ignores the texts.",
         )
 
@@ -51,14 +51,14 @@ def _about_the_search(findings: Findings) -> Iterator[Sign]:
     if findings.stopped_by is not None:
         yield (
             f"The search was ended by {findings.stopped_by} before it had made all its calls.",
-            f"Raise {findings.stopped_by}; with storage= the same call goes on where it ended.",
+            f"Raise {findings.stopped_by}; with storage= the same call continues the search.",
         )
     record = read_record(findings.study)
     if running := sum(recorded.is_open for recorded in record):
-        yield f"The search is not over: trials that are open: {running}.", "Wait, or let it go on."
+        yield f"The search has not ended; open trials: {running}.", "Wait, or continue it."
     cut = sum(len(r.scores) < len(r.examples or ()) for r in record if not r.is_open)
     if cut:
-        yield f"Trials that failed or were cut off: {cut}; what they had measured counts.", ""
+        yield f"Trials that failed or were cut short: {cut}; their scores count.", ""
     if len(findings.configurations) == 1:
         yield (
             "Only one configuration was measured, so there is nothing to compare it with.",
@@ -78,7 +78,7 @@ def _about_the_winner(findings: Findings, best: Measured) -> Iterator[Sign]:
     equal = len(rivals(findings))
     if equal:
         yield (
-            f"The top is flat: {_count(equal, 'configuration')} cannot be told from the winner (the "
+            f"The top is flat: {_count(equal, 'configuration')} cannot be distinguished from the winner (the "
             "difference is within one standard deviation).",
             "Of the configurations that are as good as the winner, prefer the shortest or cheapest.",
         )
@@ -99,7 +99,7 @@ def is_lucky(measured: Measured) -> bool:
 def _about_the_gain(findings: Findings) -> Iterator[Sign]:
     if findings.best_params == findings.baseline_params:
         yield (
-            "Nothing was found that beats the baseline, which is the winner.",
+            "No configuration better than the baseline was found, so the baseline is the winner.",
             "Give it other candidates: more of them (num_candidates), a stronger prompt_model, or a better "
             "instruction of your own to start from.",
         )
@@ -116,14 +116,14 @@ def _about_the_gain(findings: Findings) -> Iterator[Sign]:
 def _about_the_examples(findings: Findings) -> Iterator[Sign]:
     if findings.n_examples < _FEW_EXAMPLES:
         yield (
-            f"The validation set has only {_count(findings.n_examples, 'example')}: what is best on it need "
-            "not be best elsewhere.",
-            "Add validation examples: a hundred or more tell small gains from luck.",
+            f"The validation set has only {_count(findings.n_examples, 'example')}: the best configuration "
+            "on it may not be the best on others.",
+            "Add validation examples: it takes a hundred or more to distinguish small gains from chance.",
         )
     scores = {score for m in findings.configurations for score in m.scores.values()}
     if len(scores) == 1:
         yield (
-            f"Every score is {unit(findings)(scores.pop())}: the metric tells no configuration from another.",
+            f"Every score is {unit(findings)(scores.pop())}: the metric does not distinguish configurations.",
             "Check the metric, or give it finer steps.",
         )
     hard, seen = len(never_solved(findings)), len(example_scores(findings))
