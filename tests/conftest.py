@@ -83,4 +83,4 @@ def readme_names(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
     """What the README calls the reader's own, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     with dspy.context(lm=arithmetic_lm()):
-        yield {"program": Adder(), "metric": Counted(), "trainset": additions(30)}
+        yield {"program": Adder(), "metric": Counted(), "trainset": additions(15)}

@@ -346,7 +346,13 @@ def test_nothing_is_kept_back_where_it_could_finish_nobody(max_calls: int) -> No
     space = PromptSpace(
         {f"{i}_predictor_instruction": [f"{'a' * k} style" for k in range(6)] for i in range(3)}
     )
-    result = search(space, lambda p, e: float(sum(p.values()) > e % 15), n_examples=200, max_calls=max_calls)
+    result = search(
+        space,
+        lambda p, e: float(sum(p.values()) > e % 15),
+        n_examples=200,
+        max_calls=max_calls,
+        sampler=qEISampler(embedder=letters, seed=0),
+    )
     assert result.calls == max_calls
 
 

@@ -83,9 +83,9 @@ def in_one_go() -> SearchResult:
 def test_after_kill_9_a_search_ends_as_if_nothing_had_happened(
     num_threads: int, tmp_path: Path, in_one_go: SearchResult, forks: Any
 ) -> None:
-    """Ten processes killed at random: trials and winner as in one go, and no score paid twice."""
+    """Five processes killed at random: trials and winner as in one go, and no score paid twice."""
     rng = random.Random(num_threads)
-    for number, last in enumerate(rng.sample(range(1, in_one_go.calls), 10)):
+    for number, last in enumerate(rng.sample(range(1, in_one_go.calls), 5)):
         path, log = tmp_path / f"{number}.journal", tmp_path / f"{number}.log"
         killed = forks.Process(target=search_and_die, args=(path, log, last, 0.1 * rng.random(), num_threads))
         killed.start()
@@ -111,11 +111,11 @@ WIDE = {"num_threads": 64, "block_size": 5, "sampler": qEISampler(embedder=lette
     "arguments", [{}, {"confirm": True}, MIPRO, WIDE], ids=["blocks", "confirmed", "mipro", "64 threads"]
 )
 def test_a_search_goes_on_from_any_line_of_its_journal(arguments: dict, tmp_path: Path) -> None:
-    """Cut at six random lines: within a proposal, between a score and its trial's end, in the last round."""
+    """Cut at four random lines: within a proposal, between a score and its trial's end, in the last round."""
     whole = tmp_path / "whole"
     expected = run(whole, Scores(), **arguments)
     lines = whole.read_bytes().splitlines(keepends=True)
-    for cut in random.Random(0).sample(range(1, len(lines)), 6):
+    for cut in random.Random(0).sample(range(1, len(lines)), 4):
         path = tmp_path / f"{cut}"
         path.write_bytes(b"".join(lines[:cut]))
         recorded, scores = saved(journal(path)), Scores()
