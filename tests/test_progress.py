@@ -232,7 +232,7 @@ def test_an_error_of_the_listener_ends_the_reports_and_nothing_else(caplog: pyte
         result, _ = run(on_progress=broken)
     assert observed(result) == observed(run()[0])
     assert [record.message for record in caplog.records] == [
-        "Progress is not reported any more; the search goes on."
+        "Progress is not reported any more; the search continues."
     ]
     assert caplog.records[0].exc_info
 

@@ -342,7 +342,7 @@ def test_a_view_that_fails_ends_no_compile(
     assert best.search_result.calls == SMALL_RUN_CALLS
     assert (len(screen.frames), screen.closed) == (3, 1)
     assert [r.message for r in caplog.records if "view" in r.message] == [
-        "The live view has ended; the compile goes on."
+        "The live view has ended; the compile continues."
     ]
 
 

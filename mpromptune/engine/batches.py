@@ -105,7 +105,7 @@ class BatchPlan:
         return self._table.is_open(row) and affordable
 
     def afford(self, calls: int, price: Callable[[Row], float]) -> None:
-        """Lowers the budget, and sets the prices of the calls kept back for the winner and the baseline."""
+        """Lower the budget, and set the prices of the calls kept back for the winner and the baseline."""
         self._max_calls, self._price = min(self.task.max_calls, calls), price
 
     def is_full(self, row: Row) -> bool:

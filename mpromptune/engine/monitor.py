@@ -78,7 +78,7 @@ class Monitor:
             contained(step)
         except Exception:
             self.on_progress = None
-            logger.exception("Progress is not reported any more; the search goes on.")
+            logger.exception("Progress is not reported any more; the search continues.")
 
     def _tell(
         self, best: Standing | None, baseline: Standing | None, left: float | None, finished: bool = False

@@ -99,7 +99,7 @@ def together(*listeners: OnProgress | None) -> OnProgress | None:
                 listener(progress)
             except Exception:
                 active.remove(listener)
-                logger.exception("Progress is not reported to %r any more; the search goes on.", listener)
+                logger.exception("Progress is not reported to %r any more; the search continues.", listener)
 
     return tell if active else None
 

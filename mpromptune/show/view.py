@@ -161,7 +161,7 @@ class View:
             if screen is not None:
                 self._show_on(screen)
         except (Exception, SystemExit):
-            logger.warning("The live view has ended; the compile goes on.", exc_info=True)
+            logger.warning("The live view has ended; the compile continues.", exc_info=True)
 
     def _show_on(self, screen: Screen) -> None:
         try:
