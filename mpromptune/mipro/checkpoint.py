@@ -21,7 +21,7 @@ from mpromptune.execution.usage import Usage
 from mpromptune.lms.adapters import Answer
 from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.storage.attributes import ANSWERS, DEMOS, INSTRUCTIONS, RUN, USED
-from mpromptune.storage.damage import CRASHES, list_from, named, reported, usage_from
+from mpromptune.storage.damage import CRASHES, list_from, named, readable, reported, usage_from
 from mpromptune.storage.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class Checkpoint:
 
     def has_scores(self) -> bool:
         """Whether the search has measured anything."""
-        with reported():
+        with reported(), readable(f"A trial of {named(self.study)}"):
             return any(trial.intermediate_values for trial in self.study.get_trials(deepcopy=False))
 
     # Identity of the run.
