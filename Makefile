@@ -17,9 +17,11 @@ SITE ?= site
 ARGS ?=
 
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported: compiling all of them takes longer than the tests of one.
+# pip compiles nothing, which would take longer than all else: what is imported is compiled then, and kept.
 INSTALL := $(BIN)/python -m pip install --quiet --no-input --no-compile --disable-pip-version-check \
 	--constraint constraints.txt
+
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types docs check matrix bench notebooks report clean
