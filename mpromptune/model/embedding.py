@@ -21,7 +21,7 @@ from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidA
 from mpromptune.model.devices import plain_torch
 from mpromptune.model.space import Candidate, FloatArray, PromptSpace
 
-# Not from numpy.typing, which cannot be imported after DSPy 3.3.1, because that imports numpy lazily.
+# No ArrayLike: numpy.typing cannot be imported after DSPy 3.3.1, which imports numpy lazily.
 Embedder = Callable[[list[str]], Any]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
