@@ -136,14 +136,16 @@ class SearchTerminated(SearchInterrupted, SystemExit):
     code = 143  # 128 + SIGTERM, as a shell reports it
 
 
-def require_count(name: str, value: Any, least: int = 1) -> int:
+def require_count(name: str, value: Any, least: int | None = 1) -> int:
     """``value`` as an int.
 
     Raises:
-        InvalidArgumentError: It is not an integer of at least ``least``.
+        InvalidArgumentError: It is not an integer of at least ``least``, if that is given.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InvalidArgumentError(f"{name} must be an integer of at least {least}; got {value!r}.")
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise InvalidArgumentError(f"{name} must be an integer{bound}; got {value!r}.")
     return int(value)
 
 

@@ -18,7 +18,7 @@ from mpromptune import MIPROv2, PromptSpace, search
 from mpromptune.engine.arguments import gather, resolve
 from mpromptune.engine.batches import BatchPlan
 from mpromptune.engine.options import OPTION_NAMES, SEARCH_OPTIONS
-from mpromptune.errors import InvalidArgumentError, StudyMismatchError, UnknownOptionError
+from mpromptune.errors import InvalidArgumentError, SearchStoppedError, StudyMismatchError, UnknownOptionError
 from mpromptune.storage.attributes import EXAMPLES
 
 
@@ -271,3 +271,67 @@ def test_search_shows_its_options() -> None:
     assert parameters["embedder"].default is None
     assert parameters["confirm"].default == "auto"
     assert not {"options", "n_jobs", "dry_run"} & parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_call": 9}, "Did you mean 'max_calls'"),
+        ({"seed": "one"}, "seed must be an integer; got 'one'"),
+        ({"baseline": "0"}, "baseline must map each component to an index; got '0'"),
+        ({"score": None}, r"score must be a function score\(params, example\); got None"),
+        ({"space": {"text": ["a"]}}, "space must be a PromptSpace"),
+        ({"schedule": "mipro"}, "minibatch_size=35 exceeds the 4 validation examples.*minibatch=False"),
+    ],
+)
+def test_search_says_what_is_wrong_before_any_call(given: dict[str, Any], message: str) -> None:
+    """Arguments of search that are not valid are refused with a message that says what is."""
+    calls: list[int] = []
+
+    def score(params: dict[str, int], example: int) -> float:
+        calls.append(example)
+        return 1.0
+
+    valid = {"space": PromptSpace({"text": ["a", "b"]}), "score": score, "n_examples": 4, "max_calls": 8}
+    with pytest.raises((InvalidArgumentError, UnknownOptionError), match=message):
+        search(**{**valid, "embedder": "index", **given})
+    assert calls == []
+
+
+def test_an_argument_of_another_method_says_where_it_belongs() -> None:
+    """An argument of DSPy's constructor given to compile, or the other way round, names the right method."""
+    lm = arithmetic_lm()
+    with pytest.raises(UnknownOptionError, match="'num_threads' is an argument of MIPROv2's constructor"):
+        _compile(lm, _optimizer(lm), num_threads=4)
+    with pytest.raises(UnknownOptionError, match="'trainset' is an argument of compile"):
+        _optimizer(lm, trainset=TRAIN)
+    assert lm.calls == []
+
+
+def test_the_seed_of_a_compile_is_an_integer() -> None:
+    """Another seed is refused before any LM call, with its name."""
+    lm = arithmetic_lm()
+    with pytest.raises(InvalidArgumentError, match="seed must be an integer; got 'x'"):
+        _compile(lm, _optimizer(lm, sampler="qei"), seed="x")
+    assert lm.calls == []
+
+
+@pytest.mark.parametrize("components", [None, {3: ["a"]}, {"text": [1, 2]}, {"text": ["a", [None]]}])
+def test_a_space_of_other_things_than_texts_is_refused(components: Any) -> None:
+    """Names that are no strings, and candidates that are no texts, are refused with what is expected."""
+    with pytest.raises(InvalidArgumentError, match="components must map names|candidate must be a text"):
+        PromptSpace(components)
+
+
+def test_a_plan_that_fails_at_the_end_keeps_what_was_paid() -> None:
+    """An error in the choice of the winner stops the search with the study, which has all scores."""
+
+    class Undecided(BatchPlan):
+        def winner(self, ranked: Any, is_cut_short: bool) -> Any:
+            raise RuntimeError("no winner.")
+
+    space = PromptSpace({"text": ["a", "b"]})
+    with pytest.raises(SearchStoppedError, match="RuntimeError: no winner. The study keeps") as caught:
+        search(space, lambda p, e: 1.0, n_examples=4, max_calls=8, embedder="index", schedule=Undecided)
+    assert caught.value.study is not None
+    assert sum(len(t.intermediate_values) for t in caught.value.study.trials) > 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mpromptune.engine.options import OPTION_NAMES, QEI_ONLY, SEARCH_OPTIONS, SearchOptions, unknown_option
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import InvalidArgumentError, UnknownOptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,14 +40,24 @@ def with_options(function: F) -> F:
     return function
 
 
-def split(kwargs: Mapping[str, Any], stock: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(
+    kwargs: Mapping[str, Any], stock: inspect.Signature, elsewhere: Mapping[str, inspect.Signature]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our options and DSPy's arguments; some names are both.
+
+    Args:
+        kwargs: What was given.
+        stock: The signature of DSPy's method.
+        elsewhere: Signatures of DSPy's other methods by name, whose arguments may have been meant.
 
     Raises:
         UnknownOptionError: A name is neither.
     """
     for name in kwargs:
         if name not in OPTION_NAMES and name not in stock.parameters:
+            for method, signature in elsewhere.items():
+                if name in signature.parameters:
+                    raise UnknownOptionError(f"{name!r} is an argument of {method}: pass it there.")
             others = [n for n in stock.parameters if n not in ("self", "student")]
             raise unknown_option(name, [*OPTION_NAMES, *others])
     ours = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}

@@ -90,8 +90,7 @@ class Loop:
     def run(self) -> SearchResult:
         """Measure batches until the plan is finished or a limit is reached."""
         try:
-            self._measure_all()
-            result = self.summary.result(self.study)
+            result = self._measure_all()
             self.monitor.finish(result)
             return result
         except (KeyboardInterrupt, SystemExit) as signalled:
@@ -100,7 +99,7 @@ class Loop:
                 raise self._interrupted(signalled) from signalled
             raise
 
-    def _measure_all(self) -> None:
+    def _measure_all(self) -> SearchResult:
         try:
             while self._fill():
                 self.monitor.report()
@@ -110,6 +109,7 @@ class Loop:
             self._take_rest()
             if self.budget.reached:  # a call that hangs must spend nothing if it resumes
                 self.workers.stopped.set()
+            return self.summary.result(self.study)
         except (KeyboardInterrupt, SystemExit):
             raise
         except SearchStoppedError as error:
@@ -325,7 +325,7 @@ class Loop:
 
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
-        why = "" if cause is None else f": {type(cause).__name__}: {cause}"
+        why = "" if cause is None else f": {type(cause).__name__}: {cause}".rstrip(":. ")
         error = SearchStoppedError(f"The search stopped because of {what}{why}.", self.study)
         error.__cause__ = cause
         return error

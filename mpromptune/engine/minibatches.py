@@ -42,7 +42,8 @@ class Minibatches:
             return Minibatches(n_examples, self.minibatch_full_eval_steps, minibatch=False)
         if self.minibatch_size > n_examples:
             raise InvalidArgumentError(
-                f"minibatch_size={self.minibatch_size} exceeds the {n_examples} validation examples."
+                f"minibatch_size={self.minibatch_size} exceeds the {n_examples} validation examples. Pass at "
+                "most as many, or minibatch=False."
             )
         return self
 

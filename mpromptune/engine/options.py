@@ -142,15 +142,15 @@ class SearchOptions:
         check_storage(self.storage, self.study_name)
 
     @classmethod
-    def of_search(cls, given: Mapping[str, Any]) -> SearchOptions:
+    def of_search(cls, given: Mapping[str, Any], valid: Sequence[str]) -> SearchOptions:
         """The options given to `search`, DSPy's minibatch arguments included; None means the default.
 
         Raises:
-            UnknownOptionError: A name is not an option of `search`.
+            UnknownOptionError: A name is not an option of `search`; the message lists the ``valid`` ones.
         """
         for name in given:
             if name not in SEARCH_OPTIONS:
-                raise unknown_option(name, list(SEARCH_OPTIONS))
+                raise unknown_option(name, valid)
         chosen = {name: value for name, value in given.items() if value is not None}
         sizes = {field.name: chosen.pop(field.name) for field in fields(Minibatches) if field.name in chosen}
         if chosen.get("schedule") == "mipro":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from mpromptune.engine.result import SearchResult
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.engine.settings import recorded_settings, require_same, settings_of, write_settings
 from mpromptune.engine.trials import Trials, table_of
-from mpromptune.errors import require_count
+from mpromptune.errors import InvalidArgumentError, require_count
 from mpromptune.execution.attempts import Classify, RetryAfter, RetryPolicy, no_hint
 from mpromptune.execution.interrupts import handled
 from mpromptune.execution.limits import SEARCH, Budget
@@ -103,9 +104,10 @@ def search(
         SearchInterrupted: Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same attributes. SIGTERM is
             handled in the main thread only, and only if it has no handler yet.
     """
+    _check_arguments(space, score, baseline, seed)
     for name, count in {"n_examples": n_examples, "max_calls": max_calls, "num_threads": num_threads}.items():
         require_count(name, count)
-    chosen = SearchOptions.of_search(options)
+    chosen = SearchOptions.of_search(options, list(inspect.signature(search).parameters))
     task = Task(
         n_examples=n_examples,
         max_calls=max_calls,
@@ -130,6 +132,16 @@ def search(
         loop = _prepare(space, task, chosen, lease, workers, budget)
         with metered(budget.begin_search()):
             return loop.run()
+
+
+def _check_arguments(space: Any, score: Any, baseline: Any, seed: Any) -> None:
+    if not isinstance(space, PromptSpace):
+        raise InvalidArgumentError(f"space must be a PromptSpace; got {space!r}.")
+    if not callable(score):
+        raise InvalidArgumentError(f"score must be a function score(params, example); got {score!r}.")
+    if not isinstance(baseline, Mapping | None):
+        raise InvalidArgumentError(f"baseline must map each component to an index; got {baseline!r}.")
+    require_count("seed", seed, least=None)
 
 
 def _warn_of_low_budget(plan: Plan) -> None:

@@ -13,7 +13,7 @@ from dspy.teleprompt import BootstrapFewShot
 from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from dspy.teleprompt.utils import get_signature
 
-from mpromptune.errors import IncompatibleDSPyError, InvalidArgumentError
+from mpromptune.errors import IncompatibleDSPyError, InvalidArgumentError, require_count
 
 # NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest supported one.
 TESTED_DSPY = ("3.2.0", "3.3.1", "3.4.1")
@@ -58,6 +58,8 @@ def check_arguments(optimizer: Any, student: Any, given: Mapping[str, Any]) -> N
     if given.get("teacher") is not None:
         _check_teacher(given["teacher"], student)
     _check_lms(optimizer, student)
+    if given.get("seed") is not None:
+        require_count("seed", given["seed"], least=None)
     _check_metric(optimizer.metric, _bootstraps(optimizer, given))
     if "trainset" in given:  # otherwise DSPy reports that it is missing
         _check_examples("trainset", given["trainset"])

@@ -83,7 +83,7 @@ class MIPROv2(StockMIPROv2):
 
     @extending(_STOCK_INIT)
     def __init__(self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        ours, stock = split(kwargs, _STOCK_INIT)
+        ours, stock = split(kwargs, _STOCK_INIT, {"compile": _STOCK_COMPILE})
         if ours.get("verbose") is not None:
             ours["verbose"] = bool(ours["verbose"])  # DSPy accepts any value
         self._defaults = gather(sampler_config, ours)
@@ -115,7 +115,7 @@ class MIPROv2(StockMIPROv2):
                 is the best program so far.
             SearchInterrupted: Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same attributes.
         """
-        ours, stock = split(kwargs, _STOCK_COMPILE)
+        ours, stock = split(kwargs, _STOCK_COMPILE, {"MIPROv2's constructor": _STOCK_INIT})
         options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
         if options is not None:
             require_compatible(self)

@@ -309,9 +309,10 @@ class FirstScore:
 
 
 def _stopped(step: str, error: BaseException) -> SearchStoppedError:
+    why = f"{type(error).__name__}: {error}".rstrip(":. ")
     return SearchStoppedError(
-        f"The {step} step stopped because of {type(error).__name__}: {error}. Earlier results are kept in "
-        "the storage, if one was given."
+        f"The {step} step stopped because of {why}. Earlier results are kept in the storage, if one was "
+        "given."
     )
 
 

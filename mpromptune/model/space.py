@@ -121,7 +121,8 @@ class PromptSpace(IndexSpace):
             None, all of the product.
 
     Raises:
-        InvalidArgumentError: A component has no candidate, or a combination is out of range.
+        InvalidArgumentError: A component has no candidate or one of another type, or a combination is out
+            of range.
 
     Example:
         >>> space = PromptSpace({"0_predictor_instruction": ["Answer.", "Think, then answer."]})
@@ -134,10 +135,16 @@ class PromptSpace(IndexSpace):
         components: Mapping[str, Sequence[Candidate]],
         combinations: Iterable[Sequence[int]] | None = None,
     ) -> None:
+        if not isinstance(components, Mapping) or not all(isinstance(name, str) for name in components):
+            raise InvalidArgumentError(f"components must map names to candidates; got {components!r}.")
         self.components = {name: tuple(candidates) for name, candidates in components.items()}
         self.names = tuple(self.components)
         if not self.names:
             raise InvalidArgumentError("A PromptSpace needs at least one component; got none.")
+        if wrong := [
+            c for candidates in self.components.values() for c in candidates if not _is_candidate(c)
+        ]:
+            raise InvalidArgumentError(f"A candidate must be a text or a list of texts; got {wrong[0]!r}.")
         if texts := [name for name, candidates in components.items() if isinstance(candidates, str)]:
             raise InvalidArgumentError(f"Components {texts} are single texts; pass a list of candidates.")
         if empty := [name for name, candidates in self.components.items() if not candidates]:
@@ -163,6 +170,12 @@ class PromptSpace(IndexSpace):
         if not self.exists(row):
             raise InvalidArgumentError(f"Configuration {dict(params)} is not in {self!r}.")
         return row
+
+
+def _is_candidate(candidate: Any) -> bool:
+    return isinstance(candidate, str) or (
+        isinstance(candidate, Sequence) and all(isinstance(text, str) for text in candidate)
+    )
 
 
 def groups_of(names: Sequence[str]) -> tuple[int, ...]:
