@@ -81,6 +81,13 @@ def test_several_studies_need_a_name(tmp_path: Path) -> None:
     assert read_result(tmp_path / "run.log", "two")[0].study.study_name == "two"
 
 
+def test_an_empty_storage_is_said_to_be_empty(tmp_path: Path) -> None:
+    """Without any study there is no name to pass, and the message asks for none."""
+    (tmp_path / "run.log").touch()
+    with pytest.raises(InvalidArgumentError, match=r"no study yet: no search has begun in it\.$"):
+        read_result(tmp_path / "run.log")
+
+
 def test_studies_of_others_are_refused(tmp_path: Path) -> None:
     """A study that no search has made, and one in which none has begun."""
     url = f"sqlite:///{tmp_path}/other.db"

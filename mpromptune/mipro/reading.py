@@ -90,9 +90,10 @@ def _load(storage: StorageSpec, study_name: str | None) -> Study:
     opened = open_storage(storage)
     names = [study.study_name for study in opened.get_all_studies()]
     name = names[0] if study_name is None and len(names) == 1 else study_name
+    if not names:
+        raise InvalidArgumentError("The storage has no study yet: no search has begun in it.")
     if name not in names:
         asked = "several studies" if study_name is None else f"no study {study_name!r}"
-        asked = asked if names else "no study"
         raise InvalidArgumentError(f"The storage has {asked}; pass the name of one of {names}.")
     study = optuna.load_study(study_name=name, storage=opened)
     if SETTINGS not in study.user_attrs and FORMAT not in study.user_attrs:
