@@ -18,6 +18,7 @@ from mpromptune import MIPROv2, PromptSpace, search
 from mpromptune.engine.arguments import gather, resolve
 from mpromptune.engine.batches import BatchPlan
 from mpromptune.engine.options import OPTION_NAMES, SEARCH_OPTIONS
+from mpromptune.engine.plan import Request
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError, StudyMismatchError, UnknownOptionError
 from mpromptune.storage.attributes import EXAMPLES
 
@@ -261,6 +262,17 @@ def test_a_plan_of_ones_own(plan: Callable[..., Any], tmp_path: Any) -> None:
     assert len(asked) == result.calls
     with pytest.raises(InvalidArgumentError, match="patience.* only apply to schedule='blocks'"):
         _searched(asked, **run, patience=3)
+
+
+def test_no_plan_spends_more_than_the_budget() -> None:
+    """One that asks for all of four configurations, 48 calls, gets 40."""
+
+    class Greedy(BatchPlan):
+        def next_batch(self, evidence: Any) -> Any:
+            return (Request((i,), lambda row, number: tuple(range(12))) for i in range(4))
+
+    asked: list[int] = []
+    assert _searched(asked, schedule=Greedy, sampler="random").calls == len(asked) == 40
 
 
 def test_search_shows_its_options() -> None:

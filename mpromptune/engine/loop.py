@@ -147,7 +147,8 @@ class Loop:
             return asked.examples
         if request.row is None and not self.plan.is_open(asked.row):
             return ()  # in a space too large to enumerate, a sampler may find no open configuration
-        return request.examples(asked.row, asked.number)
+        left = self.plan.task.max_calls - self.table.asked_calls  # no plan spends more
+        return request.examples(asked.row, asked.number)[: max(0, left)]
 
     def _submit(self, asked: Asked, example: int) -> Future[Outcome]:
         if asked.trial is not None and example not in asked.scores:
@@ -158,10 +159,8 @@ class Loop:
         return measured
 
     def _keep(self, asked: Asked, outcome: Outcome) -> None:
-        """Save a score, or the usage of a failed call, in the worker's thread as soon as the call ends.
-
-        A failure gets no score here: only the whole batch shows whether the candidate caused it.
-        """
+        """Save a score, or the usage of a failed call, in the worker's thread as soon as the call ends."""
+        # A failure gets no score here: only the whole batch shows whether the candidate caused it.
         try:
             self.trials.keep(asked, outcome.example, outcome.score, outcome.usage)
         except Exception as error:  # noqa: BLE001 - any error of a storage
