@@ -319,8 +319,13 @@ def search_and_hang(log: Path, grace: float) -> None:
 @pytest.mark.parametrize(
     ("signals", "grace", "code", "message"),
     [
-        ([signal.SIGTERM], 0.5, 143, "The search was interrupted; 5 calls"),
-        ([signal.SIGINT], 0.5, 1, "SearchInterrupted: The search was interrupted; 5 calls"),
+        ([signal.SIGTERM], 0.5, 143, "The search was interrupted; the study keeps the scores of 5 calls."),
+        (
+            [signal.SIGINT],
+            0.5,
+            1,
+            "SearchInterrupted: The search was interrupted; the study keeps the scores of 5 calls.",
+        ),
         ([signal.SIGINT, signal.SIGINT], 10_000.0, 1, "KeyboardInterrupt"),
     ],
     ids=["SIGTERM", "Ctrl-C", "a second Ctrl-C"],
