@@ -191,7 +191,9 @@ def test_a_failing_candidate_is_logged_here(tmp_path: Path, caplog: pytest.LogCa
     """What scores failure_score in a worker leaves its line in the log of this process."""
     lm = Failing(tmp_path / "log", TooMuch("gibberish"), times=1)
     compiled(lm, executor=Distant())
-    assert sum("failed with" in r.message and "gibberish" in r.message for r in caplog.records) == 1
+    failed = written(tmp_path / "log", "failed").total()  # two workers may count at the same time
+    logged = sum("failed with" in r.message and "gibberish" in r.message for r in caplog.records)
+    assert logged == failed >= 1
 
 
 def _run() -> _RemoteRunner:
