@@ -108,6 +108,7 @@ def run(storage: Any, score: Any, **arguments: Any) -> SearchResult:
 def search_and_die(path: Path, log: Path, last: int, delay: float, num_threads: int) -> None:
     """A search that does not live to see its end."""
     run(path, Logged(log, last, delay), num_threads=num_threads)
+    signal.pause()  # one that has ended by then is killed all the same
 
 
 def search_elsewhere(storage: Any, log: Path, machine: str, beat: float) -> None:
