@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
@@ -86,9 +87,13 @@ def _name(candidate: Candidate, excerpt: str) -> str:
     return f"{number} (“{excerpt}”)" if candidate else "no demos"
 
 
-def _excerpts(candidates: Sequence[Candidate]) -> list[str]:
+def _excerpts(candidates: Sequence[Candidate]) -> tuple[str, ...]:
     """The beginnings of texts; where several begin alike, excerpts from the first difference on."""
-    texts = [" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates]
+    return _distinct(tuple(" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates))
+
+
+@lru_cache(maxsize=16)  # a page names each candidate many times, and all pairs of texts are compared
+def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
     found = []
     for text in texts:
         alike = [other for other in texts if other != text and other[:_EXCERPT] == text[:_EXCERPT]]
@@ -96,7 +101,7 @@ def _excerpts(candidates: Sequence[Candidate]) -> list[str]:
         start = text.rfind(" ", 0, differs) + 1
         rest = text[start : start + _EXCERPT]
         found.append(f"{'…' if start else ''}{rest}{'…' if len(text) > start + _EXCERPT else ''}")
-    return found
+    return tuple(found)
 
 
 def _first_difference(text: str, other: str) -> int:
