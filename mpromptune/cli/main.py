@@ -287,8 +287,9 @@ def _show_standing(standing: Standing, estimate: Estimate) -> None:
 
 
 def _best(result: SearchResult) -> str:
-    measured = {str(m.params): len(m.scores) for m in result.configurations}
-    best, own = (measured.get(str(params), 0) for params in (result.best_params, result.baseline_params))
+    from mpromptune.show.analysis import baseline, winner
+
+    best, own = (0 if m is None else len(m.scores) for m in (winner(result), baseline(result)))
     return (
         f"{result.best_score:.4g} on {best} of {result.n_examples} validation examples "
         f"(your own program: {result.baseline_score:.4g} on {own})"

@@ -12,9 +12,9 @@ import numpy as np
 
 from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.plan import Request, Task, best_so_far
-from mpromptune.engine.scores import Examples, ScoreTable
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.model.space import FloatArray, Row
+from mpromptune.model.space import Examples, FloatArray, Row
 
 # Whether the winner and the baseline are measured on all examples in the end; "auto": if that costs little.
 Confirm = bool | Literal["auto"]

@@ -14,9 +14,8 @@ from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.space import FloatArray, Row
 from mpromptune.model.statistics import LARGEST, chance_of_likeness, pooled_variance
 from mpromptune.sampling.encoding import Encoding
+from mpromptune.show.progress import QUANTILE
 
-# NOTE: the standard normal quantile of 97.5 %: the posterior of a mean score is normal.
-QUANTILE = 1.959964
 # NOTE: size of random samples of a space: enough for figures, and for the expected best of a few draws.
 _DRAWN = 500
 

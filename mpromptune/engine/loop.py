@@ -17,7 +17,6 @@ from mpromptune.engine.monitor import Monitor
 from mpromptune.engine.outage import Answer, Outage
 from mpromptune.engine.plan import Plan, Request
 from mpromptune.engine.result import SearchResult
-from mpromptune.engine.scores import Examples
 from mpromptune.engine.summary import Summary
 from mpromptune.engine.trials import Asked, Trials
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
@@ -25,7 +24,7 @@ from mpromptune.execution.attempts import FAILURES, Verdict
 from mpromptune.execution.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.execution.limits import MEASURE, Budget, patience
 from mpromptune.execution.pool import Outcome, Workers, is_cut_short, outcome_of, scores_of
-from mpromptune.model.space import PromptSpace
+from mpromptune.model.space import Examples, PromptSpace
 from mpromptune.show.progress import OnProgress
 from mpromptune.storage.record import salvaged
 

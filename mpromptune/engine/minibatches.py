@@ -12,9 +12,9 @@ import numpy as np
 
 from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.plan import Request, Task, best_so_far
-from mpromptune.engine.scores import Examples, ScoreTable
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import InvalidArgumentError, require_count
-from mpromptune.model.space import Row
+from mpromptune.model.space import Examples, Row
 
 
 @dataclass(frozen=True)

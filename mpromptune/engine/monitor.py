@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpromptune.engine.evidence import Evidence
@@ -14,8 +14,9 @@ from mpromptune.execution.interrupts import contained
 from mpromptune.execution.limits import Budget
 from mpromptune.execution.pool import Workers
 from mpromptune.model.space import Row
+from mpromptune.show import analysis
 from mpromptune.show.progress import OnProgress, Progress, Speed, Standing
-from mpromptune.storage.findings import Findings
+from mpromptune.storage.findings import Findings, Measured
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class Monitor:
 
     def finish(self, result: Findings) -> None:
         """Report the result at the end of the search."""
-        best = _found(result, result.best_params, result.best_score)
-        baseline = _found(result, result.baseline_params, result.baseline_score)
+        best = _found(analysis.winner(result), result.best_score)
+        baseline = _found(analysis.baseline(result), result.baseline_score)
         self._safely(lambda: self._tell(best, baseline, 0.0, finished=True))
 
     def _safely(self, step: Callable[[], None]) -> None:
@@ -136,9 +137,8 @@ class Monitor:
         return Standing(mean, std, measured, len(scores))
 
 
-def _found(result: Findings, params: Mapping[str, int] | None, score: float) -> Standing | None:
+def _found(measured: Measured | None, score: float) -> Standing | None:
     """The standing of a configuration in a result; None if it was not measured."""
-    found = next((m for m in result.configurations if m.params == params), None)
-    if found is None:
+    if measured is None:
         return None
-    return Standing(found.posterior_mean, found.posterior_std, score, len(found.scores))
+    return Standing(measured.posterior_mean, measured.posterior_std, score, len(measured.scores))

@@ -191,10 +191,16 @@ class SearchOptions:
     @property
     def schedule_name(self) -> str:
         """The name of the plan in a study's settings."""
+        return self._planner[0]
+
+    @property
+    def _planner(self) -> tuple[str, Callable[..., Plan]]:
+        """The name of the plan, and what makes it."""
         if isinstance(self.schedule, Minibatches):
-            return "mipro"
-        own = getattr(self.schedule, "__name__", type(self.schedule).__name__)  # a partial has no name
-        return self.schedule if isinstance(self.schedule, str) else own
+            return "mipro", partial(MiproPlan, minibatches=self.schedule)
+        if isinstance(self.schedule, str):
+            return self.schedule, PLANS[self.schedule]
+        return getattr(self.schedule, "__name__", type(self.schedule).__name__), self.schedule
 
     def plan(self, task: Task, table: ScoreTable, batch_size: int | None = None) -> Plan:
         """The plan for these options.
@@ -207,13 +213,9 @@ class SearchOptions:
         Raises:
             InvalidArgumentError: The plan does not work with this budget and this number of examples.
         """
-        if isinstance(self.schedule, Minibatches):
-            maker: Callable[..., Plan] = partial(MiproPlan, minibatches=self.schedule)
-        else:
-            maker = PLANS[self.schedule] if isinstance(self.schedule, str) else self.schedule
         own = _BLOCKS_ONLY if self.schedule == "blocks" else ()
         given = {name: getattr(self, name) for name in own}
-        return maker(task, table, batch_size=self.batch_size or batch_size, **given)
+        return self._planner[1](task, table, batch_size=self.batch_size or batch_size, **given)
 
     def within(self, n_examples: int, num_trials: int, minibatches: Minibatches) -> SearchOptions:
         """The options with DSPy's minibatches and, unless ``max_calls`` is given, the budget of DSPy's plan.

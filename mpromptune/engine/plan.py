@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mpromptune.engine.evidence import Evidence
-from mpromptune.engine.scores import Examples, ScoreTable
-from mpromptune.model.space import Row
+from mpromptune.engine.scores import ScoreTable
+from mpromptune.model.space import Examples, Row
 
 # NOTE: up to `_SMALL_POOL` threads, trials do not depend on the number of threads: there are always
 # `_IN_FLIGHT` calls in flight, with which 32 threads are busy for 0.95 of the time. They are at most

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpromptune.execution.usage import Usage
-from mpromptune.model.space import Row
-
-Examples = tuple[int, ...]
+from mpromptune.model.space import Examples, Row
 
 # Number of failed trials after which a configuration is dropped, unless it fails on few examples.
 _FAILED_TRIALS = 3

@@ -16,14 +16,14 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from mpromptune.engine.scores import Examples, ScoreTable
+from mpromptune.engine.scores import ScoreTable
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.usage import Meter, Usage
-from mpromptune.model.space import PromptSpace, Row
+from mpromptune.model.space import Examples, PromptSpace, Row
 from mpromptune.sampling.encoding import distributions_of
-from mpromptune.storage.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
+from mpromptune.storage.attributes import ABANDONED, EXAMPLES, REFUSED, RESUMES, USAGE
 from mpromptune.storage.lease import Lease
-from mpromptune.storage.record import Record, Recorded, abandoned_attributes, recorded_of
+from mpromptune.storage.record import Record, Recorded, closing_attributes, recorded_of
 
 
 @dataclass(frozen=True)
@@ -187,15 +187,7 @@ class Trials:
         with self._lock:  # no score is being saved
             self._closed.add(asked.number)
         failed = len(scores) < len(examples)
-        attributes = {
-            # First, so that the planned examples are never lost.
-            **({PLANNED: list(examples)} if failed else {}),
-            **({ABANDONED: True} if failed and abandoned else {}),
-            **({REFUSED: list(refused)} if refused else {}),
-            EXAMPLES: list(scores),
-            SCORES: list(scores.values()),
-        }
-        for name, value in attributes.items():
+        for name, value in closing_attributes(examples, scores, refused, failed and abandoned).items():
             trial.set_user_attr(name, value)
         if failed:
             return self.study.tell(trial, state=TrialState.FAIL)
@@ -218,7 +210,7 @@ class Trials:
         self.lease.require()
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             recorded = recorded_of(trial)
-            for name, value in abandoned_attributes(recorded.examples, recorded.scores).items():
+            for name, value in closing_attributes(recorded.examples, recorded.scores, abandoned=True).items():
                 self.study._storage.set_trial_user_attr(trial._trial_id, name, value)
             self.study.tell(trial.number, state=TrialState.FAIL)
 

@@ -53,7 +53,8 @@ class Checkpoint:
         with reported():
             self._kept: dict[str, Any] = self.study.user_attrs
         self._require_same(run)
-        self._earlier = {key.split(":")[-2]: answer for key, answer in self._answers().items()}
+        self._saved = self._answers()  # by earlier runs
+        self._earlier = {key.split(":")[-2]: answer for key, answer in self._saved.items()}
         if self._kept.get(RUN) != run:
             self._set(RUN, dict(run))
 
@@ -146,11 +147,11 @@ class Checkpoint:
         return {key: answer for key in keys if (answer := self._answer(key)) is not None}
 
     def usage(self) -> dict[str, Usage]:
-        """The usage of the steps before the search so far, including interrupted runs."""
+        """The usage of the steps before the search in earlier runs."""
         if not self._has_steps():  # an earlier run left nothing to continue, and may have been another one
             return {}
         used = kept_usage(self._kept)
-        for key, answer in self._answers().items():  # a killed run has saved its usage only with answers
+        for key, answer in self._saved.items():  # a killed run has saved its usage only with answers
             step = key.removeprefix(f"{ANSWERS}:").partition(":")[0]
             if answer.total != Usage():
                 used[step] = used.get(step, Usage()).at_least(answer.total)

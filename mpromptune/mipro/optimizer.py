@@ -24,7 +24,6 @@ from optuna.trial import FrozenTrial
 
 from mpromptune.engine.arguments import extending, gather, resolve, split
 from mpromptune.engine.minibatches import Minibatches
-from mpromptune.engine.options import SearchOptions
 from mpromptune.engine.plan import Task
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
@@ -204,8 +203,8 @@ def _prepare(
     """Check the run before it pays for anything, and load the checkpoint of an interrupted run."""
     arguments = run.arguments
     minibatches = Minibatches(arguments["minibatch_size"], arguments["minibatch_full_eval_steps"], minibatch)
-    options = run.options.within(len(valset), num_trials, minibatches)
-    run.num_instructions, run.search_calls = num_instructions, options.max_calls or 0
+    run.options = options = run.options.within(len(valset), num_trials, minibatches)
+    run.num_instructions = num_instructions
     is_combined = len(program.predictors()) > 1
     task = Task(len(valset), run.search_calls, (), 1, run.seed, is_combined=is_combined)
     plan = options.plan(task, ScoreTable(len(valset)))  # raises an error if a number is not valid
@@ -236,15 +235,12 @@ def _best_program(
     demo_candidates: Any,
     evaluate: Any,
     valset: list[Any],
-    num_trials: int,
-    minibatch: bool,
-    minibatch_size: int,
-    minibatch_full_eval_steps: int,
-    seed: int,
+    **sizes: Any,
 ) -> Any:
-    """The winner of the search as a program, with the result; errors have the best program so far."""
-    minibatches = Minibatches(minibatch_size, minibatch_full_eval_steps, minibatch)
-    options = run.options.within(len(valset), num_trials, minibatches)
+    """The winner of the search as a program, with the result; errors have the best program so far.
+
+    The ``sizes`` of the run are those that `_prepare` has put into the options.
+    """
     run.end_steps()
     forget_statistics(program)
     programs = ProgramSpace(program, instruction_candidates, demo_candidates)
@@ -254,7 +250,7 @@ def _best_program(
             runner = remote or ProgramRunner(programs, valset, run.metric, run.evaluations.keep)
             score = scorer(runner, wants_traceback(evaluate.provide_traceback))
             score = run.with_first(score, programs, valset)
-            result = _search(run, options, programs, score, len(valset))
+            result = _search(run, programs, score, len(valset))
     except (SearchInterrupted, SearchStoppedError) as error:
         error.program = program if error.result is None else _finished(run, programs, error.result)
         raise
@@ -266,12 +262,12 @@ def _remote(run: Run, programs: ProgramSpace, valset: list[Any]) -> Any:
     return remote_programs(run.place, run.guard, timeout, programs, valset, metric)
 
 
-def _search(run: Run, options: SearchOptions, programs: ProgramSpace, score: Any, n_examples: int) -> Any:
+def _search(run: Run, programs: ProgramSpace, score: Any, n_examples: int) -> Any:
     # Imported here because it loads torch, after the bootstrap has shown that the program runs.
     from mpromptune.engine.search import search
 
-    max_calls = options.max_calls or 0
-    run.view.bar("Searching", max_calls, "calls")
+    options = run.options
+    run.view.bar("Searching", run.search_calls, "calls")
     ours = {
         "storage": run.storage,
         "callbacks": (_describing(run, programs.program), run.evaluations.on_trial, *options.callbacks),
@@ -282,7 +278,7 @@ def _search(run: Run, options: SearchOptions, programs: ProgramSpace, score: Any
         programs.prompt_space(),
         score,
         n_examples=n_examples,
-        max_calls=max_calls,
+        max_calls=run.search_calls,
         num_threads=run.num_threads,
         baseline=programs.baseline,
         seed=run.seed,

@@ -62,7 +62,6 @@ class Run:
         checkpoint: The results saved in the storage, if there is one.
         proposer: Proposes instructions; None before its first request.
         num_instructions: Number of instructions for each predictor.
-        search_calls: Most program calls of the search.
         estimated: Most usage of each step.
         first: The validation examples, and the index of the one that the search begins with.
     """
@@ -84,7 +83,7 @@ class Run:
         self.evaluations = Evaluations(optimizer.metric)
         self.checkpoint: Checkpoint | None = None
         self.proposer: Any = None
-        self.num_instructions = self.search_calls = 0  # set when DSPy has determined the size of the run
+        self.num_instructions = 0  # set, as is the budget, when DSPy has determined the size of the run
         self.estimated = StepUsage()
         self.first: tuple[list[Any], int] | None = None
         self._first: FirstScore | None = None
@@ -124,6 +123,11 @@ class Run:
         self.checkpoint = Checkpoint(self._lease, run)
         for step, usage in self.checkpoint.usage().items():
             self.budget.step(step).add(usage)
+
+    @property
+    def search_calls(self) -> int:
+        """Most program calls of the search."""
+        return self.options.max_calls or 0
 
     @property
     def storage(self) -> BaseStorage | None:

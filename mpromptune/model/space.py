@@ -14,6 +14,7 @@ from mpromptune.errors import InvalidArgumentError
 
 Candidate = str | Sequence[str]
 Row = tuple[int, ...]
+Examples = tuple[int, ...]  # indices of validation examples
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 IndexArray = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -15,7 +15,7 @@ from mpromptune.execution.usage import Usage
 logger = logging.getLogger(__name__)
 
 # NOTE: the standard normal quantile of 97.5 %: the posterior of a mean score is normal.
-_QUANTILE = 1.959964
+QUANTILE = 1.959964
 # NOTE: the speed is measured over the last quarter of the time, so that estimates of long runs are steady and
 # still follow a provider that slows down; but over at least a minute, in which most LM calls end.
 _SHARE, _LEAST = 0.25, 60.0
@@ -43,7 +43,7 @@ class Standing:
     @property
     def margin(self) -> float:
         """Half of the 95 % credible interval."""
-        return _QUANTILE * self.std
+        return QUANTILE * self.std
 
     @property
     def interval(self) -> tuple[float, float]:

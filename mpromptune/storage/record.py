@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.execution.usage import Usage
+from mpromptune.model.space import Examples
 from mpromptune.storage.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
 from mpromptune.storage.findings import in_memory
-
-Examples = tuple[int, ...]
 
 _OPEN = (TrialState.RUNNING, TrialState.WAITING)
 
@@ -87,15 +86,10 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     scores = dict(zip(attributes.get(EXAMPLES, ()), attributes.get(SCORES, ()), strict=False))
     if not told:  # scores saved as intermediate values, some perhaps after it was closed
         scores.update(trial.intermediate_values)
-    usage = usage_of(attributes)
+    usage = Usage(**json.loads(attributes.get(USAGE, "{}")))
     refused = tuple(example for example in attributes.get(REFUSED, ()) if example in scores)
     identity = trial.number, trial._trial_id, dict(trial.params)
     return Recorded(*identity, examples, scores, told, is_open, usage, refused)
-
-
-def usage_of(attributes: Mapping[str, Any]) -> Usage:
-    """The usage in the attributes of a trial."""
-    return Usage(**json.loads(attributes[USAGE])) if USAGE in attributes else Usage()
 
 
 def check_left(record: Record, max_calls: int, missing: int) -> None:
@@ -132,22 +126,35 @@ def salvaged(study: Study, scores: Mapping[int, Mapping[int, float]]) -> Study:
     )
 
 
-def abandoned_attributes(examples: Examples | None, scores: Mapping[int, float]) -> dict[str, Any]:
-    """The attributes of an abandoned trial, which the next run continues.
+def closing_attributes(
+    examples: Examples | None,
+    scores: Mapping[int, float],
+    refused: Sequence[int] = (),
+    abandoned: bool = False,
+) -> dict[str, Any]:
+    """The attributes of a trial that is closed.
 
     Args:
         examples: The examples that it was asked on, if they were chosen.
         scores: Example to score.
+        refused: The scored examples on which the prompt was refused.
+        abandoned: Whether the next run continues it.
     """
-    # First, so that the planned examples are never lost.
-    planned = {PLANNED: list(examples)} if examples else {}
-    return {**planned, ABANDONED: True, EXAMPLES: list(scores), SCORES: list(scores.values())}
+    is_partial = abandoned or len(scores) < len(examples or ())
+    return {
+        # First, so that the planned examples are never lost.
+        **({PLANNED: list(examples)} if examples and is_partial else {}),
+        **({ABANDONED: True} if abandoned else {}),
+        **({REFUSED: list(refused)} if refused else {}),
+        EXAMPLES: list(scores),
+        SCORES: list(scores.values()),
+    }
 
 
 def _abandoned(trial: FrozenTrial, scores: Mapping[int, float]) -> FrozenTrial:
     stored = recorded_of(trial)
     kept = {**scores, **stored.scores}
-    attributes = abandoned_attributes(stored.examples, kept)
+    attributes = closing_attributes(stored.examples, kept, abandoned=True)
     return create_trial(
         state=TrialState.FAIL,
         params=trial.params,
