@@ -48,6 +48,10 @@ class EmptyInstructionError(MPromptuneError, ValueError):
     """The prompt model returned no instruction in any of its requests."""
 
 
+class ProposalRefusedError(MPromptuneError, ValueError):
+    """A proposer wrote something that is not fit to be a candidate."""
+
+
 class StorageError(MPromptuneError, OSError):
     """A storage cannot be opened, read or written; earlier records are kept."""
 

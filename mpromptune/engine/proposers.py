@@ -1,0 +1,68 @@
+"""The interface of proposers, which write new candidates while a search runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpromptune.model.space import Candidate, PromptSpace
+from mpromptune.storage.findings import Measured
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What a proposer knows when it is asked: all trials told so far, but only the visible examples.
+
+    Attributes:
+        number: Number of the proposal in the search, from 0.
+        component: The component that a candidate is wanted for.
+        index: The index that the candidate will have.
+        parent: Params of the configuration to improve; the candidate takes the place of its own one.
+        standings: The measured configurations, highest posterior mean first. Their scores are those of
+            visible examples only; posterior means and deviations are of all examples.
+        notes: ``(number of a configuration in standings, example)`` to what the score function said about
+            this pair beside its score, as JSON. Visible examples only; missing where nothing was said.
+        candidates: The candidates of every component so far, by index; None where a proposal failed.
+        seed: Seed of the search.
+    """
+
+    number: int
+    component: str
+    index: int
+    parent: Mapping[str, int]
+    standings: tuple[Measured, ...]
+    notes: Mapping[tuple[int, int], Any] = field(default_factory=dict)
+    candidates: Mapping[str, Sequence[Candidate | None]] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A new generator for the random draws of this proposal."""
+        return np.random.default_rng([abs(self.seed), self.number])
+
+
+class Proposer(Protocol):
+    """Writes candidates. It is called in worker threads, several proposals at a time.
+
+    Attributes:
+        name: Its name in the study; what its candidates gain is learned under this name.
+        calls: LM requests that a proposal usually takes; each is charged like a program call.
+        keeps_parent: Whether its candidates resemble the parent's; otherwise they are unrelated to it.
+    """
+
+    name: str
+    calls: int
+    keeps_parent: bool
+
+    def components(self, space: PromptSpace) -> Sequence[str]:
+        """The components that it can write candidates for."""
+
+    def propose(self, brief: Brief) -> Any:
+        """A new candidate.
+
+        Raises:
+            ProposalRefusedError: What was written is not fit to be a candidate.
+        """

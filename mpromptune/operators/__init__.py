@@ -1,0 +1,1 @@
+"""Proposers for DSPy programs: each writes new instructions or demo sets while the search runs."""
