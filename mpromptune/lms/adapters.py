@@ -122,7 +122,7 @@ class _Watched:
     falls_back = False
 
     def __call__(self, lm: Any, *args: Any, **kwargs: Any) -> Any:
-        lm = _kept(lm)
+        lm = kept(lm)
         try:
             return super().__call__(lm, *args, **kwargs)  # type: ignore[misc]
         except dspy_errors.AdapterParseError:
@@ -131,7 +131,7 @@ class _Watched:
             return self._as_json()(lm, *args, **kwargs)
 
     async def acall(self, lm: Any, *args: Any, **kwargs: Any) -> Any:
-        lm = _kept(lm)
+        lm = kept(lm)
         try:
             return await super().acall(lm, *args, **kwargs)  # type: ignore[misc]
         except dspy_errors.AdapterParseError:
@@ -241,7 +241,8 @@ class _KeptLM:
         return found[0]
 
 
-def _kept(lm: Any) -> Any:
+def kept(lm: Any) -> Any:
+    """An LM that shares the state of this one, and uses the saved answers of the scope of this context."""
     keeps = dspy.settings.get(_SCOPE) is not None and isinstance(lm, dspy.BaseLM)
     return _like(lm, _KeptLM, vars(lm)) if keeps else lm
 

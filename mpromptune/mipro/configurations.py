@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,13 +18,12 @@ from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import note_call
 from mpromptune.lms.metering import measured
 from mpromptune.model.space import PromptSpace
+from mpromptune.operators.texts import candidate_text, encodable, encodable_demo
 
 logger = logging.getLogger(__name__)
 
 Keep = Callable[[Mapping[str, int], int, Any], None]
 
-# Long runs of base64, as in data URLs of images and audio; they are replaced by digests.
-_BINARY = re.compile(r"[A-Za-z0-9+/_-]{256,}={0,2}")
 # Number of built programs in memory; others are built again when needed, so that programs and their LM
 # histories do not accumulate.
 _BUILT = 64
@@ -158,40 +155,6 @@ def metric_value(value: Any) -> float:
     if isinstance(value, dspy.Example) and "score" in value:
         value = value["score"]
     return as_score(value)
-
-
-def candidate_text(candidate: str | Sequence[Any]) -> Any:
-    """The text of an instruction, or the texts of the demos of a demo set."""
-    return candidate if isinstance(candidate, str) else [demo_text(demo) for demo in candidate]
-
-
-def demo_text(demo: Any) -> str:
-    """All fields of a demo as text; binary content is replaced by digests."""
-    fields = demo.items() if hasattr(demo, "items") else [("demo", demo)]
-    lines = [f"{name}: {value}" for name, value in fields if name != "augmented"]
-    return _BINARY.sub(_digest, "\n".join(lines))
-
-
-def _digest(match: re.Match[str]) -> str:
-    return hashlib.sha256(match.group().encode()).hexdigest()[:16]
-
-
-def encodable(value: Any) -> Any:
-    """A text with ``?`` for every lone surrogate; other values are unchanged.
-
-    LMs return lone surrogates when they cut an emoji in two. A text with one cannot be sent in a request,
-    written to a file, or be the docstring of a class, such as DSPy's signatures.
-    """
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-
-
-def encodable_demo(demo: Any) -> Any:
-    """A demo whose fields are `encodable`; the same object if nothing changes."""
-    if not isinstance(demo, dspy.Example):
-        return demo
-    texts = {name: encodable(value) for name, value in demo.items()}
-    changed = {name: text for name, text in texts.items() if text is not demo[name] and text != demo[name]}
-    return demo.copy(**changed) if changed else demo
 
 
 def _equal(a: Any, b: Any) -> bool:

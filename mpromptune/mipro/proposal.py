@@ -25,8 +25,8 @@ from mpromptune.lms.adapters import Keeping, keep_nothing
 from mpromptune.lms.errors import classify
 from mpromptune.lms.metering import measured
 from mpromptune.mipro.checkpoint import Instructions
-from mpromptune.mipro.configurations import encodable
 from mpromptune.mipro.run import Run, Threads
+from mpromptune.operators.texts import encodable
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from mpromptune.engine.trials import table_of
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.checkpoint import kept_usage, read_candidates
-from mpromptune.mipro.configurations import candidate_text
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.model.space import Candidate, PromptSpace
+from mpromptune.operators.texts import candidate_text
 from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS
 from mpromptune.storage.damage import reported
 from mpromptune.storage.record import Record, read_record
