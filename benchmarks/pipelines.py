@@ -118,7 +118,7 @@ def compose(tables: Sequence[Table], seed: int, pool: int = POOL, n_val: int = N
         columns = rng.permutation(_scores(table).shape[1])[:n_all]
         stages.append(_scores(table)[np.ix_(chosen, columns)].astype(np.float32))
         components[f"{i}_predictor_instruction"] = [f"{i}.{prompt}" for prompt in chosen]
-        vectors.update({f"{i}.{prompt}": _vector(table, prompt) for prompt in chosen})
+        vectors.update({f"{i}.{prompt}": vector_of(table, prompt) for prompt in chosen})
     space = PromptSpace(components)
     validation = rng.choice(n_all, n_val, replace=False)
     baseline = space.params([int(rng.integers(pool)) for _ in tables])
@@ -130,7 +130,7 @@ def _scores(table: Table) -> FloatArray:
     return table.scores
 
 
-def _vector(table: Table, prompt: int) -> FloatArray:
+def vector_of(table: Table, prompt: int) -> FloatArray:
     """The instruction's embedding and the mean of the demos' (zero without any), side by side."""
     demos = [d for d in table.demo_sets[table.demo_set_of[prompt]] if d >= 0]
     instruction = table.instruction_emb[table.instruction_of[prompt]]

@@ -25,7 +25,7 @@ MEANS_ONLY = ("means_subj_qwen25_32b",)
 _HERE = Path(__file__).parent / "tables"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """One recorded pool: scores ``P x N`` (or None), true means ``P``, and how prompts are made."""
 
@@ -151,10 +151,7 @@ def draw(
         shuffled: Permute the embedding rows, so that texts say nothing.
     """
     rng = np.random.default_rng(seed)
-    known = np.flatnonzero(np.isfinite(table.truth))
-    if few_shot:
-        known = known[table.demo_sets[table.demo_set_of[known]].max(axis=1) >= 0]
-    chosen = np.sort(rng.choice(known, min(pool, len(known)), replace=False))
+    chosen = draw_prompts(table, pool, rng, few_shot)
     scores = _validation(table, chosen, n_val, rng)
     space, order = _space(table, chosen)
     baseline = space.params(space.rows()[int(rng.integers(space.size))])
@@ -162,11 +159,24 @@ def draw(
     return Problem(space, scores[order], table.truth[chosen][order], baseline, vectors)
 
 
+def draw_prompts(table: Table, pool: int, rng: np.random.Generator, few_shot: bool = False) -> IndexArray:
+    """Numbers of the prompts of a pool, in order."""
+    known = np.flatnonzero(np.isfinite(table.truth))
+    if few_shot:
+        known = known[table.demo_sets[table.demo_set_of[known]].max(axis=1) >= 0]
+    return np.sort(rng.choice(known, min(pool, len(known)), replace=False))
+
+
+def draw_examples(table: Table, n_val: int, rng: np.random.Generator) -> IndexArray:
+    """Numbers of the validation examples."""
+    assert table.scores is not None
+    return rng.choice(table.scores.shape[1], n_val, replace=False)
+
+
 def _validation(table: Table, chosen: IndexArray, n_val: int, rng: np.random.Generator) -> FloatArray:
     if table.scores is None:  # means only: independent examples with the recorded mean
         return (rng.random((len(chosen), n_val)) < table.truth[chosen, None]).astype(float)
-    examples = rng.choice(table.scores.shape[1], n_val, replace=False)
-    validation: FloatArray = table.scores[np.ix_(chosen, examples)]
+    validation: FloatArray = table.scores[np.ix_(chosen, draw_examples(table, n_val, rng))]
     return validation
 
 
