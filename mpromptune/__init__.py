@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpromptune.errors import MPromptuneError
     from mpromptune.execution.attempts import RetryPolicy
     from mpromptune.execution.limits import Limits
+    from mpromptune.execution.notes import Noted
     from mpromptune.execution.usage import Usage
     from mpromptune.mipro.optimizer import MIPROv2
     from mpromptune.model.space import PromptSpace
@@ -26,6 +27,7 @@ _HOME = {
     "Limits": "execution.limits",
     "MIPROv2": "mipro.optimizer",
     "MPromptuneError": "errors",
+    "Noted": "execution.notes",
     "Progress": "show.progress",
     "PromptSpace": "model.space",
     "RetryPolicy": "execution.attempts",
@@ -39,6 +41,7 @@ __all__ = [
     "Limits",
     "MIPROv2",
     "MPromptuneError",
+    "Noted",
     "Progress",
     "PromptSpace",
     "RetryPolicy",

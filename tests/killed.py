@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from embedders import letters
 
 import mpromptune.storage.lease
-from mpromptune import PromptSpace, SearchResult, qEISampler, search
+from mpromptune import Noted, PromptSpace, SearchResult, qEISampler, search
 
 N = 40
 SPACE = PromptSpace(
@@ -109,6 +110,21 @@ def search_and_die(path: Path, log: Path, last: int, delay: float, num_threads: 
     """A search that does not live to see its end."""
     run(path, Logged(log, last, delay), num_threads=num_threads)
     signal.pause()  # one that has ended by then is killed all the same
+
+
+def note_on(params: dict[str, int], example: int) -> Any:
+    return {"of": [*SPACE.row(params), example]}
+
+
+def noting(score: Any, params: dict[str, int], example: int) -> float:
+    """The score, with a note on every call."""
+    return Noted(score(params, example), note_on(params, example))
+
+
+def die_noting(path: Path, log: Path, last: int) -> None:
+    """A search with notes that does not live to see its end."""
+    run(path, partial(noting, Logged(log, last)))
+    signal.pause()
 
 
 def search_elsewhere(storage: Any, log: Path, machine: str, beat: float) -> None:

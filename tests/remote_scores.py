@@ -18,6 +18,9 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
+from mpromptune import Noted
+from mpromptune.execution.notes import attach_note
+
 N = 30
 TEXTS = {"0_predictor_instruction": ["a", "aa", "aaa", "aaaa"], "0_predictor_demos": [[], ["abc"], ["xyz"]]}
 INSTRUCTION, DEMOS = TEXTS
@@ -28,6 +31,15 @@ def value(params: dict[str, int], example: int) -> float:
     chance = 0.3 + 0.1 * params[INSTRUCTION] + 0.05 * params[DEMOS]
     asked = f"{params[INSTRUCTION]} {params[DEMOS]} {example}"
     return float(int(hashlib.sha256(asked.encode()).hexdigest()[:12], 16) % 1000 < 1000 * chance)
+
+
+def noted(params: dict[str, int], example: int) -> float:
+    """`value` with a note; a third of the examples fail with one."""
+    if example % 3:
+        return Noted(value(params, example), ["of", example])
+    error = ValueError("no answer")
+    attach_note(error, ["of", example])
+    raise error
 
 
 def write(log: Path, line: str) -> None:

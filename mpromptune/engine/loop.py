@@ -161,7 +161,7 @@ class Loop:
         """Save a score, or the usage of a failed call, in the worker's thread as soon as the call ends."""
         # A failure gets no score here: only the whole batch shows whether the candidate caused it.
         try:
-            self.trials.keep(asked, outcome.example, outcome.score, outcome.usage)
+            self.trials.keep(asked, outcome)
         except Exception as error:  # noqa: BLE001 - any error of a storage
             self.unsaved = self.unsaved or error
             self.workers.stopped.set()

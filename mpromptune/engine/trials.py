@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
@@ -18,12 +19,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.execution.interrupts import deferred
-from mpromptune.execution.usage import Meter, Usage
+from mpromptune.execution.pool import Outcome
+from mpromptune.execution.usage import Meter
 from mpromptune.model.space import Examples, PromptSpace, Row
 from mpromptune.sampling.encoding import distributions_of
 from mpromptune.storage.attributes import ABANDONED, EXAMPLES, REFUSED, RESUMES, USAGE
 from mpromptune.storage.lease import Lease
-from mpromptune.storage.record import Record, Recorded, closing_attributes, recorded_of
+from mpromptune.storage.record import Record, Recorded, closing_attributes, note_attribute, recorded_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Asked:
         scores: The scores that an earlier run paid for.
         meter: Its usage, including that in earlier runs.
         refused: The examples on which the prompt was refused in an earlier run.
+        notes: Example to its note, including those of earlier runs.
     """
 
     trial: Trial | None
@@ -47,6 +50,7 @@ class Asked:
     scores: Mapping[int, float] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
     refused: Examples = ()
+    notes: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recorded: Recorded, row: Row, trial: Trial | None = None) -> Asked:
@@ -54,6 +58,7 @@ class Asked:
         examples = recorded.examples if trial is not None else recorded.examples or ()
         asked = cls(trial, recorded.number, row, examples, recorded.scores, refused=recorded.refused)
         asked.meter.add(recorded.usage)
+        asked.notes.update(recorded.notes)
         return asked
 
 
@@ -68,6 +73,7 @@ class Trials:
 
     Attributes:
         told: Number of trials told, including those of earlier runs.
+        notes: ``(row, example)`` to the first note on this pair in a trial that was told.
     """
 
     def __init__(self, study: Study, space: PromptSpace, record: Record, lease: Lease) -> None:
@@ -77,6 +83,7 @@ class Trials:
         self._lock = threading.Lock()
         self._closed: set[int] = set()
         self.told = 0
+        self.notes: dict[tuple[Row, int], Any] = {}
 
     def next(self, row: Row | None) -> Asked:
         """The next trial of the record; after the last, a new one of ``row`` or chosen by the sampler."""
@@ -110,6 +117,7 @@ class Trials:
                 EXAMPLES: list(abandoned.examples or ()),
                 USAGE: json.dumps(abandoned.usage.as_dict()),
                 **({REFUSED: list(abandoned.refused)} if abandoned.refused else {}),
+                **{note_attribute(example): note for example, note in abandoned.notes.items()},
             },
             system_attrs={"fixed_params": dict(abandoned.params)},
             intermediate_values=dict(abandoned.scores),
@@ -142,20 +150,24 @@ class Trials:
         if asked.trial is not None and asked.examples is None:
             asked.trial.set_user_attr(EXAMPLES, list(examples))
 
-    def keep(self, asked: Asked, example: int, score: float | None, usage: Usage) -> None:
-        """Save the usage of a call and, as an intermediate value, its score if there is one.
+    def keep(self, asked: Asked, outcome: Outcome) -> None:
+        """Save the usage of a call, its note if there is one and, as an intermediate value, its score.
 
-        A call that ends after its trial was closed is ignored.
+        The score is written last, since a call with a score is not made again. A call that ends after its
+        trial was closed is ignored.
         """
         assert asked.trial is not None
         self.lease.require()
         with self._lock:
             if asked.number in self._closed:
                 return
-            asked.meter.add(usage)
+            asked.meter.add(outcome.usage)
             asked.trial.set_user_attr(USAGE, json.dumps(asked.meter.total.as_dict()))
-            if score is not None:
-                asked.trial.report(score, step=example)
+            if outcome.note is not None:
+                asked.notes[outcome.example] = outcome.note
+                asked.trial.set_user_attr(note_attribute(outcome.example), outcome.note)
+            if outcome.score is not None:
+                asked.trial.report(outcome.score, step=outcome.example)
 
     def drop(self, asked: Asked) -> None:
         """Close a trial that is not measured."""
@@ -181,6 +193,9 @@ class Trials:
         """
         self.lease.require()
         self.told += 1
+        for example in () if abandoned else scores:
+            if example in asked.notes:
+                self.notes.setdefault((asked.row, example), asked.notes[example])
         trial = asked.trial
         if trial is None:
             return None

@@ -37,6 +37,7 @@ from mpromptune.execution.interrupts import (
     result_of,
     stoppable,
 )
+from mpromptune.execution.notes import Noted, note_of
 from mpromptune.execution.usage import Meter, Usage, current_meter, metered, record
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ class Outcome:
         error: The error of the last attempt.
         order: Its position in the order in which items ended; -1 for one known before the run.
         usage: Usage of all attempts.
+        note: What the score function said about the call beside its score (see `Noted`), or None.
     """
 
     example: int
@@ -163,6 +165,7 @@ class Outcome:
     error: BaseException | None = None
     order: int = -1
     usage: Usage = field(default_factory=Usage)
+    note: Any = None
 
 
 def outcome_of(example: int, future: Future[Outcome]) -> Outcome:
@@ -258,8 +261,8 @@ class Workers:
             if self._judge(error) is Verdict.STOP:
                 self.fatal = self.fatal or error
                 self.stopped.set()
-            return Outcome(example, error=error, order=next(self._ended))
-        return Outcome(example, score=score, order=next(self._ended))
+            return Outcome(example, error=error, order=next(self._ended), note=note_of(error))
+        return Outcome(example, score=float(score), order=next(self._ended), note=note_of(score))
 
     def _attempt(self, params: dict[str, int], example: int) -> float:
         if not self._admits():
@@ -303,14 +306,14 @@ def classify_builtin(error: BaseException) -> Verdict:
 
 
 def as_score(value: Any) -> float:
-    """The return value of a metric as a number.
+    """The return value of a metric as a number; if it is `Noted`, with its note.
 
     Raises:
         ScoreError: It is not a finite real number or a bool.
     """
     number = as_real(value)
     if math.isfinite(number):
-        return number
+        return value if isinstance(value, Noted) else number
     raise ScoreError(
         f"The metric returned {value!r} ({type(value).__name__}); it must return a finite number, a "
         "bool, or a prediction with such a `.score`."

@@ -18,6 +18,7 @@ DEMOS = "mpromptune:demos"  # study: the result of the bootstrap; `DEMOS:i:j`, d
 INSTRUCTIONS = "mpromptune:instructions"  # study: the result of the proposal, like DEMOS
 USED = "mpromptune:used"  # study: `USED:step`, the usage of a step before the search, as JSON
 ANSWERS = "mpromptune:answer"  # study: `ANSWERS:scope:digest:n`, an LM's answer to a request of the steps
+NOTE = "mpromptune:note"  # trial: `NOTE:example`, what the score function said beside the score, as JSON
 USAGE = "mpromptune:usage"  # trial: its usage, as JSON
 PREDICTORS = "mpromptune:predictors"  # study: the names of the predictors in the program, in order
 ESTIMATE = "mpromptune:estimate"  # study: the upper estimate of each step's usage, by `Usage.as_dict`

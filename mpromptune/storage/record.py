@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.execution.usage import Usage
 from mpromptune.model.space import Examples
-from mpromptune.storage.attributes import ABANDONED, EXAMPLES, PLANNED, REFUSED, RESUMES, SCORES, USAGE
+from mpromptune.storage.attributes import ABANDONED, EXAMPLES, NOTE, PLANNED, REFUSED, RESUMES, SCORES, USAGE
 from mpromptune.storage.findings import in_memory
 
 _OPEN = (TrialState.RUNNING, TrialState.WAITING)
@@ -34,6 +34,7 @@ class Recorded:
         is_open: Whether its state is RUNNING or WAITING.
         usage: Its usage.
         refused: The scored examples on which the prompt was refused.
+        notes: Example to what the score function said about the call beside its score.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Recorded:
     is_open: bool
     usage: Usage = field(default_factory=Usage)
     refused: Examples = ()
+    notes: Mapping[int, Any] = field(default_factory=dict)
 
     @property
     def lost(self) -> Examples:
@@ -89,7 +91,15 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     usage = Usage(**json.loads(attributes.get(USAGE, "{}")))
     refused = tuple(example for example in attributes.get(REFUSED, ()) if example in scores)
     identity = trial.number, trial._trial_id, dict(trial.params)
-    return Recorded(*identity, examples, scores, told, is_open, usage, refused)
+    # A call without a score is made again, and says something else then.
+    kept = {example: attributes.get(note_attribute(example)) for example in scores}
+    notes = {example: note for example, note in kept.items() if note is not None}
+    return Recorded(*identity, examples, scores, told, is_open, usage, refused, notes)
+
+
+def note_attribute(example: int) -> str:
+    """The name of the attribute of a trial with the note on an example."""
+    return f"{NOTE}:{example}"
 
 
 def check_left(record: Record, max_calls: int, missing: int) -> None:
