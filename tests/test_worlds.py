@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,29 @@ def test_the_fixed_pool_is_searched_within_its_budget(monkeypatch: pytest.Monkey
     assert figures["written"] == figures["new"] == 0.0
     assert figures["regret"] >= 0.0
     assert figures["regret"] + figures["value"] == pytest.approx(make(Parametric).best_of_pool())
+
+
+@pytest.mark.parametrize(("method", "asked"), [("adaptive", 3), ("adaptive-uniform", 1)])
+def test_an_adaptive_search_is_given_the_writers(
+    method: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as an operator of its own, or all as one; its winner may be one that they wrote."""
+
+    def search(space: Any, score: Any, **options: Any) -> Any:
+        assert len(options["proposers"]) == asked
+        for number, writer in enumerate(options["proposers"]):
+            writer.propose(brief(number))
+        best = {"prompt": POOL}
+        score(best, 0)
+        return SimpleNamespace(best_params=best)
+
+    monkeypatch.setattr(proposals, "load", lambda name: tiny_table(name))
+    monkeypatch.setattr(proposals, "N_VAL", N_VAL)
+    monkeypatch.setattr(proposals, "search", search)
+    cell = {"world": "parametric", "table": "x", "writers": "mixture", "method": method}
+    figures = proposals.measure({**cell, "pool": POOL, "calls": asked + 1, "q": 4}, 3)
+    assert figures["written"] == asked
+    assert figures["new"] == 1.0
 
 
 def test_slices_have_every_writer_that_worlds_know() -> None:
