@@ -11,7 +11,8 @@ from lms import arithmetic_lm
 from tasks import VAL, Adder, Planner
 
 from mpromptune.errors import ScoreError
-from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, metric_value, scorer
+from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
+from mpromptune.mipro.metric import metric_value
 from mpromptune.operators.texts import demo_text
 
 OWN = dspy.Predict("question -> answer").signature.instructions

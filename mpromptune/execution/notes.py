@@ -74,17 +74,21 @@ def _plain(value: Any, longest: int, depth: int = 0) -> Any:
     if depth < _DEEPEST:
         inner = partial(_plain, longest=longest, depth=depth + 1)
         if isinstance(value, Mapping):
-            return {_text(key, longest): inner(item) for key, item in value.items()}
+            return {_cut(key, longest): inner(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [inner(item) for item in value]
-    return _text(value, longest)
+    return _cut(value, longest)
 
 
-def _text(value: Any, longest: int) -> str:
-    """The text of a value; lone surrogates, which cannot be sent in a request, become ``?``."""
-    try:
-        text = str(value)
-    except Exception:  # noqa: BLE001 - the code of another class
-        text = f"<{type(value).__name__}>"
+def _cut(value: Any, longest: int) -> str:
+    text = as_text(value)
     cut = text if len(text) <= longest else f"{text[:longest]}..."
-    return cut.encode("utf-8", "replace").decode()
+    return cut.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent in a request
+
+
+def as_text(value: Any) -> str:
+    """The text of any value; the name of its class if it has none."""
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - the code of another class
+        return f"<{type(value).__name__}>"

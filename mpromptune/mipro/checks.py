@@ -14,6 +14,7 @@ from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from dspy.teleprompt.utils import get_signature
 
 from mpromptune.errors import IncompatibleDSPyError, InvalidArgumentError, require_count
+from mpromptune.mipro.metric import adapted
 
 # NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest supported one.
 TESTED_DSPY = ("3.2.0", "3.3.1", "3.4.1")
@@ -122,11 +123,11 @@ def _bootstraps(optimizer: Any, given: Mapping[str, Any]) -> bool:
 
 
 def _check_metric(metric: Any, bootstraps: bool) -> None:
-    """Require a metric that DSPy can call: in evaluations with two arguments, in the bootstrap with three."""
+    """Require a metric that can be called: in evaluations with two arguments, in the bootstrap with three."""
     if not callable(metric) or isinstance(metric, type):
         raise _refused("metric", "a function metric(example, prediction, trace=None)", metric)
     try:
-        signature = inspect.signature(metric)
+        signature = inspect.signature(adapted(metric))
     except (TypeError, ValueError):  # functions written in C may have no signature
         return
     for arguments in (2, 3) if bootstraps else (2,):
@@ -134,8 +135,9 @@ def _check_metric(metric: Any, bootstraps: bool) -> None:
             signature.bind(*[None] * arguments)
         except TypeError as error:
             raise InvalidArgumentError(
-                "metric must be a function that can be called as metric(example, prediction, trace=None) "
-                f"({error}); got {reprlib.repr(metric)} with the parameters {signature}."
+                "metric must be a function that can be called as metric(example, prediction, trace=None), or "
+                f"with the five arguments of dspy.GEPA ({error}); got {reprlib.repr(metric)} with the "
+                f"parameters {signature}."
             ) from error
 
 

@@ -12,11 +12,14 @@ from dspy.teleprompt.utils import get_signature, set_signature
 
 from mpromptune.execution.attempts import FAILURES
 from mpromptune.execution.interrupts import contained
-from mpromptune.execution.pool import Score, as_score
+from mpromptune.execution.notes import Noted, attach_note, note_of
+from mpromptune.execution.pool import Score
 from mpromptune.execution.usage import Meter, current_meter
 from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import note_call
 from mpromptune.lms.metering import measured
+from mpromptune.mipro.metric import adapted, metric_value
+from mpromptune.mipro.notes import note_of_call
 from mpromptune.model.space import PromptSpace
 from mpromptune.operators.texts import candidate_text, encodable, encodable_demo
 
@@ -95,31 +98,46 @@ class ProgramRunner:
     Args:
         programs: The configurations.
         valset: The validation examples.
-        metric: ``metric(example, prediction)`` returning a number, a bool, or a prediction with ``.score``.
+        metric: The metric; see `adapted` and `metric_value`.
         keep: Called as ``keep(params, example, prediction)`` in the thread that made the prediction; not
             called in other processes.
+        takes_notes: Whether scores, and errors of candidates, have a note (see `mpromptune.mipro.notes`).
     """
 
     def __init__(
-        self, programs: ProgramSpace, valset: Sequence[Any], metric: Any, keep: Keep = _keep_nothing
+        self,
+        programs: ProgramSpace,
+        valset: Sequence[Any],
+        metric: Any,
+        keep: Keep = _keep_nothing,
+        takes_notes: bool = False,
     ) -> None:
         self._parts = programs, valset, metric
         self._keep = keep
+        self._takes_notes = takes_notes
+        self._metric = adapted(metric)
         self._build = lru_cache(maxsize=_BUILT)(lambda items: programs.build(dict(items)))
 
     def __reduce__(self) -> Any:  # without the built programs
-        return ProgramRunner, self._parts
+        return ProgramRunner, (*self._parts, _keep_nothing, self._takes_notes)
 
     def __call__(self, params: Mapping[str, int], example: int) -> float:
         """The value of the metric; exceptions of the program or the metric are passed on."""
-        _, valset, metric = self._parts
-        program, item = self._build(tuple(sorted(params.items()))), valset[example]
+        program, item = self._build(tuple(sorted(params.items()))), self._parts[1][example]
+        # An own trace, because otherwise the caller's trace would collect every call of the run.
+        prediction, trace = None, list[Any]()
         try:
-            # An own trace, because otherwise the caller's trace would collect every call of the run.
-            with dspy.context(trace=[]), measured(current_meter()), blaming():
+            with dspy.context(trace=trace), measured(current_meter()), blaming():
                 prediction = program(**item.inputs())
                 self._keep(params, example, prediction)
-                return metric_value(metric(item, prediction))
+                score = metric_value(self._metric(item, prediction))
+            if not self._takes_notes:
+                return float(score)
+            return Noted(score, note_of_call(program, item, trace, prediction, note_of(score)))
+        except Exception as error:
+            if self._takes_notes and classify(error) in FAILURES:
+                attach_note(error, note_of_call(program, item, trace, prediction, error))
+            raise
         finally:
             for _, module in program.named_sub_modules():
                 if history := getattr(module, "history", None):
@@ -144,17 +162,6 @@ def scorer(run: Score, show_traceback: bool = False) -> Score:
         return value
 
     return score
-
-
-def metric_value(value: Any) -> float:
-    """The return value of a metric as a number.
-
-    Raises:
-        ScoreError: It is not a finite number, a bool, or a prediction with such a ``score``.
-    """
-    if isinstance(value, dspy.Example) and "score" in value:
-        value = value["score"]
-    return as_score(value)
 
 
 def _equal(a: Any, b: Any) -> bool:

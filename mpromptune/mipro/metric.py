@@ -1,16 +1,19 @@
-"""Finds a broken metric at the first example that it scores."""
+"""Calls the user's metric: its signature, what it returns, and what shows that it is broken."""
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpromptune.errors import ScoreError
 from mpromptune.execution.attempts import Verdict
+from mpromptune.execution.notes import Noted
+from mpromptune.execution.pool import as_score
 from mpromptune.lms.errors import blame, classify
-from mpromptune.mipro.configurations import metric_value
 
 # Errors that a correct metric may raise on an answer that it cannot parse. Any other error (a name, field or
 # module that does not exist, a wrong call) before the first result shows a mistake in the metric.
@@ -21,14 +24,57 @@ _NOTHING = "NoneType"
 _SHOWN = 500
 
 
+# The number of arguments that ``dspy.GEPA`` requires of a metric: the example, the prediction, the trace, the
+# name of a predictor, and the trace of this predictor.
+_GEPA = 5
+
+
+def adapted(metric: Any) -> Callable[..., Any]:
+    """The metric as DSPy calls it: with an example and a prediction, in the bootstrap also with a trace.
+
+    A metric with GEPA's signature may require arguments without a default; those not given are None. It is
+    never asked about a single predictor, as GEPA may do.
+    """
+    call: Callable[..., Any] = metric
+    try:
+        signature = inspect.signature(metric)
+        signature.bind(*[None] * _GEPA)
+    except (TypeError, ValueError):  # another signature; functions written in C may have none
+        return call
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return partial(_filled, call)
+    return call
+
+
+def _filled(metric: Callable[..., Any], *given: Any) -> Any:
+    return metric(*given, *[None] * (_GEPA - len(given)))
+
+
+def metric_value(value: Any) -> float:
+    """The return value of a metric as a number; if there is feedback, it is `Noted`.
+
+    Args:
+        value: A number, a bool, or a prediction with such a ``score`` and perhaps with ``feedback``, such as
+            ``ScoreWithFeedback`` of ``dspy.teleprompt.gepa``.
+
+    Raises:
+        ScoreError: It is none of these, or the number is not finite.
+    """
+    score = as_score(getattr(value, "score", value))
+    feedback = getattr(value, "feedback", None)
+    return score if feedback is None else Noted(score, feedback)
+
+
 class CheckedMetric:
     """The user's metric; it ends the compile if the metric is broken.
 
-    In an evaluation the metric must return a number. In the bootstrap, with a trace, it may return anything,
-    because DSPy uses only its truth value. If that is not a number, and the metric has not worked in an
-    evaluation yet, it is called once more without a trace, so that a metric without a return statement is
-    found. An error before the metric has worked in the same way (with or without a trace) may show a mistake
-    in it; a later error is a failure of the candidate.
+    In an evaluation the metric must return a number (see `metric_value`). In the bootstrap, with a trace, it
+    may return anything else too, because DSPy uses only its truth value. If that is not a number, and the
+    metric has not worked in an evaluation yet, it is called once more without a trace, so that a metric
+    without a return statement is found. An error before the metric has worked in the same way (with or
+    without a trace) may show a mistake in it; a later error is a failure of the candidate.
 
     Args:
         metric: The metric given to MIPROv2.
@@ -39,7 +85,7 @@ class CheckedMetric:
     """
 
     def __init__(self, metric: Any, on_failure: Callable[[], None] = lambda: None) -> None:
-        self._metric = metric
+        self._metric, self._call = metric, adapted(metric)
         self._on_failure = on_failure
         self._has_worked: set[bool] = set()  # True: with a trace; False: without one
         self.failure: ScoreError | None = None
@@ -48,7 +94,7 @@ class CheckedMetric:
         return repr(self._metric)
 
     def __call__(self, example: Any, prediction: Any, trace: Any = None) -> Any:
-        """The return value of the metric; in an evaluation as a number.
+        """The return value of the metric as a number; in the bootstrap as it is if it is no number.
 
         Raises:
             ScoreError: The metric is broken.
@@ -56,18 +102,18 @@ class CheckedMetric:
         asked = (example, prediction) if trace is None else (example, prediction, trace)
         value = self._ask(*asked)
         try:
-            number = metric_value(value)
+            value = metric_value(value)  # DSPy would take a prediction with a score of 0 for a success
         except ScoreError as error:
             if trace is None:
                 raise self._failed(str(error), example, prediction) from error
             if False not in self._has_worked:
                 self(example, prediction)
         self._has_worked.add(trace is not None)
-        return number if trace is None else value
+        return value
 
     def _ask(self, example: Any, prediction: Any, *trace: Any) -> Any:
         try:
-            return self._metric(example, prediction, *trace)
+            return self._call(example, prediction, *trace)
         except Exception as error:
             blame(error)
             is_answers = isinstance(error, _OF_AN_ANSWER) or _NOTHING in str(error)

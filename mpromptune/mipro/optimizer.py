@@ -247,8 +247,8 @@ def _best_program(
     run.evaluations.programs, run.evaluations.valset = programs, valset
     try:
         with _remote(run, programs, valset) as remote:
-            runner = remote or ProgramRunner(programs, valset, run.metric, run.evaluations.keep)
-            score = scorer(runner, wants_traceback(evaluate.provide_traceback))
+            own = ProgramRunner(programs, valset, run.metric, run.evaluations.keep, run.takes_notes)
+            score = scorer(remote or own, wants_traceback(evaluate.provide_traceback))
             score = run.with_first(score, programs, valset)
             result = _search(run, programs, score, len(valset))
     except (SearchInterrupted, SearchStoppedError) as error:
@@ -259,7 +259,7 @@ def _best_program(
 
 def _remote(run: Run, programs: ProgramSpace, valset: list[Any]) -> Any:
     metric, timeout = run.optimizer.metric, run.options.timeout
-    return remote_programs(run.place, run.guard, timeout, programs, valset, metric)
+    return remote_programs(run.place, run.guard, timeout, programs, valset, metric, run.takes_notes)
 
 
 def _search(run: Run, programs: ProgramSpace, score: Any, n_examples: int) -> Any:

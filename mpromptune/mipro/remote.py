@@ -37,6 +37,7 @@ def remote_programs(
     programs: ProgramSpace,
     valset: Sequence[Any],
     metric: Any,
+    takes_notes: bool = False,
 ) -> Iterator[Score | None]:
     """A score that runs configurations in other processes; None if the executor has no such workers.
 
@@ -50,7 +51,8 @@ def remote_programs(
     if not place.is_remote:
         yield None
         return
-    run = _RemoteRunner(ProgramRunner(programs, valset, metric), guard.pricing, dspy_settings())
+    runner = ProgramRunner(programs, valset, metric, takes_notes=takes_notes)
+    run = _RemoteRunner(runner, guard.pricing, dspy_settings())
     parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
     parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
     parts["the option 'prices'"] = guard.pricing

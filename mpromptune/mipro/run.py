@@ -130,6 +130,11 @@ class Run:
         return self.options.max_calls or 0
 
     @property
+    def takes_notes(self) -> bool:
+        """Whether program calls have notes, which proposers read."""
+        return getattr(self.options, "proposals", "fixed") == "adaptive"
+
+    @property
     def storage(self) -> BaseStorage | None:
         """The open storage of this run, if one was given."""
         return None if self.checkpoint is None else self.checkpoint.study._storage
@@ -278,7 +283,7 @@ class FirstScore:
     def make(self, run: Run) -> None:
         """Measure it; an error of the program or of the infrastructure is raised in the search."""
         student = ProgramSpace(self.program, {})
-        runner = ProgramRunner(student, self.valset, run.metric, self._keep)
+        runner = ProgramRunner(student, self.valset, run.metric, self._keep, run.takes_notes)
         score = scorer(runner, wants_traceback(run.arguments.get("provide_traceback")))
         began = time.monotonic()
         outcome: float | Exception
