@@ -1,0 +1,227 @@
+"""The operator *reflect*: rewrites an instruction from what it fails at, through GEPA's protocol.
+
+The failures go to a ``ProposalFn`` of GEPA (Agrawal et al. 2025, arXiv 2507.19457), the user's or the default
+one, as a reflective dataset: ``Inputs``, ``Generated Outputs`` and ``Feedback`` of the predictor per example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import dspy
+import numpy as np
+from dspy.teleprompt.gepa import instruction_proposal
+from gepa.strategies.instruction_proposal import InstructionProposalSignature
+
+from mpromptune.engine.proposers import Brief
+from mpromptune.errors import InvalidArgumentError, ProposalRefusedError
+from mpromptune.lms.adapters import watched
+from mpromptune.operators.base import InstructionOperator, Setting, asking, predictor_of
+from mpromptune.operators.guards import checked, rules
+from mpromptune.operators.texts import shortened
+
+# NOTE: most characters of one value of an example: six examples of this length are some 10,000 tokens.
+_VALUE = 3000
+# What DSPy 3.4 names its proposer; earlier versions have only GEPA's own prompt.
+_DSPY_PROPOSER = "InstructionProposer"
+
+Record = dict[str, Any]
+
+
+class Reflect(InstructionOperator):
+    """Shows an LM what the parent fails at, and what other prompts answer there.
+
+    Two thirds of the failures shown are examples that another configuration solves, the others are solved
+    by none, as far as there are such; some successes are shown so that nothing gets worse.
+
+    Args:
+        setting: The compile.
+        failures: Most examples shown that the parent fails at.
+        successes: Most examples shown that it succeeds at.
+
+    Raises:
+        InvalidArgumentError: ``instruction_proposer`` cannot be called.
+    """
+
+    name = "reflect"
+
+    def __init__(self, setting: Setting, failures: int = 4, successes: int = 2) -> None:
+        super().__init__(setting)
+        self._failures, self._successes = failures, successes
+        given = setting.instruction_proposer
+        if given is not None and not callable(given):
+            raise InvalidArgumentError(
+                "instruction_proposer must be a function of candidate, reflective_dataset and "
+                f"components_to_update, as in dspy.GEPA; got {given!r}."
+            )
+
+    def propose(self, brief: Brief) -> str:
+        """See `mpromptune.engine.proposers.Proposer`."""
+        name = self.setting.names[predictor_of(brief.component)]
+        records = [self._record(run, name, brief) for run in self._chosen(brief)]
+        write = self.setting.instruction_proposer or default_proposer(rules(self.setting, brief.component))
+        with asking(self.lm, self.setting.temperature, brief):
+            written = write(
+                candidate=self.setting.instructions(brief),
+                reflective_dataset={name: records},
+                components_to_update=[name],
+            )
+        if not isinstance(written, Mapping) or name not in written:
+            said = shortened(repr(written), 200)
+            raise ProposalRefusedError(f"instruction_proposer returned no text for {name!r}, but {said}.")
+        return checked(written[name], self.setting, brief, brief.component)
+
+    def _chosen(self, brief: Brief) -> list[_Run]:
+        """The examples to show, failures first.
+
+        Raises:
+            ProposalRefusedError: Nothing that may be shown is known to fail.
+        """
+        runs = runs_of_parent(brief, self.setting.visible)
+        lost, unsolved = ([run for run in runs if run.kind == kind] for kind in ("lost", "unsolved"))
+        if not lost and not unsolved:
+            raise ProposalRefusedError("The parent fails at no example that may be shown.")
+        some = max(ceil(2 * self._failures / 3), self._failures - len(unsolved))
+        rng = brief.rng
+        chosen = _drawn(lost, some, rng)
+        chosen += _drawn(unsolved, self._failures - len(chosen), rng)
+        return chosen + _drawn([run for run in runs if run.kind == "solved"], self._successes, rng)
+
+    def _record(self, run: _Run, name: str, brief: Brief) -> Record:
+        """One example of GEPA's reflective dataset."""
+        own = run.note.get("predictors", {}).get(name) or run.note
+        outputs = run.note.get("outputs")
+        said = [run.verdict, _block("Expected", run.note.get("expected"))]
+        if own.get("outputs") != outputs:
+            said.append(_block("Outputs of the whole program", outputs))
+        if run.kind == "lost" and run.better is not None:
+            theirs = run.better.get("predictors", {}).get(name) or run.better
+            said.append(_block("Outputs with the other prompt", theirs.get("outputs")))
+        said.append(_block("Feedback", run.note.get("feedback")))
+        return {
+            "Inputs": _plain(own.get("inputs")),
+            "Generated Outputs": _plain(own.get("outputs")),
+            "Feedback": "\n".join(filter(None, said)),
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parent on one example.
+
+    Attributes:
+        note: What the score function said about it.
+        score: Its score.
+        best: The highest score of other configurations on the example; its own if there are none.
+        better: What was said about that configuration, if anything.
+        top: The highest score on any example.
+    """
+
+    note: Mapping[str, Any]
+    score: float
+    best: float
+    better: Mapping[str, Any] | None
+    top: float
+
+    @property
+    def kind(self) -> str:
+        """``"lost"`` if another configuration does better, ``"solved"`` if it cannot be better."""
+        if self.best > self.score:
+            return "lost"
+        return "unsolved" if self.score < self.top else "solved"
+
+    @property
+    def weight(self) -> float:
+        """What could be gained, and 1 where nothing could."""
+        return {"lost": self.best - self.score, "unsolved": self.top - self.score, "solved": 1.0}[self.kind]
+
+    @property
+    def verdict(self) -> str:
+        """The score in words."""
+        scale = f"Score {self.score:g}, where {self.top:g} is the highest on any example."
+        said = {
+            "lost": f"With another prompt the score was {self.best:g}.",
+            "unsolved": "No prompt so far does better on this example.",
+            "solved": "This succeeds: nothing about it should change.",
+        }
+        return f"{scale} {said[self.kind]}"
+
+
+def runs_of_parent(brief: Brief, visible: frozenset[int]) -> list[_Run]:
+    """The parent on each visible example with a note; else another configuration with its candidate."""
+    standings, component = brief.standings, brief.component
+    own = [j for j, m in enumerate(standings) if m.params[component] == brief.parent[component]]
+    own.sort(key=lambda j: standings[j].params != brief.parent)
+    top = max((score for m in standings for e, score in m.scores.items() if e in visible), default=0.0)
+    runs = []
+    for example in sorted({e for j, e in brief.notes if e in visible}):
+        noted = (j for j in own if (j, example) in brief.notes and example in standings[j].scores)
+        if (mine := next(noted, None)) is None:
+            continue
+        others = [
+            (m.scores[example], (j, example) in brief.notes, -j)
+            for j, m in enumerate(standings)
+            if j != mine and example in m.scores
+        ]
+        score = standings[mine].scores[example]
+        best, _, j = max(others, default=(score, False, -mine))
+        runs.append(_Run(brief.notes[mine, example], score, best, brief.notes.get((-j, example)), top))
+    return runs
+
+
+def _drawn(runs: Sequence[_Run], number: int, rng: np.random.Generator) -> list[_Run]:
+    """At most ``number`` runs, drawn in proportion to what could be gained."""
+    if not runs:
+        return []
+    weights = np.array([run.weight for run in runs])
+    chosen = rng.choice(len(runs), min(number, len(runs)), replace=False, p=weights / weights.sum())
+    return [runs[i] for i in chosen]
+
+
+def _plain(values: Any) -> dict[str, str] | str:
+    if not isinstance(values, Mapping):
+        return "" if values is None else shortened(values, _VALUE)
+    return {str(name): shortened(value, _VALUE) for name, value in values.items()}
+
+
+def _block(title: str, values: Any) -> str | None:
+    """Values under a title; None if there are none."""
+    plain = _plain(values)
+    lines = [f"{name}: {value}" for name, value in plain.items()] if isinstance(plain, dict) else [plain]
+    text = "\n".join(lines)
+    return f"{title}:\n{text}" if text else None
+
+
+def default_proposer(said: str) -> Callable[..., dict[str, str]]:
+    """The ``ProposalFn`` of DSPy, or of GEPA if DSPy has none, which tells the LM also what is ``said``."""
+    if (cls := getattr(instruction_proposal, _DSPY_PROPOSER, None)) is not None:
+        # Its own adapter would take an answer without text for one that cannot be parsed.
+        proposer: Callable[..., dict[str, str]] = cls(
+            additional_instructions=said, adapter=watched(dspy.JSONAdapter())
+        )
+        return proposer
+    template = f"{InstructionProposalSignature.default_prompt_template}\n\n{said}"
+
+    def propose(candidate: Any, reflective_dataset: Any, components_to_update: Any) -> dict[str, str]:
+        return {
+            name: InstructionProposalSignature.run(
+                lm=_first_text,
+                input_dict={
+                    "current_instruction_doc": candidate[name],
+                    "dataset_with_feedback": reflective_dataset[name],
+                    "prompt_template": template,
+                },
+            )["new_instruction"]
+            for name in components_to_update
+        }
+
+    return propose
+
+
+def _first_text(prompt: Any) -> str:
+    """The first output of the LM of DSPy's settings."""
+    output = dspy.settings.lm(prompt)[0]
+    return str(output["text"] if isinstance(output, Mapping) else output)

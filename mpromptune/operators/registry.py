@@ -1,0 +1,75 @@
+"""The operators by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from mpromptune.engine.proposers import Proposer
+from mpromptune.errors import InvalidArgumentError
+from mpromptune.operators.base import Setting
+from mpromptune.operators.demos import Demos
+from mpromptune.operators.fresh import Fresh
+from mpromptune.operators.reflect import Reflect
+from mpromptune.operators.rewrite import Contrast, Merge, Shorten
+
+Operator = Callable[[Setting], Proposer]
+
+OPERATORS: dict[str, Operator] = {cls.name: cls for cls in (Reflect, Contrast, Fresh, Merge, Shorten, Demos)}
+_PARTS = ("name", "calls", "keeps_parent", "components", "propose")
+
+
+def register(name: str, operator: Operator) -> None:
+    """Make an operator known by name.
+
+    Args:
+        name: Its name in ``operators=[...]``; a known one is replaced.
+        operator: Makes the proposer, which has the same name, from the `Setting` of a compile.
+
+    Raises:
+        InvalidArgumentError: The name is no text, or the operator cannot be called.
+    """
+    if not isinstance(name, str) or not name:
+        raise InvalidArgumentError(f"The name of an operator must be a text; got {name!r}.")
+    if not callable(operator):
+        raise InvalidArgumentError(
+            f"An operator must be a class or function that makes a proposer from a Setting; got {operator!r}."
+        )
+    OPERATORS[name] = operator
+
+
+def made(operators: Iterable[str | Proposer], setting: Setting) -> list[Proposer]:
+    """The proposers of a compile.
+
+    Args:
+        operators: Names of operators, or proposers.
+        setting: The compile.
+
+    Raises:
+        InvalidArgumentError: A name is unknown, an object is no proposer, or two have the same name.
+    """
+    if isinstance(operators, str) or not isinstance(operators, Iterable):
+        raise InvalidArgumentError(f"operators must be a list of names or proposers; got {operators!r}.")
+    proposers = [_made(operator, setting) for operator in operators]
+    names = [proposer.name for proposer in proposers]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InvalidArgumentError(f"operators has {twice[0]!r} twice; each needs a name of its own.")
+    return proposers
+
+
+def _made(operator: Any, setting: Setting) -> Proposer:
+    if isinstance(operator, str):
+        if operator not in OPERATORS:
+            near = get_close_matches(operator, OPERATORS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InvalidArgumentError(f"Unknown operator {operator!r}.{hint} Known are {sorted(OPERATORS)}.")
+        operator = OPERATORS[operator](setting)
+    lacking = [part for part in _PARTS if not hasattr(operator, part)]
+    if lacking or isinstance(operator, type):
+        raise InvalidArgumentError(
+            f"operators must be names or proposers with {', '.join(_PARTS)}; got {operator!r}"
+            f"{f', which lacks {lacking}' if lacking else ', a class: register it, or pass an object'}."
+        )
+    proposer: Proposer = operator
+    return proposer
