@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dspy
+
 from mpromptune.errors import ScoreError
 from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.notes import Noted
@@ -37,7 +39,8 @@ def adapted(metric: Any) -> Callable[..., Any]:
     """
     call: Callable[..., Any] = metric
     try:
-        signature = inspect.signature(metric)
+        # Calling a program hides the parameters of its `forward`.
+        signature = inspect.signature(metric.forward if isinstance(metric, dspy.Module) else metric)
         signature.bind(*[None] * _GEPA)
     except (TypeError, ValueError):  # another signature; functions written in C may have none
         return call
