@@ -106,6 +106,18 @@ def test_notes_are_saved_with_their_scores(tmp_path: Path, known: list[Notes]) -
     assert len(asked) == result.calls
 
 
+def test_a_pickled_result_has_no_notes() -> None:
+    """They are large, and only a search needs them; everything else is there."""
+    result = run(None, partial(noting, Scores()))
+    again = pickle.loads(pickle.dumps(result))
+    assert saved(again) == {}
+    assert len(saved(result)) == again.calls
+    assert again.configurations == result.configurations
+    assert [t.user_attrs[EXAMPLES] for t in again.study.trials] == [
+        t.user_attrs[EXAMPLES] for t in result.study.trials
+    ]
+
+
 def test_scores_without_notes_save_none(known: list[Notes]) -> None:
     """A search without notes is what it was."""
     assert saved(run(None, Scores())) == {}

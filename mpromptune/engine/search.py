@@ -76,7 +76,8 @@ def search(
     Args:
         space: The configurations.
         score: ``score(params, example) -> float``, higher is better; called from threads. If there are
-            limits on usage, it reports its usage by `mpromptune.execution.usage.record`.
+            limits on usage, it reports its usage by `mpromptune.execution.usage.record`. It may return a
+            `Noted` number: the note is saved with the score.
         n_examples: Size of the validation set; examples are ``0 .. n_examples - 1``.
         max_calls: Calls of ``score`` to spend; fewer are spent if nothing is left to measure.
         num_threads: Calls made at the same time.

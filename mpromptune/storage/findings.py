@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from optuna.trial import FrozenTrial
 
 from mpromptune.execution.usage import StepUsage
 from mpromptune.model.space import FloatArray, PromptSpace
-from mpromptune.storage.attributes import ANSWERS, SETTINGS
+from mpromptune.storage.attributes import ANSWERS, NOTE, SETTINGS
 
 RESULT_VERSION = 1
 
@@ -98,9 +99,10 @@ class Findings:
         """The state for pickling, with a copy of the study in memory.
 
         A storage has paths, locks and perhaps a password; a sampler holds the user's embedder, which may not
-        be picklable.
+        be picklable. Notes are large, and only a search needs them.
         """
-        return {**self.__dict__, "study": in_memory(self.study, self.study.get_trials(deepcopy=False))}
+        trials = [_without_notes(trial) for trial in self.study.get_trials(deepcopy=False)]
+        return {**self.__dict__, "study": in_memory(self.study, trials)}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Findings:
         return self  # it is frozen, so copied programs share it
@@ -114,4 +116,10 @@ def in_memory(study: Study, trials: Sequence[FrozenTrial]) -> Study:
         if not key.startswith(ANSWERS):  # answers are only needed in a storage, to continue a run
             copied.set_user_attr(key, value)
     copied.add_trials(trials)
+    return copied
+
+
+def _without_notes(trial: FrozenTrial) -> FrozenTrial:
+    copied = copy.copy(trial)
+    copied.user_attrs = {key: v for key, v in trial.user_attrs.items() if not key.startswith(f"{NOTE}:")}
     return copied
