@@ -16,6 +16,7 @@ from tasks import Adder, Planner
 
 from mpromptune.engine.proposers import Brief
 from mpromptune.errors import InvalidArgumentError, ProposalRefusedError
+from mpromptune.lms.adapters import Answer, keeping
 from mpromptune.model.space import PromptSpace
 from mpromptune.operators import registry
 from mpromptune.operators.base import Setting
@@ -297,6 +298,35 @@ def test_an_outage_is_no_refusal() -> None:
     own = setting(instruction_proposer=broken)
     with pytest.raises(ProposalRefusedError, match="failed with KeyError: 'feedback'"):
         propose("reflect", own, brief(own))
+
+
+class Shelf:
+    """Answers in memory (see `mpromptune.lms.adapters.Answers`)."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[Any, ...], Answer] = {}
+
+    def answer(self, scope: str, digest: str, number: int, cached: bool) -> Answer | None:
+        return self.kept.get((scope, digest, number))
+
+    def keep_answer(self, scope: str, digest: str, number: int, answer: Answer) -> None:
+        self.kept[scope, digest, number] = answer
+
+
+@pytest.mark.parametrize("name", [*REWRITERS, "fresh", "gepa's own"])
+def test_kept_answers_are_not_asked_for_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proposal that is repeated after an interruption pays for no request twice, whoever makes it."""
+    if name == "gepa's own":
+        monkeypatch.setattr("mpromptune.operators.reflect._DSPY_PROPOSER", "absent")
+        name = "reflect"
+    lm, shelf, texts = WriterLM(), Shelf(), []
+    own = setting(lm)
+    for _ in range(2):
+        with keeping(shelf, "proposal:7"):
+            texts.append(propose(name, own, brief(own, parent=parent_of(name))))
+        paid = len(lm.requests)
+    assert texts[0] == texts[1]
+    assert paid == len(shelf.kept) == made([name], own)[0].calls
 
 
 # GEPA's protocol.

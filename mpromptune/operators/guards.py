@@ -26,11 +26,11 @@ _SHOWN = 80
 def rules(setting: Setting, component: str) -> str:
     """What a language model is told about what `checked` will refuse."""
     said = [
-        f"Write plain text of at most {setting.max_chars} characters, not JSON and not in a code block.",
-        "Write about the task in general: never copy the text or the answer of an example.",
+        f"The instruction itself is plain text of at most {setting.max_chars} characters.",
+        "It is about the task in general, and never copies the text or the answer of an example.",
     ]
     if names := markers(setting, component):
-        said.append(f"These must occur in the text, because the output is read by them: {', '.join(names)}")
+        said.append(f"It contains these, by which the output is read: {', '.join(names)}")
     return " ".join(said)
 
 
