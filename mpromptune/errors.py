@@ -28,6 +28,10 @@ class MissingExtraError(MPromptuneError, ImportError):
     """An optional package is not installed; the message says how to install it."""
 
 
+class LocalModelError(MPromptuneError, RuntimeError):
+    """A language model cannot be loaded into this process; the message says why."""
+
+
 class IncompatibleDSPyError(MPromptuneError, RuntimeError):
     """This version of DSPy lacks something that the search needs; raised before any LM call."""
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mpromptune"
 # From the bottom to the top: a subpackage imports only from those above its own in this table.
 MATHEMATICS = ("model",)
 SEARCH = ("execution", "storage", "sampling", "show", "engine")
-ADAPTER = ("lms", "operators", "mipro", "demo", "cli")
+ADAPTER = ("local", "lms", "operators", "mipro", "demo", "cli")
 LEVELS = {name: level for level, name in enumerate((*MATHEMATICS, *SEARCH, *ADAPTER))}
 # What stands beside them: errors are everybody's; nothing inside imports the rest, which users know.
 BESIDE = {"errors", "plots", "qEI", "__main__"}
