@@ -12,20 +12,15 @@ import dspy
 from dspy.teleprompt.utils import get_signature
 
 from mpromptune.engine.proposers import Brief
-from mpromptune.errors import ProposalRefusedError
-from mpromptune.execution.attempts import FAILURES
 from mpromptune.lms.adapters import kept
-from mpromptune.lms.errors import classify
 from mpromptune.model.space import PromptSpace
-from mpromptune.operators.texts import shortened
+from mpromptune.operators.texts import value_text
 
 # What a request says of itself is drawn below this number, as in DSPy's proposer.
 _ROLLOUTS = 10**9
 # NOTE: most characters of an instruction: 2000 are about 400 words, more than most of DSPy's proposer; GEPA's
 # instructions reach three times the length of those that they begin with.
 _LONG, _TIMES_LONGEST = 2000, 3
-# NOTE: most characters of the error of a proposal; an answer that cannot be parsed is part of its error.
-_ERROR = 300
 
 
 @dataclass(eq=False)
@@ -90,6 +85,25 @@ class Setting:
     def signature(self, component: str) -> Any:
         """The signature of the component's predictor, with the student's own instruction."""
         return get_signature(self.program.predictors()[predictor_of(component)])
+
+    @cached_property
+    def _validation(self) -> dict[frozenset[str], set[tuple[str, ...]]]:
+        """Names of input fields to the inputs of the validation examples that have these."""
+        found: dict[frozenset[str], set[tuple[str, ...]]] = {}
+        for example in self.valset:
+            inputs = {name: value_text(value) for name, value in example.inputs().items()}
+            if inputs:
+                values = tuple(inputs[name] for name in sorted(inputs))
+                found.setdefault(frozenset(inputs), set()).add(values)
+        return found
+
+    def is_held_out(self, demo: Any) -> bool:
+        """Whether a demo has all inputs of a validation example."""
+        fields = {name: value_text(value) for name, value in demo.items()}
+        return any(
+            names <= fields.keys() and tuple(fields[name] for name in sorted(names)) in inputs
+            for names, inputs in self._validation.items()
+        )
 
     def known(self, brief: Brief, component: str) -> dict[int, Any]:
         """The candidates of a component that the brief knows, by index; others may have come since."""
@@ -169,18 +183,8 @@ def asking(lm: Any, temperature: float, brief: Brief) -> Iterator[Any]:
 
     Yields:
         The LM of DSPy's settings in this context.
-
-    Raises:
-        ProposalRefusedError: The answer cannot be used, or the code of a proposer failed. Errors of the
-            infrastructure, and those after which no other request can succeed, are passed on.
     """
     rollout = int(brief.rng.integers(_ROLLOUTS))
     own = kept(lm.copy(rollout_id=rollout, temperature=temperature))
-    try:
-        with dspy.context(lm=own, trace=[]):
-            yield own
-    except Exception as error:
-        if isinstance(error, ProposalRefusedError) or classify(error) not in FAILURES:
-            raise
-        said = shortened(error, _ERROR)
-        raise ProposalRefusedError(f"The proposal failed with {type(error).__name__}: {said}") from error
+    with dspy.context(lm=own, trace=[]):
+        yield own

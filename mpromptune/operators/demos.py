@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ class Demos:
     def propose(self, brief: Brief) -> list[Any]:
         """See `mpromptune.engine.proposers.Proposer`."""
         known = self.setting.known(brief, brief.component)
-        sets = {i: [demo for demo in some if self._usable(demo)] for i, some in known.items()}
+        sets = {i: [demo for demo in some if not self.setting.is_held_out(demo)] for i, some in known.items()}
         rng, taken = brief.rng, {tuple(map(demo_text, some)) for some in known.values()}
         pool = {demo_text(demo): demo for some in sets.values() for demo in some}
         pool.update(self._new(brief.component, pool, rng))
@@ -89,26 +88,8 @@ class Demos:
             # DSPy's adapters leave out demos without any input or any output.
             kinds = signature.input_fields, signature.output_fields
             is_demo = all(any(name in demo for name in fields) for fields in kinds)
-            if is_demo and (text := demo_text(demo)) not in known and self._usable(demo):
+            if is_demo and (text := demo_text(demo)) not in known and not self.setting.is_held_out(demo):
                 found[text] = demo
-        return found
-
-    def _usable(self, demo: Any) -> bool:
-        """Whether the demo has not all inputs of a validation example."""
-        fields = {name: value_text(value) for name, value in demo.items()}
-        return not any(
-            names <= fields.keys() and tuple(fields[name] for name in sorted(names)) in inputs
-            for names, inputs in self._validation.items()
-        )
-
-    @cached_property
-    def _validation(self) -> dict[frozenset[str], set[tuple[str, ...]]]:
-        """Names of input fields to the inputs of the validation examples that have these."""
-        found: dict[frozenset[str], set[tuple[str, ...]]] = {}
-        for example in self.setting.valset:
-            inputs = {name: value_text(value) for name, value in example.inputs().items()}
-            values = tuple(inputs[name] for name in sorted(inputs))
-            found.setdefault(frozenset(inputs), set()).add(values)
         return found
 
     def _key(self, demo: Any, component: str) -> Key:

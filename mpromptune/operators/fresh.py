@@ -14,7 +14,6 @@ from dspy.teleprompt.mipro_optimizer_v2 import BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_
 
 from mpromptune.engine.proposers import Brief
 from mpromptune.operators.base import InstructionOperator, Setting, asking, demos_of, predictor_of
-from mpromptune.operators.guards import checked
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class Fresh(InstructionOperator):
                 num_demos_in_context=BOOTSTRAPPED_FEWSHOT_EXAMPLES_IN_CONTEXT,
                 tip=tip,
             )
-        return checked(strip_prefix(made.proposed_instruction), setting, brief, brief.component)
+        return str(strip_prefix(made.proposed_instruction))
 
 
 def _source_code(program: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""What an instruction written by a language model must not be, or must keep."""
+"""What a proposed instruction or demo set must not be, or must keep, whoever made it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mpromptune.engine.proposers import Brief
+from mpromptune.engine.proposers import Brief, Proposer
 from mpromptune.errors import ProposalRefusedError
-from mpromptune.operators.base import Setting
-from mpromptune.operators.texts import encodable, shortened, value_text, words
+from mpromptune.execution.attempts import FAILURES
+from mpromptune.lms.errors import classify
+from mpromptune.model.space import PromptSpace
+from mpromptune.operators.base import Setting, demos_of, predictor_of
+from mpromptune.operators.texts import (
+    candidate_text,
+    demo_text,
+    encodable,
+    encodable_demo,
+    shortened,
+    value_text,
+    words,
+)
 
 # NOTE: words in a row that count as copied. GPT-3's training data were searched for 8 to 13 words in a row of
 # test examples (Brown et al. 2020, appendix C); this is the least, because an example may be one sentence.
@@ -21,6 +32,8 @@ _COPIED_CHARS = 20
 # The instruction of a signature without one; `dspy.ChainOfThought` adds a field and keeps it.
 _BY_DSPY = re.compile("Given the fields .*, produce the fields .*")
 _SHOWN = 80
+# NOTE: most characters of the error of a proposal; an answer that cannot be parsed is part of its error.
+_ERROR = 300
 
 
 def rules(setting: Setting, component: str) -> str:
@@ -34,8 +47,70 @@ def rules(setting: Setting, component: str) -> str:
     return " ".join(said)
 
 
-def checked(written: Any, setting: Setting, brief: Brief, component: str) -> str:
-    """A new instruction for ``component``, without what was wrapped around it.
+class Guarded:
+    """A proposer whose candidates are checked.
+
+    Args:
+        proposer: Any proposer.
+        setting: The compile.
+    """
+
+    def __init__(self, proposer: Proposer, setting: Setting) -> None:
+        self.name, self.calls, self.keeps_parent = proposer.name, proposer.calls, proposer.keeps_parent
+        self._proposer, self._setting = proposer, setting
+
+    def components(self, space: PromptSpace) -> Sequence[str]:
+        """The components that it can write candidates for."""
+        return self._proposer.components(space)
+
+    def propose(self, brief: Brief) -> Any:
+        """A new candidate that is fit to be one.
+
+        Raises:
+            ProposalRefusedError: It is not, an answer cannot be used, or the code of the proposer failed.
+                Errors of the infrastructure, and those after which no other request can succeed, are passed
+                on.
+        """
+        try:
+            return checked(self._proposer.propose(brief), self._setting, brief)
+        except Exception as error:
+            if isinstance(error, ProposalRefusedError) or classify(error) not in FAILURES:
+                raise
+            said = shortened(error, _ERROR)
+            raise ProposalRefusedError(f"The proposal failed with {type(error).__name__}: {said}") from error
+
+
+def checked(written: Any, setting: Setting, brief: Brief) -> Any:
+    """A new instruction or demo set that is fit to be a candidate.
+
+    Raises:
+        ProposalRefusedError: It is not; the message says why.
+    """
+    of_demos = brief.component == demos_of(predictor_of(brief.component))
+    return (checked_demos if of_demos else checked_instruction)(written, setting, brief)
+
+
+def checked_demos(written: Any, setting: Setting, brief: Brief) -> list[Any]:
+    """A new demo set.
+
+    Raises:
+        ProposalRefusedError: It is no list of demos, is known already, or has a validation example.
+    """
+    is_set = isinstance(written, list | tuple) and all(hasattr(demo, "items") for demo in written)
+    if not is_set:
+        raise ProposalRefusedError(f"A demo set must be a list of demos; got {shortened(written, _SHOWN)}.")
+    demos = [encodable_demo(demo) for demo in written]
+    if held := next((demo for demo in demos if setting.is_held_out(demo)), None):
+        said = shortened(demo_text(held), _SHOWN)
+        raise ProposalRefusedError(f"The demo set has the inputs of a validation example: {said!r}.")
+    for index, known in setting.known(brief, brief.component).items():
+        if candidate_text(demos) == candidate_text(known):
+            raise ProposalRefusedError(f"The demo set equals candidate {index}.")
+    return demos
+
+
+def checked_instruction(written: Any, setting: Setting, brief: Brief) -> str:
+    """A new instruction, without what was wrapped around it.
 
     Raises:
         ProposalRefusedError: It is empty, too long, JSON, known already, lacks what the output is read by, or
@@ -51,12 +126,12 @@ def checked(written: Any, setting: Setting, brief: Brief, component: str) -> str
             f"The instruction has {len(text):,} characters; at most {setting.max_chars:,} are allowed."
         )
     spaced = " ".join(text.split())
-    for index, known in setting.known(brief, component).items():
+    for index, known in setting.known(brief, brief.component).items():
         if spaced == " ".join(known.split()):
             raise ProposalRefusedError(f"The instruction equals candidate {index}.")
-    if lost := [name for name in markers(setting, component) if name not in text.casefold()]:
+    if lost := [name for name in markers(setting, brief.component) if name not in text.casefold()]:
         raise ProposalRefusedError(f"The instruction lacks {lost}, which the student's own names.")
-    if (copy := copied(text, setting, component)) is not None:
+    if (copy := copied(text, setting, brief.component)) is not None:
         raise ProposalRefusedError(f"The instruction copies from an example: {shortened(copy, _SHOWN)!r}.")
     return text
 

@@ -20,7 +20,7 @@ from mpromptune.engine.proposers import Brief
 from mpromptune.errors import InvalidArgumentError, ProposalRefusedError
 from mpromptune.lms.adapters import watched
 from mpromptune.operators.base import InstructionOperator, Setting, asking, predictor_of
-from mpromptune.operators.guards import checked, rules
+from mpromptune.operators.guards import rules
 from mpromptune.operators.texts import shortened
 
 # NOTE: most characters of one value of an example: six examples of this length are some 10,000 tokens.
@@ -72,7 +72,8 @@ class Reflect(InstructionOperator):
         if not isinstance(written, Mapping) or name not in written:
             said = shortened(repr(written), 200)
             raise ProposalRefusedError(f"instruction_proposer returned no text for {name!r}, but {said}.")
-        return checked(written[name], self.setting, brief, brief.component)
+        text: str = written[name]
+        return text
 
     def _chosen(self, brief: Brief) -> list[_Run]:
         """The examples to show, failures first.

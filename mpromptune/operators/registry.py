@@ -11,6 +11,7 @@ from mpromptune.errors import InvalidArgumentError
 from mpromptune.operators.base import Setting
 from mpromptune.operators.demos import Demos
 from mpromptune.operators.fresh import Fresh
+from mpromptune.operators.guards import Guarded
 from mpromptune.operators.reflect import Reflect
 from mpromptune.operators.rewrite import Contrast, Merge, Shorten
 
@@ -40,7 +41,7 @@ def register(name: str, operator: Operator) -> None:
 
 
 def made(operators: Iterable[str | Proposer], setting: Setting) -> list[Proposer]:
-    """The proposers of a compile.
+    """The proposers of a compile; what they propose is checked (see `Guarded`).
 
     Args:
         operators: Names of operators, or proposers.
@@ -71,5 +72,4 @@ def _made(operator: Any, setting: Setting) -> Proposer:
             f"operators must be names or proposers with {', '.join(_PARTS)}; got {operator!r}"
             f"{f', which lacks {lacking}' if lacking else ', a class: register it, or pass an object'}."
         )
-    proposer: Proposer = operator
-    return proposer
+    return Guarded(operator, setting)

@@ -10,7 +10,7 @@ import dspy
 from mpromptune.engine.proposers import Brief
 from mpromptune.errors import ProposalRefusedError
 from mpromptune.operators.base import InstructionOperator, posteriors
-from mpromptune.operators.guards import checked, rules
+from mpromptune.operators.guards import rules
 from mpromptune.operators.texts import words
 
 # NOTE: standard deviations on either side of the mean in a 95 % interval of a normal distribution.
@@ -67,12 +67,11 @@ class Rewriter(InstructionOperator):
     """Base class of the operators with one request that has the task, the rules and other instructions."""
 
     def rewritten(self, brief: Brief, signature: Any, **inputs: Any) -> str:
-        """The checked answer to one request."""
+        """The answer to one request."""
         own = self.setting.signature(brief.component)
         fields = " -> ".join(", ".join(some) for some in (own.input_fields, own.output_fields))
         told = {"task": f"{fields}\n{own.instructions}", "rules": rules(self.setting, brief.component)}
-        text = self.request(brief, signature, **told, **inputs)
-        return checked(text, self.setting, brief, brief.component)
+        return self.request(brief, signature, **told, **inputs)
 
     def scored(self, brief: Brief, indices: Iterable[int]) -> str:
         """Candidates with their posterior mean and interval, as far as they are measured."""
