@@ -106,6 +106,22 @@ def test_notes_are_saved_with_their_scores(tmp_path: Path, known: list[Notes]) -
     assert len(asked) == result.calls
 
 
+@pytest.mark.parametrize("url", ["{}/journal", "sqlite:///{}/run.db"])
+def test_any_note_is_read_back_as_it_was_known(url: str, tmp_path: Path, known: list[Notes]) -> None:
+    """From a file and from a database: what cannot be encoded, is no JSON, or is too long for either."""
+    odd = ["\ud83d\x00", "long" * 10_000, {1: {2, 3}, "at": tmp_path}, float("inf"), [{}], "é" * 4000]
+
+    def noted(params: dict[str, int], example: int) -> float:
+        return Noted(example % 2, {"of": odd[example % len(odd)]})
+
+    storage = url.format(tmp_path)
+    first, again = run(storage, noted, max_calls=80), run(storage, Scores(), max_calls=80)
+    assert known[0] == known[1]
+    assert len(known[0]) == first.calls == again.calls
+    assert saved(again) == saved(first)
+    assert {len(str(note["of"])) > 4003 for note in known[0].values()} == {False}
+
+
 def test_a_pickled_result_has_no_notes() -> None:
     """They are large, and only a search needs them; everything else is there."""
     result = run(None, partial(noting, Scores()))
