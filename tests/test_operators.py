@@ -71,6 +71,37 @@ def test_two_thirds_of_the_failures_are_lost_to_others() -> None:
     assert "No prompt so far does better" in told[3]
 
 
+def test_where_everything_fails_failures_are_shown() -> None:
+    """If no prompt has solved anything, the scale of scores is still that of DSPy, from 0 to 1."""
+    lm = WriterLM()
+    rows = [({INSTRUCTION: 0}, 0.1, dict.fromkeys(range(6), 0.0))]
+    notes = {(0, i): note(i, f"answer {i}") for i in range(6)}
+    propose("reflect", setting(lm), brief(setting(lm), measured=rows, notes=notes))
+    ((request, *_),) = lm.requests
+    assert request.count("Score 0 on a scale of 0 to 1. No prompt so far does better") == 4
+    assert "This succeeds" not in request
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [
+        ({0: 0.9, 1: 0.2, 2: 0.6}, {0: "No prompt", 1: "No prompt", 2: "No prompt"}),  # two of them as good
+        ({0: -3.0, 1: -1.0, 2: -1.0}, {0: "No prompt", 1: "succeeds", 2: "succeeds"}),  # -1 is the best seen
+        ({0: 100.0, 1: 0.0}, {0: "succeeds", 1: "No prompt"}),
+    ],
+)
+def test_scores_on_any_scale(scores: dict[int, float], shown: dict[int, str]) -> None:
+    """What fails and succeeds is told apart for fractions, percentages and losses."""
+    lm = WriterLM()
+    notes = {(0, i): note(i, f"answer {i}") for i in scores}
+    propose(
+        "reflect", setting(lm), brief(setting(lm), measured=[({INSTRUCTION: 0}, 0.1, scores)], notes=notes)
+    )
+    request = lm.requests[0][0]
+    for i, said in shown.items():
+        assert said in request.partition(VAL[i].question)[2].partition("Inputs")[0]
+
+
 def test_hidden_examples_are_shown_to_nobody() -> None:
     """No request has a text of a validation example outside the visible share, even where notes have it."""
     lm = WriterLM()

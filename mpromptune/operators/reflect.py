@@ -81,15 +81,17 @@ class Reflect(InstructionOperator):
         Raises:
             ProposalRefusedError: Nothing that may be shown is known to fail.
         """
-        runs = runs_of_parent(brief, self.setting.visible)
-        lost, unsolved = ([run for run in runs if run.kind == kind] for kind in ("lost", "unsolved"))
-        if not lost and not unsolved:
+        runs, rng = runs_of_parent(brief, self.setting.visible), brief.rng
+        lost = [run for run in runs if run.best > run.score]
+        level = [run for run in runs if run.best <= run.score]
+        failed = [run for run in level if run.score < run.top]
+        if not lost and not failed:
             raise ProposalRefusedError("The parent fails at no example that may be shown.")
-        some = max(ceil(2 * self._failures / 3), self._failures - len(unsolved))
-        rng = brief.rng
+        some = max(ceil(2 * self._failures / 3), self._failures - len(failed))
         chosen = _drawn(lost, some, rng)
-        chosen += _drawn(unsolved, self._failures - len(chosen), rng)
-        return chosen + _drawn([run for run in runs if run.kind == "solved"], self._successes, rng)
+        chosen += _drawn(failed, self._failures - len(chosen), rng)
+        good = [run for run in level if run not in chosen and run.is_good]
+        return chosen + _drawn(good, self._successes, rng)
 
     def _record(self, run: _Run, name: str, brief: Brief) -> Record:
         """One example of GEPA's reflective dataset."""
@@ -98,7 +100,7 @@ class Reflect(InstructionOperator):
         said = [run.verdict, _block("Expected", run.note.get("expected"))]
         if own.get("outputs") != outputs:
             said.append(_block("Outputs of the whole program", outputs))
-        if run.kind == "lost" and run.better is not None:
+        if run.better is not None:
             theirs = run.better.get("predictors", {}).get(name) or run.better
             said.append(_block("Outputs with the other prompt", theirs.get("outputs")))
         said.append(_block("Feedback", run.note.get("feedback")))
@@ -109,7 +111,7 @@ class Reflect(InstructionOperator):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Run:
     """The parent on one example.
 
@@ -117,38 +119,38 @@ class _Run:
         note: What the score function said about it.
         score: Its score.
         best: The highest score of other configurations on the example; its own if there are none.
-        better: What was said about that configuration, if anything.
-        top: The highest score on any example.
+        better: What was said about that configuration, if it is better and has a note.
+        bottom: The lowest score there can be, as far as is known.
+        top: The highest.
     """
 
     note: Mapping[str, Any]
     score: float
     best: float
     better: Mapping[str, Any] | None
+    bottom: float
     top: float
 
     @property
-    def kind(self) -> str:
-        """``"lost"`` if another configuration does better, ``"solved"`` if it cannot be better."""
-        if self.best > self.score:
-            return "lost"
-        return "unsolved" if self.score < self.top else "solved"
+    def is_good(self) -> bool:
+        """Whether the score is in the upper half of the scale."""
+        return 2 * self.score >= self.bottom + self.top
 
     @property
     def weight(self) -> float:
-        """What could be gained, and 1 where nothing could."""
-        return {"lost": self.best - self.score, "unsolved": self.top - self.score, "solved": 1.0}[self.kind]
+        """What could be gained; 1 if nothing could."""
+        return (self.best if self.best > self.score else self.top) - self.score or 1.0
 
     @property
     def verdict(self) -> str:
         """The score in words."""
-        scale = f"Score {self.score:g}, where {self.top:g} is the highest on any example."
-        said = {
-            "lost": f"With another prompt the score was {self.best:g}.",
-            "unsolved": "No prompt so far does better on this example.",
-            "solved": "This succeeds: nothing about it should change.",
-        }
-        return f"{scale} {said[self.kind]}"
+        if self.best > self.score:
+            said = f"With another prompt the score was {self.best:g}."
+        elif self.score < self.top:
+            said = "No prompt so far does better on this example."
+        else:
+            said = "This succeeds: nothing about it should change."
+        return f"Score {self.score:g} on a scale of {self.bottom:g} to {self.top:g}. {said}"
 
 
 def runs_of_parent(brief: Brief, visible: frozenset[int]) -> list[_Run]:
@@ -156,7 +158,7 @@ def runs_of_parent(brief: Brief, visible: frozenset[int]) -> list[_Run]:
     standings, component = brief.standings, brief.component
     own = [j for j, m in enumerate(standings) if m.params[component] == brief.parent[component]]
     own.sort(key=lambda j: standings[j].params != brief.parent)
-    top = max((score for m in standings for e, score in m.scores.items() if e in visible), default=0.0)
+    scale = _scale([score for m in standings for example, score in m.scores.items() if example in visible])
     runs = []
     for example in sorted({e for j, e in brief.notes if e in visible}):
         noted = (j for j in own if (j, example) in brief.notes and example in standings[j].scores)
@@ -169,8 +171,15 @@ def runs_of_parent(brief: Brief, visible: frozenset[int]) -> list[_Run]:
         ]
         score = standings[mine].scores[example]
         best, _, j = max(others, default=(score, False, -mine))
-        runs.append(_Run(brief.notes[mine, example], score, best, brief.notes.get((-j, example)), top))
+        better = brief.notes.get((-j, example)) if best > score else None
+        runs.append(_Run(brief.notes[mine, example], score, best, better, *scale))
     return runs
+
+
+def _scale(scores: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest score: 0 and 1 as usual in DSPy if that is possible, else what was seen."""
+    low, high = min(scores, default=0.0), max(scores, default=0.0)
+    return (0.0, 1.0) if low >= 0.0 and high <= 1.0 else (low, high)
 
 
 def _drawn(runs: Sequence[_Run], number: int, rng: np.random.Generator) -> list[_Run]:
