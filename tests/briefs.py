@@ -104,7 +104,10 @@ def brief(
         "parent": parent or {INSTRUCTION: 0},
         "standings": standings,
         "notes": default if notes is None else notes,
-        "candidates": {name: [*map(candidate_text, some)] for name, some in of.candidates.items()},
+        "candidates": {
+            name: [None if one is None else candidate_text(one) for one in some]
+            for name, some in of.candidates.items()
+        },
         "seed": 3,
     }
     return Brief(**{**said, **changes})

@@ -125,6 +125,35 @@ def test_contrast_shows_the_best_and_the_worst_with_intervals() -> None:
     assert "question -> answer" in request
 
 
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([({INSTRUCTION: 0}, 0.5, {0: 1.0})], "Fewer than two"),
+        ([({INSTRUCTION: 2}, 0.7, {0: 1.0}), ({INSTRUCTION: 0}, 0.5, {0: 1.0})], "The parent is the worst"),
+    ],
+)
+def test_contrast_needs_something_to_be_unlike(rows: Any, reason: str) -> None:
+    """Without a worse instruction than the parent's, no request is made."""
+    own = setting()
+    with pytest.raises(ProposalRefusedError, match=reason):
+        propose("contrast", own, brief(own, measured=rows))
+    assert not own.prompt_model.requests
+
+
+@pytest.mark.parametrize("name", [*REWRITERS, "fresh", "demos"])
+def test_failed_proposals_are_passed_over(name: str) -> None:
+    """Where a proposal has failed there is no candidate, and all others work on."""
+    sets = [[], None, [TRAIN[0]]]
+    own = setting(candidates={INSTRUCTION: [*TEXTS, LONG, None], DEMOS: sets})
+    component = DEMOS if name == "demos" else INSTRUCTION
+    rows = [({INSTRUCTION: i, DEMOS: 0}, 0.5, {0: float(i), 1: 1.0}) for i in (2, 0, 1)]
+    notes = {(j, 0): note(0, "answer") for j in range(3)}
+    parent = {**parent_of(name), DEMOS: 0}
+    if name == "shorten":
+        rows.append((parent, 0.1, {0: 0.0}))
+    assert propose(name, own, brief(own, component, parent, rows, notes))
+
+
 def test_merge_shows_the_parent_and_a_good_one_unlike_it() -> None:
     """Of the others, the best in a draw of posteriors; one with the parent's words is no other lineage."""
     lm = WriterLM()
