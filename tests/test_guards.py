@@ -21,12 +21,14 @@ from briefs import (
     propose,
     setting,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tasks import Adder
 
 from mpromptune.engine.proposers import Brief
 from mpromptune.errors import ProposalRefusedError
 from mpromptune.model.space import PromptSpace
-from mpromptune.operators.guards import checked
+from mpromptune.operators.guards import checked, unwrapped
 from mpromptune.operators.registry import made
 
 
@@ -80,6 +82,18 @@ def test_deeply_nested_json_is_an_instruction_like_any_other() -> None:
     own = setting(max_chars=10**6)
     text = "[" * 100_000
     assert checked(text, own, brief(own)) == text
+
+
+@given(st.text(st.sampled_from('`{}[]":,\\ \nabc1'), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_unwrapped_or_refused(text: str) -> None:
+    """There is no other error, and nothing is said that was not in the text."""
+    try:
+        plain = unwrapped(text)
+    except ProposalRefusedError:
+        return
+    assert plain == plain.strip()
+    assert len(plain) <= len(text)
 
 
 def test_labels_are_copied_unless_several_examples_have_them() -> None:

@@ -23,10 +23,11 @@ from briefs import (
     setting,
 )
 from dspy.teleprompt.gepa import instruction_proposal
+from lms import completion
 from tasks import Adder, Planner
 
 from mpromptune.engine.proposers import Brief
-from mpromptune.errors import InvalidArgumentError, ProposalRefusedError
+from mpromptune.errors import EmptyAnswerError, InvalidArgumentError, ProposalRefusedError
 from mpromptune.lms.adapters import Answer, keeping
 from mpromptune.model.space import PromptSpace
 from mpromptune.operators import registry
@@ -291,6 +292,23 @@ def test_kept_answers_are_not_asked_for_again(name: str, monkeypatch: pytest.Mon
         paid = len(lm.requests)
     assert texts[0] == texts[1]
     assert paid == len(shelf.kept) == made([name], own)[0].calls
+
+
+def test_an_empty_answer_is_no_refusal() -> None:
+    """DSPy's proposer, with its own adapter, does not take an empty answer for one that cannot be parsed."""
+
+    class EmptyLM(WriterLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return completion("", self.model)
+
+        def copy(self, **kwargs: Any) -> EmptyLM:
+            return self
+
+    if not hasattr(instruction_proposal, "InstructionProposer"):
+        pytest.skip("DSPy ships one from 3.4 on.")
+    own = setting(EmptyLM())
+    with pytest.raises(EmptyAnswerError):
+        propose("reflect", own, brief(own))
 
 
 # GEPA's protocol.
