@@ -69,6 +69,7 @@ def test_unfit_instructions_are_refused(name: str, text: str, reason: str) -> No
         ("[Role] You add.", "[Role] You add."),
         ("Reply like this:\n```\n3\n```", "Reply like this:\n```\n3\n```"),
         ("Add up \ud83d.", "Add up ?."),
+        ('"Add up \\ud83d."', "Add up ?."),
     ],
 )
 def test_wrappers_are_taken_off(text: str, plain: str) -> None:

@@ -16,10 +16,10 @@ from mpromptune.lms.adapters import kept
 from mpromptune.model.space import PromptSpace
 from mpromptune.operators.texts import value_text
 
-# What a request says of itself is drawn below this number, as in DSPy's proposer.
+# Rollout ids are drawn below this number, as in DSPy's proposer.
 _ROLLOUTS = 10**9
-# NOTE: most characters of an instruction: 2000 are about 400 words, more than most of DSPy's proposer; GEPA's
-# instructions reach three times the length of those that they begin with.
+# NOTE: most characters of an instruction: 2000 are about 350 words. Where candidates have that many already,
+# a rewrite may still grow to three times the longest, but not without end over the generations.
 _LONG, _TIMES_LONGEST = 2000, 3
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,8 @@ class Demos:
         rng, taken = brief.rng, {tuple(map(demo_text, some)) for some in known.values()}
         pool = {demo_text(demo): demo for some in sets.values() for demo in some}
         pool.update(self._new(brief.component, pool, rng))
-        keys = {text: self._key(demo, brief.component) for text, demo in pool.items()}
+        inputs = self.setting.signature(brief.component).input_fields
+        keys = {text: _key(demo, inputs) for text, demo in pool.items()}
         texts = {i: [*map(demo_text, some)] for i, some in sets.items()}
         parent = texts[brief.parent[brief.component]]
         effects = _effects(brief, texts)
@@ -91,11 +92,6 @@ class Demos:
             if is_demo and (text := demo_text(demo)) not in known and not self.setting.is_held_out(demo):
                 found[text] = demo
         return found
-
-    def _key(self, demo: Any, component: str) -> Key:
-        """The predictor's inputs in a demo: a set has no two demos with the same."""
-        names = self.setting.signature(component).input_fields
-        return tuple((name, value_text(demo[name])) for name in names if name in demo)
 
 
 @dataclass
@@ -183,6 +179,11 @@ def _partner(brief: Brief, texts: Mapping[int, Texts], rng: np.random.Generator)
     parent = brief.parent[brief.component]
     drawn = {i: rng.normal(*score) for i, score in scores.items() if i != parent and texts.get(i)}
     return texts[max(drawn, key=lambda i: drawn[i])] if drawn else []
+
+
+def _key(demo: Any, inputs: Iterable[str]) -> Key:
+    """The predictor's inputs in a demo: a set has no two demos with the same."""
+    return tuple((name, value_text(demo[name])) for name in inputs if name in demo)
 
 
 def _kinds(demos: Sequence[Any]) -> tuple[int, int]:

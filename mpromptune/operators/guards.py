@@ -118,7 +118,7 @@ def checked_instruction(written: Any, setting: Setting, brief: Brief) -> str:
     """
     if not isinstance(written, str):
         raise ProposalRefusedError(f"An instruction must be a text; got {shortened(repr(written), _SHOWN)}.")
-    text = unwrapped(encodable(written))
+    text: str = encodable(unwrapped(written))  # in this order, because JSON has escapes for lone surrogates
     if not text:
         raise ProposalRefusedError("The instruction is empty.")
     if len(text) > setting.max_chars:
