@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.growth import Offer
 from mpromptune.engine.plan import Request, Task, best_so_far
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import InvalidArgumentError
@@ -148,14 +149,16 @@ class BatchPlan:
             left = until - self._table.asked_calls
             if left <= 0:  # trials from the record of an earlier run may be longer than planned here
                 break
-            if row is None or left >= self._price(row):
+            if row is None or left >= (1 + row.calls if isinstance(row, Offer) else self._price(row)):
                 yield Request(row, partial(self._next, evidence, wanted * self._size, left))
 
     def _next(self, evidence: Evidence, wanted: int, left: int, row: Row, number: int) -> Examples:
         limit = min(wanted, max(1, math.floor(left / max(1.0, self._price(row)))))
         return self._table.open_of(row, self._order(evidence, number))[:limit]
 
-    def _rows(self, evidence: Evidence, blocks: int, available: int) -> Iterator[tuple[Row | None, int]]:
+    def _rows(
+        self, evidence: Evidence, blocks: int, available: int
+    ) -> Iterator[tuple[Row | Offer | None, int]]:
         """Yield configurations (None: the sampler chooses), each with its number of blocks in the batch."""
         if blocks <= 0:
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpromptune.engine.growth import Growth, Offer
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.model.allocation import gains, propose
 from mpromptune.model.beliefs import Beliefs
@@ -28,12 +29,14 @@ class Evidence:
         encoding: The encoding of configurations for the model.
         table: The scores.
         min_cold_start: Number of measured configurations before the model chooses any.
+        growth: Offers further configurations, with candidates that are not written yet.
         ranking: The configurations ranked last, by posterior mean.
     """
 
     encoding: Encoding
     table: ScoreTable
     min_cold_start: int = 1
+    growth: Growth | None = None
 
     def __post_init__(self) -> None:
         self._beliefs = Beliefs(self.encoding.space, self.encoding.geometries)
@@ -100,17 +103,34 @@ class Evidence:
 
     def propose(
         self, n: int, calls_left: int, is_open: Callable[[Row], bool], rng: np.random.Generator
-    ) -> list[Row]:
+    ) -> list[Row | Offer]:
         """Configurations for the ``n`` blocks of a batch; random ones before there is a model."""
         model = self._model()
-        rows: list[Row] = []
+        rows: list[Row | Offer] = []
         if model is not None and len(self.table.rows) >= self.min_cold_start:
-            rows = propose(model, n, calls_left, is_open, rng)
+            rows = self._proposed(model, n, calls_left, is_open, rng)
         if not rows:
             sample = map(tuple, rng.permutation(self.encoding.space.sample(_DRAWN, rng)).tolist())
-            open_ = [row for row in sample if is_open(row)]
-            rows = sorted(open_, key=self.table.started.__contains__)[:n]
+            open_ = [row for row in sample if self.encoding.space.exists(row) and is_open(row)]
+            rows = [*sorted(open_, key=self.table.started.__contains__)[:n]]
         return rows
+
+    def _proposed(
+        self,
+        model: Beliefs,
+        n: int,
+        calls_left: int,
+        is_open: Callable[[Row], bool],
+        rng: np.random.Generator,
+    ) -> list[Row | Offer]:
+        if self.growth is None:
+            return list(propose(model, n, calls_left, is_open, rng))
+        with self.growth.offered(model, self.table, rng) as offer:
+            if offer is None:
+                return list(propose(model, n, calls_left, is_open, rng))
+            new = offer.row(self.growth.space.sizes[offer.component])
+            rows = propose(model, n, calls_left, is_open, rng, new)
+        return [offer.beside(row) if self.growth.space.is_next(row) else row for row in rows]
 
     def information(self) -> FloatArray | None:
         """Information of a score of the leader on each example; None before the first score."""

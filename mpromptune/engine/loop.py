@@ -19,6 +19,7 @@ from mpromptune.engine.plan import Plan, Request
 from mpromptune.engine.result import SearchResult
 from mpromptune.engine.summary import Summary
 from mpromptune.engine.trials import Asked, Trials
+from mpromptune.engine.writing import Writing
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution.attempts import FAILURES, Verdict
 from mpromptune.execution.interrupts import GRACE, deferred, interrupted, wait_for
@@ -26,6 +27,7 @@ from mpromptune.execution.limits import MEASURE, Budget, patience
 from mpromptune.execution.pool import Outcome, Workers, is_cut_short, outcome_of, scores_of
 from mpromptune.model.space import Examples, PromptSpace
 from mpromptune.show.progress import OnProgress
+from mpromptune.storage.proposals import Proposal
 from mpromptune.storage.record import salvaged
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Loop:
         workers: Score pairs of configuration and example.
         trials: The trials of the study, those of the record first.
         evidence: The table of scores and the model.
+        writing: Makes proposals.
         budget: Limits other than program calls, and the usage that counts against them.
         failure_score: The score of an example on which the candidate failed.
         callbacks: Called after every trial, in order.
@@ -71,6 +74,7 @@ class Loop:
     workers: Workers
     trials: Trials
     evidence: Evidence
+    writing: Writing
     budget: Budget
     failure_score: float = 0.0
     callbacks: Sequence[Callback] = ()
@@ -139,7 +143,11 @@ class Loop:
             return
         self.table.start(asked.row, examples)
         self.trials.start(asked, examples)
-        batch.append(_Running(asked, examples, tuple(self._submit(asked, example) for example in examples)))
+        after: Future[bool] | None = None
+        if asked.proposal is not None:
+            after = self.writing.begin(asked.proposal, self.evidence, partial(self._keep_proposal, asked))
+        futures = tuple(self._submit(asked, example, after) for example in examples)
+        batch.append(_Running(asked, examples, futures))
 
     def _examples(self, request: Request, asked: Asked) -> Examples:
         if asked.examples is not None:
@@ -149,10 +157,10 @@ class Loop:
         left = self.plan.task.max_calls - self.table.asked_calls  # no plan spends more
         return request.examples(asked.row, asked.number)[: max(0, left)]
 
-    def _submit(self, asked: Asked, example: int) -> Future[Outcome]:
+    def _submit(self, asked: Asked, example: int, after: Future[bool] | None) -> Future[Outcome]:
         if asked.trial is not None and example not in asked.scores:
             params = self.space.params(asked.row)
-            return self.workers.submit(params, example, partial(self._keep, asked))
+            return self.workers.submit(params, example, partial(self._keep, asked), after)
         measured: Future[Outcome] = Future()
         measured.set_result(Outcome(example, asked.scores.get(example)))
         return measured
@@ -160,8 +168,14 @@ class Loop:
     def _keep(self, asked: Asked, outcome: Outcome) -> None:
         """Save a score, or the usage of a failed call, in the worker's thread as soon as the call ends."""
         # A failure gets no score here: only the whole batch shows whether the candidate caused it.
+        self._saved(lambda: self.trials.keep(asked, outcome))
+
+    def _keep_proposal(self, asked: Asked, proposal: Proposal) -> None:
+        self._saved(lambda: self.trials.keep_proposal(asked, proposal))
+
+    def _saved(self, write: Callable[[], None]) -> None:
         try:
-            self.trials.keep(asked, outcome)
+            write()
         except Exception as error:  # noqa: BLE001 - any error of a storage
             self.unsaved = self.unsaved or error
             self.workers.stopped.set()
@@ -233,7 +247,9 @@ class Loop:
         self._require_running()
         if alarm is not None:
             raise self._stopped(*alarm)
-        anew = [results for running, results in paired if running.asked.trial is not None]
+        anew = [
+            results for one, results in paired if one.asked.trial is not None and not self._is_refused(one)
+        ]
         if not self.budget.reached and any(map(is_cut_short, anew)):
             raise self._stopped("a request from outside", None)
 
@@ -254,9 +270,13 @@ class Loop:
         known = {o.example: o.score for o in outcomes if o.score is not None}
         known.update(dict.fromkeys(failed, self.failure_score))
         scores = {example: known[example] for example in running.examples if example in known}
-        abandoned = running.asked.trial is not None and is_cut_short(outcomes)
-        self._book(running, scores, refused, is_over=not abandoned)
+        is_refused = self._is_refused(running)
+        abandoned = running.asked.trial is not None and is_cut_short(outcomes) and not is_refused
+        self._book(running, scores, refused, is_over=not abandoned and not is_refused)
         return self.trials.tell(running.asked, running.examples, scores, refused, abandoned)
+
+    def _is_refused(self, running: _Running) -> bool:
+        return self.writing.is_refused(running.asked.proposal)
 
     def _book(
         self, running: _Running, scores: Mapping[int, float], refused: Sequence[int], is_over: bool
@@ -268,11 +288,15 @@ class Loop:
         if new := sorted(self.table.unanswerable - left_out):
             logger.warning("Most configurations fail on validation examples %s: these are excluded.", new)
         self.budget.note_trial(self.table.usage)
+        if running.asked.proposal is not None:
+            self.writing.end(running.asked.proposal)
 
     def _take_rest(self) -> None:
         """Tell the trials of the record that this run, with a smaller budget, does not ask for."""
         for asked in self.trials.rest():
             running = _Running(asked, asked.examples or (), ())
+            if asked.proposal is not None:
+                self.writing.take(asked.proposal, self.table)
             self.table.start(asked.row, running.examples)
             is_open = asked.trial is not None
             self._book(running, asked.scores, asked.refused, is_over=not is_open)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.growth import Offer
 from mpromptune.engine.plan import Request, Task, best_so_far
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import InvalidArgumentError, require_count
@@ -177,7 +178,7 @@ class MiproPlan:
             self._asked += 1
             yield Request(self._proposed(evidence) if self.task.allocates else None, self._minibatch)
 
-    def _proposed(self, evidence: Evidence) -> Row | None:
+    def _proposed(self, evidence: Evidence) -> Row | Offer | None:
         rng = np.random.default_rng([abs(self.task.seed), self._asked])
         rows = evidence.propose(1, self.task.max_calls - self._table.asked_calls, self.is_open, rng)
         return rows[0] if rows else None

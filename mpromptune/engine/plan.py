@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.growth import Offer
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.model.space import Examples, Row
 
@@ -72,11 +73,11 @@ class Request:
     """A trial to start.
 
     Attributes:
-        row: Its configuration; None leaves the choice to the sampler.
+        row: Its configuration, or the offer of a proposer; None leaves the choice to the sampler.
         examples: ``examples(row, trial number)`` returns the examples to measure it on.
     """
 
-    row: Row | None
+    row: Row | Offer | None
     examples: Callable[[Row, int], Examples]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpromptune.model.space import Candidate, PromptSpace
+from mpromptune.model.space import Candidate, PromptSpace, as_candidate
 from mpromptune.storage.findings import Measured
 
 
@@ -66,3 +66,35 @@ class Proposer(Protocol):
         Raises:
             ProposalRefusedError: What was written is not fit to be a candidate.
         """
+
+
+class Candidates(Protocol):
+    """Makes candidates that were written usable for the score function."""
+
+    def plain(self, component: str, candidate: Any) -> Any:
+        """A candidate as JSON, as it is saved in the study."""
+
+    def adopt(self, component: str, index: int, written: Any) -> Candidate:
+        """Make a candidate known to the score function, before its first call; return its text or texts.
+
+        Args:
+            component: Its component.
+            index: Its index there.
+            written: The result of `plain`, perhaps of an earlier run.
+        """
+
+
+class Texts:
+    """Candidates that are texts, or lists of texts; the score function gets them from elsewhere."""
+
+    def plain(self, component: str, candidate: Any) -> Any:
+        """The candidate itself.
+
+        Raises:
+            InvalidArgumentError: It is neither a text nor a list of texts.
+        """
+        return as_candidate(candidate)
+
+    def adopt(self, component: str, index: int, written: Any) -> Candidate:
+        """The candidate itself."""
+        return as_candidate(written)

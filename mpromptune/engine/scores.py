@@ -90,6 +90,7 @@ class ScoreTable:
     Attributes:
         calls: Program calls that gave a score.
         pending: Program calls of open trials.
+        proposing: Requests of proposals, which count against the budget like program calls.
         batches: Batches told.
         usage: Usage of all trials, including failed ones.
         trials: Number of trials begun.
@@ -98,7 +99,7 @@ class ScoreTable:
 
     def __init__(self, n_examples: int) -> None:
         self.n_examples = n_examples
-        self.calls = self.pending = self.batches = self.trials = 0
+        self.calls = self.pending = self.proposing = self.batches = self.trials = 0
         self.usage = Usage()
         self.whole: dict[Row, None] = {}
         self._arms: dict[Row, _Arm] = {}
@@ -230,8 +231,8 @@ class ScoreTable:
 
     @property
     def asked_calls(self) -> int:
-        """Calls that gave a score or are pending; failed calls do not count against the budget."""
-        return self.calls + self.pending
+        """Calls that gave a score or are pending, and proposals; failed calls do not count."""
+        return self.calls + self.pending + self.proposing
 
     def asked(self, row: Row) -> AbstractSet[int]:
         """Examples on which ``row`` has a score or a pending call."""

@@ -5,23 +5,35 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from mpromptune.engine.arguments import with_options
 from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.growth import Growth, capacity_of
 from mpromptune.engine.loop import Loop
 from mpromptune.engine.options import SearchOptions
 from mpromptune.engine.plan import Plan, Task
+from mpromptune.engine.proposers import Candidates, Proposer, Texts
 from mpromptune.engine.result import SearchResult
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.engine.settings import recorded_settings, require_same, settings_of, write_settings
 from mpromptune.engine.trials import Trials, table_of
+from mpromptune.engine.writing import Writing
 from mpromptune.errors import InvalidArgumentError, require_count
-from mpromptune.execution.attempts import Classify, RetryAfter, RetryPolicy, no_hint
+from mpromptune.execution.attempts import (
+    INFRASTRUCTURE,
+    Attempts,
+    Classify,
+    RetryAfter,
+    RetryPolicy,
+    Verdict,
+    no_hint,
+)
 from mpromptune.execution.interrupts import handled
-from mpromptune.execution.limits import SEARCH, Budget
-from mpromptune.execution.pool import Score, Workers, classify_builtin
+from mpromptune.execution.limits import PROPOSE, SEARCH, Budget
+from mpromptune.execution.pool import DaemonThreads, Score, Workers, classify_builtin
 from mpromptune.execution.remote import Workplace, measuring
 from mpromptune.execution.usage import Usage, metered
 from mpromptune.model.space import PromptSpace
@@ -34,6 +46,11 @@ from mpromptune.storage.record import check_left, read_record
 from mpromptune.storage.storage import open_study
 
 logger = logging.getLogger(__name__)
+
+# NOTE: proposals written at the same time. A search seldom has more than one for each predictor.
+_WRITERS = 4
+# NOTE: attempts of a request for a proposal; the search waits for it, and goes on without it.
+_REQUESTS = RetryPolicy(attempts=3, give_up_after=60.0)
 
 
 @with_options
@@ -51,6 +68,8 @@ def search(
     retry_after: RetryAfter = no_hint,
     budget: Budget | None = None,
     stopped: threading.Event | None = None,
+    proposers: Sequence[Proposer] = (),
+    candidates: Candidates | None = None,
     **options: Any,
 ) -> SearchResult:
     """Find the configuration with the highest mean score within a budget of program calls.
@@ -88,6 +107,9 @@ def search(
         retry_after: Returns the seconds that an exception of ``score`` asks to wait, or None.
         budget: A running budget, used instead of ``max_tokens``, ``max_cost`` and ``max_seconds``.
         stopped: When it is set, no further call begins; the search sets it when nothing more may be spent.
+        proposers: Write new candidates while the search runs (``"qei"`` with ``schedule="blocks"`` only). A
+            proposal counts as ``calls`` of ``max_calls``.
+        candidates: Makes what the proposers write known to ``score``; by default nothing is done.
         options: See `SearchOptions`; None is the default.
 
     Returns:
@@ -106,6 +128,7 @@ def search(
             handled in the main thread only, and only if it has no handler yet.
     """
     _check_arguments(space, score, baseline, seed)
+    space = space.growing()
     for name, count in {"n_examples": n_examples, "max_calls": max_calls, "num_threads": num_threads}.items():
         require_count(name, count)
     chosen = SearchOptions.of_search(options, list(inspect.signature(search).parameters))
@@ -123,16 +146,29 @@ def search(
     budget = budget or Budget(chosen.limits, grace=chosen.grace)
     retry, stopped = retry or chosen.retry, stopped or threading.Event()
     study = open_study(chosen.storage, chosen.study_name)
+    capacity = capacity_of(space, max_calls) if proposers else {}
+    growth = Growth(space, {proposer.name: proposer for proposer in proposers}, capacity)
     with (
         budget.ending(),
         handled(),
         held(study, stopped) as lease,
         measuring(score, Workplace(chosen.executor), num_threads, retry, stopped) as (score, pool),
+        DaemonThreads(_WRITERS, "mpromptune-proposal") as threads,
     ):
+        judged = partial(_verdict_on_proposal, classify), _REQUESTS, retry_after
+        attempts = Attempts(*judged, _WRITERS, stopped, budget.admits)
+        writing = Writing(growth, seed, threads, attempts, budget.step(PROPOSE), candidates or Texts())
         workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
-        loop = _prepare(space, task, chosen, lease, workers, budget)
+        loop = _prepare(space, task, chosen, lease, workers, budget, writing)
+        writing.notes = loop.trials.notes
         with metered(budget.begin_search()):
             return loop.run()
+
+
+def _verdict_on_proposal(classify: Classify, error: BaseException) -> Verdict:
+    """The verdict on an error of a proposer: no such error ends a search."""
+    verdict = classify(error)
+    return verdict if verdict in INFRASTRUCTURE else Verdict.CANDIDATE
 
 
 def _check_arguments(space: Any, score: Any, baseline: Any, seed: Any) -> None:
@@ -157,7 +193,13 @@ def _warn_of_low_budget(plan: Plan) -> None:
 
 
 def _prepare(
-    space: PromptSpace, task: Task, options: SearchOptions, lease: Lease, workers: Workers, budget: Budget
+    space: PromptSpace,
+    task: Task,
+    options: SearchOptions,
+    lease: Lease,
+    workers: Workers,
+    budget: Budget,
+    writing: Writing,
 ) -> Loop:
     """The loop on the study: compares settings, reads the record and sets the sampler.
 
@@ -166,7 +208,7 @@ def _prepare(
         StudyMismatchError: The study belongs to another search.
         StorageError: The study is damaged.
     """
-    study, table = lease.study, ScoreTable(task.n_examples)
+    study, table, growth = lease.study, ScoreTable(task.n_examples), writing.growth
     sampler = options.made_sampler(task.seed)
     with readable(f"What {named(study)} says of its search"):
         before = recorded_settings(study)
@@ -174,9 +216,10 @@ def _prepare(
         plan = options.plan(task, table, own or before.get("batch_size"))
         if before.get("batch_size") == plan.batch_size:  # trials must not depend on the number of threads
             plan.batches_in_flight = int(before["batches_in_flight"])
-        settings = settings_of(space, task, options.schedule_name, plan)
+        growth.capacity = before.get("capacity", growth.capacity)
+        settings = settings_of(space, task, options.schedule_name, plan, growth)
         require_same(study, before, settings)
-    require_readable(study, distributions_of(space), task.n_examples)
+    require_readable(study, distributions_of(space, growth.capacity), task.n_examples)
     record = read_record(study)
     missing: set[int] = set()  # further examples on which the baseline must be measured
     if plan.measures_baseline:
@@ -191,13 +234,15 @@ def _prepare(
         study.sampler.reseed_rng()
     write_settings(study, settings, encoding)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
+    writing.meter.add(sum((recorded.proposal.usage for recorded in record if recorded.proposal), Usage()))
     cold = sampler.min_cold_start if isinstance(sampler, qEISampler) else 1
     return Loop(
         space,
         plan,
         workers,
-        Trials(study, space, record, lease),
-        Evidence(encoding, table, cold),
+        Trials(study, space, record, lease, growth),
+        Evidence(encoding, table, cold, growth),
+        writing,
         budget,
         options.failure_score,
         options.callbacks,

@@ -12,6 +12,7 @@ import numpy as np
 from optuna.study import Study
 
 from mpromptune import __version__
+from mpromptune.engine.growth import Growth
 from mpromptune.engine.plan import Plan, Task
 from mpromptune.errors import StudyMismatchError
 from mpromptune.model.space import PromptSpace
@@ -28,7 +29,7 @@ Settings = dict[str, Any]
 _TOLERANCE = 1e-2
 
 
-def settings_of(space: PromptSpace, task: Task, schedule: str, plan: Plan) -> Settings:
+def settings_of(space: PromptSpace, task: Task, schedule: str, plan: Plan, growth: Growth) -> Settings:
     """The settings of a search, with hashes instead of texts."""
     arguments = {
         "n_examples": task.n_examples,
@@ -36,6 +37,7 @@ def settings_of(space: PromptSpace, task: Task, schedule: str, plan: Plan) -> Se
         "seed": task.seed,
         "schedule": schedule,
         **plan.arguments,
+        **({"proposers": sorted(growth.proposers)} if growth.proposers else {}),
     }
     listed = None if space.combinations is None else _sha256(space.combinations.tolist())
     candidates = {name: [len(texts), _sha256(texts)] for name, texts in space.components.items()}
@@ -46,6 +48,7 @@ def settings_of(space: PromptSpace, task: Task, schedule: str, plan: Plan) -> Se
         "arguments": {**arguments, "combinations": listed},
         "batch_size": plan.batch_size,
         "batches_in_flight": plan.batches_in_flight,
+        **({"capacity": dict(growth.capacity)} if growth.capacity else {}),
     }
 
 

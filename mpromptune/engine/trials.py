@@ -17,14 +17,16 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from mpromptune.engine.growth import Growth, Offer
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.pool import Outcome
 from mpromptune.execution.usage import Meter
 from mpromptune.model.space import Examples, PromptSpace, Row
 from mpromptune.sampling.encoding import distributions_of
-from mpromptune.storage.attributes import ABANDONED, EXAMPLES, REFUSED, RESUMES, USAGE
+from mpromptune.storage.attributes import ABANDONED, EXAMPLES, PROPOSAL, REFUSED, RESUMES, USAGE
 from mpromptune.storage.lease import Lease
+from mpromptune.storage.proposals import Proposal, to_json
 from mpromptune.storage.record import Record, Recorded, closing_attributes, note_attribute, recorded_of
 
 
@@ -41,6 +43,7 @@ class Asked:
         meter: Its usage, including that in earlier runs.
         refused: The examples on which the prompt was refused in an earlier run.
         notes: Example to its note, including those of earlier runs.
+        proposal: The proposal of its candidate, if this is the first trial of one.
     """
 
     trial: Trial | None
@@ -51,12 +54,21 @@ class Asked:
     meter: Meter = field(default_factory=Meter)
     refused: Examples = ()
     notes: dict[int, Any] = field(default_factory=dict)
+    proposal: Proposal | None = None
 
     @classmethod
     def of(cls, recorded: Recorded, row: Row, trial: Trial | None = None) -> Asked:
         """A trial of the record; ``trial`` is given if it was not told."""
         examples = recorded.examples if trial is not None else recorded.examples or ()
-        asked = cls(trial, recorded.number, row, examples, recorded.scores, refused=recorded.refused)
+        asked = cls(
+            trial,
+            recorded.number,
+            row,
+            examples,
+            recorded.scores,
+            refused=recorded.refused,
+            proposal=recorded.proposal,
+        )
         asked.meter.add(recorded.usage)
         asked.notes.update(recorded.notes)
         return asked
@@ -70,22 +82,25 @@ class Trials:
         space: The configurations.
         record: The trials of earlier runs.
         lease: The right of this run to write to the study.
+        growth: Adds candidates to the space.
 
     Attributes:
         told: Number of trials told, including those of earlier runs.
         notes: ``(row, example)`` to the first note on this pair in a trial that was told.
     """
 
-    def __init__(self, study: Study, space: PromptSpace, record: Record, lease: Lease) -> None:
+    def __init__(
+        self, study: Study, space: PromptSpace, record: Record, lease: Lease, growth: Growth
+    ) -> None:
         self.study, self.record, self.lease = study, record, lease
-        self._space = space
-        self._distributions = distributions_of(space)
+        self._space, self._growth = space, growth
+        self._distributions = distributions_of(space, growth.capacity)
         self._lock = threading.Lock()
         self._closed: set[int] = set()
         self.told = 0
         self.notes: dict[tuple[Row, int], Any] = {}
 
-    def next(self, row: Row | None) -> Asked:
+    def next(self, row: Row | Offer | None) -> Asked:
         """The next trial of the record; after the last, a new one of ``row`` or chosen by the sampler."""
         self.lease.require()
         while self.record:
@@ -95,14 +110,26 @@ class Trials:
                 return asked
         if row is None:
             trial = self.study.ask(fixed_distributions=self._distributions)
-        else:
-            with deferred():  # an interrupt in between would leave an enqueued trial that is never closed
-                self.study.enqueue_trial(self._space.params(row))
-                trial = self.study.ask(fixed_distributions=self._distributions)
-        return Asked(trial, trial.number, self._space.row(trial.params))
+            return Asked(trial, trial.number, self._space.row(trial.params))
+        proposal, kept = None, {}
+        if isinstance(row, Offer):
+            proposal = self._growth.begin(row)
+            row, kept = row.row(proposal.index), {PROPOSAL: to_json(proposal)}
+        params = self._space.params(row)
+        with deferred():  # an interrupt in between would leave an enqueued trial that is never closed
+            self.study.enqueue_trial(params, user_attrs=kept)
+            trial = self.study.ask(fixed_distributions=self._distributions)
+            if proposal is not None:
+                self._growth.add(proposal)
+        return Asked(trial, trial.number, self._space.row(params), proposal=proposal)
 
     def _told(self, recorded: Recorded) -> Asked:
+        self._grow(recorded)
         return Asked.of(recorded, self._space.row(recorded.params) if recorded.examples else ())
+
+    def _grow(self, recorded: Recorded) -> None:
+        if recorded.proposal is not None:
+            self._growth.add(recorded.proposal)
 
     def _continued(self, recorded: Recorded) -> Asked | None:
         with deferred():
@@ -118,6 +145,7 @@ class Trials:
                 USAGE: json.dumps(abandoned.usage.as_dict()),
                 **({REFUSED: list(abandoned.refused)} if abandoned.refused else {}),
                 **{note_attribute(example): note for example, note in abandoned.notes.items()},
+                **({PROPOSAL: to_json(abandoned.proposal)} if abandoned.proposal else {}),
             },
             system_attrs={"fixed_params": dict(abandoned.params)},
             intermediate_values=dict(abandoned.scores),
@@ -134,6 +162,7 @@ class Trials:
             assert isinstance(distribution, CategoricalDistribution)
             trial.suggest_categorical(name, distribution.choices)  # returns the stored choice if there is one
         row = tuple(int(trial.params[name]) for name in self._space.names)
+        self._grow(recorded)
         if self._space.exists(row):
             return Asked.of(recorded, row, trial)
         self._forget(trial)  # some of its choices are lost with the killed run
@@ -168,6 +197,14 @@ class Trials:
                 asked.trial.set_user_attr(note_attribute(outcome.example), outcome.note)
             if outcome.score is not None:
                 asked.trial.report(outcome.score, step=outcome.example)
+
+    def keep_proposal(self, asked: Asked, proposal: Proposal) -> None:
+        """Save what a proposer wrote, or why it did not."""
+        assert asked.trial is not None
+        self.lease.require()
+        with self._lock:
+            if asked.number not in self._closed:
+                asked.trial.set_user_attr(PROPOSAL, to_json(proposal))
 
     def drop(self, asked: Asked) -> None:
         """Close a trial that is not measured."""
@@ -237,5 +274,6 @@ def table_of(record: Record, space: PromptSpace, n_examples: int) -> ScoreTable:
         if recorded.params.keys() == set(space.names):
             examples = recorded.examples or tuple(recorded.scores)
             known = {"usage": recorded.usage, "refused": set(recorded.refused), "is_over": recorded.told}
-            table.add(space.row(recorded.params), examples, recorded.scores, **known)
+            row = tuple(int(recorded.params[name]) for name in space.names)  # perhaps of a later candidate
+            table.add(row, examples, recorded.scores, **known)
     return table

@@ -16,6 +16,7 @@ from mpromptune.execution.usage import Meter, StepUsage, Usage, current_meter
 
 logger = logging.getLogger(__name__)
 
+PROPOSE = "propose"  # name of the step that writes candidates, and of proposals during the search
 SEARCH = "search"  # name of the step that measures trials
 
 

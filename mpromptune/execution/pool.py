@@ -222,13 +222,26 @@ class Workers:
         """The attempts in flight now, and their limit."""
         return self._attempts.load
 
-    def submit(self, params: Mapping[str, int], example: int, keep: Keep | None = None) -> Future[Outcome]:
+    def submit(
+        self,
+        params: Mapping[str, int],
+        example: int,
+        keep: Keep | None = None,
+        after: Future[bool] | None = None,
+    ) -> Future[Outcome]:
         """Queue one item; an error of ``score`` is part of the outcome and not raised by the future.
 
-        ``keep`` is called with the outcome, in the worker, before the future is done.
+        Args:
+            params: The configuration.
+            example: The example.
+            keep: Called with the outcome, in the worker, before the future is done.
+            after: Whether the item can be scored at all; it is queued when this is known.
         """
         context = contextvars.copy_context()
-        return self._executor.submit(context.run, self._measure, keep, dict(params), example)
+        call = partial(context.run, self._measure, keep, dict(params), example)
+        if after is None:
+            return self._executor.submit(call)
+        return _chained(after, partial(self._executor.submit, call), Outcome(example))
 
     def verdict(self, outcome: Outcome) -> Verdict | None:
         """The verdict on a failed outcome; None for one that was scored or skipped."""
@@ -282,6 +295,27 @@ class Workers:
             *(example, params, timeout, self._retry.attempts),
         )
         raise CallTimeoutError(f"no answer within {timeout:g} s")
+
+
+def _chained(after: Future[bool], start: Callable[[], Future[T]], otherwise: T) -> Future[T]:
+    """The result of ``start()``, which begins once ``after`` is true; ``otherwise`` if that never happens."""
+    chained: Future[T] = Future()
+
+    def settle(result: T) -> None:
+        with suppress(futures.InvalidStateError):  # cancelled meanwhile
+            chained.set_result(result)
+
+    def begin(known: Future[bool]) -> None:
+        inner = None
+        with suppress(Exception):  # there is nothing to score, or the executor has been shut down
+            inner = start() if known.result() else None
+        if inner is None:
+            settle(otherwise)
+        else:
+            inner.add_done_callback(lambda done: settle(otherwise if done.cancelled() else done.result()))
+
+    after.add_done_callback(begin)
+    return chained
 
 
 def _is_done_within(timeout: float, future: Future[float]) -> bool:

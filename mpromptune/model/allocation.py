@@ -33,6 +33,7 @@ def propose(
     calls_left: int,
     is_open: Callable[[Row], bool],
     rng: np.random.Generator,
+    offer: Row | None = None,
 ) -> list[Row]:
     """A batch of ``n`` configurations, one for each block; a configuration may occur several times.
 
@@ -44,6 +45,7 @@ def propose(
         calls_left: Remaining calls of the search, including those of this batch.
         is_open: Whether a configuration may be measured further.
         rng: Source of all draws.
+        offer: A configuration with a candidate that is not written yet, but whose origin the space knows.
 
     Returns:
         At most ``n`` configurations; none if no configuration drawn is open.
@@ -51,7 +53,10 @@ def propose(
     .. [Russo2020] D. Russo. Simple Bayesian Algorithms for Best-Arm Identification. Operations Research
         68(6), 2020.
     """
-    latents = beliefs.latents([_candidates(beliefs, g, rng) for g in range(len(beliefs.groups))])
+    candidates = [_candidates(beliefs, g, rng) for g in range(len(beliefs.groups))]
+    if offer is not None:
+        candidates = [np.concatenate([rows, np.array([offer], dtype=np.int64)]) for rows in candidates]
+    latents = beliefs.latents(candidates)
     known = _future_means(latents, calls_left, max(_DRAWS, 4 * n), rng)
     parts = latents.split(known)
     best = np.stack([part.argmax(axis=0) for part in parts])  # G x S
@@ -61,10 +66,20 @@ def propose(
             break
         for indices in _duel(parts, best, draw, rng):
             row = _row(beliefs, latents, indices)
-            if beliefs.space.exists(row) and is_open(row):
+            if beliefs.space.is_next(row) or (beliefs.space.exists(row) and is_open(row)):
                 chosen.append(row)
                 break
     return chosen
+
+
+def best_of(beliefs: Beliefs, group: int, rows: Sequence[Row], rng: np.random.Generator) -> int:
+    """Position of the configuration that is the best of ``rows`` in a posterior draw of a group's latents."""
+    wanted = np.array(rows, dtype=np.int64)
+    latents = beliefs.latents([wanted] * len(beliefs.groups))
+    drawn = latents.posterior.mean + latents.posterior.deviations(rng, 1)[:, 0]
+    parts = [np.zeros_like(part) for part in latents.split(drawn)]
+    parts[group] = latents.split(drawn)[group]
+    return int((beliefs.design(latents.rows, wanted) @ np.concatenate(parts)).argmax())
 
 
 def gains(beliefs: Beliefs, leader: Row, is_open: Callable[[Row], bool], rng: np.random.Generator) -> float:
@@ -97,6 +112,8 @@ def _candidates(beliefs: Beliefs, group: int, rng: np.random.Generator) -> Index
         own = IndexSpace([space.sizes[c] for c in columns]).rows()
         rows = np.zeros((len(own), len(space.sizes)), dtype=np.int64)
         rows[:, columns] = own
+    if space.closed:
+        rows = np.array([row for row in rows.tolist() if space.exists(row)], dtype=np.int64)
     return rows if len(rows) <= _OTHERS else rows[rng.choice(len(rows), _OTHERS, replace=False)]
 
 

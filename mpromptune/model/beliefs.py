@@ -54,7 +54,8 @@ class Beliefs:
     """
 
     def __init__(self, space: IndexSpace, geometries: Sequence[Geometry]) -> None:
-        self.groups = groups_of(geometries, _MAX_LATENTS, is_product=space.combinations is None)
+        is_product = space.combinations is None
+        self.groups = groups_of(geometries, space.births, _MAX_LATENTS, is_product)
         self.space = space
         self._options = [group.options()[1] for group in self.groups]
         self._refit = 0.0
@@ -90,8 +91,8 @@ class Beliefs:
             names, last = self._names(self._measured.rows), self._measured.posterior
             means = dict(zip(names, last.mean.tolist(), strict=True))
             start = np.array([means.get(name, 0.0) for name in self._names(distinct)]), last.difficulty
-        prior = self._covariance(distinct, self._options)
-        best = rasch.fit(design, scores, prior, likelihood_of(scores), start)
+        prior, centre = self._covariance(distinct, self._options), self._centre(distinct)
+        best = rasch.fit(design, scores, prior, likelihood_of(scores), start, centre)
         number = int(np.isfinite(scores).sum())
         if number >= self._refit:
             self._refit = _GROWTH * number
@@ -108,8 +109,8 @@ class Beliefs:
         for g, group in enumerate(self.groups):
             for option in group.options():
                 options = [*self._options[:g], option, *self._options[g + 1 :]]
-                covariance = self._covariance(distinct, options)
-                found = rasch.fit(design, scores, covariance, best.likelihood, (best.mean, best.difficulty))
+                prior, start = self._covariance(distinct, options), (best.mean, best.difficulty)
+                found = rasch.fit(design, scores, prior, best.likelihood, start, self._centre(distinct))
                 gain = option.log_prior - self._options[g].log_prior
                 if found.log_evidence + gain > best.log_evidence:
                     self._options, best = options, found
@@ -120,6 +121,10 @@ class Beliefs:
         blocks = [g.covariance(r, o) for g, r, o in zip(self.groups, rows, options, strict=True)]
         covariance: FloatArray = block_diag(*blocks)
         return covariance
+
+    def _centre(self, rows: Sequence[IndexArray]) -> FloatArray:
+        """Prior means of latents."""
+        return np.concatenate([group.centre(some) for group, some in zip(self.groups, rows, strict=True)])
 
     def _names(self, rows: Sequence[IndexArray]) -> list[tuple[int, ...]]:
         """The group and the candidates of each latent."""
@@ -152,7 +157,8 @@ class Beliefs:
             where.append(offset + np.arange(len(measured)))
             offset += len(first)
         covariance = self._covariance(rows, self._options)
-        return Latents(tuple(rows), self.posterior.extended(covariance, np.concatenate(where)))
+        posterior = self.posterior.extended(covariance, np.concatenate(where), self._centre(rows))
+        return Latents(tuple(rows), posterior)
 
     def skills(self, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
         """Posterior mean and variance of the skills of any configurations."""
@@ -187,5 +193,6 @@ class Beliefs:
         """The measured latents under a prior without similarities between candidates."""
         design, scores = self._data
         options = [option._replace(share=0.0) for option in self._options]
-        covariance = self._covariance(self._known.rows, options)
-        return Latents(self._known.rows, rasch.fit(design, scores, covariance, self.posterior.likelihood))
+        rows, likelihood = self._known.rows, self.posterior.likelihood
+        prior, centre = self._covariance(rows, options), self._centre(rows)
+        return Latents(rows, rasch.fit(design, scores, prior, likelihood, centre=centre))

@@ -4,7 +4,7 @@ Notation
     y_xe     score of configuration x on example e, scaled
     theta_x  skill of x; the sum of a latent of each group: ``theta = Z u``
     d_e      difficulty of e, ``d ~ N(0, s^2)``
-    u        latents, ``u ~ N(0, K)`` (see `skills`)
+    u        latents, ``u ~ N(centre, K)`` (see `skills`)
     m, L, N  numbers of measured configurations, selected latents, and examples
 
 Model
@@ -50,7 +50,7 @@ class Posterior:
         difficulty: Difficulties of the N examples.
         precision: Precisions of the N difficulties, given the latents.
         likelihood: The likelihood of the scores.
-        weights: ``K^-1`` times the mean, length L; they give the means of other latents.
+        weights: ``K^-1`` times the mean minus the prior mean, length L; they give the means of other latents.
         data: The precision that the scores add to that of the prior, ``L x L``.
         log_evidence: Logarithm of the marginal likelihood.
     """
@@ -64,19 +64,22 @@ class Posterior:
     data: FloatArray
     log_evidence: float
 
-    def extended(self, covariance: FloatArray, known: IndexArray) -> Posterior:
+    def extended(
+        self, covariance: FloatArray, known: IndexArray, centre: FloatArray | float = 0.0
+    ) -> Posterior:
         """The posterior of more latents, which include those of this one.
 
         Args:
             covariance: Prior covariance of all latents, ``L' x L'``.
             known: Positions of the L latents of this posterior among them.
+            centre: Their prior means.
         """
         data = np.zeros_like(covariance)
         data[np.ix_(known, known)] = self.data
         weights = np.zeros(len(covariance))
         weights[known] = self.weights
         root = cholesky(_inverse(covariance)[0] + data, lower=True, check_finite=False)
-        return replace(self, mean=covariance @ weights, root=root, weights=weights, data=data)
+        return replace(self, mean=centre + covariance @ weights, root=root, weights=weights, data=data)
 
     def deviations(self, rng: np.random.Generator, n: int) -> FloatArray:
         """Draws of the latents minus their mean, ``L x n``."""
@@ -134,6 +137,7 @@ def fit(
     covariance: FloatArray,
     likelihood: Likelihood,
     start: tuple[FloatArray, FloatArray] | None = None,
+    centre: FloatArray | float = 0.0,
 ) -> Posterior:
     r"""Laplace's approximation at the mode, by Newton's method.
 
@@ -146,11 +150,12 @@ def fit(
         covariance: K, ``L x L``.
         likelihood: The likelihood of the scores.
         start: Initial values of the latents and of the difficulties.
+        centre: Prior means of the latents.
     """
     seen = np.isfinite(scores)
     y = np.where(seen, likelihood.scaled(np.where(seen, scores, 0.0)), 0.0)
     inverse, prior_root = _inverse(covariance)
-    u, d = (np.zeros(len(covariance)), np.zeros(scores.shape[1])) if start is None else start
+    u, d = (centre + np.zeros(len(covariance)), np.zeros(scores.shape[1])) if start is None else start
     for _ in range(_STEPS):
         eta = (design @ u)[:, None] - d
         weights, slopes = seen * likelihood.information(eta), seen * likelihood.slope(eta, y)
@@ -160,7 +165,7 @@ def fit(
         through = by_latent / precision
         data = design.T @ (weights.sum(axis=1)[:, None] * design) - through @ by_latent.T
         root = cholesky(inverse + data, lower=True, check_finite=False)
-        up = design.T @ slopes.sum(axis=1) + through @ down - inverse @ u
+        up = design.T @ slopes.sum(axis=1) + through @ down - inverse @ (u - centre)
         du = cho_solve((root, True), up, check_finite=False)
         dd = (down + by_latent.T @ du) / precision
         largest = max(float(np.abs(du).max()), float(np.abs(dd).max()))
@@ -168,17 +173,17 @@ def fit(
         u, d = u + scale * du, d + scale * dd
         if largest < _CONVERGED:
             break
-    eta = (design @ u)[:, None] - d
+    eta, away = (design @ u)[:, None] - d, u - centre
     log_evidence = (
         float(likelihood.log_density(eta, y)[seen].sum())
-        - 0.5 * float(u @ inverse @ u)
+        - 0.5 * float(away @ inverse @ away)
         - 0.5 * float(d @ d) / _DIFFICULTY**2
         - 0.5 * float(np.log(precision).sum())
         - len(d) * math.log(_DIFFICULTY)
         - float(np.log(np.diag(root)).sum())
         - float(np.log(np.diag(prior_root)).sum())
     )
-    return Posterior(u, root, d, precision, likelihood, inverse @ u, data, log_evidence)
+    return Posterior(u, root, d, precision, likelihood, inverse @ away, data, log_evidence)
 
 
 def _inverse(covariance: FloatArray) -> tuple[FloatArray, FloatArray]:

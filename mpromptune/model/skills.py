@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mpromptune.model.embedding import Geometry
-from mpromptune.model.space import FloatArray, IndexArray
+from mpromptune.model.lineage import GAIN_MEAN, Lineage, covariance_of_gains
+from mpromptune.model.space import Birth, FloatArray, IndexArray
 
 # NOTE: (w, l). A grid instead of a gradient, because the evidence of some hundred right-or-wrong answers
 # distinguishes such values but no finer ones. Without texts, only the shapes with l = 0 are used; these are
@@ -56,12 +57,14 @@ class Group:
         components: Their columns in a row of candidate indices.
         views: For each component, ``v x m x m`` squared distances between its ``m`` candidates.
         has_text: For each component, whether its first view contains distances of embeddings.
+        lineages: For each component, the origins of its candidates.
         common: Variance that all latents of the group share.
     """
 
     components: tuple[int, ...]
     views: tuple[FloatArray, ...]
     has_text: tuple[bool, ...]
+    lineages: tuple[Lineage, ...]
     common: float
 
     def options(self) -> list[Option]:
@@ -75,23 +78,38 @@ class Group:
         .. math:: a^2 (w \bar k + (1 - w) 1[i = j]) + \text{common}
 
         where :math:`\bar k` is the mean of the components' kernels and, if there are several, of their
-        product.
+        product. Proposed candidates are compared by the ones that they descend from; the covariance of what
+        they gained since is added (see `lineage`).
 
         Args:
             rows: ``n x C`` candidate indices.
             option: The hyper-parameters.
         """
-        chosen = rows[:, list(self.components)].T
+        own = rows[:, list(self.components)].T
+        chosen = [lineage.roots()[some] for lineage, some in zip(self.lineages, own, strict=True)]
         kernels = [
-            _similarity(views, has_text, own, option.lengthscale)
-            for own, views, has_text in zip(chosen, self.views, self.has_text, strict=True)
+            _similarity(views, has_text, some, option.lengthscale)
+            for some, views, has_text in zip(chosen, self.views, self.has_text, strict=True)
         ]
         parts = kernels if len(kernels) == 1 else [*kernels, reduce(mul, kernels)]
-        same = (chosen[:, :, None] == chosen[:, None, :]).all(axis=0)
+        same = reduce(mul, [some[:, None] == some[None, :] for some in chosen])
         alike = reduce(add, parts) / len(parts)
         w, variance = option.share, option.deviation**2
         covariance: FloatArray = variance * (w * alike + (1.0 - w) * same) + self.common
-        return covariance
+        paths, births = self._paths(rows), [b for lineage in self.lineages for b in lineage.births]
+        return covariance + paths @ covariance_of_gains(births) @ paths.T if births else covariance
+
+    def centre(self, rows: IndexArray) -> FloatArray:
+        """Prior means of latents, for ``n x C`` rows; 0 for those of initial candidates."""
+        mean: FloatArray = GAIN_MEAN * self._paths(rows).sum(axis=1)
+        return mean
+
+    def _paths(self, rows: IndexArray) -> FloatArray:
+        """Latents x births of the group: 1 where a candidate of the latent has the birth in its ancestry."""
+        own = rows[:, list(self.components)].T
+        parts = [lineage.paths()[some] for lineage, some in zip(self.lineages, own, strict=True)]
+        paths: FloatArray = np.concatenate(parts, axis=1)
+        return paths
 
 
 def _similarity(views: FloatArray, has_text: bool, chosen: IndexArray, lengthscale: float) -> FloatArray:
@@ -101,16 +119,23 @@ def _similarity(views: FloatArray, has_text: bool, chosen: IndexArray, lengthsca
         return same
     scales = np.ones(len(views))
     scales[0] = lengthscale if has_text else 1.0
-    distances = np.einsum("v,vij->ij", 1.0 / scales**2, views[:, chosen[:, None], chosen[None, :]])
+    known = np.minimum(chosen, views.shape[-1] - 1)
+    distances = np.einsum("v,vij->ij", 1.0 / scales**2, views[:, known[:, None], known[None, :]])
     likeness: FloatArray = np.exp(-0.5 * distances)
-    return likeness
+    # A candidate that was added without a parent is unlike all others: its text was not embedded.
+    is_new = chosen >= views.shape[-1]
+    unlike = (is_new[:, None] | is_new[None, :]) & (chosen[:, None] != chosen[None, :])
+    return np.where(unlike, 0.0, likeness)
 
 
-def groups_of(geometries: Sequence[Geometry], max_latents: int, is_product: bool) -> tuple[Group, ...]:
+def groups_of(
+    geometries: Sequence[Geometry], births: Sequence[Sequence[Birth]], max_latents: int, is_product: bool
+) -> tuple[Group, ...]:
     """The groups of a space.
 
     Args:
         geometries: The geometry of each component.
+        births: The candidates added to each component.
         max_latents: A predictor with more pairs of candidates than this has a group for each component.
         is_product: Whether every combination of candidates exists; otherwise all components form one group,
             whose latents are the configurations.
@@ -128,6 +153,7 @@ def groups_of(geometries: Sequence[Geometry], max_latents: int, is_product: bool
             components=tuple(part),
             views=tuple(views[c] for c in part),
             has_text=tuple(geometries[c].has_text for c in part),
+            lineages=tuple(Lineage(geometries[c].views.shape[-1], births[c]) for c in part),
             common=_COMMON / len(parts),
         )
         for part in parts

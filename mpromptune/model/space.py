@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -21,8 +22,23 @@ IndexArray = np.ndarray[Any, np.dtype[np.int64]]
 _PREDICTOR = re.compile(r"^(\d+)_predictor_")
 
 
+@dataclass(frozen=True)
+class Birth:
+    """The origin of a candidate that was proposed during a search.
+
+    Attributes:
+        proposer: Name of its proposer.
+        parent: The candidate of the same component that it was made from; None if there is none.
+    """
+
+    proposer: str
+    parent: int | None = None
+
+
 class IndexSpace:
     """Index rows with one entry per component: all of the product, or only the listed ones.
+
+    A product can grow: `add` appends a candidate to a component.
 
     Args:
         sizes: Number of candidates of each component.
@@ -31,6 +47,12 @@ class IndexSpace:
 
     Raises:
         InvalidArgumentError: A combination is out of range or of the wrong length.
+
+    Attributes:
+        sizes: Number of candidates of each component now.
+        initial: Number of candidates of each component at first.
+        births: The candidates added to each component, in order.
+        closed: Pairs of component and candidate that cannot be used, because nothing was written.
     """
 
     def __init__(
@@ -39,7 +61,9 @@ class IndexSpace:
         groups: Sequence[int] | None = None,
         combinations: Iterable[Sequence[int]] | None = None,
     ) -> None:
-        self.sizes = tuple(sizes)
+        self.sizes = self.initial = tuple(sizes)
+        self.births: tuple[list[Birth], ...] = tuple([] for _ in self.sizes)
+        self.closed: set[tuple[int, int]] = set()
         self.groups = tuple(range(len(self.sizes)) if groups is None else groups)
         self.combinations = None if combinations is None else self._checked(combinations)
 
@@ -57,6 +81,16 @@ class IndexSpace:
             )
         return np.unique(rows, axis=0)
 
+    def add(self, component: int, birth: Birth) -> int:
+        """Append a candidate to a component of a product; return its index."""
+        self.births[component].append(birth)
+        self.sizes = tuple(n + len(some) for n, some in zip(self.initial, self.births, strict=True))
+        return self.sizes[component] - 1
+
+    def is_next(self, row: Sequence[int]) -> bool:
+        """Whether ``row`` has the candidate that would be added next to one of its components."""
+        return any(i == n for i, n in zip(row, self.sizes, strict=True))
+
     @property
     def size(self) -> int:
         """Number of configurations that exist."""
@@ -71,6 +105,8 @@ class IndexSpace:
         """Whether the configuration with these indices is part of the space."""
         if self.combinations is not None:
             return tuple(row) in self._listed
+        if self.closed and not self.closed.isdisjoint(enumerate(row)):
+            return False
         return all(0 <= i < size for i, size in zip(row, self.sizes, strict=True))
 
     def rows(self) -> IndexArray:
@@ -142,10 +178,9 @@ class PromptSpace(IndexSpace):
         self.names = tuple(self.components)
         if not self.names:
             raise InvalidArgumentError("A PromptSpace needs at least one component; got none.")
-        if wrong := [
-            c for candidates in self.components.values() for c in candidates if not _is_candidate(c)
-        ]:
-            raise InvalidArgumentError(f"A candidate must be a text or a list of texts; got {wrong[0]!r}.")
+        for candidates in self.components.values():
+            for candidate in candidates:
+                as_candidate(candidate)
         if texts := [name for name, candidates in components.items() if isinstance(candidates, str)]:
             raise InvalidArgumentError(f"Components {texts} are single texts; pass a list of candidates.")
         if empty := [name for name, candidates in self.components.items() if not candidates]:
@@ -154,6 +189,17 @@ class PromptSpace(IndexSpace):
 
     def __repr__(self) -> str:
         return f"PromptSpace({dict(zip(self.names, self.sizes, strict=True))}, size={self.size})"
+
+    def growing(self) -> PromptSpace:
+        """A copy that can grow without changing this space."""
+        return PromptSpace(self.components, self.combinations)
+
+    def write(self, component: str, index: int, candidate: Candidate) -> None:
+        """Set the text or texts of a candidate that was added."""
+        known = list(self.components[component])
+        known += [""] * (index + 1 - len(known))
+        known[index] = candidate
+        self.components[component] = tuple(known)
 
     def params(self, row: Sequence[int]) -> dict[str, int]:
         """Index row to Optuna params."""
@@ -173,10 +219,15 @@ class PromptSpace(IndexSpace):
         return row
 
 
-def _is_candidate(candidate: Any) -> bool:
-    return isinstance(candidate, str) or (
-        isinstance(candidate, Sequence) and all(isinstance(text, str) for text in candidate)
-    )
+def as_candidate(value: Any) -> Candidate:
+    """The value, if it is a candidate.
+
+    Raises:
+        InvalidArgumentError: It is neither a text nor a sequence of texts.
+    """
+    if isinstance(value, Sequence) and all(isinstance(text, str) for text in value):
+        return value
+    raise InvalidArgumentError(f"A candidate must be a text or a list of texts; got {value!r}.")
 
 
 def groups_of(names: Sequence[str]) -> tuple[int, ...]:

@@ -92,12 +92,13 @@ def chance_of_likeness(beliefs: Beliefs, geometries: Sequence[Geometry], seed: i
     blind = beliefs.without_similarity()
     weights = blind.split(blind.posterior.weights)
     rng = np.random.default_rng(seed)
-    parts = [
-        _permuted(rows[:, c], own, geometries[c], rng)
-        for group, rows, own in zip(beliefs.groups, blind.rows, weights, strict=True)
-        for c in group.components
-        if geometries[c].has_text and len(set(rows[:, c].tolist())) >= _LEAST_CANDIDATES
-    ]
+    parts = []
+    for group, rows, own in zip(beliefs.groups, blind.rows, weights, strict=True):
+        for c, lineage in zip(group.components, group.lineages, strict=True):
+            roots = lineage.roots()[rows[:, c]]  # the texts of proposed candidates are not embedded
+            has_text = roots < lineage.initial
+            if geometries[c].has_text and len(set(roots[has_text].tolist())) >= _LEAST_CANDIDATES:
+                parts.append(_permuted(roots[has_text], own[has_text], geometries[c], rng))
     if not parts:
         return None
     total = np.sum(parts, axis=0)

@@ -144,10 +144,16 @@ def _finite(values: FloatArray) -> FloatArray:
     return clipped
 
 
-def distributions_of(space: PromptSpace) -> dict[str, BaseDistribution]:
-    """Every component as a categorical parameter over its candidates' indices, as in MIPROv2."""
-    sizes = zip(space.names, space.sizes, strict=True)
-    return {name: CategoricalDistribution(range(size)) for name, size in sizes}
+def distributions_of(
+    space: PromptSpace, capacity: Mapping[str, int] | None = None
+) -> dict[str, BaseDistribution]:
+    """Every component as a categorical parameter over its candidates' indices, as in MIPROv2.
+
+    Optuna's distributions cannot grow, so a space that does has a fixed ``capacity`` for each component;
+    indices without a candidate are not proposed.
+    """
+    sizes = capacity or dict(zip(space.names, space.sizes, strict=True))
+    return {name: CategoricalDistribution(range(size)) for name, size in sizes.items()}
 
 
 def encode_prompts(space: PromptSpace, embedder: Embedder | None) -> Encoding:

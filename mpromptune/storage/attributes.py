@@ -8,6 +8,7 @@ ABANDONED = "mpromptune:abandoned"  # trial: its run ended before it did
 RESUMES = "mpromptune:resumes"  # trial: number of the abandoned trial that it continues
 PROPOSED = "mpromptune:proposed"  # trial: params proposed for a trial that has not suggested them yet
 PLAN = "mpromptune:plan"  # trial: the batch that its proposal begins, and the trials known then
+PROPOSAL = "mpromptune:proposal"  # trial: the proposal of the candidate that it measures first, as JSON
 N_EXAMPLES = "mpromptune:n_examples"  # study: size of the validation set
 SETTINGS = "mpromptune:settings"  # study: the arguments on which its trials depend
 GEOMETRY = "mpromptune:geometry"  # study: distances between candidates by their embeddings

@@ -14,8 +14,19 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.execution.usage import Usage
 from mpromptune.model.space import Examples
-from mpromptune.storage.attributes import ABANDONED, EXAMPLES, NOTE, PLANNED, REFUSED, RESUMES, SCORES, USAGE
+from mpromptune.storage.attributes import (
+    ABANDONED,
+    EXAMPLES,
+    NOTE,
+    PLANNED,
+    PROPOSAL,
+    REFUSED,
+    RESUMES,
+    SCORES,
+    USAGE,
+)
 from mpromptune.storage.findings import in_memory
+from mpromptune.storage.proposals import Proposal, from_json
 
 _OPEN = (TrialState.RUNNING, TrialState.WAITING)
 
@@ -35,6 +46,7 @@ class Recorded:
         usage: Its usage.
         refused: The scored examples on which the prompt was refused.
         notes: Example to what the score function said about the call beside its score.
+        proposal: The proposal of the candidate that it measures first, if there is one.
     """
 
     number: int
@@ -47,6 +59,7 @@ class Recorded:
     usage: Usage = field(default_factory=Usage)
     refused: Examples = ()
     notes: Mapping[int, Any] = field(default_factory=dict)
+    proposal: Proposal | None = None
 
     @property
     def lost(self) -> Examples:
@@ -94,7 +107,8 @@ def recorded_of(trial: FrozenTrial) -> Recorded:
     # A call without a score is made again, and says something else then.
     kept = {example: attributes.get(note_attribute(example)) for example in scores}
     notes = {example: note for example, note in kept.items() if note is not None}
-    return Recorded(*identity, examples, scores, told, is_open, usage, refused, notes)
+    proposal = from_json(attributes[PROPOSAL]) if PROPOSAL in attributes else None
+    return Recorded(*identity, examples, scores, told, is_open, usage, refused, notes, proposal)
 
 
 def note_attribute(example: int) -> str:

@@ -1,0 +1,163 @@
+"""Growth of the space during a search: a candidate that is not written yet is an arm like any other."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from mpromptune.engine.proposers import Proposer
+from mpromptune.engine.scores import ScoreTable
+from mpromptune.model.allocation import best_of
+from mpromptune.model.beliefs import Beliefs
+from mpromptune.model.space import Birth, PromptSpace, Row
+from mpromptune.storage.proposals import Proposal
+
+logger = logging.getLogger(__name__)
+
+# NOTE: consecutive refusals after which a proposer is not asked again: a prompt model that is down, or that
+# repeats itself, costs no more than these requests.
+_REFUSALS = 3
+# NOTE: program calls of the budget for each candidate that the storage has room for. A child takes one
+# request and at least one block, so no search writes more.
+_CALLS_EACH = 6
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A configuration with a candidate that a proposer would write.
+
+    Attributes:
+        parent: The configuration that it is made from.
+        component: The component of the new candidate.
+        birth: The origin of the new candidate.
+        calls: LM requests that writing takes.
+    """
+
+    parent: Row
+    component: int
+    birth: Birth
+    calls: int = 0
+
+    def row(self, index: int) -> Row:
+        """The configuration with this index for the new candidate."""
+        return (*self.parent[: self.component], index, *self.parent[self.component + 1 :])
+
+    def beside(self, row: Row) -> Offer:
+        """The same offer with the other candidates of ``row``."""
+        return replace(self, parent=replace(self, parent=row).row(self.parent[self.component]))
+
+
+@dataclass
+class Growth:
+    """Decides which proposer makes an offer, by the posterior.
+
+    Attributes:
+        space: The configurations; it grows when a proposer is asked.
+        proposers: By name.
+        capacity: Most candidates of each component.
+        asked: Number of proposals begun.
+    """
+
+    space: PromptSpace
+    proposers: Mapping[str, Proposer]
+    capacity: Mapping[str, int]
+    asked: int = 0
+    _refusals: Counter[str] = field(default_factory=Counter)  # since the last candidate
+
+    def begin(self, offer: Offer) -> Proposal:
+        """The proposal for an offer."""
+        name = self.space.names[offer.component]
+        return Proposal(
+            number=self.asked,
+            component=name,
+            index=self.space.sizes[offer.component],
+            proposer=offer.birth.proposer,
+            parent=self.space.params(offer.parent),
+            descends=offer.birth.parent is not None,
+        )
+
+    def add(self, proposal: Proposal) -> None:
+        """Append the candidate of a proposal to the space."""
+        parent = proposal.parent[proposal.component] if proposal.descends else None
+        index = self.space.add(self.space.names.index(proposal.component), Birth(proposal.proposer, parent))
+        assert index == proposal.index
+        self.asked += 1
+
+    def end(self, proposal: Proposal) -> None:
+        """Note what became of a proposal; after several refusals its proposer is not asked again."""
+        name = proposal.proposer
+        if proposal.refused is None:
+            self._refusals[name] = 0
+            return
+        self.space.closed.add((self.space.names.index(proposal.component), proposal.index))
+        self._refusals[name] += 1
+        if self._refusals[name] == _REFUSALS:
+            message = "The proposer %r has failed %d times in a row and is not asked again: %s"
+            logger.warning(message, name, _REFUSALS, proposal.refused)
+
+    @contextmanager
+    def offered(
+        self, beliefs: Beliefs, table: ScoreTable, rng: np.random.Generator
+    ) -> Iterator[Offer | None]:
+        """A context in which the model knows the origin of the candidate that is offered.
+
+        The offer is for one group, drawn at random; its parent and its proposer are the best ones in a
+        posterior draw (Thompson sampling). There is no offer for a group that has a candidate without a
+        score: it has to show first what it is worth.
+        """
+        offers = self._offers(beliefs, table, rng)
+        if not offers:
+            yield None
+            return
+        before = [len(births) for births in self.space.births]
+        try:
+            offer = offers[self._best(beliefs, offers, rng)]
+            self._forget(before)
+            self.space.births[offer.component].append(offer.birth)
+            yield offer
+        finally:
+            self._forget(before)
+
+    def _forget(self, before: Sequence[int]) -> None:
+        for births, n in zip(self.space.births, before, strict=True):
+            del births[n:]
+
+    def _offers(self, beliefs: Beliefs, table: ScoreTable, rng: np.random.Generator) -> list[Offer]:
+        space = self.space
+        rows = [row for row in table.rows if not table.is_dropped(row)]
+        tried = {(c, index) for row in table.rows for c, index in enumerate(row)} | space.closed
+        waiting = {
+            c for c, n in enumerate(space.initial) for i in range(n, space.sizes[c]) if (c, i) not in tried
+        }
+        free = [g for g, group in enumerate(beliefs.groups) if not waiting & set(group.components)]
+        if not rows or not free:
+            return []
+        g = free[int(rng.integers(len(free)))]
+        parent = rows[best_of(beliefs, g, rows, rng)]
+        found = []
+        for name, proposer in self.proposers.items():
+            components = proposer.components(space) if self._refusals[name] < _REFUSALS else ()
+            for c in beliefs.groups[g].components:
+                if space.names[c] in components and space.sizes[c] < self.capacity[space.names[c]]:
+                    birth = Birth(name, parent[c] if proposer.keeps_parent else None)
+                    found.append(Offer(parent, c, birth, proposer.calls))
+        return found
+
+    def _best(self, beliefs: Beliefs, offers: Sequence[Offer], rng: np.random.Generator) -> int:
+        rows = []
+        for offer in offers:
+            births = self.space.births[offer.component]
+            births.append(offer.birth)
+            rows.append(offer.row(self.space.initial[offer.component] + len(births) - 1))
+        groups = [g for g, group in enumerate(beliefs.groups) if offers[0].component in group.components]
+        return best_of(beliefs, groups[0], rows, rng)
+
+
+def capacity_of(space: PromptSpace, max_calls: int) -> dict[str, int]:
+    """Most candidates of each component in a search with this budget."""
+    return {n: size + max_calls // _CALLS_EACH for n, size in zip(space.names, space.sizes, strict=True)}

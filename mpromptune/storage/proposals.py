@@ -1,0 +1,53 @@
+"""Proposals in a study: each is saved with the trial that first measures its candidate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mpromptune.execution.usage import Usage
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A request for a candidate, and what was written.
+
+    Attributes:
+        number: Number of the proposal in the search, from 0.
+        component: Name of the component.
+        index: Index of the candidate.
+        proposer: Name of the proposer.
+        parent: Params of the configuration to improve.
+        descends: Whether the candidate is made from that of the parent.
+        written: The candidate as JSON; None if it is not written yet.
+        refused: Why there is no candidate, if the proposer has failed.
+        usage: What it took.
+    """
+
+    number: int
+    component: str
+    index: int
+    proposer: str
+    parent: Mapping[str, int]
+    descends: bool = True
+    written: Any = None
+    refused: str | None = None
+    usage: Usage = field(default_factory=Usage)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the proposer has answered."""
+        return self.written is not None or self.refused is not None
+
+
+def to_json(proposal: Proposal) -> str:
+    """The proposal as text."""
+    return json.dumps({**asdict(proposal), "usage": proposal.usage.as_dict()})
+
+
+def from_json(text: str) -> Proposal:
+    """The proposal from the result of `to_json`."""
+    entry: Mapping[str, Any] = json.loads(text)
+    return Proposal(**{**entry, "usage": Usage(**entry["usage"])})
