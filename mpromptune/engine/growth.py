@@ -129,6 +129,8 @@ class Growth:
 
     def _offers(self, beliefs: Beliefs, table: ScoreTable, rng: np.random.Generator) -> list[Offer]:
         space = self.space
+        if not self.proposers:
+            return []
         rows = [row for row in table.rows if not table.is_dropped(row)]
         tried = {(c, index) for row in table.rows for c, index in enumerate(row)} | space.closed
         waiting = {

@@ -18,13 +18,13 @@ from mpromptune.engine.outage import Answer, Outage
 from mpromptune.engine.plan import Plan, Request
 from mpromptune.engine.result import SearchResult
 from mpromptune.engine.summary import Summary
-from mpromptune.engine.trials import Asked, Trials
+from mpromptune.engine.trials import Asked, Running, Trials
 from mpromptune.engine.writing import Writing
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution.attempts import FAILURES, Verdict
 from mpromptune.execution.interrupts import GRACE, deferred, interrupted, wait_for
-from mpromptune.execution.limits import MEASURE, Budget, patience
-from mpromptune.execution.pool import Outcome, Workers, is_cut_short, outcome_of, scores_of
+from mpromptune.execution.limits import Budget, patience
+from mpromptune.execution.pool import Outcome, Workers, is_cut_short, scores_of
 from mpromptune.model.space import Examples, PromptSpace
 from mpromptune.show.progress import OnProgress
 from mpromptune.storage.proposals import Proposal
@@ -36,19 +36,6 @@ Callback = Callable[[Study, FrozenTrial], None]
 
 # NOTE: seconds to wait for calls in flight when an error ends the search: they are paid for; one may hang.
 _LAST_CALLS = 60.0
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A trial that is being measured; futures of scores from an earlier run are done from the start."""
-
-    asked: Asked
-    examples: Examples
-    futures: tuple[Future[Outcome], ...]
-
-    @property
-    def outcomes(self) -> list[Outcome]:
-        return [outcome_of(e, future) for e, future in zip(self.examples, self.futures, strict=True)]
 
 
 @dataclass
@@ -80,7 +67,7 @@ class Loop:
     callbacks: Sequence[Callback] = ()
     on_progress: OnProgress | None = None
     grace: float = GRACE
-    in_flight: deque[list[_Running]] = field(default_factory=deque)
+    in_flight: deque[list[Running]] = field(default_factory=deque)
     unsaved: Exception | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +95,7 @@ class Loop:
                 self.monitor.report()
                 self._finish(self.in_flight[0])
                 self.in_flight.popleft()
-                self._afford()
+                self.summary.afford()
             self._take_rest()
             if self.budget.reached:  # a call that hangs must spend nothing if it resumes
                 self.workers.stopped.set()
@@ -125,7 +112,7 @@ class Loop:
     def _fill(self) -> bool:
         """Start batches until enough are in flight; return whether any is."""
         while len(self.in_flight) < self.plan.batches_in_flight and not self.budget.reached:
-            batch: list[_Running] = []
+            batch: list[Running] = []
             self.in_flight.append(batch)  # before it is filled, so that no started trial is lost
             for request in self.plan.next_batch(self.evidence):
                 asked = self.trials.next(request.row)
@@ -136,7 +123,7 @@ class Loop:
                 break
         return bool(self.in_flight)
 
-    def _start(self, request: Request, asked: Asked, batch: list[_Running]) -> None:
+    def _start(self, request: Request, asked: Asked, batch: list[Running]) -> None:
         examples = self._examples(request, asked)
         if not examples:
             self.trials.drop(asked)
@@ -147,7 +134,7 @@ class Loop:
         if asked.proposal is not None:
             after = self.writing.begin(asked.proposal, self.evidence, partial(self._keep_proposal, asked))
         futures = tuple(self._submit(asked, example, after) for example in examples)
-        batch.append(_Running(asked, examples, futures))
+        batch.append(Running(asked, examples, futures))
 
     def _examples(self, request: Request, asked: Asked) -> Examples:
         if asked.examples is not None:
@@ -182,14 +169,14 @@ class Loop:
 
     # Waiting.
 
-    def _running(self) -> list[_Running]:
+    def _running(self) -> list[Running]:
         """All trials in flight."""
         return [running for batch in self.in_flight for running in batch]
 
     def _futures(self) -> list[Future[Outcome]]:
         return [future for running in self._running() for future in running.futures]
 
-    def _await(self, batch: list[_Running]) -> None:
+    def _await(self, batch: list[Running]) -> None:
         """Wait for a batch; when no call may begin any more, only for a limited time."""
         calls = [future for running in batch for future in running.futures]
         wait_for(calls, unless=self._is_ending, meanwhile=self._look)
@@ -213,7 +200,7 @@ class Loop:
 
     # Telling.
 
-    def _finish(self, batch: list[_Running]) -> None:
+    def _finish(self, batch: list[Running]) -> None:
         """Wait for a batch, and tell its trials in the order in which they were asked."""
         self._await(batch)
         self._require_running()
@@ -239,7 +226,7 @@ class Loop:
         if self.workers.stopped.is_set():
             raise self._stopped("a request from outside", None)
 
-    def _require_no_outage(self, batch: list[_Running], outcomes: list[list[Outcome]]) -> None:
+    def _require_no_outage(self, batch: list[Running], outcomes: list[list[Outcome]]) -> None:
         """Raise SearchStoppedError if a batch shows an outage, or is incomplete without a limit reached."""
         paired = list(zip(batch, outcomes, strict=True))
         answers = [(running.asked.row, outcome) for running, results in paired for outcome in results]
@@ -262,7 +249,7 @@ class Loop:
                 raise self._stopped("failures of the baseline", error)
             self.table.forgive(baseline)  # the failures are of an earlier run, which stopped on them
 
-    def _tell(self, running: _Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
+    def _tell(self, running: Running, outcomes: Sequence[Outcome]) -> FrozenTrial | None:
         verdicts = {outcome.example: self.workers.verdict(outcome) for outcome in outcomes}
         failed = [example for example, verdict in verdicts.items() if verdict in FAILURES]
         before = running.asked.refused
@@ -275,11 +262,11 @@ class Loop:
         self._book(running, scores, refused, is_over=not abandoned and not is_refused)
         return self.trials.tell(running.asked, running.examples, scores, refused, abandoned)
 
-    def _is_refused(self, running: _Running) -> bool:
+    def _is_refused(self, running: Running) -> bool:
         return self.writing.is_refused(running.asked.proposal)
 
     def _book(
-        self, running: _Running, scores: Mapping[int, float], refused: Sequence[int], is_over: bool
+        self, running: Running, scores: Mapping[int, float], refused: Sequence[int], is_over: bool
     ) -> None:
         row, used, left_out = running.asked.row, running.asked.meter.total, self.table.unanswerable
         again = self.table.finish(row, running.examples, scores, used, set(refused), is_over)
@@ -294,29 +281,13 @@ class Loop:
     def _take_rest(self) -> None:
         """Tell the trials of the record that this run, with a smaller budget, does not ask for."""
         for asked in self.trials.rest():
-            running = _Running(asked, asked.examples or (), ())
+            running = Running(asked, asked.examples or (), ())
             if asked.proposal is not None:
                 self.writing.take(asked.proposal, self.table)
             self.table.start(asked.row, running.examples)
             is_open = asked.trial is not None
             self._book(running, asked.scores, asked.refused, is_over=not is_open)
             self.trials.tell(asked, running.examples, asked.scores, asked.refused, abandoned=is_open)
-
-    def _afford(self) -> None:
-        """Tell the plan how many calls the limits on tokens, cost and time allow."""
-        table, max_calls = self.table, self.plan.task.max_calls
-        left = self.budget.calls_left(table.usage, table.calls)
-        if left is None:
-            return
-        name, calls = left
-        price = partial(table.relative_use, MEASURE[name])
-        dearest = max(map(price, table.rows), default=1.0)
-        if calls >= dearest * (max_calls - table.calls):  # enough even if all calls are of the dearest row
-            self.summary.binding = None
-            self.plan.afford(max_calls, lambda row: 1.0)
-        else:
-            self.summary.binding = name if table.calls + calls < max_calls else None
-            self.plan.afford(table.calls + calls, price)
 
     # Ending early.
 

@@ -128,7 +128,7 @@ def search(
             handled in the main thread only, and only if it has no handler yet.
     """
     _check_arguments(space, score, baseline, seed)
-    space = space.growing()
+    space = space.growing() if proposers else space
     for name, count in {"n_examples": n_examples, "max_calls": max_calls, "num_threads": num_threads}.items():
         require_count(name, count)
     chosen = SearchOptions.of_search(options, list(inspect.signature(search).parameters))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from optuna.study import Study
@@ -16,7 +17,7 @@ from mpromptune.engine.plan import Plan, Task
 from mpromptune.engine.result import Measured, SearchResult
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import SearchStoppedError
-from mpromptune.execution.limits import Budget
+from mpromptune.execution.limits import MEASURE, Budget
 from mpromptune.model.space import PromptSpace, Row
 from mpromptune.sampling.encoding import encode_prompts
 
@@ -40,6 +41,22 @@ class Summary:
     evidence: Evidence
     budget: Budget
     binding: str | None = None
+
+    def afford(self) -> None:
+        """Tell the plan how many calls the limits on tokens, cost and time allow."""
+        table, max_calls = self.evidence.table, self.plan.task.max_calls
+        left = self.budget.calls_left(table.usage, table.calls)
+        if left is None:
+            return
+        name, calls = left
+        price = partial(table.relative_use, MEASURE[name])
+        dearest = max(map(price, table.rows), default=1.0)
+        if calls >= dearest * (max_calls - table.calls):  # enough even if all calls are of the dearest row
+            self.binding = None
+            self.plan.afford(max_calls, lambda row: 1.0)
+        else:
+            self.binding = name if table.calls + calls < max_calls else None
+            self.plan.afford(table.calls + calls, price)
 
     def result(self, study: Study) -> SearchResult:
         """The result of a search that has ended.

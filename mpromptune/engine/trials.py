@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from mpromptune.engine.growth import Growth, Offer
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.execution.interrupts import deferred
-from mpromptune.execution.pool import Outcome
+from mpromptune.execution.pool import Outcome, outcome_of
 from mpromptune.execution.usage import Meter
 from mpromptune.model.space import Examples, PromptSpace, Row
 from mpromptune.sampling.encoding import distributions_of
@@ -72,6 +73,20 @@ class Asked:
         asked.meter.add(recorded.usage)
         asked.notes.update(recorded.notes)
         return asked
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial that is being measured; futures of scores from an earlier run are done from the start."""
+
+    asked: Asked
+    examples: Examples
+    futures: tuple[Future[Outcome], ...]
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """The outcomes so far, in the order of the examples."""
+        return [outcome_of(e, future) for e, future in zip(self.examples, self.futures, strict=True)]
 
 
 class Trials:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar
@@ -217,3 +217,24 @@ def result_of(future: Future[T]) -> T:
     if not future.done():
         raise Stopped
     return future.result()
+
+
+def chained(after: Future[bool], start: Callable[[], Future[T]], otherwise: T) -> Future[T]:
+    """The result of ``start()``, which begins once ``after`` is true; ``otherwise`` if that never happens."""
+    chained: Future[T] = Future()
+
+    def settle(result: T) -> None:
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+            chained.set_result(result)
+
+    def begin(known: Future[bool]) -> None:
+        inner = None
+        with contextlib.suppress(Exception):  # there is nothing to score, or the executor has been shut down
+            inner = start() if known.result() else None
+        if inner is None:
+            settle(otherwise)
+        else:
+            inner.add_done_callback(lambda done: settle(otherwise if done.cancelled() else done.result()))
+
+    after.add_done_callback(begin)
+    return chained

@@ -30,6 +30,7 @@ from mpromptune.execution.attempts import Attempts, Classify, Load, RetryAfter, 
 from mpromptune.execution.interrupts import (
     SLICE,
     Stopped,
+    chained,
     contained,
     deferred,
     is_over,
@@ -241,7 +242,7 @@ class Workers:
         call = partial(context.run, self._measure, keep, dict(params), example)
         if after is None:
             return self._executor.submit(call)
-        return _chained(after, partial(self._executor.submit, call), Outcome(example))
+        return chained(after, partial(self._executor.submit, call), Outcome(example))
 
     def verdict(self, outcome: Outcome) -> Verdict | None:
         """The verdict on a failed outcome; None for one that was scored or skipped."""
@@ -295,27 +296,6 @@ class Workers:
             *(example, params, timeout, self._retry.attempts),
         )
         raise CallTimeoutError(f"no answer within {timeout:g} s")
-
-
-def _chained(after: Future[bool], start: Callable[[], Future[T]], otherwise: T) -> Future[T]:
-    """The result of ``start()``, which begins once ``after`` is true; ``otherwise`` if that never happens."""
-    chained: Future[T] = Future()
-
-    def settle(result: T) -> None:
-        with suppress(futures.InvalidStateError):  # cancelled meanwhile
-            chained.set_result(result)
-
-    def begin(known: Future[bool]) -> None:
-        inner = None
-        with suppress(Exception):  # there is nothing to score, or the executor has been shut down
-            inner = start() if known.result() else None
-        if inner is None:
-            settle(otherwise)
-        else:
-            inner.add_done_callback(lambda done: settle(otherwise if done.cancelled() else done.result()))
-
-    after.add_done_callback(begin)
-    return chained
 
 
 def _is_done_within(timeout: float, future: Future[float]) -> bool:

@@ -41,13 +41,13 @@ class Lineage:
     initial: int
     births: Sequence[Birth]
 
-    def roots(self) -> IndexArray:
-        """The candidate that each descends from, itself if it has no parent; one entry for each candidate."""
+    def roots(self, candidates: IndexArray) -> IndexArray:
+        """The initial candidates that these descend from; one without a parent is its own root."""
         roots = list(range(self.initial + len(self.births)))
         for index, birth in enumerate(self.births, self.initial):
             if birth.parent is not None:
                 roots[index] = roots[birth.parent]
-        return np.array(roots, dtype=np.int64)
+        return np.array(roots, dtype=np.int64)[candidates]
 
     def paths(self) -> FloatArray:
         """Candidates x births: 1 for the birth of the candidate and those of its ancestors."""

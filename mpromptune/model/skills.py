@@ -85,14 +85,15 @@ class Group:
             rows: ``n x C`` candidate indices.
             option: The hyper-parameters.
         """
-        own = rows[:, list(self.components)].T
-        chosen = [lineage.roots()[some] for lineage, some in zip(self.lineages, own, strict=True)]
+        chosen = rows[:, list(self.components)].T
+        if any(lineage.births for lineage in self.lineages):
+            chosen = np.stack([lin.roots(own) for lin, own in zip(self.lineages, chosen, strict=True)])
         kernels = [
-            _similarity(views, has_text, some, option.lengthscale)
-            for some, views, has_text in zip(chosen, self.views, self.has_text, strict=True)
+            _similarity(views, has_text, own, option.lengthscale)
+            for own, views, has_text in zip(chosen, self.views, self.has_text, strict=True)
         ]
         parts = kernels if len(kernels) == 1 else [*kernels, reduce(mul, kernels)]
-        same = reduce(mul, [some[:, None] == some[None, :] for some in chosen])
+        same = (chosen[:, :, None] == chosen[:, None, :]).all(axis=0)
         alike = reduce(add, parts) / len(parts)
         w, variance = option.share, option.deviation**2
         covariance: FloatArray = variance * (w * alike + (1.0 - w) * same) + self.common
@@ -119,13 +120,15 @@ def _similarity(views: FloatArray, has_text: bool, chosen: IndexArray, lengthsca
         return same
     scales = np.ones(len(views))
     scales[0] = lengthscale if has_text else 1.0
-    known = np.minimum(chosen, views.shape[-1] - 1)
-    distances = np.einsum("v,vij->ij", 1.0 / scales**2, views[:, known[:, None], known[None, :]])
-    likeness: FloatArray = np.exp(-0.5 * distances)
     # A candidate that was added without a parent is unlike all others: its text was not embedded.
     is_new = chosen >= views.shape[-1]
-    unlike = (is_new[:, None] | is_new[None, :]) & (chosen[:, None] != chosen[None, :])
-    return np.where(unlike, 0.0, likeness)
+    known = np.where(is_new, 0, chosen) if is_new.any() else chosen
+    distances = np.einsum("v,vij->ij", 1.0 / scales**2, views[:, known[:, None], known[None, :]])
+    likeness: FloatArray = np.exp(-0.5 * distances)
+    if is_new.any():
+        likeness[is_new[:, None] | is_new[None, :]] = 0.0
+        likeness[chosen[:, None] == chosen[None, :]] = 1.0
+    return likeness
 
 
 def groups_of(

@@ -95,7 +95,7 @@ def chance_of_likeness(beliefs: Beliefs, geometries: Sequence[Geometry], seed: i
     parts = []
     for group, rows, own in zip(beliefs.groups, blind.rows, weights, strict=True):
         for c, lineage in zip(group.components, group.lineages, strict=True):
-            roots = lineage.roots()[rows[:, c]]  # the texts of proposed candidates are not embedded
+            roots = lineage.roots(rows[:, c])  # the texts of proposed candidates are not embedded
             has_text = roots < lineage.initial
             if geometries[c].has_text and len(set(roots[has_text].tolist())) >= _LEAST_CANDIDATES:
                 parts.append(_permuted(roots[has_text], own[has_text], geometries[c], rng))
