@@ -276,10 +276,10 @@ def test_no_plan_spends_more_than_the_budget() -> None:
 
 
 def test_search_shows_its_options() -> None:
-    """To `help` and editors: a dozen arguments of its own, then each option with its default."""
+    """To `help` and editors: few arguments of its own, then each option with its default."""
     parameters = inspect.signature(search).parameters
     own = [name for name in parameters if name not in SEARCH_OPTIONS]
-    assert len(own) == 12
+    assert len(own) == 14
     assert parameters["embedder"].default is None
     assert parameters["confirm"].default == "auto"
     assert not {"options", "n_jobs", "dry_run"} & parameters.keys()
