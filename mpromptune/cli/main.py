@@ -13,27 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpromptune
+from mpromptune.cli.arguments import add_output, amount, output_console, positive, program_file
+from mpromptune.cli.demo import DEMO, add_demo
 from mpromptune.errors import InvalidArgumentError, MPromptuneError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mpromptune.engine.result import SearchResult
     from mpromptune.mipro.estimate import Estimate
     from mpromptune.mipro.reading import Standing
-
-_DEMO = """\
-Compiles a DSPy program with mpromptune.MIPROv2, through all of its steps.
-
-Without --model, nothing leaves this machine:
-  recorded   answers: right or wrong as Llama-3.3-70B was on each (prompt, GSM8K example);
-             embeddings of the prompts by all-MiniLM-L6-v2
-  stand-in   texts of prompts and examples, and the proposer: the recording holds only numbers
-  simulated  latency of validation calls (lognormal)
-
-With --model, a real model solves word problems that are generated here. This takes about 750
-program calls on the validation set, plus those of DSPy's bootstrap and proposals.
-"""
 
 _REPORT = """\
 Writes one HTML page about a search from the study in its storage=. No LM is called.
@@ -141,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mpromptune {mpromptune.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     raw = partial(commands.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _add_demo(raw("demo", help="compile a program against recorded answers, or live", description=_DEMO))
+    add_demo(raw("demo", help="compile a program on a small model on this machine", description=DEMO))
     _add_estimate(raw("estimate", help="estimate a compile without calling an LM", description=_ESTIMATE))
     _add_resume(raw("resume", help="resume a compile that was interrupted", description=_RESUME))
     _add_report(
@@ -154,40 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_demo(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument(
-        "--model", help="run live: any LiteLLM name, e.g. openai/gpt-4o-mini or ollama_chat/llama3.2"
-    )
-    demo.add_argument(
-        "--sampler",
-        choices=("qei", "tpe", "gp", "random", "stock"),
-        default="qei",
-        help="the sampler; stock is DSPy's own search, one trial after another (default: qei)",
-    )
-    demo.add_argument("--num-threads", type=_positive, default=16, help="calls in flight (default: 16)")
-    demo.add_argument("--seed", type=int, default=9, help="seed of the compile (default: 9, as in DSPy)")
-    demo.add_argument("--calls", type=_positive, help="program calls to spend (default: as many as DSPy)")
-    demo.add_argument(
-        "--latency", type=_amount, default=0.2, help="mean seconds of a simulated call (default: 0.2)"
-    )
-    _add_output(demo, "the program", "mpromptune-demo.json", _program_file)
-    demo.set_defaults(run=_demo)
-
-
-def _demo(args: argparse.Namespace) -> None:
-    from mpromptune.demo.live import live_task
-    from mpromptune.demo.replay import replay_task
-    from mpromptune.demo.run import run_demo
-
-    task = live_task(args.model) if args.model else replay_task(args.latency)
-    options = {name: getattr(args, name) for name in ("sampler", "num_threads", "seed", "calls")}
-    run_demo(task, _console(), args.output, **options)
-
-
 def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("storage", metavar="STORAGE", help="path of a journal file, or URL of a database")
     report.add_argument("--study-name", help="name of the study; not needed if the storage has only one")
-    _add_output(report, "it", "report.html", Path)
+    add_output(report, "it", "report.html", Path)
     report.set_defaults(run=_report)
 
 
@@ -202,20 +159,20 @@ def _report(args: argparse.Namespace) -> None:
 def _add_estimate(estimate: argparse.ArgumentParser) -> None:
     _add_target(estimate, nargs="?")
     tokens = estimate.add_argument_group("tokens and dollars of a typical LM call")
-    tokens.add_argument("--prompt-tokens", type=_positive, metavar="N", help="tokens sent")
-    tokens.add_argument("--completion-tokens", type=_positive, metavar="N", help="tokens received")
+    tokens.add_argument("--prompt-tokens", type=positive, metavar="N", help="tokens sent")
+    tokens.add_argument("--completion-tokens", type=positive, metavar="N", help="tokens received")
     tokens.add_argument(
         "--price",
-        type=_amount,
+        type=amount,
         nargs=2,
         metavar=("SENT", "RECEIVED"),
         help="US dollars per million tokens (default: those of prices=, or LiteLLM's)",
     )
     numbers = estimate.add_argument_group("instead of TARGET")
     numbers.add_argument("--auto", choices=("light", "medium", "heavy"), help="of MIPROv2")
-    numbers.add_argument("--trainset", type=_positive, metavar="N", help="training examples")
-    numbers.add_argument("--valset", type=_positive, metavar="N", help="validation examples")
-    numbers.add_argument("--predictors", type=_positive, metavar="N", default=1, help="default: 1")
+    numbers.add_argument("--trainset", type=positive, metavar="N", help="training examples")
+    numbers.add_argument("--valset", type=positive, metavar="N", help="validation examples")
+    numbers.add_argument("--predictors", type=positive, metavar="N", default=1, help="default: 1")
     numbers.add_argument("--zero-shot", action="store_true", help="no demos, instructions only")
     numbers.add_argument("--model", help="LiteLLM's name, for its price")
     estimate.set_defaults(run=_estimate)
@@ -256,7 +213,7 @@ def _show_estimate(estimate: Estimate) -> None:
 
 def _add_resume(resume: argparse.ArgumentParser) -> None:
     _add_target(resume)
-    _add_output(resume, "the program", "best.json", _program_file)
+    add_output(resume, "the program", "best.json", program_file)
     resume.set_defaults(run=_resume)
 
 
@@ -304,13 +261,7 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="right" if number else "left", no_wrap=not number)
     for row in rows[1:]:
         table.add_row(*row)
-    _console().print(table, highlight=False)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(file=sys.stdout)
+    output_console().print(table, highlight=False)
 
 
 def _add_target(command: argparse.ArgumentParser, **settings: Any) -> None:
@@ -318,29 +269,3 @@ def _add_target(command: argparse.ArgumentParser, **settings: Any) -> None:
         "target", metavar="TARGET", help="FILE.py:FUNCTION or MODULE:FUNCTION, see above", **settings
     )
     command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-
-
-def _add_output(command: argparse.ArgumentParser, what: str, default: str, kind: Any) -> None:
-    text = f"where to save {what} (default: ./{default})"
-    command.add_argument("--output", type=kind, default=Path(default), help=text)
-
-
-def _program_file(text: str) -> Path:
-    path = Path(text)
-    if path.suffix != ".json" or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a .json file in a folder that exists; got {text!r}")
-    return path
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
-    return value
-
-
-def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more; got {text}")
-    return value

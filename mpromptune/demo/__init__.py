@@ -1,1 +1,1 @@
-"""The demo: a DSPy program compiled against recorded answers, or live."""
+"""The demo: a DSPy program compiled on a model on this machine, on recorded answers, or on any model."""

@@ -25,6 +25,9 @@ class CompletionAdapter(dspy.Adapter):
 
     An answer is one line for each output field, and what follows is ignored. The instruction and the demos
     are one message, which is the same for all inputs; the inputs are another.
+
+    For language models whose ``model_type`` is not ``"text"``, it is DSPy's ``ChatAdapter``; so a hosted
+    prompt model can be used with a local task model.
     """
 
     def __call__(
@@ -34,11 +37,12 @@ class CompletionAdapter(dspy.Adapter):
         signature: type[dspy.Signature],
         demos: list[dict[str, Any]],
         inputs: dict[str, Any],
-    ) -> list[dict[str, Any]]:
+    ) -> Any:
         """Ask the language model, which stops at the end of the last output field."""
+        if lm.model_type != "text":
+            return dspy.ChatAdapter()(lm, lm_kwargs, signature, demos, inputs)
         settings = {**_stop(signature), **lm_kwargs}
-        found: list[dict[str, Any]] = super().__call__(lm, settings, signature, demos, inputs)
-        return found
+        return super().__call__(lm, settings, signature, demos, inputs)
 
     async def acall(
         self,
@@ -47,11 +51,12 @@ class CompletionAdapter(dspy.Adapter):
         signature: type[dspy.Signature],
         demos: list[dict[str, Any]],
         inputs: dict[str, Any],
-    ) -> list[dict[str, Any]]:
+    ) -> Any:
         """Like a call."""
+        if lm.model_type != "text":
+            return await dspy.ChatAdapter().acall(lm, lm_kwargs, signature, demos, inputs)
         settings = {**_stop(signature), **lm_kwargs}
-        found: list[dict[str, Any]] = await super().acall(lm, settings, signature, demos, inputs)
-        return found
+        return await super().acall(lm, settings, signature, demos, inputs)
 
     def format(
         self, signature: type[dspy.Signature], demos: list[dict[str, Any]], inputs: dict[str, Any]

