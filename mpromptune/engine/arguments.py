@@ -6,7 +6,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mpromptune.engine.options import OPTION_NAMES, QEI_ONLY, SEARCH_OPTIONS, SearchOptions, unknown_option
+from mpromptune.engine.options import (
+    ADAPTIVE_ONLY,
+    OPTION_NAMES,
+    QEI_ONLY,
+    SEARCH_OPTIONS,
+    SearchOptions,
+    unknown_option,
+)
 from mpromptune.errors import InvalidArgumentError, UnknownOptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -91,11 +98,14 @@ def resolve(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SearchOpti
 
     ``n_jobs`` and ``verbose`` alone do not require it: the first has no meaning for DSPy's serial loop, and
     the second is also an argument of DSPy. Default options that apply only to ``"qei"`` are dropped when
-    another sampler is given.
+    another sampler is given; those that apply only to adaptive proposals, when fixed ones are given.
     """
-    sampler = given.get("sampler", "qei")
+    sampler, dropped = given.get("sampler", "qei"), set[str]()
     if not isinstance(sampler, str) or sampler.lower() != "qei":
-        defaults = {key: value for key, value in defaults.items() if key not in QEI_ONLY}
+        dropped.update(QEI_ONLY)
+    if given.get("proposals") == "fixed":
+        dropped.update(ADAPTIVE_ONLY)
+    defaults = {key: value for key, value in defaults.items() if key not in dropped}
     merged = {**defaults, **given}
     options = SearchOptions(**merged)
     silent = {"n_jobs", "verbose"} if options.dry_run else {"n_jobs", "verbose", "dry_run"}

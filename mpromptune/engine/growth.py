@@ -68,6 +68,7 @@ class Growth:
     capacity: Mapping[str, int]
     asked: int = 0
     _refusals: Counter[str] = field(default_factory=Counter)  # since the last candidate
+    _refused: set[tuple[int, int]] = field(default_factory=set)  # components with indices
 
     def begin(self, offer: Offer) -> Proposal:
         """The proposal for an offer."""
@@ -84,17 +85,20 @@ class Growth:
     def add(self, proposal: Proposal) -> None:
         """Append the candidate of a proposal to the space."""
         parent = proposal.parent[proposal.component] if proposal.descends else None
-        index = self.space.add(self.space.names.index(proposal.component), Birth(proposal.proposer, parent))
+        component = self.space.names.index(proposal.component)
+        index = self.space.add(component, Birth(proposal.proposer, parent))
         assert index == proposal.index
+        self.space.closed.add((component, index))  # to all other trials, until its first one is told
         self.asked += 1
 
     def end(self, proposal: Proposal) -> None:
         """Note what became of a proposal; after several refusals its proposer is not asked again."""
-        name = proposal.proposer
+        name, new = proposal.proposer, (self.space.names.index(proposal.component), proposal.index)
         if proposal.refused is None:
             self._refusals[name] = 0
+            self.space.closed.discard(new)
             return
-        self.space.closed.add((self.space.names.index(proposal.component), proposal.index))
+        self._refused.add(new)
         self._refusals[name] += 1
         if self._refusals[name] == _REFUSALS:
             message = "The proposer %r has failed %d times in a row and is not asked again: %s"
@@ -132,7 +136,7 @@ class Growth:
         if not self.proposers:
             return []
         rows = [row for row in table.rows if not table.is_dropped(row)]
-        tried = {(c, index) for row in table.rows for c, index in enumerate(row)} | space.closed
+        tried = {(c, index) for row in table.rows for c, index in enumerate(row)} | self._refused
         waiting = {
             c for c, n in enumerate(space.initial) for i in range(n, space.sizes[c]) if (c, i) not in tried
         }

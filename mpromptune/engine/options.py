@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from numbers import Real
 from typing import Any
 
 from optuna.samplers import BaseSampler
 
 from mpromptune.engine.batches import BatchPlan, Confirm
+from mpromptune.engine.checks import CHECKS
 from mpromptune.engine.minibatches import Minibatches, MiproPlan
 from mpromptune.engine.plan import Plan, Task
 from mpromptune.engine.scores import ScoreTable
-from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, require_finite
+from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.interrupts import GRACE
 from mpromptune.execution.limits import Limits
@@ -31,10 +30,14 @@ PLANS: Mapping[str, Callable[..., Plan]] = {"blocks": BatchPlan, "mipro": MiproP
 
 _BLOCKS_ONLY = ("block_size", "patience", "target", "confirm")
 QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder", "device")
+# Options of a compile whose candidates are also written while the search runs.
+ADAPTIVE_ONLY = ("proposers", "reflection_lm", "instruction_proposer")
+_DEFAULT_PROPOSALS = "fixed"
 # Options that apply only to the steps before the search, or are explicit arguments of `search`.
 _COMPILE_ONLY = (
     *("n_jobs", "max_calls", "prices", "dry_run", "verbose"),
     *("max_requests_per_minute", "max_tokens_per_minute"),
+    *("proposals", *ADAPTIVE_ONLY),
 )
 
 
@@ -42,8 +45,9 @@ _COMPILE_ONLY = (
 class SearchOptions:
     """The options of a search.
 
-    `search` takes them as keyword arguments, except ``n_jobs``, ``prices``, ``dry_run``, ``verbose`` and the
-    limits per minute; with ``schedule="mipro"`` it also takes DSPy's ``minibatch``, ``minibatch_size`` and
+    `search` takes them as keyword arguments, except ``n_jobs``, ``prices``, ``dry_run``, ``verbose``, the
+    limits per minute and those on proposals, because its own ``proposers`` are objects; with
+    ``schedule="mipro"`` it also takes DSPy's ``minibatch``, ``minibatch_size`` and
     ``minibatch_full_eval_steps``. ``MIPROv2`` takes all options.
 
     Attributes:
@@ -68,6 +72,13 @@ class SearchOptions:
             score is lower when it is fully measured.
         schedule: ``"blocks"``; ``"mipro"`` for DSPy's minibatches and full evaluations; `Minibatches` with
             other sizes; or a callable that makes a `Plan`.
+        proposals: ``"fixed"``: all candidates are written before the search. ``"adaptive"``: others are
+            written while it runs, from what it has found; for ``"qei"`` and ``schedule="blocks"`` only.
+        proposers: (adaptive) What writes them: names of operators (`mpromptune.operators.OPERATORS`), or
+            objects (`mpromptune.engine.proposers.Proposer`); by default all operators.
+        reflection_lm: (adaptive) The language model that rewrites instructions, as in ``dspy.GEPA``; by
+            default the prompt model.
+        instruction_proposer: (adaptive) A ``ProposalFn`` as in ``dspy.GEPA``, for the operator ``"reflect"``.
         max_tokens: Tokens that the whole compile may use, prompts and completions together.
         max_cost: US dollars that the whole compile may cost.
         max_seconds: Wall-clock time that the whole compile may take, not counting ``grace``.
@@ -113,6 +124,10 @@ class SearchOptions:
     patience: int | None = None
     target: float | None = None
     schedule: str | Minibatches | Callable[..., Plan] = "blocks"
+    proposals: str | None = None
+    proposers: Sequence[Any] | None = None
+    reflection_lm: Any = None
+    instruction_proposer: Any = None
     max_tokens: int | None = None
     max_cost: float | None = None
     max_seconds: float | None = None
@@ -132,12 +147,13 @@ class SearchOptions:
     executor: Any = None
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
+        for name, check in CHECKS.items():
             if getattr(self, name) is not None:
                 check(name, getattr(self, name))
         _ = self.limits  # checks them
         self._check_sampler()
         self._check_schedule()
+        self._check_adaptive()
         check_executor(self.executor)
         check_storage(self.storage, self.study_name)
 
@@ -187,6 +203,22 @@ class SearchOptions:
         given = {name: getattr(self, name) for name in (*QEI_ONLY, "batch_size")}
         given = {name: value for name, value in given.items() if value is not None or name == "batch_size"}
         return qEISampler(**given, seed=seed)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether candidates are also written while the search runs."""
+        if self.proposals is None:
+            return _DEFAULT_PROPOSALS == "adaptive" and self.can_adapt
+        return self.proposals == "adaptive"
+
+    @property
+    def can_adapt(self) -> bool:
+        """Whether the search chooses configurations by its own model, which knows what is not written yet."""
+        if self.schedule != "blocks" or isinstance(self.sampler, str):
+            return self.schedule == "blocks" and str(self.sampler).lower() == "qei"
+        from mpromptune.sampling.samplers import is_qei  # it loads torch
+
+        return is_qei(self.sampler)
 
     @property
     def schedule_name(self) -> str:
@@ -258,78 +290,18 @@ class SearchOptions:
                 f"{foreign} only apply to schedule='blocks'; got schedule={self.schedule!r}."
             )
 
+    def _check_adaptive(self) -> None:
+        if self.is_adaptive and not self.can_adapt:
+            raise InvalidArgumentError(
+                "proposals='adaptive' works only with sampler='qei' and schedule='blocks'; got sampler="
+                f"{self.sampler!r} and schedule={self.schedule!r}."
+            )
+        given = [name for name in ADAPTIVE_ONLY if getattr(self, name) is not None]
+        if given and not self.is_adaptive:
+            raise InvalidArgumentError(
+                f"{given} only apply to proposals='adaptive', which was not given. Pass it, or omit them."
+            )
 
-def _check_embedder(name: str, value: Any) -> None:
-    if not (isinstance(value, str) or callable(value) or hasattr(value, "encode")):
-        raise InvalidArgumentError(
-            "embedder must be a model name or path, a SentenceTransformer, a dspy.Embedder or a "
-            f"callable; got {value!r}."
-        )
-
-
-def _check_device(name: str, value: Any) -> None:
-    from mpromptune.model.devices import resolve_device  # it loads torch
-
-    resolve_device(value)
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise InvalidArgumentError(f"{name} must be True or False; got {value!r}.")
-
-
-def _check_callbacks(name: str, value: Any) -> None:
-    if not isinstance(value, Sequence) or not all(callable(callback) for callback in value):
-        raise InvalidArgumentError(f"{name} must be a list of callables; got {value!r}.")
-
-
-def _check_callable(name: str, value: Any) -> None:
-    if not callable(value):
-        raise InvalidArgumentError(f"{name} must be a callable; got {value!r}.")
-
-
-def _check_grace(name: str, value: Any) -> None:
-    if require_finite(name, value) < 0:
-        raise InvalidArgumentError(f"{name} must not be negative; got {value!r}.")
-
-
-def _check_timeout(name: str, value: Any) -> None:
-    if require_finite(name, value) <= 0:
-        raise InvalidArgumentError(f"{name} must be above 0; got {value!r}.")
-
-
-def _check_prices(name: str, value: Any) -> None:
-    rows = value.values() if isinstance(value, Mapping) else [None]
-    if not callable(value) and not all(map(_is_price, rows)):
-        raise InvalidArgumentError(
-            "prices must map each model to (US dollars per million prompt tokens, completion tokens), or "
-            f"be a callable of model and usage; got {value!r}."
-        )
-
-
-def _is_price(row: Any) -> bool:
-    is_pair = isinstance(row, tuple | list) and len(row) == 2
-    return is_pair and all(isinstance(x, Real) and 0.0 <= float(x) < math.inf for x in row)
-
-
-_POSITIVE = (
-    *("n_jobs", "batch_size", "max_space_size", "min_cold_start", "block_size", "max_calls", "patience"),
-    *("max_requests_per_minute", "max_tokens_per_minute"),
-)
-# The check of each option; None is always valid.
-_CHECKS: dict[str, Callable[[str, Any], object]] = {
-    **dict.fromkeys(_POSITIVE, require_count),
-    **dict.fromkeys(("n_batches", "max_retries"), partial(require_count, least=0)),
-    **dict.fromkeys(("failure_score", "target"), require_finite),
-    **dict.fromkeys(("dry_run", "verbose"), _check_bool),
-    "embedder": _check_embedder,
-    "device": _check_device,
-    "callbacks": _check_callbacks,
-    "on_progress": _check_callable,
-    "grace": _check_grace,
-    "timeout": _check_timeout,
-    "prices": _check_prices,
-}
 
 OPTION_NAMES = tuple(field.name for field in fields(SearchOptions))
 # The options of `search` with their defaults.

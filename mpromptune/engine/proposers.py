@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mpromptune.errors import InvalidArgumentError
 from mpromptune.model.space import Candidate, PromptSpace, as_candidate
 from mpromptune.storage.findings import Measured
 
@@ -98,3 +99,26 @@ class Texts:
     def adopt(self, component: str, index: int, written: Any) -> Candidate:
         """The candidate itself."""
         return as_candidate(written)
+
+
+_PARTS = ("name", "calls", "keeps_parent", "components", "propose")
+
+
+def check_proposers(proposers: Any) -> None:
+    """Require objects with all parts of a `Proposer`, and different names.
+
+    Raises:
+        InvalidArgumentError: They are something else.
+    """
+    if isinstance(proposers, str) or not isinstance(proposers, Sequence):
+        raise InvalidArgumentError(f"proposers must be a list of proposers; got {proposers!r}.")
+    for proposer in proposers:
+        lacking = [part for part in _PARTS if not hasattr(proposer, part)]
+        if lacking or isinstance(proposer, type):
+            why = f"which lacks {lacking}" if lacking else "a class: pass an object"
+            raise InvalidArgumentError(
+                f"A proposer must be an object with {', '.join(_PARTS)}; got {proposer!r}, {why}."
+            )
+    names = [proposer.name for proposer in proposers]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InvalidArgumentError(f"proposers has {twice[0]!r} twice; each needs a name of its own.")

@@ -15,7 +15,7 @@ from mpromptune.engine.growth import Growth, capacity_of
 from mpromptune.engine.loop import Loop
 from mpromptune.engine.options import SearchOptions
 from mpromptune.engine.plan import Plan, Task
-from mpromptune.engine.proposers import Candidates, Proposer, Texts
+from mpromptune.engine.proposers import Candidates, Proposer, Texts, check_proposers
 from mpromptune.engine.result import SearchResult
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.engine.settings import recorded_settings, require_same, settings_of, write_settings
@@ -116,7 +116,8 @@ def search(
         The winner, its score, the baseline's score, and the study.
 
     Raises:
-        InvalidArgumentError: An argument is not valid; no call was made.
+        InvalidArgumentError: An argument is not valid, or there are proposers and the space, the sampler or
+            the schedule does not allow that; no call was made.
         UnknownOptionError: An option is unknown; the message suggests a similar name.
         TravelError: The score cannot be sent to the workers of the executor; no call was made.
         StudyMismatchError: The study belongs to a search with other candidates, examples, baseline,
@@ -132,6 +133,9 @@ def search(
     for name, count in {"n_examples": n_examples, "max_calls": max_calls, "num_threads": num_threads}.items():
         require_count(name, count)
     chosen = SearchOptions.of_search(options, list(inspect.signature(search).parameters))
+    check_proposers(proposers)
+    if proposers:
+        _check_growth(space, chosen)
     task = Task(
         n_examples=n_examples,
         max_calls=max_calls,
@@ -179,6 +183,20 @@ def _check_arguments(space: Any, score: Any, baseline: Any, seed: Any) -> None:
     if not isinstance(baseline, Mapping | None):
         raise InvalidArgumentError(f"baseline must map each component to an index; got {baseline!r}.")
     require_count("seed", seed, least=None)
+
+
+def _check_growth(space: PromptSpace, options: SearchOptions) -> None:
+    """Require a search in which candidates can be added to the space."""
+    if not options.can_adapt:
+        raise InvalidArgumentError(
+            "proposers need sampler='qei' and schedule='blocks'; got sampler="
+            f"{options.sampler!r} and schedule={options.schedule!r}."
+        )
+    if space.combinations is not None:
+        raise InvalidArgumentError(
+            f"proposers need a space with all combinations of its candidates; got {space!r} with "
+            f"{len(space.combinations)} listed ones."
+        )
 
 
 def _warn_of_low_budget(plan: Plan) -> None:

@@ -136,11 +136,13 @@ class Trials:
             trial = self.study.ask(fixed_distributions=self._distributions)
             if proposal is not None:
                 self._growth.add(proposal)
-        return Asked(trial, trial.number, self._space.row(params), proposal=proposal)
+        return Asked(trial, trial.number, row, proposal=proposal)
 
     def _told(self, recorded: Recorded) -> Asked:
         self._grow(recorded)
-        return Asked.of(recorded, self._space.row(recorded.params) if recorded.examples else ())
+        # Its candidate may be new, and then it is closed until this trial is told.
+        row = tuple(int(recorded.params[name]) for name in self._space.names) if recorded.examples else ()
+        return Asked.of(recorded, row)
 
     def _grow(self, recorded: Recorded) -> None:
         if recorded.proposal is not None:
@@ -178,7 +180,7 @@ class Trials:
             trial.suggest_categorical(name, distribution.choices)  # returns the stored choice if there is one
         row = tuple(int(trial.params[name]) for name in self._space.names)
         self._grow(recorded)
-        if self._space.exists(row):
+        if recorded.proposal is not None or self._space.exists(row):
             return Asked.of(recorded, row, trial)
         self._forget(trial)  # some of its choices are lost with the killed run
         return None

@@ -216,6 +216,8 @@ class Attempts:
         while not self._stopped.is_set():
             ticket = self._throttle.enter()
             try:
+                if not self._admits():
+                    raise Stopped
                 result = call()
             except Exception as error:
                 throttled = self._judge(error) is Verdict.THROTTLE

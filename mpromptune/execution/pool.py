@@ -211,7 +211,6 @@ class Workers:
         self._executor = executor
         self._classify = classify or classify_builtin
         self._retry = retry or RetryPolicy()
-        self._admits = admits
         self.stopped = stopped or threading.Event()
         self.fatal: Exception | None = None
         judged = self._judge, self._retry, retry_after
@@ -279,8 +278,6 @@ class Workers:
         return Outcome(example, score=float(score), order=next(self._ended), note=note_of(score))
 
     def _attempt(self, params: dict[str, int], example: int) -> float:
-        if not self._admits():
-            raise Stopped
         record(Usage(program_calls=1))
         timeout, given_up = self._retry.timeout, threading.Event()
         with stoppable(self.stopped.is_set, given_up.is_set):

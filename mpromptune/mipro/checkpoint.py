@@ -230,12 +230,16 @@ def demos_from_json(demos: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def require_same_prompts(program: Any, demos: DemoSets, loaded: DemoSets) -> None:
     """Raise a ValueError if loaded demos give other prompts than the original ones."""
-    adapter = dspy.settings.adapter or dspy.ChatAdapter()
     for i, predictor in enumerate(program.predictors()):
-        signature = get_signature(predictor)
         for own, other in zip(demos[i], loaded[i], strict=True):
-            if adapter.format_demos(signature, own) != adapter.format_demos(signature, other):
+            if not gives_same_prompt(predictor, own, other):
                 raise ValueError("a demo would be formatted differently")
+
+
+def gives_same_prompt(predictor: Any, own: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two demo sets are formatted alike."""
+    adapter, signature = dspy.settings.adapter or dspy.ChatAdapter(), get_signature(predictor)
+    return bool(adapter.format_demos(signature, own) == adapter.format_demos(signature, other))
 
 
 def _text(value: Any) -> str:

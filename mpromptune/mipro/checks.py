@@ -44,13 +44,16 @@ _METHODS = {
 }
 
 
-def check_arguments(optimizer: Any, student: Any, given: Mapping[str, Any]) -> None:
+def check_arguments(
+    optimizer: Any, student: Any, given: Mapping[str, Any], reflection_lm: Any = None
+) -> None:
     """Require valid arguments of a compile.
 
     Args:
         optimizer: The ``dspy.MIPROv2``.
         student: The program.
         given: The other arguments of ``compile``.
+        reflection_lm: The option of that name.
 
     Raises:
         InvalidArgumentError: An argument is not valid; the message says what to pass instead.
@@ -58,7 +61,7 @@ def check_arguments(optimizer: Any, student: Any, given: Mapping[str, Any]) -> N
     _check_program("student", student)
     if given.get("teacher") is not None:
         _check_teacher(given["teacher"], student)
-    _check_lms(optimizer, student)
+    _check_lms(optimizer, student, reflection_lm)
     if given.get("seed") is not None:
         require_count("seed", given["seed"], least=None)
     _check_metric(optimizer.metric, _bootstraps(optimizer, given))
@@ -97,12 +100,13 @@ def _check_teacher(teacher: Any, student: Any) -> None:
             raise _refused("teacher", must, given.signature)
 
 
-def _check_lms(optimizer: Any, student: Any) -> None:
+def _check_lms(optimizer: Any, student: Any, reflection_lm: Any) -> None:
     """Require language models; the usual mistake is to pass a name."""
     settings = optimizer.teacher_settings
     if not isinstance(settings, Mapping):
         raise _refused("teacher_settings", "a dict of DSPy's settings", settings)
     lms = {name: getattr(optimizer, name) for name in ("task_model", "prompt_model")}
+    lms["reflection_lm"] = reflection_lm
     lms["teacher_settings['lm']"] = settings.get("lm")
     lms.update({f"the lm of predictor {name!r}": p.lm for name, p in student.named_predictors()})
     for name, lm in lms.items():

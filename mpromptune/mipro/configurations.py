@@ -10,6 +10,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt.utils import get_signature, set_signature
 
+from mpromptune.errors import ProposalRefusedError
 from mpromptune.execution.attempts import FAILURES
 from mpromptune.execution.interrupts import contained
 from mpromptune.execution.notes import Noted, attach_note, note_of
@@ -18,9 +19,11 @@ from mpromptune.execution.usage import Meter, current_meter
 from mpromptune.lms.errors import blaming, classify
 from mpromptune.lms.guard import note_call
 from mpromptune.lms.metering import measured
+from mpromptune.mipro.checkpoint import demos_from_json, demos_to_json, gives_same_prompt
 from mpromptune.mipro.metric import adapted, metric_value
 from mpromptune.mipro.notes import note_of_call
-from mpromptune.model.space import PromptSpace
+from mpromptune.model.space import Candidate, PromptSpace
+from mpromptune.operators.base import predictor_of
 from mpromptune.operators.texts import candidate_text, encodable, encodable_demo
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,8 @@ class ProgramSpace:
         demos: The candidate demo sets of each predictor, or None if demos are not optimised.
 
     Attributes:
-        candidates: The candidates of each component, by MIPROv2's name for it.
+        candidates: The candidates of each component, by MIPROv2's name for it; they grow while proposers
+            write. None where a proposal failed.
     """
 
     def __init__(
@@ -70,6 +74,33 @@ class ProgramSpace:
                 found.append(candidate)
         self.candidates[component] = found
         self.baseline[component] = next(j for j, one in enumerate(found) if _equal(own, one))
+
+    def plain(self, component: str, candidate: Any) -> Any:
+        """See `mpromptune.engine.proposers.Candidates`.
+
+        Raises:
+            ProposalRefusedError: A demo would give another prompt after it was saved.
+        """
+        if isinstance(candidate, str):
+            return candidate
+        saved = demos_to_json(candidate)
+        predictor = self.program.predictors()[predictor_of(component)]
+        if not gives_same_prompt(predictor, candidate, demos_from_json(saved)):
+            raise ProposalRefusedError("A demo would give another prompt after it was saved.")
+        return saved
+
+    def adopt(self, component: str, index: int, written: Any) -> Candidate:
+        """See `mpromptune.engine.proposers.Candidates`; candidates that were not written are None."""
+        known = self.candidates[component]
+        known += [None] * (index + 1 - len(known))
+        known[index] = written if isinstance(written, str) else demos_from_json(written)
+        text: Candidate = candidate_text(known[index])
+        return text
+
+    def has(self, params: Mapping[str, int]) -> bool:
+        """Whether all candidates of a configuration are written."""
+        known = ((self.candidates[name], index) for name, index in params.items())
+        return all(index < len(some) and some[index] is not None for some, index in known)
 
     def prompt_space(self) -> PromptSpace:
         """The texts of all candidates."""

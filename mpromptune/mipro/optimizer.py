@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -25,11 +25,13 @@ from optuna.trial import FrozenTrial
 from mpromptune.engine.arguments import extending, gather, resolve, split
 from mpromptune.engine.minibatches import Minibatches
 from mpromptune.engine.plan import Task
+from mpromptune.engine.proposers import Proposer
 from mpromptune.engine.scores import ScoreTable
-from mpromptune.errors import SearchInterrupted, SearchStoppedError
+from mpromptune.errors import InvalidArgumentError, SearchInterrupted, SearchStoppedError
 from mpromptune.execution.interrupts import handled
 from mpromptune.lms.errors import classify, retry_after
 from mpromptune.mipro import bootstrap, proposal
+from mpromptune.mipro.adaptive import proposers_of
 from mpromptune.mipro.checks import check_arguments, incompatible, require_compatible
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
 from mpromptune.mipro.estimate import Estimate, estimate, interceptor
@@ -118,7 +120,7 @@ class MIPROv2(StockMIPROv2):
         options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
         if options is not None:
             require_compatible(self)
-            check_arguments(self, student, stock)
+            check_arguments(self, student, stock, options.reflection_lm)
         interceptor().on_options(options)
         if options is None:
             with _current(None):
@@ -156,6 +158,7 @@ class MIPROv2(StockMIPROv2):
         if run is None:
             return stock(*args, **kwargs)
         given = _named(stock, args, kwargs)
+        run.trainset = given["trainset"]
         interceptor().on_estimate(partial(_estimate, run, given))
         if run.options.dry_run:
             raise _Planned(_estimate(run, given))
@@ -208,15 +211,22 @@ def _prepare(
     is_combined = len(program.predictors()) > 1
     task = Task(len(valset), run.search_calls, (), 1, run.seed, is_combined=is_combined)
     plan = options.plan(task, ScoreTable(len(valset)))  # raises an error if a number is not valid
+    student = ProgramSpace(program, {})
+    proposers_of(run, student, valset)  # raises an error if one is not valid
     if options.dry_run:
         return
+    if options.is_adaptive and run.place.is_remote:
+        raise InvalidArgumentError(
+            "proposals='adaptive' does not work with an executor of other processes, to which new candidates "
+            f"are not sent; got executor={options.executor!r}. Omit one of them."
+        )
     if options.storage is not None:
         numbers = num_instructions, num_demo_sets
         identity = fingerprint(run.optimizer, program, valset, numbers, arguments)
         run.resume(open_study(options.storage, options.study_name), identity)
     if check := getattr(options.made_sampler(0), "check_embedder", None):
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
-    with dspy.context(lm=run.optimizer.task_model), _remote(run, ProgramSpace(program, {}), valset):
+    with dspy.context(lm=run.optimizer.task_model), _remote(run, student, valset):
         pass  # this raises an error if something cannot be sent to the workers
     run.first = next(((valset, example) for example in plan.first), None)
 
@@ -250,7 +260,8 @@ def _best_program(
             own = ProgramRunner(programs, valset, run.metric, run.evaluations.keep, run.takes_notes)
             score = scorer(remote or own, wants_traceback(evaluate.provide_traceback))
             score = run.with_first(score, programs, valset)
-            result = _search(run, programs, score, len(valset))
+            proposers = proposers_of(run, programs, valset)
+            result = _search(run, programs, score, len(valset), proposers)
     except (SearchInterrupted, SearchStoppedError) as error:
         error.program = program if error.result is None else _finished(run, programs, error.result)
         raise
@@ -262,7 +273,9 @@ def _remote(run: Run, programs: ProgramSpace, valset: list[Any]) -> Any:
     return remote_programs(run.place, run.guard, timeout, programs, valset, metric, run.takes_notes)
 
 
-def _search(run: Run, programs: ProgramSpace, score: Any, n_examples: int) -> Any:
+def _search(
+    run: Run, programs: ProgramSpace, score: Any, n_examples: int, proposers: Sequence[Proposer]
+) -> Any:
     # Imported here because it loads torch, after the bootstrap has shown that the program runs.
     from mpromptune.engine.search import search
 
@@ -286,6 +299,8 @@ def _search(run: Run, programs: ProgramSpace, score: Any, n_examples: int) -> An
         retry_after=retry_after,
         budget=run.budget,
         stopped=run.guard.stopped,
+        proposers=proposers,
+        candidates=programs,
         **{**options.of_compile, **ours},
     )
 

@@ -159,6 +159,8 @@ class Evaluations:
         if not self._wanted:
             return
         assert self.programs is not None
+        if not self.programs.has(trial.params):  # its candidate was not written, so nothing was evaluated
+            return
         examples, outcome = self._outcome(study, trial)
         kind = "eval_full" if len(examples) == len(self.valset) else "eval_minibatch"
         evaluation = _Evaluation(outcome, devset=list(self.valset), metric=self._metric)

@@ -6,7 +6,7 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -62,6 +62,7 @@ class Run:
         checkpoint: The results saved in the storage, if there is one.
         proposer: Proposes instructions; None before its first request.
         num_instructions: Number of instructions for each predictor.
+        trainset: The training examples, known from the first step on.
         estimated: Most usage of each step.
         first: The validation examples, and the index of the one that the search begins with.
     """
@@ -84,6 +85,7 @@ class Run:
         self.checkpoint: Checkpoint | None = None
         self.proposer: Any = None
         self.num_instructions = 0  # set, as is the budget, when DSPy has determined the size of the run
+        self.trainset: Sequence[Any] = ()
         self.estimated = StepUsage()
         self.first: tuple[list[Any], int] | None = None
         self._first: FirstScore | None = None
@@ -132,7 +134,7 @@ class Run:
     @property
     def takes_notes(self) -> bool:
         """Whether program calls have notes, which proposers read."""
-        return getattr(self.options, "proposals", "fixed") == "adaptive"
+        return self.options.is_adaptive
 
     @property
     def storage(self) -> BaseStorage | None:

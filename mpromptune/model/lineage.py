@@ -27,6 +27,9 @@ GAIN_MEAN = 0.0
 GAIN_DEVIATION = 0.5
 OWN = 0.4
 ALIKE = 0.5
+# NOTE: deviation, in logits, of a child's gain beside one candidate of the other component (an instruction
+# beside a demo set) from its mean gain: small compared with OWN, because it is the same text.
+BESIDE = 0.2
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpromptune.model.embedding import Geometry
-from mpromptune.model.lineage import GAIN_MEAN, Lineage, covariance_of_gains
+from mpromptune.model.lineage import BESIDE, GAIN_MEAN, Lineage, covariance_of_gains
 from mpromptune.model.space import Birth, FloatArray, IndexArray
 
 # NOTE: (w, l). A grid instead of a gradient, because the evidence of some hundred right-or-wrong answers
@@ -98,7 +98,12 @@ class Group:
         w, variance = option.share, option.deviation**2
         covariance: FloatArray = variance * (w * alike + (1.0 - w) * same) + self.common
         paths, births = self._paths(rows), [b for lineage in self.lineages for b in lineage.births]
-        return covariance + paths @ covariance_of_gains(births) @ paths.T if births else covariance
+        if not births:
+            return covariance
+        gained = paths @ covariance_of_gains(births) @ paths.T
+        if len(self.components) > 1:  # without it, what a child gains beside every demo set would be the same
+            gained += np.diag(BESIDE**2 * paths.any(axis=1))
+        return covariance + gained
 
     def centre(self, rows: IndexArray) -> FloatArray:
         """Prior means of latents, for ``n x C`` rows; 0 for those of initial candidates."""

@@ -52,7 +52,7 @@ class IndexSpace:
         sizes: Number of candidates of each component now.
         initial: Number of candidates of each component at first.
         births: The candidates added to each component, in order.
-        closed: Pairs of component and candidate that cannot be used, because nothing was written.
+        closed: Pairs of component and candidate that cannot be used, because nothing is written (yet).
     """
 
     def __init__(

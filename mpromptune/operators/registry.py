@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from mpromptune.engine.proposers import Proposer
+from mpromptune.engine.proposers import Proposer, check_proposers
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.operators.base import Setting
 from mpromptune.operators.demos import Demos
@@ -18,14 +18,13 @@ from mpromptune.operators.rewrite import Contrast, Merge, Shorten
 Operator = Callable[[Setting], Proposer]
 
 OPERATORS: dict[str, Operator] = {cls.name: cls for cls in (Reflect, Contrast, Fresh, Merge, Shorten, Demos)}
-_PARTS = ("name", "calls", "keeps_parent", "components", "propose")
 
 
 def register(name: str, operator: Operator) -> None:
     """Make an operator known by name.
 
     Args:
-        name: Its name in ``operators=[...]``; a known one is replaced.
+        name: Its name in ``proposers=[...]``; a known one is replaced.
         operator: Makes the proposer, which has the same name, from the `Setting` of a compile.
 
     Raises:
@@ -51,25 +50,22 @@ def made(operators: Iterable[str | Proposer], setting: Setting) -> list[Proposer
         InvalidArgumentError: A name is unknown, an object is no proposer, or two have the same name.
     """
     if isinstance(operators, str) or not isinstance(operators, Iterable):
-        raise InvalidArgumentError(f"operators must be a list of names or proposers; got {operators!r}.")
+        raise InvalidArgumentError(f"proposers must be a list of names or proposers; got {operators!r}.")
     proposers = [_made(operator, setting) for operator in operators]
-    names = [proposer.name for proposer in proposers]
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InvalidArgumentError(f"operators has {twice[0]!r} twice; each needs a name of its own.")
-    return proposers
+    check_proposers(proposers)
+    return [Guarded(proposer, setting) for proposer in proposers]
 
 
-def _made(operator: Any, setting: Setting) -> Proposer:
-    if isinstance(operator, str):
-        if operator not in OPERATORS:
-            near = get_close_matches(operator, OPERATORS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InvalidArgumentError(f"Unknown operator {operator!r}.{hint} Known are {sorted(OPERATORS)}.")
-        operator = OPERATORS[operator](setting)
-    lacking = [part for part in _PARTS if not hasattr(operator, part)]
-    if lacking or isinstance(operator, type):
+def _made(operator: Any, setting: Setting) -> Any:
+    if isinstance(operator, type):
         raise InvalidArgumentError(
-            f"operators must be names or proposers with {', '.join(_PARTS)}; got {operator!r}"
-            f"{f', which lacks {lacking}' if lacking else ', a class: register it, or pass an object'}."
+            f"proposers has {operator!r}, a class: register it (mpromptune.operators.registry.register), or "
+            "pass an object."
         )
-    return Guarded(operator, setting)
+    if not isinstance(operator, str):
+        return operator
+    if operator not in OPERATORS:
+        near = get_close_matches(operator, OPERATORS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InvalidArgumentError(f"Unknown operator {operator!r}.{hint} Known are {sorted(OPERATORS)}.")
+    return OPERATORS[operator](setting)

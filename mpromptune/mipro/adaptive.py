@@ -1,0 +1,85 @@
+"""Candidates that are written while the search of a compile runs: the proposers, and what they know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpromptune.engine.proposers import Brief, Proposer
+from mpromptune.engine.writing import visible_examples
+from mpromptune.execution.limits import SEARCH
+from mpromptune.execution.usage import current_meter
+from mpromptune.lms.metering import measured
+from mpromptune.mipro.configurations import ProgramSpace
+from mpromptune.mipro.run import Run
+from mpromptune.model.space import PromptSpace
+from mpromptune.operators.base import Setting
+from mpromptune.operators.registry import OPERATORS, made
+
+# Arguments of a compile that proposers need too.
+_ARGUMENTS = (
+    "program_aware_proposer",
+    "data_aware_proposer",
+    "tip_aware_proposer",
+    "fewshot_aware_proposer",
+    "view_data_batch_size",
+)
+
+
+def proposers_of(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> list[Proposer]:
+    """The proposers of a compile; none if all candidates are written before the search.
+
+    Args:
+        run: The compile.
+        programs: The candidates, which grow as the proposers write.
+        valset: The validation examples.
+
+    Raises:
+        InvalidArgumentError: A name is unknown, or an object is no proposer.
+    """
+    if not run.options.is_adaptive:
+        return []
+    given = OPERATORS if run.options.proposers is None else run.options.proposers
+    return [_Counted(proposer, run) for proposer in made(given, _setting(run, programs, valset))]
+
+
+def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting:
+    optimizer, arguments = run.optimizer, run.arguments
+    numbers = {
+        name: getattr(optimizer, name) if arguments.get(name) is None else arguments[name]
+        for name in ("max_bootstrapped_demos", "max_labeled_demos")
+    }
+    return Setting(
+        program=programs.program,
+        candidates=programs.candidates,
+        trainset=run.trainset,
+        valset=valset,
+        visible=visible_examples(len(valset), run.seed),
+        metric=optimizer.metric,
+        prompt_model=optimizer.prompt_model,
+        reflection_lm=run.options.reflection_lm,
+        instruction_proposer=run.options.instruction_proposer,
+        task_model=optimizer.task_model,
+        seed=run.seed,
+        temperature=optimizer.init_temperature,
+        **numbers,
+        **{name: arguments[name] for name in _ARGUMENTS},
+    )
+
+
+class _Counted:
+    """A proposer whose LM requests are counted for its proposal, and whose answers are saved."""
+
+    def __init__(self, proposer: Proposer, run: Run) -> None:
+        self.name, self.calls, self.keeps_parent = proposer.name, proposer.calls, proposer.keeps_parent
+        self._proposer, self._run = proposer, run
+
+    def components(self, space: PromptSpace) -> Sequence[str]:
+        """The components that it can write candidates for."""
+        return self._proposer.components(space)
+
+    def propose(self, brief: Brief) -> Any:
+        """See `mpromptune.engine.proposers.Proposer`."""
+        # As in `ProgramRunner`: DSPy's settings have the meter of the whole compile.
+        with measured(current_meter()), self._run.keeping(SEARCH, "proposal", brief.number):
+            return self._proposer.propose(brief)
