@@ -149,7 +149,9 @@ class BatchPlan:
             left = until - self._table.asked_calls
             if left <= 0:  # trials from the record of an earlier run may be longer than planned here
                 break
-            if row is None or left >= (1 + row.calls if isinstance(row, Offer) else self._price(row)):
+            if isinstance(row, Offer):
+                left -= row.calls
+            if row is None or left >= (1 if isinstance(row, Offer) else self._price(row)):
                 yield Request(row, partial(self._next, evidence, wanted * self._size, left))
 
     def _next(self, evidence: Evidence, wanted: int, left: int, row: Row, number: int) -> Examples:

@@ -130,7 +130,9 @@ class Evidence:
                 return list(propose(model, n, calls_left, is_open, rng))
             new = offer.row(self.growth.space.sizes[offer.component])
             rows = propose(model, n, calls_left, is_open, rng, new)
-        return [offer.beside(row) if self.growth.space.is_next(row) else row for row in rows]
+        # All blocks of the new candidate are of one configuration, because it is written only once.
+        first = next(filter(self.growth.space.is_next, rows), None)
+        return [offer.beside(first) if first and self.growth.space.is_next(row) else row for row in rows]
 
     def information(self) -> FloatArray | None:
         """Information of a score of the leader on each example; None before the first score."""

@@ -68,7 +68,11 @@ class Growth:
     capacity: Mapping[str, int]
     asked: int = 0
     _refusals: Counter[str] = field(default_factory=Counter)  # since the last candidate
-    _refused: set[tuple[int, int]] = field(default_factory=set)  # components with indices
+    _in_flight: Counter[str] = field(default_factory=Counter)
+    _unproven: set[tuple[int, int]] = field(default_factory=set)  # added, and not known to be refused
+
+    def __post_init__(self) -> None:
+        self._writes = {name: frozenset(one.components(self.space)) for name, one in self.proposers.items()}
 
     def begin(self, offer: Offer) -> Proposal:
         """The proposal for an offer."""
@@ -82,6 +86,10 @@ class Growth:
             descends=offer.birth.parent is not None,
         )
 
+    def calls_of(self, proposal: Proposal) -> int:
+        """LM requests that a proposal counts as."""
+        return self.proposers[proposal.proposer].calls
+
     def add(self, proposal: Proposal) -> None:
         """Append the candidate of a proposal to the space."""
         parent = proposal.parent[proposal.component] if proposal.descends else None
@@ -89,16 +97,19 @@ class Growth:
         index = self.space.add(component, Birth(proposal.proposer, parent))
         assert index == proposal.index
         self.space.closed.add((component, index))  # to all other trials, until its first one is told
+        self._unproven.add((component, index))
+        self._in_flight[proposal.proposer] += 1
         self.asked += 1
 
     def end(self, proposal: Proposal) -> None:
         """Note what became of a proposal; after several refusals its proposer is not asked again."""
         name, new = proposal.proposer, (self.space.names.index(proposal.component), proposal.index)
+        self._in_flight[name] -= 1
         if proposal.refused is None:
             self._refusals[name] = 0
             self.space.closed.discard(new)
             return
-        self._refused.add(new)
+        self._unproven.discard(new)
         self._refusals[name] += 1
         if self._refusals[name] == _REFUSALS:
             message = "The proposer %r has failed %d times in a row and is not asked again: %s"
@@ -136,10 +147,9 @@ class Growth:
         if not self.proposers:
             return []
         rows = [row for row in table.rows if not table.is_dropped(row)]
-        tried = {(c, index) for row in table.rows for c, index in enumerate(row)} | self._refused
-        waiting = {
-            c for c, n in enumerate(space.initial) for i in range(n, space.sizes[c]) if (c, i) not in tried
-        }
+        tried = [*table.rows, *filter(table.is_dropped, table.started)]
+        proven = {(c, index) for row in tried for c, index in enumerate(row)}
+        waiting = {c for c, _ in self._unproven - proven}
         free = [g for g, group in enumerate(beliefs.groups) if not waiting & set(group.components)]
         if not rows or not free:
             return []
@@ -147,9 +157,10 @@ class Growth:
         parent = rows[best_of(beliefs, g, rows, rng)]
         found = []
         for name, proposer in self.proposers.items():
-            components = proposer.components(space) if self._refusals[name] < _REFUSALS else ()
+            if self._refusals[name] + self._in_flight[name] >= _REFUSALS:  # those in flight may fail too
+                continue
             for c in beliefs.groups[g].components:
-                if space.names[c] in components and space.sizes[c] < self.capacity[space.names[c]]:
+                if space.names[c] in self._writes[name] and space.sizes[c] < self.capacity[space.names[c]]:
                     birth = Birth(name, parent[c] if proposer.keeps_parent else None)
                     found.append(Offer(parent, c, birth, proposer.calls))
         return found

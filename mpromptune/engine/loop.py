@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial
@@ -124,17 +125,19 @@ class Loop:
         return bool(self.in_flight)
 
     def _start(self, request: Request, asked: Asked, batch: list[Running]) -> None:
+        if asked.proposal is not None:
+            self.writing.take(asked.proposal, self.table)
         examples = self._examples(request, asked)
         if not examples:
             self.trials.drop(asked)
             return
         self.table.start(asked.row, examples)
         self.trials.start(asked, examples)
-        after: Future[bool] | None = None
+        written: Future[bool] | None = None
         if asked.proposal is not None:
-            after = self.writing.begin(asked.proposal, self.evidence, partial(self._keep_proposal, asked))
-        futures = tuple(self._submit(asked, example, after) for example in examples)
-        batch.append(Running(asked, examples, futures))
+            written = self.writing.begin(asked.proposal, self.evidence, partial(self._keep_proposal, asked))
+        futures = tuple(self._submit(asked, example, written) for example in examples)
+        batch.append(Running(asked, examples, futures, written))
 
     def _examples(self, request: Request, asked: Asked) -> Examples:
         if asked.examples is not None:
@@ -228,15 +231,14 @@ class Loop:
 
     def _require_no_outage(self, batch: list[Running], outcomes: list[list[Outcome]]) -> None:
         """Raise SearchStoppedError if a batch shows an outage, or is incomplete without a limit reached."""
-        paired = list(zip(batch, outcomes, strict=True))
+        both = zip(batch, outcomes, strict=True)
+        paired = [(running, results) for running, results in both if not self._is_refused(running)]
         answers = [(running.asked.row, outcome) for running, results in paired for outcome in results]
         alarm = self.outage.alarm(answers, self._answers_in_flight)
         self._require_running()
         if alarm is not None:
             raise self._stopped(*alarm)
-        anew = [
-            results for one, results in paired if one.asked.trial is not None and not self._is_refused(one)
-        ]
+        anew = [results for running, results in paired if running.asked.trial is not None]
         if not self.budget.reached and any(map(is_cut_short, anew)):
             raise self._stopped("a request from outside", None)
 
@@ -276,7 +278,7 @@ class Loop:
             logger.warning("Most configurations fail on validation examples %s: these are excluded.", new)
         self.budget.note_trial(self.table.usage)
         if running.asked.proposal is not None:
-            self.writing.end(running.asked.proposal)
+            self.writing.end(running.asked.proposal, self.table)
 
     def _take_rest(self) -> None:
         """Tell the trials of the record that this run, with a smaller budget, does not ask for."""
@@ -294,8 +296,10 @@ class Loop:
     def _abandon(self, grace: float) -> None:
         """Stop the workers, wait up to ``grace`` seconds, and close all open trials with their scores."""
         self.workers.stopped.set()
+        due: list[Future[Any]] = [*self._futures()]
+        due += [running.written for running in self._running() if running.written is not None]
         try:
-            wait_for([future for future in self._futures() if not future.cancel()], grace)
+            wait_for([future for future in due if not future.cancel()], grace)
         finally:  # also if another interrupt ends the waiting
             with deferred():
                 self._close_all()

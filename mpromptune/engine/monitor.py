@@ -111,7 +111,7 @@ class Monitor:
             self._speed = Speed(self.clock)
         self._speed.note(self._calls())
         rest, table = self.plan.task.max_calls - self._calls(), self.evidence.table
-        affordable = self.budget.calls_left(table.usage, table.calls)
+        affordable = self.budget.calls_left(table.usage, table.calls, table.proposed)
         if affordable is not None:
             rest = min(rest, affordable[1] - self.answered())
         return self._speed.seconds_for(rest)

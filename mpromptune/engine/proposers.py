@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import InvalidArgumentError, require_count
 from mpromptune.model.space import Candidate, PromptSpace, as_candidate
 from mpromptune.storage.findings import Measured
 
@@ -119,6 +119,7 @@ def check_proposers(proposers: Any) -> None:
             raise InvalidArgumentError(
                 f"A proposer must be an object with {', '.join(_PARTS)}; got {proposer!r}, {why}."
             )
+        require_count(f"calls of the proposer {proposer.name!r}", proposer.calls, least=0)
     names = [proposer.name for proposer in proposers]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise InvalidArgumentError(f"proposers has {twice[0]!r} twice; each needs a name of its own.")

@@ -91,6 +91,7 @@ class ScoreTable:
         calls: Program calls that gave a score.
         pending: Program calls of open trials.
         proposing: Requests of proposals, which count against the budget like program calls.
+        proposed: Usage of the proposals that have ended.
         batches: Batches told.
         usage: Usage of all trials, including failed ones.
         trials: Number of trials begun.
@@ -100,7 +101,7 @@ class ScoreTable:
     def __init__(self, n_examples: int) -> None:
         self.n_examples = n_examples
         self.calls = self.pending = self.proposing = self.batches = self.trials = 0
-        self.usage = Usage()
+        self.usage = self.proposed = Usage()
         self.whole: dict[Row, None] = {}
         self._arms: dict[Row, _Arm] = {}
         self._told: dict[Row, None] = {}  # configurations in the order in which they were first told

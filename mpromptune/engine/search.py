@@ -15,13 +15,13 @@ from mpromptune.engine.growth import Growth, capacity_of
 from mpromptune.engine.loop import Loop
 from mpromptune.engine.options import SearchOptions
 from mpromptune.engine.plan import Plan, Task
-from mpromptune.engine.proposers import Candidates, Proposer, Texts, check_proposers
+from mpromptune.engine.proposers import Candidates, Proposer, check_proposers
 from mpromptune.engine.result import SearchResult
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.engine.settings import recorded_settings, require_same, settings_of, write_settings
 from mpromptune.engine.trials import Trials, table_of
-from mpromptune.engine.writing import Writing
-from mpromptune.errors import InvalidArgumentError, require_count
+from mpromptune.engine.writing import WRITERS, Writing, writers
+from mpromptune.errors import CallTimeoutError, InvalidArgumentError, require_count
 from mpromptune.execution.attempts import (
     INFRASTRUCTURE,
     Attempts,
@@ -33,7 +33,7 @@ from mpromptune.execution.attempts import (
 )
 from mpromptune.execution.interrupts import handled
 from mpromptune.execution.limits import PROPOSE, SEARCH, Budget
-from mpromptune.execution.pool import DaemonThreads, Score, Workers, classify_builtin
+from mpromptune.execution.pool import Score, Workers, classify_builtin
 from mpromptune.execution.remote import Workplace, measuring
 from mpromptune.execution.usage import Usage, metered
 from mpromptune.model.space import PromptSpace
@@ -47,8 +47,6 @@ from mpromptune.storage.storage import open_study
 
 logger = logging.getLogger(__name__)
 
-# NOTE: proposals written at the same time. A search seldom has more than one for each predictor.
-_WRITERS = 4
 # NOTE: attempts of a request for a proposal; the search waits for it, and goes on without it.
 _REQUESTS = RetryPolicy(attempts=3, give_up_after=60.0)
 
@@ -107,8 +105,9 @@ def search(
         retry_after: Returns the seconds that an exception of ``score`` asks to wait, or None.
         budget: A running budget, used instead of ``max_tokens``, ``max_cost`` and ``max_seconds``.
         stopped: When it is set, no further call begins; the search sets it when nothing more may be spent.
-        proposers: Write new candidates while the search runs (``"qei"`` with ``schedule="blocks"`` only). A
-            proposal counts as ``calls`` of ``max_calls``.
+        proposers: Write new candidates while the search runs, for a product of components, with ``"qei"``,
+            ``schedule="blocks"`` and threads only. A proposal counts as ``calls`` of ``max_calls``. It fails
+            after ``timeout`` seconds, by default five minutes.
         candidates: Makes what the proposers write known to ``score``; by default nothing is done.
         options: See `SearchOptions`; None is the default.
 
@@ -129,13 +128,13 @@ def search(
             handled in the main thread only, and only if it has no handler yet.
     """
     _check_arguments(space, score, baseline, seed)
-    space = space.growing() if proposers else space
     for name, count in {"n_examples": n_examples, "max_calls": max_calls, "num_threads": num_threads}.items():
         require_count(name, count)
     chosen = SearchOptions.of_search(options, list(inspect.signature(search).parameters))
     check_proposers(proposers)
     if proposers:
         _check_growth(space, chosen)
+        space = space.growing()
     task = Task(
         n_examples=n_examples,
         max_calls=max_calls,
@@ -157,11 +156,13 @@ def search(
         handled(),
         held(study, stopped) as lease,
         measuring(score, Workplace(chosen.executor), num_threads, retry, stopped) as (score, pool),
-        DaemonThreads(_WRITERS, "mpromptune-proposal") as threads,
+        writers() as threads,
     ):
         judged = partial(_verdict_on_proposal, classify), _REQUESTS, retry_after
-        attempts = Attempts(*judged, _WRITERS, stopped, budget.admits)
-        writing = Writing(growth, seed, threads, attempts, budget.step(PROPOSE), candidates or Texts())
+        attempts = Attempts(*judged, WRITERS, stopped, budget.admits)
+        writing = Writing(growth, seed, threads, attempts, budget.step(PROPOSE), stopped.is_set)
+        writing.timeout = retry.timeout or writing.timeout
+        writing.candidates = candidates or writing.candidates
         workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
         loop = _prepare(space, task, chosen, lease, workers, budget, writing)
         writing.notes = loop.trials.notes
@@ -171,6 +172,8 @@ def search(
 
 def _verdict_on_proposal(classify: Classify, error: BaseException) -> Verdict:
     """The verdict on an error of a proposer: no such error ends a search."""
+    if isinstance(error, CallTimeoutError):  # it would make the search wait again
+        return Verdict.CANDIDATE
     verdict = classify(error)
     return verdict if verdict in INFRASTRUCTURE else Verdict.CANDIDATE
 
@@ -196,6 +199,11 @@ def _check_growth(space: PromptSpace, options: SearchOptions) -> None:
         raise InvalidArgumentError(
             f"proposers need a space with all combinations of its candidates; got {space!r} with "
             f"{len(space.combinations)} listed ones."
+        )
+    if options.executor is not None and Workplace(options.executor).threads is None:
+        raise InvalidArgumentError(
+            "proposers need an executor whose workers know what is written while the search runs: leave it "
+            f"out, or pass a ThreadPoolExecutor; got {options.executor!r}."
         )
 
 
@@ -245,15 +253,17 @@ def _prepare(
         for recorded in record:
             if not recorded.told and recorded.params == space.params(task.baseline):
                 missing -= set(recorded.examples or ())  # its trial continues
-    check_left(record, task.max_calls, len(missing))
+    made_before = [recorded.proposal for recorded in record if recorded.proposal is not None]
+    check_left(record, task.max_calls, len(missing), sum(map(growth.calls_of, made_before)))
     made = resolve_sampler(sampler, space, task.seed, len(study.get_trials(deepcopy=False)))
     study.sampler, encoding = bind(made, space, plan.is_open, task.seed)
     if made is options.sampler and record:  # otherwise it would draw the same numbers as in the first run
         study.sampler.reseed_rng()
     write_settings(study, settings, encoding)
     budget.step(SEARCH).add(sum((recorded.usage for recorded in record), Usage()))
-    writing.meter.add(sum((recorded.proposal.usage for recorded in record if recorded.proposal), Usage()))
     cold = sampler.min_cold_start if isinstance(sampler, qEISampler) else 1
+    if growth.proposers:  # nothing is proposed before there is a model
+        cold = min(cold, space.size)
     return Loop(
         space,
         plan,

@@ -71,6 +71,9 @@ def require_same(study: Study, before: Settings, now: Settings) -> None:
     if not before:
         return
     changes = _changed_candidates(before, now)
+    writers = [settings["arguments"].get("proposers", []) for settings in (before, now)]
+    if writers[0] != writers[1]:
+        changes.append(_change("proposers", *writers))
     for name, value in now["arguments"].items():
         if (old := before["arguments"].get(name, value)) != value:
             changes.append(_change(name, old, value))

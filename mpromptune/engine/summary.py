@@ -45,7 +45,7 @@ class Summary:
     def afford(self) -> None:
         """Tell the plan how many calls the limits on tokens, cost and time allow."""
         table, max_calls = self.evidence.table, self.plan.task.max_calls
-        left = self.budget.calls_left(table.usage, table.calls)
+        left = self.budget.calls_left(table.usage, table.calls, table.proposed)
         if left is None:
             return
         name, calls = left

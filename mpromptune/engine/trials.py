@@ -77,11 +77,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Running:
-    """A trial that is being measured; futures of scores from an earlier run are done from the start."""
+    """A trial that is being measured; futures of scores from an earlier run are done from the start.
+
+    Attributes:
+        asked: The trial.
+        examples: Its examples.
+        futures: The outcome on each of them.
+        written: Whether there is a candidate, if this is the first trial of one.
+    """
 
     asked: Asked
     examples: Examples
     futures: tuple[Future[Outcome], ...]
+    written: Future[bool] | None = None
 
     @property
     def outcomes(self) -> list[Outcome]:

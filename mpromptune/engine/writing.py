@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,16 +17,23 @@ from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.growth import Growth
 from mpromptune.engine.proposers import Brief, Candidates, Texts
 from mpromptune.engine.scores import ScoreTable
+from mpromptune.errors import ProposalRefusedError
 from mpromptune.execution.attempts import Attempts
-from mpromptune.execution.interrupts import Stopped, contained
+from mpromptune.execution.interrupts import Stop, Stopped, contained
+from mpromptune.execution.pool import DaemonThreads, within
 from mpromptune.execution.usage import Meter, metered
-from mpromptune.model.space import Row
+from mpromptune.model.space import Candidate, Row
 from mpromptune.storage.findings import Measured
 from mpromptune.storage.proposals import Proposal
 
 # NOTE: fraction of the validation examples that proposers may see. The others show whether a winner that was
 # written from these is good only on them.
 _VISIBLE = 0.6
+# NOTE: proposals written at the same time. A search seldom has more than one for each predictor.
+WRITERS = 4
+# NOTE: seconds after which a proposal counts as failed, if the search has no ``timeout``: several requests
+# for long answers of a slow LM end in this time.
+_TIMEOUT = 300.0
 # Most characters of a refusal that are saved.
 _SHOWN = 500
 
@@ -41,6 +50,8 @@ class Writing:
         executor: Runs the proposers, beside the program calls.
         attempts: Repeats a request while another attempt may succeed.
         meter: Counts the usage of proposals.
+        stopped: Whether the search is ending, so that no result is needed.
+        timeout: Seconds after which an attempt counts as failed.
         candidates: Makes what is written usable for the score function.
         notes: What the score function said about pairs, beside their scores.
     """
@@ -50,6 +61,8 @@ class Writing:
     executor: Executor
     attempts: Attempts
     meter: Meter
+    stopped: Stop
+    timeout: float = _TIMEOUT
     candidates: Candidates = field(default_factory=Texts)
     notes: Mapping[tuple[Row, int], Any] = field(default_factory=dict)
     _latest: dict[int, Proposal] = field(default_factory=dict)
@@ -60,11 +73,10 @@ class Writing:
         An error of the proposer is a refusal. If the search ends first, the proposal stays open.
 
         Args:
-            proposal: The proposal; its requests count against the budget of program calls.
+            proposal: The proposal, after `take`.
             evidence: What the proposer is told.
             keep: Called with the proposal when it has ended, in the thread of the proposer.
         """
-        self.take(proposal, evidence.table)
         if not proposal.is_over:
             context, brief = contextvars.copy_context(), self._brief(proposal, evidence)
             return self.executor.submit(context.run, self._write, proposal, brief, keep)
@@ -74,39 +86,57 @@ class Writing:
 
     def take(self, proposal: Proposal, table: ScoreTable) -> None:
         """Count a proposal, and make its candidate known if an earlier run has written it."""
-        table.proposing += self.growth.proposers[proposal.proposer].calls
+        table.proposing += self.growth.calls_of(proposal)
+        self.meter.add(proposal.usage)
         self._latest[proposal.number] = proposal
-        self._adopt(proposal)
+        if proposal.written is not None:
+            self._adopt(proposal)
 
     def is_refused(self, proposal: Proposal | None) -> bool:
         """Whether the proposer has failed; False without a proposal."""
         return proposal is not None and self._latest[proposal.number].refused is not None
 
-    def end(self, proposal: Proposal) -> None:
+    def end(self, proposal: Proposal, table: ScoreTable) -> None:
         """Note what became of a proposal, when its trial is told."""
-        if self._latest[proposal.number].is_over:
-            self.growth.end(self._latest[proposal.number])
+        latest = self._latest[proposal.number]
+        table.proposed += latest.usage
+        if latest.is_over:
+            self.growth.end(latest)
 
     def _write(self, proposal: Proposal, brief: Brief, keep: Keep) -> bool:
-        propose = self.growth.proposers[proposal.proposer].propose
+        ask = partial(contained, self.growth.proposers[proposal.proposer].propose, brief)
         with metered(Meter(self.meter)) as meter:
             try:
-                candidate = self.attempts(partial(contained, propose, brief))
-                proposal = replace(proposal, written=self.candidates.plain(proposal.component, candidate))
-                self._adopt(proposal)
+                candidate = self.attempts(partial(within, self.timeout, ask, self.stopped))
+                plain = self.candidates.plain(proposal.component, candidate)
+                # As it is when it is read again: adopted later, it must be the same.
+                written = replace(proposal, written=json.loads(json.dumps(plain, allow_nan=False)))
+                self._adopt(written)
+                proposal = written
             except Stopped:
-                return False
-            except Exception as error:  # noqa: BLE001 - no error of a proposer ends a search
-                refused = f"{type(error).__name__}: {error}"[:_SHOWN]
-                proposal = replace(proposal, written=None, refused=refused)
-        self._latest[proposal.number] = proposal = replace(proposal, usage=meter.total)
+                pass
+            except BaseException as error:  # noqa: BLE001 - no error of a proposer ends a search
+                proposal = replace(proposal, refused=f"{type(error).__name__}: {error}"[:_SHOWN])
+        proposal = replace(proposal, usage=proposal.usage + meter.total)
+        self._latest[proposal.number] = proposal
         keep(proposal)
-        return proposal.refused is None
+        return proposal.written is not None
 
     def _adopt(self, proposal: Proposal) -> None:
-        if proposal.written is not None:
-            name, index = proposal.component, proposal.index
-            self.growth.space.write(name, index, self.candidates.adopt(name, index, proposal.written))
+        """Make a written candidate known.
+
+        Raises:
+            ProposalRefusedError: There is nothing, or the same candidate is there already.
+        """
+        if proposal.written is None:
+            raise ProposalRefusedError("The proposer wrote nothing.")
+        name, index, space = proposal.component, proposal.index, self.growth.space
+        candidate = self.candidates.adopt(name, index, proposal.written)
+        c = space.names.index(name)
+        for other, known in enumerate(space.components[name]):
+            if (c, other) not in space.closed and _is_same(candidate, known):
+                raise ProposalRefusedError(f"It is the same as candidate {other} of {name!r}: {candidate!r}.")
+        space.write(name, index, candidate)
 
     def _brief(self, proposal: Proposal, evidence: Evidence) -> Brief:
         space, table = self.growth.space, evidence.table
@@ -133,6 +163,20 @@ class Writing:
         }
         told = proposal.number, proposal.component, proposal.index, proposal.parent
         return Brief(*told, tuple(standings), notes, candidates, self.seed)
+
+
+def _is_same(one: Candidate, other: Candidate) -> bool:
+    return isinstance(one, str) == isinstance(other, str) and list(one) == list(other)
+
+
+@contextmanager
+def writers() -> Iterator[Executor]:
+    """The threads of proposals, which are closed without waiting for one that hangs."""
+    threads = DaemonThreads(WRITERS, "mpromptune-proposal")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def visible_examples(n_examples: int, seed: int) -> frozenset[int]:

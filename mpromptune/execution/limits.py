@@ -89,6 +89,7 @@ class Budget:
         self._clock = clock
         self._began = self._search_began = clock()
         self._deadline = self._began + (self.limits.max_seconds or math.inf)
+        self._before = Usage()  # that of the steps before the search
         self._waited_since: float | None = None  # time at which a limit was reached
 
     def step(self, name: str) -> Meter:
@@ -99,6 +100,7 @@ class Budget:
     def begin_search(self) -> Meter:
         """The meter of the search; its calls per second are measured from now on."""
         self._search_began = self._clock()
+        self._before = sum((usage for name, usage in self.usage.items() if name != SEARCH), Usage())
         return self.step(SEARCH)
 
     @property
@@ -156,15 +158,15 @@ class Budget:
         """By how much the limit that was reached is exceeded, in its unit."""
         return max(0.0, -self._left(self.meter.total).get(self.reached or "", 0.0))
 
-    def calls_left(self, told: Usage, calls: int) -> tuple[str, int] | None:
+    def calls_left(self, told: Usage, calls: int, proposed: Usage | None = None) -> tuple[str, int] | None:
         """The strictest limit, and the number of program calls that it still allows; None without limits.
 
-        Further calls are assumed to use as much as the mean of the ``calls`` of trials ``told`` so far, which
-        does not depend on the timing of threads. For time, the mean is measured by the clock.
+        Further calls are assumed to use as much as the mean of the ``calls`` of trials ``told`` so far, and
+        proposals have used ``proposed``; neither depends on the timing of threads. For time, the mean is
+        measured by the clock.
         """
-        before = sum((usage for name, usage in self.usage.items() if name != SEARCH), Usage())
         found: dict[str, int] = {}
-        for name, left in self._left(before + told).items():
+        for name, left in self._left(self._before + told + (proposed or Usage())).items():
             took = MEASURE[name](told) if name != "max_seconds" else self._clock() - self._search_began
             if calls and took > 0:
                 found[name] = max(0, math.floor(left * calls / took))

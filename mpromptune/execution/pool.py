@@ -119,6 +119,21 @@ def in_daemon(call: Callable[[], T]) -> Future[T]:
     return future
 
 
+def within(timeout: float, call: Callable[[], T], stopped: Callable[[], bool]) -> T:
+    """The result of a call in another thread, where nothing more begins when ``stopped()`` or too late.
+
+    Raises:
+        CallTimeoutError: There is no result within ``timeout`` seconds, not counting waits on purpose.
+    """
+    given_up = threading.Event()
+    with stoppable(stopped, given_up.is_set):
+        future = in_daemon(partial(contextvars.copy_context().run, call))
+    if not _is_done_within(timeout, future):
+        given_up.set()
+        raise CallTimeoutError(f"no answer within {timeout:g} s")
+    return future.result()
+
+
 def in_time(call: Callable[[], T]) -> T:
     """The result of a call that may hang; if this context has stops, it is made in another thread.
 
@@ -279,23 +294,22 @@ class Workers:
 
     def _attempt(self, params: dict[str, int], example: int) -> float:
         record(Usage(program_calls=1))
-        timeout, given_up = self._retry.timeout, threading.Event()
-        with stoppable(self.stopped.is_set, given_up.is_set):
-            if timeout is None:
+        timeout = self._retry.timeout
+        if timeout is None:
+            with stoppable(self.stopped.is_set):
                 return as_score(self._score(params, example))
-            future = in_daemon(partial(contextvars.copy_context().run, self._score, params, example))
-        if _is_done_within(timeout, future):
-            return as_score(future.result())
-        given_up.set()
-        logger.warning(
-            "Example %d with %s gave no answer within %g s. This attempt is paid for, as are further ones; "
-            "there are at most %d attempts.",
-            *(example, params, timeout, self._retry.attempts),
-        )
-        raise CallTimeoutError(f"no answer within {timeout:g} s")
+        try:
+            return as_score(within(timeout, partial(self._score, params, example), self.stopped.is_set))
+        except CallTimeoutError:
+            logger.warning(
+                "Example %d with %s gave no answer within %g s. This attempt is paid for, as are further "
+                "ones; there are at most %d attempts.",
+                *(example, params, timeout, self._retry.attempts),
+            )
+            raise
 
 
-def _is_done_within(timeout: float, future: Future[float]) -> bool:
+def _is_done_within(timeout: float, future: Future[Any]) -> bool:
     """Whether the call ends in time; waiting on purpose (for limits, equal requests) does not count."""
     meter, began = current_meter() or Meter(), time.monotonic()
     before = meter.waited
