@@ -71,7 +71,7 @@ class SimulatedLM(dspy.BaseLM):  # type: ignore[misc]
         tail = contents[-1].rsplit("Respond with the corresponding output fields", 1)[-1]
         fields = [f for f in re.findall(r"\[\[ ## (\w+) ## \]\]", tail) if f != "completed"]
         answers = (f"[[ ## {f} ## ]]\n{_answer(f, contents, rollout)}" for f in fields)
-        return _completion("\n\n".join((*answers, "[[ ## completed ## ]]")), seconds)
+        return completion("\n\n".join((*answers, "[[ ## completed ## ]]")), seconds)
 
     def copy(self, **kwargs: Any) -> SimulatedLM:
         """Another rollout or temperature; the same meter."""
@@ -96,7 +96,7 @@ def _answer(field: str, contents: list[str], rollout: Any) -> str:
     return str(a + b + (uniform(prompt, a, b) > chance))
 
 
-def _completion(text: str, seconds: float) -> Any:
+def completion(text: str, seconds: float) -> Any:
     """A response in the shape of the OpenAI API; its tokens are the microseconds that it took."""
     message = SimpleNamespace(content=text, tool_calls=None)
     choice = SimpleNamespace(message=message, finish_reason="stop", logprobs=None)

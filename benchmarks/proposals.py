@@ -1,7 +1,9 @@
 """Searches that write candidates, against a fixed pool and GEPA's loop: `python -m benchmarks.proposals`.
 
-All methods have the same calls, and a proposal costs as much as a program call. Regrets are those to the best
-prompt of the pool, so that they are negative where something better was written.
+All methods have the same calls, and a proposal costs as much as a program call. Two worlds are made of
+recorded tables (`benchmarks.worlds`); in the third one DSPy programs are optimized (`benchmarks.scripted`).
+Regrets are those to the best prompt of the pool, so that they are negative where something better was
+written; in the third world, those to an accuracy of 100 %.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import scripted
 from benchmarks.gepa_loop import gepa
 from benchmarks.report import markdown
 from benchmarks.rows import pretty, select, tables_of
@@ -79,6 +82,8 @@ METHODS: dict[str, Method] = {
 
 def measure(cell: Cell, seed: int) -> dict[str, float]:
     """Value of the winner of one run, its regret, and how many candidates were written."""
+    if cell["world"] == "scripted":
+        return scripted.measure(cell, seed)
     world = WORLDS[cell["world"]](load(cell["table"]), seed, cell["pool"], N_VAL)
     writers = [world.writer(name) for name in names_of(cell["writers"])]
     params = METHODS[cell["method"]](world, writers, cell["calls"], seed, cell["q"])
@@ -144,17 +149,21 @@ SLICES: dict[str, Callable[[], Iterator[Cell]]] = {
     "parametric": parametric,
     "budgets": budgets,
     "mixture": mixture,
+    "scripted": scripted.cells,
 }
 
 
 def chosen(
     names: Sequence[str], tables: Sequence[str], methods: Sequence[str], writers: Sequence[str] | None = None
 ) -> list[Cell]:
-    """The cells of some slices that are about these tables, methods and writers (or none), each once."""
+    """The cells of some slices that are about these tables, methods and writers (or none), each once.
+
+    Those of the scripted world are about no table and no writer.
+    """
     every = [c for name in names for c in SLICES[name]()]
-    found = [c for c in every if c["table"] in tables and c["method"] in methods]
+    found = [c for c in every if c.get("table") in (None, *tables) and c["method"] in methods]
     if writers is not None:
-        found = [c for c in found if c["writers"] in (*writers, "none")]
+        found = [c for c in found if c.get("writers", "none") in (*writers, "none")]
     return [c for i, c in enumerate(found) if c not in found[:i]]
 
 
@@ -219,14 +228,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--tables", nargs="*", default=list(PER_EXAMPLE))
     parser.add_argument("--writers", nargs="*", help="groups of writers; all by default")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    methods = list({**METHODS, **scripted.METHODS})
+    parser.add_argument("--methods", nargs="*", default=methods, choices=methods)
     parser.add_argument("--summary", action="store_true", help="print gains in the file, and run nothing")
     parser.add_argument("--output", default="proposals.json", help="file under benchmarks/results")
     arguments = parser.parse_args()
     path = RESULTS / arguments.output
     if arguments.summary:
+        rows = read(path)
+        of_tables = [row for row in rows if row["world"] != "scripted"]
         for base in BASES:
-            print(f"\nGain over {base}, percentage points\n\n{summary(read(path), base)}")
+            print(f"\nGain over {base}, percentage points\n\n{summary(of_tables, base)}")
+        print(f"\nScripted, percent\n\n{scripted.summary(rows)}")
         return
     wanted = chosen(arguments.only, arguments.tables, arguments.methods, arguments.writers)
     run_cells(wanted, measure, arguments.seeds, path, arguments.jobs)
