@@ -12,7 +12,8 @@ from mpromptune.engine.growth import Growth, Offer
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.model.allocation import gains, propose
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.space import FloatArray, Row
+from mpromptune.model.lineage import average
+from mpromptune.model.space import FloatArray, Gain, Row
 from mpromptune.model.statistics import LARGEST, chance_of_likeness, pooled_variance
 from mpromptune.sampling.encoding import Encoding
 from mpromptune.show.progress import QUANTILE
@@ -160,6 +161,14 @@ class Evidence:
         scores = [np.array(list(self.table.means(row).values())) for row in self.table.rows]
         cut = [np.clip(some, -LARGEST, LARGEST) for some in scores]
         return float(np.sqrt(pooled_variance(cut) / n_examples))
+
+    def gains(self) -> dict[str, Gain]:
+        """Posterior of each proposer's mean gain in logits, the mean over the predictors that it wrote for."""
+        model = self._model()
+        found: dict[str, list[Gain]] = {}
+        for (_, name), gain in (model.gains() if model else {}).items():
+            found.setdefault(name, []).append(gain)
+        return {name: average(gains) for name, gains in found.items()}
 
     def drawn(self) -> FloatArray:
         """Posterior means and standard deviations of ``m`` random configurations, ``m x 2``."""

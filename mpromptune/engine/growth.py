@@ -14,7 +14,7 @@ from mpromptune.engine.proposers import Proposer
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.model.allocation import best_of
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.space import Birth, PromptSpace, Row
+from mpromptune.model.space import UNKNOWN, Birth, Gain, PromptSpace, Row
 from mpromptune.storage.proposals import Proposal
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 # NOTE: consecutive refusals after which a proposer is not asked again: a prompt model that is down, or that
 # repeats itself, costs no more than these requests.
 _REFUSALS = 3
-# NOTE: program calls of the budget for each candidate that the storage has room for. A child takes one
-# request and at least one block, so no search writes more.
-_CALLS_EACH = 6
+# NOTE: program calls of the budget for each candidate that a component has room for. In the simulations of
+# `benchmarks.proposals`, a search writes one for every 100 to 250 calls.
+_CALLS_EACH = 20
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,14 @@ class Growth:
         space: The configurations; it grows when a proposer is asked.
         proposers: By name.
         capacity: Most candidates of each component.
+        gains: What is known of proposers from earlier searches.
         asked: Number of proposals begun.
     """
 
     space: PromptSpace
     proposers: Mapping[str, Proposer]
     capacity: Mapping[str, int]
+    gains: Mapping[str, Gain] = field(default_factory=dict)
     asked: int = 0
     _refusals: Counter[str] = field(default_factory=Counter)  # since the last candidate
     _in_flight: Counter[str] = field(default_factory=Counter)
@@ -94,12 +96,15 @@ class Growth:
         """Append the candidate of a proposal to the space."""
         parent = proposal.parent[proposal.component] if proposal.descends else None
         component = self.space.names.index(proposal.component)
-        index = self.space.add(component, Birth(proposal.proposer, parent))
+        index = self.space.add(component, self._birth(proposal.proposer, parent))
         assert index == proposal.index
         self.space.closed.add((component, index))  # to all other trials, until its first one is told
         self._unproven.add((component, index))
         self._in_flight[proposal.proposer] += 1
         self.asked += 1
+
+    def _birth(self, proposer: str, parent: int | None) -> Birth:
+        return Birth(proposer, parent, self.gains.get(proposer, UNKNOWN))
 
     def end(self, proposal: Proposal) -> None:
         """Note what became of a proposal; after several refusals its proposer is not asked again."""
@@ -161,7 +166,7 @@ class Growth:
                 continue
             for c in beliefs.groups[g].components:
                 if space.names[c] in self._writes[name] and space.sizes[c] < self.capacity[space.names[c]]:
-                    birth = Birth(name, parent[c] if proposer.keeps_parent else None)
+                    birth = self._birth(name, parent[c] if proposer.keeps_parent else None)
                     found.append(Offer(parent, c, birth, proposer.calls))
         return found
 
@@ -177,4 +182,4 @@ class Growth:
 
 def capacity_of(space: PromptSpace, max_calls: int) -> dict[str, int]:
     """Most candidates of each component in a search with this budget."""
-    return {n: size + max_calls // _CALLS_EACH for n, size in zip(space.names, space.sizes, strict=True)}
+    return {n: size + 1 + max_calls // _CALLS_EACH for n, size in zip(space.names, space.sizes, strict=True)}

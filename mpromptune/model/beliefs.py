@@ -12,9 +12,10 @@ from scipy.special import ndtr
 from mpromptune.model import rasch
 from mpromptune.model.embedding import Geometry
 from mpromptune.model.likelihood import likelihood_of
+from mpromptune.model.lineage import gains_between
 from mpromptune.model.rasch import Posterior
 from mpromptune.model.skills import Option, groups_of
-from mpromptune.model.space import FloatArray, IndexArray, IndexSpace, Row
+from mpromptune.model.space import Birth, FloatArray, Gain, IndexArray, IndexSpace, Row
 
 # NOTE: most pairs of candidates of a predictor that have one latent each; it bounds the work.
 _MAX_LATENTS = 4096
@@ -188,6 +189,26 @@ class Beliefs:
         """Posterior probability that the skill of ``row`` is above that of ``other``."""
         (mean,), (variance,) = self._combined([row, other], np.array([[1.0, -1.0]]))
         return float(ndtr(mean / np.sqrt(variance))) if variance else 0.5
+
+    def gains(self) -> dict[tuple[int, str], Gain]:
+        r"""Posterior of the gain of each proposer in each group, by number of the group and name.
+
+        With :math:`c` the prior covariance of a gain and the latents, its mean changes by
+        :math:`c^T K^{-1} (u - m)` and its variance by :math:`c^T K^{-1} (\Sigma - K) K^{-1} c`.
+        """
+        known, found = self._known, {}
+        covariance = self._covariance(known.rows, self._options)
+        for g, (group, rows) in enumerate(zip(self.groups, known.rows, strict=True)):
+            for name, gain in {birth.proposer: birth.gain for birth in group.births}.items():
+                own = group.paths(rows) @ gains_between(group.births, [Birth(name, gain=gain)])[:, 0]
+                parts = [np.zeros(len(some)) for some in known.rows]
+                parts[g] = own
+                c = np.concatenate(parts)
+                solved: FloatArray = np.linalg.solve(covariance, c)
+                change = float(known.posterior.variance(solved[None])[0] - c @ solved)
+                mean = gain.mean + float(c @ known.posterior.weights)
+                found[g, name] = Gain(mean, float(np.sqrt(gain.deviation**2 + change)))
+        return found
 
     def without_similarity(self) -> Latents:
         """The measured latents under a prior without similarities between candidates."""

@@ -6,7 +6,7 @@ Notation
     e       a child's own deviation
 
 Model
-    .. math:: \theta_{child} = \theta_{parent} + g_o + e, \quad g_o \sim N(m, t^2), \quad e \sim N(0, s^2)
+    .. math:: \theta_{child} = \theta_{parent} + g_o + e, \quad g_o \sim N(m_o, t_o^2), \quad e \sim N(0, s^2)
 
 The gains of different proposers are correlated, because they write for the same task. A child without a
 parent is like a further initial candidate: a new skill with the same prior, plus :math:`g_o`. All of these
@@ -21,14 +21,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpromptune.model.space import Birth, FloatArray, IndexArray
+from mpromptune.model.space import UNKNOWN, Birth, FloatArray, Gain, IndexArray
 
-GAIN_MEAN = 0.0
-GAIN_DEVIATION = 0.5
-OWN = 0.4
-ALIKE = 0.5
+# NOTE: s, in logits: what the simulated writers of `benchmarks.proposals` have. Prompts of the recorded
+# tables differ by 0.3 to 1.5.
+_OWN = 0.4
+# NOTE: correlation of the gains of two proposers. It was reasoned, not tuned: half of a gain is the task (how
+# much better can a text be at all?), half is the way of writing.
+_ALIKE = 0.5
 # NOTE: deviation, in logits, of a child's gain beside one candidate of the other component (an instruction
-# beside a demo set) from its mean gain: small compared with OWN, because it is the same text.
+# beside a demo set) from its mean gain: small compared with `_OWN`, because it is the same text.
 BESIDE = 0.2
 
 
@@ -62,10 +64,32 @@ class Lineage:
         return paths
 
 
-def covariance_of_gains(births: Sequence[Birth]) -> FloatArray:
-    """Prior covariance of the differences between children and parents, including their own deviations."""
-    names = np.array([birth.proposer for birth in births])
-    same = names[:, None] == names[None, :]
-    own = np.array([OWN**2 if birth.parent is not None else 0.0 for birth in births])
-    covariance: FloatArray = GAIN_DEVIATION**2 * (ALIKE + (1.0 - ALIKE) * same) + np.diag(own)
+def means_of(births: Sequence[Birth]) -> FloatArray:
+    """Prior means of the differences between children and their parents, length K."""
+    return np.array([birth.gain.mean for birth in births], dtype=np.float64)
+
+
+def covariance_of(births: Sequence[Birth]) -> FloatArray:
+    """Prior covariance of the differences between children and their parents, ``K x K``."""
+    own = [_OWN**2 if birth.parent is not None else 0.0 for birth in births]
+    return gains_between(births, births) + np.diag(own)
+
+
+def gains_between(births: Sequence[Birth], others: Sequence[Birth]) -> FloatArray:
+    """Prior covariance of the gains of the proposers of two lists of births."""
+    mine, theirs = ([birth.gain.deviation for birth in some] for some in (births, others))
+    same = np.array([[one.proposer == other.proposer for other in others] for one in births])
+    covariance: FloatArray = np.outer(mine, theirs) * (_ALIKE + (1.0 - _ALIKE) * same)
     return covariance
+
+
+def average(gains: Sequence[Gain]) -> Gain:
+    """One gain for those of several predictors."""
+    means, variances = zip(*((gain.mean, gain.deviation**2) for gain in gains), strict=True)
+    return Gain(sum(means) / len(means), (sum(variances) / len(variances)) ** 0.5)
+
+
+def for_another_search(gain: Gain) -> Gain:
+    """The prior of a proposer's gain in another search, whose task may be another one."""
+    variance = gain.deviation**2 + (1.0 - _ALIKE) * UNKNOWN.deviation**2
+    return Gain(gain.mean, min(variance**0.5, UNKNOWN.deviation))

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpromptune.model.embedding import Geometry
-from mpromptune.model.lineage import BESIDE, GAIN_MEAN, Lineage, covariance_of_gains
+from mpromptune.model.lineage import BESIDE, Lineage, covariance_of, means_of
 from mpromptune.model.space import Birth, FloatArray, IndexArray
 
 # NOTE: (w, l). A grid instead of a gradient, because the evidence of some hundred right-or-wrong answers
@@ -97,20 +97,24 @@ class Group:
         alike = reduce(add, parts) / len(parts)
         w, variance = option.share, option.deviation**2
         covariance: FloatArray = variance * (w * alike + (1.0 - w) * same) + self.common
-        paths, births = self._paths(rows), [b for lineage in self.lineages for b in lineage.births]
+        paths, births = self.paths(rows), self.births
         if not births:
             return covariance
-        gained = paths @ covariance_of_gains(births) @ paths.T
+        gained = paths @ covariance_of(births) @ paths.T
         if len(self.components) > 1:  # without it, what a child gains beside every demo set would be the same
             gained += np.diag(BESIDE**2 * paths.any(axis=1))
         return covariance + gained
 
     def centre(self, rows: IndexArray) -> FloatArray:
         """Prior means of latents, for ``n x C`` rows; 0 for those of initial candidates."""
-        mean: FloatArray = GAIN_MEAN * self._paths(rows).sum(axis=1)
-        return mean
+        return self.paths(rows) @ means_of(self.births)
 
-    def _paths(self, rows: IndexArray) -> FloatArray:
+    @property
+    def births(self) -> list[Birth]:
+        """The candidates added to its components."""
+        return [birth for lineage in self.lineages for birth in lineage.births]
+
+    def paths(self, rows: IndexArray) -> FloatArray:
         """Latents x births of the group: 1 where a candidate of the latent has the birth in its ancestry."""
         own = rows[:, list(self.components)].T
         parts = [lineage.paths()[some] for lineage, some in zip(self.lineages, own, strict=True)]
