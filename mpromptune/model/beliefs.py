@@ -204,7 +204,7 @@ class Beliefs:
                 parts = [np.zeros(len(some)) for some in known.rows]
                 parts[g] = own
                 c = np.concatenate(parts)
-                solved: FloatArray = np.linalg.solve(covariance, c)
+                solved: FloatArray = np.linalg.solve(covariance, c).astype(np.float64)
                 change = float(known.posterior.variance(solved[None])[0] - c @ solved)
                 mean = gain.mean + float(c @ known.posterior.weights)
                 found[g, name] = Gain(mean, float(np.sqrt(gain.deviation**2 + change)))
