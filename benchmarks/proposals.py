@@ -77,7 +77,10 @@ METHODS: dict[str, Method] = {
     "gepa": lambda world, writers, calls, seed, q: gepa(world, writers, calls, seed),
     "adaptive": adaptive(),
     "adaptive-uniform": adaptive(lambda writers: [one_of(writers)]),
+    "adaptive-screened": adaptive(),
 }
+# Prompts that a writer draws for one proposal; the best by their embeddings is taken.
+DRAFTS = {"adaptive-screened": 4}
 
 
 def measure(cell: Cell, seed: int) -> dict[str, float]:
@@ -85,6 +88,8 @@ def measure(cell: Cell, seed: int) -> dict[str, float]:
     if cell["world"] == "scripted":
         return scripted.measure(cell, seed)
     world = WORLDS[cell["world"]](load(cell["table"]), seed, cell["pool"], N_VAL)
+    if isinstance(world, Recorded):
+        world.drafts = DRAFTS.get(cell["method"], 1)
     writers = [world.writer(name) for name in names_of(cell["writers"])]
     params = METHODS[cell["method"]](world, writers, cell["calls"], seed, cell["q"])
     assert world.spent <= cell["calls"]
@@ -128,6 +133,15 @@ def recorded() -> Iterator[Cell]:
     return cells("recorded", RECORDED)
 
 
+def screening() -> Iterator[Cell]:
+    """Recorded: several drafts of each proposal, of which the best by its embedding is measured."""
+    return (
+        cell
+        for cell in cells("recorded", ("reflect-0.5", "fresh"), also=("adaptive-screened",))
+        if cell["method"] != "gepa"
+    )
+
+
 def parametric() -> Iterator[Cell]:
     """Writers make children of any skill."""
     return cells("parametric", PARAMETRIC)
@@ -149,6 +163,7 @@ SLICES: dict[str, Callable[[], Iterator[Cell]]] = {
     "parametric": parametric,
     "budgets": budgets,
     "mixture": mixture,
+    "screening": screening,
     "scripted": scripted.cells,
 }
 

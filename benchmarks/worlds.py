@@ -150,10 +150,14 @@ class Recorded(World):
     """Writers take prompts of the table that are not in the pool, each once.
 
     Writers are ``fresh``, ``bad`` and ``reflect-b``, where b is the bias to quality.
+
+    Attributes:
+        drafts: Prompts that a writer draws, of which the one with the best predicted score is taken.
     """
 
     def __init__(self, table: Table, seed: int, pool: int, n_val: int) -> None:
         super().__init__(table, seed, pool, n_val)
+        self.drafts = 1
         assert table.scores is not None
         self.scores: FloatArray = table.scores[:, self.examples]
         self._prompts = dict(enumerate(self.pool.tolist()))  # index to number in the table
@@ -200,9 +204,25 @@ class Recorded(World):
         return np.array(sorted(prompts))
 
     def _take(self, brief: Brief, prompts: IndexArray, chances: FloatArray | None = None) -> str:
-        prompt = self._prompts[brief.index] = int(brief.rng.choice(prompts, p=chances))
+        number = min(self.drafts, len(prompts))
+        drawn = brief.rng.choice(prompts, number, replace=False, p=chances)
+        best = int(np.argmax(self._predicted(brief, self.recorded[drawn]))) if number > 1 else 0
+        prompt = self._prompts[brief.index] = int(drawn[best])
         self._hidden.remove(prompt)
         return f"p{prompt}"
+
+    def _predicted(self, brief: Brief, vectors: FloatArray) -> FloatArray:
+        """Scores foretold by a Gaussian process on embeddings, from the posterior of what was measured."""
+        known = np.stack([self.vectors[self.texts[one.params[COMPONENT]]] for one in brief.standings])
+        means = np.array([one.posterior_mean for one in brief.standings])
+        noise = np.array([one.posterior_std for one in brief.standings]) ** 2
+        scale = float(np.median(cdist(known, known)[np.triu_indices(len(known), 1)])) or 1.0
+        variance = float(means.var()) or 1.0
+        alike = variance * np.exp(-0.5 * (cdist(known, known) / scale) ** 2)
+        across = variance * np.exp(-0.5 * (cdist(vectors, known) / scale) ** 2)
+        weights = np.linalg.solve(alike + np.diag(noise + 1e-6), means - means.mean())
+        predicted: FloatArray = across @ weights
+        return predicted
 
 
 class Parametric(World):

@@ -163,7 +163,7 @@ class Evidence:
         return float(np.sqrt(pooled_variance(cut) / n_examples))
 
     def gains(self) -> dict[str, Gain]:
-        """Posterior of each proposer's mean gain in logits, the mean over the predictors that it wrote for."""
+        """Posterior of each proposer's mean gain, in logits; the mean over the predictors it wrote for."""
         model = self._model()
         found: dict[str, list[Gain]] = {}
         for (_, name), gain in (model.gains() if model else {}).items():
