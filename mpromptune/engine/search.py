@@ -161,7 +161,7 @@ def search(
         judged = partial(_verdict_on_proposal, classify), _REQUESTS, retry_after
         attempts = Attempts(*judged, WRITERS, stopped, budget.admits)
         writing = Writing(growth, seed, threads, attempts, budget.step(PROPOSE), stopped.is_set)
-        writing.timeout = retry.timeout or writing.timeout
+        writing.timeout = retry.timeout
         writing.candidates = candidates or writing.candidates
         workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
         loop = _prepare(space, task, chosen, lease, workers, budget, writing)

@@ -51,7 +51,7 @@ class Writing:
         attempts: Repeats a request while another attempt may succeed.
         meter: Counts the usage of proposals.
         stopped: Whether the search is ending, so that no result is needed.
-        timeout: Seconds after which an attempt counts as failed.
+        timeout: Seconds after which an attempt counts as failed; by default five minutes.
         candidates: Makes what is written usable for the score function.
         notes: What the score function said about pairs, beside their scores.
     """
@@ -62,7 +62,7 @@ class Writing:
     attempts: Attempts
     meter: Meter
     stopped: Stop
-    timeout: float = _TIMEOUT
+    timeout: float | None = None
     candidates: Candidates = field(default_factory=Texts)
     notes: Mapping[tuple[Row, int], Any] = field(default_factory=dict)
     _latest: dict[int, Proposal] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Writing:
         ask = partial(contained, self.growth.proposers[proposal.proposer].propose, brief)
         with metered(Meter(self.meter)) as meter:
             try:
-                candidate = self.attempts(partial(within, self.timeout, ask, self.stopped))
+                candidate = self.attempts(partial(within, self.timeout or _TIMEOUT, ask, self.stopped))
                 plain = self.candidates.plain(proposal.component, candidate)
                 # As it is when it is read again: adopted later, it must be the same.
                 written = replace(proposal, written=json.loads(json.dumps(plain, allow_nan=False)))
