@@ -41,7 +41,7 @@ def server() -> Iterator[postgres.Server]:
 def forks() -> Any:
     """One process imports torch; those to be killed are forked from it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed", "faults", "paid"])
+    context.set_forkserver_preload(["killed", "faults", "paid", "writers"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         context.Process(target=str).start()

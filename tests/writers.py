@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from embedders import letters
+from optuna.study import Study
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.engine.proposers import Brief
@@ -117,5 +121,24 @@ def run(score: World, writers: Sequence[Any], space: PromptSpace = SPACE, **argu
 
 def proposals_of(result: SearchResult) -> list[Proposal]:
     """The proposals of a search, by number."""
-    found = [from_json(t.user_attrs[PROPOSAL]) for t in result.study.trials if PROPOSAL in t.user_attrs]
+    return proposals_in(result.study)
+
+
+def proposals_in(study: Study) -> list[Proposal]:
+    """The proposals in a study, by number."""
+    found = [from_json(t.user_attrs[PROPOSAL]) for t in study.trials if PROPOSAL in t.user_attrs]
     return sorted({proposal.number: proposal for proposal in found}.values(), key=lambda p: p.number)
+
+
+def slowly(brief: Brief) -> str:
+    """A better text after a moment."""
+    time.sleep(0.02)
+    return better(brief)
+
+
+def die_writing(path: Path, seconds: float) -> None:
+    """A search that is killed."""
+    world, writer = World(delay=0.01), Writer(slowly)
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    run(world, [writer], storage=path)
+    signal.pause()
