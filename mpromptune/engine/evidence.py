@@ -172,8 +172,9 @@ class Evidence:
 
     def drawn(self) -> FloatArray:
         """Posterior means and standard deviations of ``m`` random configurations, ``m x 2``."""
-        rows = self.encoding.space.sample(_DRAWN, np.random.default_rng(0))
-        pairs: FloatArray = np.stack(self.posterior([tuple(row) for row in rows.tolist()]), axis=1)
+        sample = self.encoding.space.sample(_DRAWN, np.random.default_rng(0))
+        rows = [tuple(row) for row in sample.tolist() if self.encoding.space.exists(row)]
+        pairs: FloatArray = np.stack(self.posterior(rows), axis=1)
         return pairs
 
     def text_chance(self) -> float | None:

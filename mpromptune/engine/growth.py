@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from mpromptune.engine.proposers import Proposer
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.model.allocation import best_of
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.space import UNKNOWN, Birth, Gain, PromptSpace, Row
+from mpromptune.model.space import UNKNOWN, Birth, Candidate, Gain, PromptSpace, Row
 from mpromptune.storage.proposals import Proposal
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,24 @@ class Growth:
             rows.append(offer.row(self.space.initial[offer.component] + len(births) - 1))
         groups = [g for g, group in enumerate(beliefs.groups) if offers[0].component in group.components]
         return best_of(beliefs, groups[0], rows, rng)
+
+
+def regrow(space: PromptSpace, proposals: Sequence[Proposal], text_of: Callable[[Any], Candidate]) -> None:
+    """Append the candidates of a study to its space; those that are not written are closed.
+
+    Args:
+        space: The space with the initial candidates.
+        proposals: All proposals of the study, in order.
+        text_of: The text or texts of what was written.
+    """
+    for proposal in proposals:
+        parent = proposal.parent[proposal.component] if proposal.descends else None
+        component = space.names.index(proposal.component)
+        index = space.add(component, Birth(proposal.proposer, parent))
+        if proposal.written is None:
+            space.closed.add((component, index))
+        else:
+            space.write(proposal.component, index, text_of(proposal.written))
 
 
 def capacity_of(space: PromptSpace, max_calls: int) -> dict[str, int]:

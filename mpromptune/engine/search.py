@@ -35,7 +35,7 @@ from mpromptune.execution.interrupts import handled
 from mpromptune.execution.limits import PROPOSE, SEARCH, Budget
 from mpromptune.execution.pool import Score, Workers, classify_builtin
 from mpromptune.execution.remote import Workplace, measuring
-from mpromptune.execution.usage import Usage, metered
+from mpromptune.execution.usage import Meter, Usage, metered
 from mpromptune.model.space import PromptSpace
 from mpromptune.sampling.encoding import distributions_of
 from mpromptune.sampling.sampler import qEISampler
@@ -160,7 +160,8 @@ def search(
     ):
         judged = partial(_verdict_on_proposal, classify), _REQUESTS, retry_after
         attempts = Attempts(*judged, WRITERS, stopped, budget.admits)
-        writing = Writing(growth, seed, threads, attempts, budget.step(PROPOSE), stopped.is_set)
+        meter = budget.step(PROPOSE) if proposers else Meter()
+        writing = Writing(growth, seed, threads, attempts, meter, stopped.is_set)
         writing.timeout = retry.timeout
         writing.candidates = candidates or writing.candidates
         workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from optuna.study import Study
 
 from mpromptune.engine.batches import BatchPlan
 from mpromptune.engine.evidence import Evidence
+from mpromptune.engine.growth import regrow
 from mpromptune.engine.minibatches import Minibatches, MiproPlan
 from mpromptune.engine.plan import Plan, Task
 from mpromptune.engine.result import Measured, SearchResult
 from mpromptune.engine.scores import ScoreTable
+from mpromptune.engine.writing import visible_examples
 from mpromptune.errors import SearchStoppedError
 from mpromptune.execution.limits import MEASURE, Budget
-from mpromptune.model.space import PromptSpace, Row
+from mpromptune.model.space import Candidate, PromptSpace, Row
 from mpromptune.sampling.encoding import encode_prompts
+from mpromptune.storage.proposals import read_proposals
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +102,11 @@ class Summary:
 
 
 def result_of_study(
-    study: Study, arguments: Mapping[str, Any], table: ScoreTable, space: PromptSpace
+    study: Study,
+    arguments: Mapping[str, Any],
+    table: ScoreTable,
+    space: PromptSpace,
+    text_of: Callable[[Any], Candidate],
 ) -> SearchResult | None:
     """The result of a search from its study alone, by a model without the texts of candidates.
 
@@ -105,7 +114,8 @@ def result_of_study(
         study: The study.
         arguments: The arguments of the search, from the study's settings.
         table: All scores of the study.
-        space: The configurations.
+        space: The configurations; gets the candidates that were written during the search.
+        text_of: The text or texts of such a candidate as it is saved.
 
     Returns:
         The result that the search would return if it were cut short now; None without scores.
@@ -118,6 +128,7 @@ def result_of_study(
         sizes = arguments["minibatch_size"], arguments["minibatch_full_eval_steps"]
         plan = MiproPlan(task, table, minibatches=Minibatches(*sizes))
     evidence = Evidence(encode_prompts(space, None), table)
+    regrow(space, read_proposals(study), text_of)
     ranked = evidence.best_first(table.rows)
     if not ranked:
         return None
@@ -135,6 +146,8 @@ def _found(
 
     table = evidence.table
     best_score, low, high = score(winner)
+    proposals = read_proposals(study)
+    visible, hidden = _by_share(plan, table.means(winner)) if proposals else (None, None)
     posterior = zip(*(values.tolist() for values in evidence.posterior(ranked)), strict=True)
     return SearchResult(
         best_params=space.params(winner),
@@ -148,4 +161,15 @@ def _found(
             for row, (mean, deviation) in zip(ranked, posterior, strict=True)
         ),
         study=study,
+        proposals=proposals,
+        visible_score=visible,
+        hidden_score=hidden,
     )
+
+
+def _by_share(plan: Plan, scores: Mapping[int, float]) -> tuple[float, float]:
+    """Means of the scores on the examples that proposers may see, and on the others; NaN without scores."""
+    visible = visible_examples(plan.task.n_examples, plan.task.seed)
+    shares = ([s for e, s in scores.items() if (e in visible) is wanted] for wanted in (True, False))
+    seen, unseen = (fmean(share) if share else math.nan for share in shares)
+    return seen, unseen

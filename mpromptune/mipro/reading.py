@@ -17,13 +17,15 @@ from mpromptune.engine.settings import recorded_settings
 from mpromptune.engine.summary import result_of_study
 from mpromptune.engine.trials import table_of
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
+from mpromptune.execution.limits import PROPOSE
 from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.checkpoint import kept_usage, read_candidates
 from mpromptune.mipro.estimate import Estimate
 from mpromptune.model.space import Candidate, PromptSpace
-from mpromptune.operators.texts import candidate_text
+from mpromptune.operators.texts import candidate_text, demo_text
 from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS
 from mpromptune.storage.damage import reported
+from mpromptune.storage.proposals import read_proposals
 from mpromptune.storage.record import Record, read_record
 from mpromptune.storage.storage import (
     DEFAULT_STUDY_NAME,
@@ -69,7 +71,7 @@ def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
     space = PromptSpace({name: found for name, (found, _) in texts.items()})
     has_texts = len(unknown) < len(texts) or any(_OWN in found for found, _ in texts.values())
     table = table_of(record, space, int(settings["arguments"]["n_examples"]))
-    result = result_of_study(study, settings["arguments"], table, space)
+    result = result_of_study(study, settings["arguments"], table, space, _text_of)
     if result is None:
         raise InvalidArgumentError(f"Nothing has been measured in the study {study.study_name!r} yet.")
     return replace(result, usage=usage, space=space if has_texts else None), _notes(unknown)
@@ -119,10 +121,21 @@ def _texts(study: Study, component: str, count: int) -> tuple[list[Candidate], b
     return [_UNKNOWN.format(i) for i in range(count)], False
 
 
+def _text_of(written: Any) -> Candidate:
+    """The text or texts of a candidate that was written during a search, as it is saved."""
+    if isinstance(written, str):
+        return written
+    return [demo if isinstance(demo, str) else demo_text(demo) for demo in written]
+
+
 def _used(study: Study, record: Record) -> StepUsage:
-    """The usage of each step of a compile; that of the search is the sum over its trials."""
+    """The usage of each step; that of the search is the sum over its trials."""
+    steps = kept_usage(study.user_attrs)
+    written = sum((one.usage for one in read_proposals(study)), Usage())
+    if PROPOSE in steps or written != Usage():
+        steps[PROPOSE] = steps.get(PROPOSE, Usage()) + written
     search = sum((recorded.usage for recorded in record), Usage())
-    return StepUsage(kept_usage(study.user_attrs), search=search)
+    return StepUsage(steps, search=search)
 
 
 def _notes(unknown: Sequence[str]) -> tuple[str, ...]:

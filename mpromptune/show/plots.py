@@ -108,7 +108,10 @@ def plot_map(findings: Findings) -> Figure:
     Raises:
         InvalidArgumentError: The search did not embed texts, or measured fewer than three.
     """
-    shown = findings.configurations[:_MAPPED]
+    sizes = {name: len(between) for name, between in (findings.distances or {}).items()}
+    # The texts of candidates that were written during the search were not embedded.
+    known = [m for m in findings.configurations if all(m.params[name] < n for name, n in sizes.items())]
+    shown = known[:_MAPPED]
     if findings.distances is None or len(shown) < 3:
         raise InvalidArgumentError(
             f"A map needs three configurations and the distances between their texts; got {len(shown)}"

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 from mpromptune.execution.usage import StepUsage
 from mpromptune.model.space import FloatArray, PromptSpace
 from mpromptune.storage.attributes import ANSWERS, NOTE, SETTINGS
+from mpromptune.storage.proposals import Proposal
 
 RESULT_VERSION = 1
 
@@ -67,6 +68,10 @@ class Findings:
             of all configurations if there are at most 500.
         best_interval: The 95 % credible interval of ``best_score``; its width is 0 if the winner was measured
             on all examples.
+        proposals: The candidates that were written during the search, and those that were refused, in order.
+        visible_score: Mean of the winner's scores on the examples that proposers may see; None if all
+            candidates were written before the search, NaN without such scores.
+        hidden_score: The same for the other examples.
         text_chance: Fraction of random assignments of embeddings to candidates that explain the scores as
             well as the real one (see `statistics.chance_of_likeness`); near 0 if similar texts have similar
             scores. None if texts were not embedded, or too few were measured.
@@ -88,12 +93,30 @@ class Findings:
     drawn: FloatArray | None = field(default=None, repr=False, compare=False)
     text_chance: float | None = field(default=None, compare=False)
     best_interval: tuple[float, float] | None = field(default=None, compare=False)
+    proposals: tuple[Proposal, ...] = field(default=(), repr=False)
+    visible_score: float | None = None
+    hidden_score: float | None = None
 
     @property
     def baseline_params(self) -> dict[str, int] | None:
         """The configuration of the baseline, if the study has its settings."""
         baseline = self.study.user_attrs.get(SETTINGS, {}).get("arguments", {}).get("baseline")
         return None if baseline is None else dict(baseline)
+
+    def lineage(self, component: str, index: int) -> tuple[Proposal, ...]:
+        """The proposals by which a candidate came about, the oldest one first.
+
+        Each improves the candidate of the one before. The first one improves an initial candidate, unless its
+        proposer makes candidates of its own. There are none for an initial candidate.
+        """
+        found = {(one.component, one.index): one for one in self.proposals}
+        chain: list[Proposal] = []
+        while (proposal := found.get((component, index))) is not None:
+            chain.insert(0, proposal)
+            if not proposal.descends:
+                break
+            index = proposal.parent[component]
+        return tuple(chain)
 
     def __getstate__(self) -> dict[str, object]:
         """The state for pickling, with a copy of the study in memory.

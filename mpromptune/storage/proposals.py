@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from optuna.study import Study
+
 from mpromptune.execution.usage import Usage
+from mpromptune.storage.attributes import PROPOSAL
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,16 @@ class Proposal:
     def is_over(self) -> bool:
         """Whether the proposer has answered."""
         return self.written is not None or self.refused is not None
+
+
+def read_proposals(study: Study) -> tuple[Proposal, ...]:
+    """All proposals of a study, in order."""
+    found = {}
+    for trial in study.get_trials(deepcopy=False):
+        if PROPOSAL in trial.user_attrs:  # a trial that continues an earlier one has its proposal, too
+            proposal = from_json(trial.user_attrs[PROPOSAL])
+            found[proposal.number] = proposal
+    return tuple(found[number] for number in sorted(found))
 
 
 def to_json(proposal: Proposal) -> str:
