@@ -150,7 +150,7 @@ def search(
     retry, stopped = retry or chosen.retry, stopped or threading.Event()
     study = open_study(chosen.storage, chosen.study_name)
     capacity = capacity_of(space, max_calls) if proposers else {}
-    growth = Growth(space, {proposer.name: proposer for proposer in proposers}, capacity)
+    growth = Growth(space, {p.name: p for p in sorted(proposers, key=lambda p: p.name)}, capacity)
     with (
         budget.ending(),
         handled(),

@@ -75,7 +75,7 @@ def require_same(study: Study, before: Settings, now: Settings) -> None:
     if writers[0] != writers[1]:
         changes.append(_change("proposers", *writers))
     for name, value in now["arguments"].items():
-        if (old := before["arguments"].get(name, value)) != value:
+        if name != "proposers" and (old := before["arguments"].get(name, value)) != value:
             changes.append(_change(name, old, value))
     if changes:
         raise StudyMismatchError(
@@ -101,7 +101,7 @@ def _changed_candidates(before: Settings, now: Settings) -> list[str]:
 def _change(what: str, before: Any, now: Any) -> str:
     if what == "combinations":
         return "the combinations that exist have changed"
-    verb = "were" if what == "the components" else "was"
+    verb = "were" if what in ("the components", "proposers") else "was"
     return f"{what} {verb} {before!r} and now {now!r}"
 
 

@@ -89,6 +89,11 @@ class ProgramSpace:
             raise ProposalRefusedError("A demo would give another prompt after it was saved.")
         return saved
 
+    def saved(self, component: str, index: int) -> Any:
+        """A known candidate as `adopt` takes it."""
+        candidate = self.candidates[component][index]
+        return candidate if isinstance(candidate, str) else demos_to_json(candidate)
+
     def adopt(self, component: str, index: int, written: Any) -> Candidate:
         """See `mpromptune.engine.proposers.Candidates`; candidates that were not written are None."""
         known = self.candidates[component]
@@ -143,6 +148,7 @@ class ProgramRunner:
         keep: Keep = _keep_nothing,
         takes_notes: bool = False,
     ) -> None:
+        self.programs = programs
         self._parts = programs, valset, metric
         self._keep = keep
         self._takes_notes = takes_notes

@@ -16,7 +16,9 @@ import dspy
 from dspy.teleprompt.utils import get_signature
 from pydantic import BaseModel
 
+from mpromptune.engine.options import SearchOptions
 from mpromptune.lms.adapters import given_adapter
+from mpromptune.operators.registry import OPERATORS
 
 Part = str | int | float | bool | None
 
@@ -39,6 +41,7 @@ def fingerprint(
     valset: Sequence[Any],
     candidates: tuple[int, int],
     arguments: Mapping[str, Any],
+    options: SearchOptions,
 ) -> dict[str, Part]:
     """The identity of a run as named parts: digests and plain arguments.
 
@@ -48,6 +51,7 @@ def fingerprint(
         valset: The validation examples, in the order of the search.
         candidates: Numbers of instructions and of demo sets.
         arguments: The arguments of ``dspy.MIPROv2.compile``, with defaults.
+        options: The options of the search.
     """
     adapter = given_adapter(dspy.settings.adapter)
 
@@ -70,6 +74,20 @@ def fingerprint(
         **{name: getattr(optimizer, name) for name in ("metric_threshold", "init_temperature")},
         "seed": int(given("seed")),
         **{name: arguments[name] for name in _ARGUMENTS},
+        **(_of_proposers(options) if options.is_adaptive else {}),
+    }
+
+
+def _of_proposers(options: SearchOptions) -> dict[str, Part]:
+    """What determines the candidates that are written during the search."""
+    given = OPERATORS if options.proposers is None else options.proposers
+    names = sorted(str(one if isinstance(one, str) else getattr(one, "name", one)) for one in given)
+    proposer = options.instruction_proposer
+    return {
+        "proposals": "adaptive",
+        "proposers": ", ".join(names),
+        "reflection_lm": _model(options.reflection_lm),
+        "instruction_proposer": None if proposer is None else _name(proposer),
     }
 
 

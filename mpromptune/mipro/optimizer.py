@@ -27,7 +27,7 @@ from mpromptune.engine.minibatches import Minibatches
 from mpromptune.engine.plan import Task
 from mpromptune.engine.proposers import Proposer
 from mpromptune.engine.scores import ScoreTable
-from mpromptune.errors import InvalidArgumentError, SearchInterrupted, SearchStoppedError
+from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution.interrupts import handled
 from mpromptune.lms.errors import classify, retry_after
 from mpromptune.mipro import bootstrap, proposal
@@ -215,14 +215,9 @@ def _prepare(
     proposers_of(run, student, valset)  # raises an error if one is not valid
     if options.dry_run:
         return
-    if options.is_adaptive and run.place.is_remote:
-        raise InvalidArgumentError(
-            "proposals='adaptive' does not work with an executor of other processes, to which new candidates "
-            f"are not sent; got executor={options.executor!r}. Omit one of them."
-        )
     if options.storage is not None:
         numbers = num_instructions, num_demo_sets
-        identity = fingerprint(run.optimizer, program, valset, numbers, arguments)
+        identity = fingerprint(run.optimizer, program, valset, numbers, arguments, options)
         run.resume(open_study(options.storage, options.study_name), identity)
     if check := getattr(options.made_sampler(0), "check_embedder", None):
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))

@@ -25,6 +25,8 @@ from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace
 _OF_A_CALL = frozenset(
     {"trace", "caller_predict", "caller_modules", "usage_tracker", "send_stream", "stream_listeners", METER}
 )
+# Name among the params of a remote call with candidates that the worker may lack.
+_WRITTEN = "mpromptune_written"
 # Settings of a cache that are sent; its size may differ between machines.
 _CACHE = ("enable_disk_cache", "enable_memory_cache", "disk_cache_dir")
 
@@ -58,6 +60,7 @@ def remote_programs(
     parts["the option 'prices'"] = guard.pricing
     with remote_score(place, run, parts, timeout, guard.stopped) as score:
         expected = len(programs.program.predictors())
+        score = _Sending(score, programs)
         yield score if guard.pace is None else _Paced(score, guard, guard.pace, expected)
 
 
@@ -72,8 +75,10 @@ class _RemoteRunner:
     def __reduce__(self) -> Any:
         return _arrived, (self._run, self._pricing, self.settings, _cache())
 
-    def __call__(self, params: dict[str, int], example: int) -> float:
+    def __call__(self, params: dict[str, Any], example: int) -> float:
         meter = current_meter()
+        for name, index, written in params.pop(_WRITTEN, ()):
+            self._run.programs.adopt(name, index, written)
         with dspy.context(**self.settings), self._guard.watching(), measured(meter):
             return self._run(params, example)
 
@@ -104,6 +109,26 @@ def _cache() -> dict[str, Any]:
     if found.get("disk_cache_dir") == str(DISK_CACHE_DIR):
         del found["disk_cache_dir"]
     return found
+
+
+class _Sending:
+    """A remote score that sends the candidates that were written since the program was sent.
+
+    Args:
+        score: The remote score.
+        programs: The configurations.
+    """
+
+    def __init__(self, score: Score, programs: ProgramSpace) -> None:
+        self._score, self._programs = score, programs
+        self._sent = {name: len(some) for name, some in programs.candidates.items()}
+
+    def __call__(self, params: dict[str, int], example: int) -> float:
+        new = [(name, index) for name, index in params.items() if index >= self._sent[name]]
+        if not new:
+            return self._score(params, example)
+        written = [(name, index, self._programs.saved(name, index)) for name, index in new]
+        return self._score({**params, _WRITTEN: written}, example)  # type: ignore[dict-item]
 
 
 class _Paced:
