@@ -88,8 +88,8 @@ class SearchOptions:
         max_tokens_per_minute: Most tokens in any minute.
         dry_run: Return an `Estimate` of the usage of the compile without calling an LM.
         failure_score: The score of an example on which the candidate itself fails.
-        timeout: Seconds after which an attempt of a program call is cancelled (default: never). For a proposal
-            during the search the default is 300.
+        timeout: Seconds after which an attempt of a program call is cancelled (default: never). It also
+            holds for a proposal during the search, by default with 300.
         max_retries: Number of retries after infrastructure errors; retries after rate limits do not count.
         grace: Seconds that calls in flight may still take after Ctrl-C, SIGTERM or ``max_seconds``. No
             other call begins; a second Ctrl-C stops the waiting.

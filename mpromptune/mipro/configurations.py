@@ -102,11 +102,6 @@ class ProgramSpace:
         text: Candidate = candidate_text(known[index])
         return text
 
-    def has(self, params: Mapping[str, int]) -> bool:
-        """Whether all candidates of a configuration are written."""
-        known = ((self.candidates[name], index) for name, index in params.items())
-        return all(index < len(some) and some[index] is not None for some, index in known)
-
     def prompt_space(self) -> PromptSpace:
         """The texts of all candidates."""
         return PromptSpace({name: [*map(candidate_text, some)] for name, some in self.candidates.items()})

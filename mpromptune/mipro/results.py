@@ -21,7 +21,8 @@ from mpromptune.errors import TrialFailedError
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.usage import Usage
 from mpromptune.mipro.configurations import ProgramSpace
-from mpromptune.storage.attributes import EXAMPLES, PLANNED, SCORES
+from mpromptune.storage.attributes import EXAMPLES, PLANNED, PROPOSAL, SCORES
+from mpromptune.storage.proposals import from_json
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +160,8 @@ class Evaluations:
         if not self._wanted:
             return
         assert self.programs is not None
-        if not self.programs.has(trial.params):  # its candidate was not written, so nothing was evaluated
-            return
+        if PROPOSAL in trial.user_attrs and from_json(trial.user_attrs[PROPOSAL]).refused is not None:
+            return  # its candidate was not written, so nothing was evaluated
         examples, outcome = self._outcome(study, trial)
         kind = "eval_full" if len(examples) == len(self.valset) else "eval_minibatch"
         evaluation = _Evaluation(outcome, devset=list(self.valset), metric=self._metric)
