@@ -355,11 +355,17 @@ def test_infrastructure_that_fails_for_a_candidate_does_not_stop_others() -> Non
     """A candidate that never gets a score is dropped in the end, and its predictor is written for again."""
 
     class Unlucky(World):
+        failed = 0
+
         def __call__(self, params: dict[str, int], example: int) -> float:
-            if params[INSTRUCTION] == 3:
+            if params[INSTRUCTION] == 10:
+                self.failed += 1
                 raise ConnectionError("only here")
             return super().__call__(params, example)
 
-    writer = Writer(better)
-    run(Unlucky(), [writer], max_calls=200, retry=RetryPolicy(attempts=1))
+    pool, writer = PromptSpace({INSTRUCTION: [f"0.3{i} text" for i in range(10)]}), Writer(better)
+    world = Unlucky(pool)
+    result = run(world, [writer], pool, max_calls=170, retry=RetryPolicy(attempts=1))
+    assert world.failed
     assert len(writer.briefs) > 1
+    assert {INSTRUCTION: 10} not in [m.params for m in result.configurations]

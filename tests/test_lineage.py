@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.lineage import ALIKE, BESIDE, GAIN_DEVIATION, GAIN_MEAN, OWN, Lineage
+from mpromptune.model.lineage import _ALIKE as ALIKE
+from mpromptune.model.lineage import _OWN as OWN
+from mpromptune.model.lineage import BESIDE, Lineage, average, for_another_search
 from mpromptune.model.skills import Group, Option, groups_of
-from mpromptune.model.space import Birth, IndexSpace
+from mpromptune.model.space import UNKNOWN, Birth, Gain, IndexSpace
 
-GAIN = GAIN_DEVIATION**2
+GAIN = UNKNOWN.deviation**2
 BY_IDENTITY = Option(0.0, 0.0, 0.7)
 # Two initial candidates; 2 and 3 are of one proposer, 4 is of another, 5 descends from 2, 6 from nobody.
 FAMILY = [Birth("a", 0), Birth("a", 0), Birth("b", 0), Birth("a", 2), Birth("a", None)]
@@ -68,7 +70,26 @@ def test_a_child_without_a_parent_is_unlike_all_others(option: Option) -> None:
 def test_each_generation_is_expected_to_gain_the_same() -> None:
     """Initial candidates gain nothing."""
     centre = group_of(FAMILY).centre(np.arange(7)[:, None])
-    assert centre == pytest.approx(GAIN_MEAN * np.array([0, 0, 1, 1, 1, 2, 1]))
+    assert centre == pytest.approx(UNKNOWN.mean * np.array([0, 0, 1, 1, 1, 2, 1]))
+
+
+def test_what_is_known_of_a_proposer_replaces_the_prior() -> None:
+    """A gain of 0.3 +- 0.1 for one, and nothing known of the other; they covary by both deviations."""
+    births = [Birth("a", 0, Gain(0.3, 0.1)), Birth("b", 0)]
+    assert group_of(births).centre(np.arange(4)[:, None]) == pytest.approx([0, 0, 0.3, UNKNOWN.mean])
+    covariance = covariance_of(births)
+    beyond = covariance[2:, 2:] - covariance[0, 0]
+    between = ALIKE * 0.1 * UNKNOWN.deviation
+    assert beyond == pytest.approx(np.array([[0.01 + OWN**2, between], [between, GAIN + OWN**2]]))
+
+
+def test_gains_of_several_predictors_and_of_another_search() -> None:
+    """Means and variances are averaged; in another search less is known, but never less than nothing."""
+    assert average([Gain(0.1, 0.1), Gain(0.3, 0.3)]) == pytest.approx((0.2, 0.05**0.5))
+    mean, deviation = for_another_search(Gain(0.1, 0.1))
+    assert mean == 0.1
+    assert deviation == pytest.approx((0.01 + (1 - ALIKE) * GAIN) ** 0.5)
+    assert for_another_search(Gain(0.1, 5.0)) == Gain(0.1, UNKNOWN.deviation)
 
 
 def test_roots_are_the_initial_ancestors() -> None:
