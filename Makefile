@@ -67,6 +67,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.wallclock
 	$(BIN)/python -m benchmarks.executors
+	$(BIN)/python -m benchmarks.local
 	$(MAKE) report ARGS=
 
 notebooks: $(VENV)/.installed

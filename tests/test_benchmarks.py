@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import enumeration, proposal, quality, report, runner, scale
+from benchmarks import enumeration, local, proposal, quality, report, runner, scale
 from benchmarks.methods import METHODS
 from benchmarks.pipelines import Pipeline, best, compose
 from benchmarks.tables import Table
@@ -300,3 +300,18 @@ def test_enumeration_is_paired_by_seed() -> None:
         problem = Metered(compose(tables, seed=0, pool=4, n_val=20))
         assert problem.space.exists(problem.space.row(method(problem, 60, 0, 4)))
         assert problem.calls <= 60
+
+
+def test_local_compiles_are_summarised_over_seeds() -> None:
+    """Mean and standard error of each method; the accuracy before is that of all rows."""
+    figures = [(0, "stock", 80.0), (1, "stock", 84.0), (0, "qei", 90.0)]
+    rows = [
+        {"seed": seed, "task": "words", "predictors": 1, "method": method, "before": 26.0, "after": after}
+        for seed, method, after in figures
+    ]
+    (line,) = local.summary(rows).splitlines()[1:]
+    assert line.split(maxsplit=2)[:2] == ["words", "1"]
+    assert "26.0 ± 0.0" in line
+    assert "82.0 ± 2.0" in line
+    assert "90.0 ± nan" in line
+    assert line.endswith(" -")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import multiprocessing
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -245,6 +247,20 @@ def test_copies_share_the_weights(folder: str) -> None:
     twins = lm.copy(rollout_id=3, temperature=1.0), copy.deepcopy(lm), pickle.loads(pickle.dumps(lm)), saved
     assert all(twin._local is lm._local for twin in twins)
     assert {twin("a b")[0] for twin in twins} == {lm("a b")[0]}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_a_forked_process_answers_too(folder: str) -> None:
+    """Threads and locks of the parent are gone, even if one was held."""
+    lm = LocalLM(folder)
+    expected = lm("a b c")
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    with lm._local._encoding:
+        child = context.Process(target=lambda: answers.put(lm("a b c")), daemon=True)
+        child.start()
+        assert answers.get(timeout=60) == expected
+    child.join(60)
 
 
 def test_a_long_prompt_is_the_candidates_own_failure(folder: str) -> None:

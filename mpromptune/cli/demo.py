@@ -16,8 +16,8 @@ Compiles a DSPy program with mpromptune.MIPROv2, through all of its steps, and s
 before and after, and the accuracy of both on test examples.
 
 By default, a small language model runs on this machine, offline and without a key: SmolLM2-135M,
-which comes with a package. It sorts words, or questions by what they ask for. Its answers are
-real; the instructions to choose from are written by hand, because it is too small to write them.
+which comes with a package. It sorts words, questions or reviews. Its answers are real; the
+instructions to choose from are written by hand, because it is too small to write them.
 --model local:PATH takes another model, --prompt-model another source of instructions.
 
 With --model and a LiteLLM name, that model solves word problems that are generated here. This
@@ -42,7 +42,9 @@ def add_demo(demo: argparse.ArgumentParser) -> None:
         "openai/gpt-4o-mini or ollama_chat/llama3.2 (default: local:smollm2)",
     )
     source.add_argument("--replay", action="store_true", help="replay recorded answers")
-    demo.add_argument("--task", choices=("words", "questions"), help="of the local model (default: words)")
+    demo.add_argument(
+        "--task", choices=("words", "questions", "reviews"), help="of the local model (default: words)"
+    )
     demo.add_argument("--prompt-model", help="LiteLLM's name of a model that proposes instructions")
     demo.add_argument(
         "--sampler",

@@ -84,7 +84,7 @@ class DemoResult:
     test_score: float | None = None
 
 
-class _DemoMIPROv2(MIPROv2):
+class DemoMIPROv2(MIPROv2):
     """Takes the instructions of the task, or sorts the proposed ones.
 
     A replay gives them in the order of concurrent requests.
@@ -159,7 +159,7 @@ def _compiled(
     config: dict[str, Any] = {"sampler": sampler, "max_calls": calls, "confirm": True}
     if sampler == "qei":
         config["embedder"] = task.embedder
-    optimizer = _DemoMIPROv2(
+    optimizer = DemoMIPROv2(
         metric=task.metric,
         prompt_model=task.prompt_model or task.lm,
         task_model=task.lm,

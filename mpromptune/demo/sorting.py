@@ -1,4 +1,4 @@
-"""The demo's tasks for a real small language model: sort words, and say what questions ask for."""
+"""The demo's tasks for a real small language model: sort words, questions and reviews."""
 
 from __future__ import annotations
 
@@ -75,6 +75,24 @@ SORTINGS = {
             "Look at the first words of the question and decide what it wants to know.",
         ),
     ),
+    "reviews": Sorting(
+        "review",
+        "sentiment",
+        (
+            "Name the sentiment of the review.",
+            "Is the review positive or negative? Answer with one word.",
+            "Say positive if the reviewer is happy and negative if the reviewer is unhappy.",
+            "You are a critic. Decide whether the opinion is good or bad.",
+            "Think carefully about negation. Then write positive or negative.",
+            "Choose from: positive, negative.",
+            "Reply with a single lowercase word.",
+            "Would the reviewer come back? If so, write positive, otherwise negative.",
+            "Send happy customers to positive and angry customers to negative.",
+            "What is it about?",
+            "Read the review twice, then label it.",
+            "Praise is positive. A complaint is negative. No complaint is positive.",
+        ),
+    ),
 }
 
 
@@ -82,7 +100,7 @@ def sorting_task(name: str, model: str, prompt_model: str | None = None) -> Task
     """A task for a model that runs in this process.
 
     Args:
-        name: ``"words"`` or ``"questions"``.
+        name: A key of `SORTINGS`.
         model: The model, as in `LocalLM`.
         prompt_model: LiteLLM's name of a model that proposes instructions; None takes those written by hand.
     """
@@ -136,7 +154,7 @@ def splits(name: str) -> tuple[list[dspy.Example], list[dspy.Example], list[dspy
     """The training, validation and test examples of a task."""
     with (resources.files("mpromptune.demo") / "data" / f"{name}.json").open(encoding="utf-8") as file:
         data = json.load(file)
-    pairs = _questions(data) if name == "questions" else _words(data)
+    pairs = _filled(**data) if "templates" in data else _words(data)
     random.Random(_SEED).shuffle(pairs)
     given, answer = SORTINGS[name].given, SORTINGS[name].answer
     made = [dspy.Example({given: text, answer: label}).with_inputs(given) for text, label in pairs]
@@ -148,12 +166,11 @@ def _words(data: dict[str, str]) -> list[tuple[str, str]]:
     return [(word, label) for label, words in data.items() for word in words.split()]
 
 
-def _questions(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """Each template with each of the fillers that it has room for."""
-    fillers = {kind: words.split() for kind, words in data["fillers"].items()}
+def _filled(templates: dict[str, list[str]], fillers: dict[str, str]) -> list[tuple[str, str]]:
+    """Each template with each of the words that it has room for."""
     pairs = []
-    for label, templates in data["templates"].items():
-        for template, (kind, words) in itertools.product(templates, fillers.items()):
-            if f"{{{kind}}}" in template:
-                pairs += [(template.format(**{kind: word}), label) for word in words]
+    for label, texts in templates.items():
+        for text, (kind, words) in itertools.product(texts, fillers.items()):
+            if f"{{{kind}}}" in text:
+                pairs += [(text.format(**{kind: word}), label) for word in words.split()]
     return pairs

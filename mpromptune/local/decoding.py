@@ -18,9 +18,9 @@ Tokens = tuple[int, ...]
 # Keys and values of each layer, both `heads x tokens x d`.
 _Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
-# NOTE: keys and values of SmolLM2-135M take 46 kB a token, so these take 380 MB: about 60 prompts with eight
+# NOTE: keys and values of SmolLM2-135M take 46 kB a token, so these take 190 MB: about 40 prompts with eight
 # short demos.
-_CAPACITY = 8192
+_CAPACITY = 4096
 # NOTE: 20 times the largest difference seen between the logits of a prompt of SmolLM2-135M alone and in a
 # batch, 5e-5.
 _NEARLY_EQUAL = 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -95,17 +96,25 @@ class LocalModel:
 
     Attributes:
         context: Most tokens of a prompt and its answer.
-        complete: Answers a request, together with those of other threads.
     """
 
     def __init__(self, name: str) -> None:
-        model, self._tokenizer = load(name)
         self._name = name
+        self._model, self._tokenizer = load(name)
+        self.context: int = self._model.config.max_position_embeddings
+        self._start()
+
+    def _start(self) -> None:
+        """Make what a forked process cannot inherit: threads, and locks that others may hold."""
+        self._process = os.getpid()
         self._encoding = threading.Lock()
-        self.context: int = model.config.max_position_embeddings
-        decoder = Decoder(model, self._tokenizer)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.complete: Batcher[Request, Answer] = Batcher(decoder.complete, _BATCH, side_by_side=cores)
+        # The C library keeps freed memory for each thread that has computed, so few threads compute.
+        pool = ThreadPoolExecutor(cores, "mpromptune-local")
+        complete = Decoder(self._model, self._tokenizer).complete
+        self._batcher: Batcher[Request, Answer] = Batcher(
+            lambda batch: pool.submit(complete, batch).result(), _BATCH, side_by_side=cores
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
         return self
@@ -113,8 +122,14 @@ class LocalModel:
     def __reduce__(self) -> Any:
         return local_model, (self._name,)
 
+    def complete(self, request: Request) -> Answer:
+        """Answer a request, together with those of other threads."""
+        return self._batcher(request)
+
     def request(self, texts: Sequence[str], max_tokens: int, stop: str | None) -> Request:
         """The request to continue texts; all but the last are its prefix."""
+        if self._process != os.getpid():
+            self._start()
         head, last = "\n\n".join(texts[:-1]), texts[-1]
         prefix = self._tokens(head, with_special=True)
         rest = self._tokens("\n\n" + last if head else last, with_special=False)
