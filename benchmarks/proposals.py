@@ -38,8 +38,9 @@ CALLS = 1630
 BASES = ("fixed", "gepa", "adaptive")
 SETTING = ("world", "calls", "writers", "method")
 COST = """\
-CPU seconds of a run at 1630 calls: fixed 1.5, gepa 0.1. Finished cells are kept, so that a run can be stopped
-and taken up again."""
+CPU seconds of a run at 1630 calls: fixed 1.5, gepa 0.1; of a scripted run with 1 and 3 predictors: stock 0.5
+and 4, gepa 0.5 and 3, fixed 1.5 and 11, adaptive 2 and 15. Finished cells are kept, so that a run can be
+stopped and taken up again."""
 
 
 def fixed(world: World, writers: Sequence[Writer], calls: int, seed: int, q: int) -> dict[str, int]:

@@ -69,19 +69,24 @@ def gepa(world: Scripted, calls: int, seed: int) -> Any:
 def ours(**options: Any) -> Method:
     """`mpromptune.MIPROv2` with options; the search gets what the steps before it leave of the calls."""
 
-    def compiled(world: Scripted, calls: int, seed: int) -> Any:
-        config = {"sampler": "qei", "embedder": embed, "verbose": False, **options}
-        optimizer = MIPROv2(**_arguments(world, seed))
-        return optimizer.compile(world.program, **_data(world), sampler_config=config, max_calls=calls)
-
     def run(world: Scripted, calls: int, seed: int) -> Any:
-        trial = Scripted(world.n_steps, world.seed)
-        with dspy.context(lm=trial.task_lm):
-            searched = compiled(trial, _FEW, seed).search_result.usage["search"]
-        before = len(trial.log) - searched.program_calls
-        return compiled(world, calls - before, seed)
+        left = calls - _before_search(world, seed)
+        return _optimizer(world, seed, **options).compile(world.program, **_data(world), max_calls=left)
 
     return run
+
+
+def _before_search(world: Scripted, seed: int) -> int:
+    """What the bootstrap and the first instructions cost, in a world of the same seed."""
+    twin = Scripted(world.n_steps, world.seed)
+    with dspy.context(lm=twin.task_lm):
+        best = _optimizer(twin, seed).compile(twin.program, **_data(twin), max_calls=_FEW)
+    return len(twin.log) - int(best.search_result.calls)
+
+
+def _optimizer(world: Scripted, seed: int, **options: Any) -> MIPROv2:
+    config = {"sampler": "qei", "embedder": embed, "verbose": False, **options}
+    return MIPROv2(**_arguments(world, seed), sampler_config=config)
 
 
 METHODS: dict[str, Method] = {

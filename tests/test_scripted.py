@@ -124,7 +124,7 @@ def test_two_instructions_become_one() -> None:
     assert np.mean([sum(rule in text for rule in rules) for text in texts]) > 2.5
 
 
-@pytest.mark.parametrize("method", ["stock", "gepa", "fixed"])
+@pytest.mark.parametrize("method", ["stock", "gepa", "fixed", "adaptive"])
 def test_methods_run_within_their_calls(method: str) -> None:
     """They return a program whose accuracy is known, and pay for their proposals too."""
     (cell,) = (c for c in cells() if c["method"] == method and c["predictors"] == 1)
