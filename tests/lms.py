@@ -81,7 +81,7 @@ def arithmetic_lm(**kwargs: Any) -> ScriptedLM:
 
     def answer(field: str, messages: list[dict[str, Any]]) -> str:
         text = "".join(str(m["content"]) for m in messages)
-        if field == "proposed_instruction":
+        if field in ("proposed_instruction", "new_instruction"):
             return f"Add carefully, style {digest(text) % 50}."
         if field != "answer":
             return f"some {field}"

@@ -86,6 +86,17 @@ def run(storage: Any, lm: Any, program: str = "one predictor", **options: Any) -
         return optimizer.compile(PROGRAMS[program](), storage=storage, **{**given, **SMALL_RUN, **options})
 
 
+def adapt(storage: Any, lm: Any, **options: Any) -> Any:
+    """A compile whose search writes candidates, too."""
+    given = {"proposals": "adaptive", "proposers": ["contrast", "merge", "fresh", "demos"], "max_calls": 400}
+    return run(storage, lm, **{**given, "verbose": False, **options})
+
+
+def adapt_and_die(path: Path, log: Path, last: int, delay: float) -> None:
+    """Like `compile_and_die`, for `adapt`."""
+    adapt(path, LoggedLM(log, last, delay))
+
+
 def compile_and_die(path: Path, log: Path, last: int, delay: float, program: str) -> None:
     """A compile that does not live to see its end, unless it makes fewer requests."""
     run(path, LoggedLM(log, last, delay), program, verbose=False)

@@ -1,0 +1,285 @@
+"""Compiles whose candidates are also written while the search runs."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tasks
+from briefs import WriterLM
+from lms import ScriptedLM, digest
+from tasks import QEI, ZERO_SHOT, additions
+
+from mpromptune.errors import InvalidArgumentError, StudyMismatchError
+from mpromptune.mipro.reading import read_result
+
+ASKED = "Someone who has {} apples wants to know how many these are in all."
+VAL = [x.copy(question=ASKED.format(x.question)) for x in additions(30, offset=6)]
+BETTER = "Add the numbers column by column."
+INSTRUCTION = "0_predictor_instruction"
+
+
+def adding_lm(latency: Any = 0.0) -> ScriptedLM:
+    """Adds two numbers: nearly always right if told to go column by column, otherwise on two sums of five."""
+
+    def answer(field: str, messages: list[dict[str, Any]]) -> str:
+        if field == "proposed_instruction":
+            return f"Add, style {digest(str(messages)) % 50}."
+        if field != "answer":
+            return f"some {field}"
+        a, b = map(int, re.findall(r"(\d+)\+(\d+)", str(messages[-1]["content"]))[-1])
+        skill = 0.95 if "column by column" in str(messages[0]["content"]) else 0.4
+        return str(a + b + (random.Random(digest(a, skill)).random() > skill))
+
+    return ScriptedLM(answer, latency)
+
+
+def adaptive(writer: Any = None, **options: Any) -> Any:
+    """The best program of a compile in which *reflect* may write; ``writer`` is the reflection LM."""
+    init = {**ZERO_SHOT, **options.pop("init", {})}
+    run = {"proposals": "adaptive", "proposers": ["reflect"], "max_calls": 500, "verbose": False, **options}
+    return tasks.compiled(
+        lm=run.pop("lm", None) or adding_lm(),
+        init=init,
+        reflection_lm=writer or WriterLM(BETTER),
+        valset=VAL,
+        **{**QEI, **run},
+    )
+
+
+def trials_of(best: Any) -> Any:
+    """All that a search decided and found out."""
+    trials = [(t.params, t.value, t.intermediate_values) for t in best.search_result.study.trials]
+    return trials, best.search_result.proposals, best.search_result.best_params
+
+
+def test_reflect_finds_the_better_instruction() -> None:
+    """It is the winner, and the result has the proposal by which it came about."""
+    writer = WriterLM(BETTER)
+    best = adaptive(writer)
+    result = best.search_result
+    assert best.solve.signature.instructions == BETTER
+    assert result.best_score > result.baseline_score + 0.3
+    (proposal,) = result.lineage(INSTRUCTION, result.best_params[INSTRUCTION])
+    assert (proposal.proposer, proposal.written) == ("reflect", BETTER)
+    assert result.space.components[INSTRUCTION][proposal.index] == BETTER
+    assert result.lineage(INSTRUCTION, 0) == ()
+    assert proposal.usage.lm_calls == 1
+
+
+def test_usage_counts_every_request() -> None:
+    """Those of proposals belong to the step that proposes."""
+    lm, writer = adding_lm(), WriterLM(BETTER)
+    best = adaptive(writer, lm=lm)
+    usage, proposals = best.search_result.usage, best.search_result.proposals
+    assert usage.total.lm_calls == len(lm.calls) + len(writer.requests)
+    assert usage.total.tokens == 15 * usage.total.lm_calls
+    before = tasks.compiled(lm=adding_lm(), init=ZERO_SHOT, valset=VAL, **QEI).search_result.usage
+    written = sum(one.usage.lm_calls for one in proposals)
+    assert written == len(writer.requests) > 0
+    assert usage["propose"].lm_calls == before["propose"].lm_calls + written
+    assert best.prompt_model_total_calls == usage["propose"].lm_calls
+
+
+def refused() -> str:
+    raise RuntimeError("the model is gone")
+
+
+LONG = "Add. " * 10_000
+USELESS = {
+    "fails": refused,
+    "empty": "",
+    "long": LONG,
+    "JSON": '{"role": "system", "content": ["Add."]}',
+    "an example": f"Add. {VAL[0].question} {VAL[0].answer}",
+}
+
+
+def notes_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "is not asked again" in r.getMessage()]
+
+
+@pytest.mark.parametrize("text", USELESS.values(), ids=USELESS)
+def test_a_useless_reflection_lm(text: str | Callable[[], str], caplog: pytest.LogCaptureFixture) -> None:
+    """The run goes on with its candidates, and says so once; after three proposals it costs nothing more."""
+    writer = WriterLM(text)
+    with caplog.at_level(logging.WARNING):
+        best = adaptive(writer)
+    result = best.search_result
+    assert all(one.refused is not None for one in result.proposals)
+    assert len(result.proposals) == 3
+    assert len(writer.requests) <= 3 * 3
+    (said,) = notes_of(caplog)
+    assert "'reflect' has failed 3 times" in said
+    assert len(said) < 1000
+    assert result.best_params[INSTRUCTION] < 3
+    assert result.best_score >= result.baseline_score
+    assert all(t.params[INSTRUCTION] < 3 for t in result.study.trials if t.value is not None)
+    assert len(best.trial_logs) == sum(t.value is not None for t in result.study.trials)
+
+
+def test_a_reflection_lm_that_repeats_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """Its first text counts, the same again is refused, and that is said once."""
+    best = adaptive(WriterLM("Add, or do not add."))
+    written = [one.written for one in best.search_result.proposals if one.written is not None]
+    assert written == ["Add, or do not add."]
+    assert len(best.search_result.proposals) <= 4
+    assert len(notes_of(caplog)) <= 1
+
+
+def by_digest(candidate: Any, reflective_dataset: Any, components_to_update: Any) -> dict[str, str]:
+    """A ``ProposalFn`` whose text depends on all that it is shown."""
+    number = digest(candidate, reflective_dataset) % 50
+    return dict.fromkeys(components_to_update, f"Add carefully, style {number}.")
+
+
+@pytest.mark.parametrize("shots", [ZERO_SHOT, tasks.FEW_SHOT], ids=["zero", "few"])
+def test_threads_change_nothing(shots: Any) -> None:
+    """Whatever the order in which answers come in: the same trials, proposals and winner."""
+
+    def latency(messages: Any) -> float:
+        return 0.004 * (digest(str(messages), len(found)) % 10) / 10
+
+    found: list[Any] = []
+    for threads in (1, 8):
+        lm = tasks.arithmetic_lm(latency=latency)
+        init = {**shots, "num_threads": threads}
+        best = adaptive(lm=lm, init=init, proposers=None, instruction_proposer=by_digest, max_calls=300)
+        found.append(trials_of(best))
+    assert found[0] == found[1]
+    assert any(one.written is not None for one in found[0][1])
+
+
+def test_budgets_hold_with_proposals() -> None:
+    """A proposal counts as a program call for each request; tokens and dollars are those of all steps."""
+    init = {**tasks.FEW_SHOT, "num_threads": 1}
+    whole = adaptive(lm=tasks.arithmetic_lm(), init=init, proposers=["contrast", "merge", "demos"])
+    result = whole.search_result
+    calls = {"contrast": 1, "merge": 1, "demos": 0}
+    assert result.calls + sum(calls[one.proposer] for one in result.proposals) <= 500
+    assert {one.proposer for one in result.proposals if one.written} != {"demos"}
+    tokens = result.usage.total.tokens // 2
+    for limits in ({"max_tokens": tokens}, {"max_cost": 1e-6 * tokens, "prices": {"scripted": (1.0, 1.0)}}):
+        cut = adaptive(
+            lm=tasks.arithmetic_lm(), init=init, proposers=["contrast", "merge", "demos"], **limits
+        ).search_result
+        assert cut.stopped_by == next(iter(limits))
+        assert cut.usage.total.tokens <= tokens + 2 * 15  # what was in flight
+
+
+def test_fixed_proposals_are_the_default() -> None:
+    """The same trials, nothing of proposals in the study, and no notes."""
+    plain, fixed = (
+        tasks.compiled(lm=adding_lm(), init=ZERO_SHOT, valset=VAL, **QEI, **more).search_result
+        for more in ({}, {"proposals": "fixed"})
+    )
+    trials = [[(t.params, t.value, {*t.user_attrs}) for t in r.study.trials] for r in (plain, fixed)]
+    assert trials[0] == trials[1]
+    assert plain.study.user_attrs == fixed.study.user_attrs
+    assert "propos" not in str([t.user_attrs for t in fixed.study.trials])
+    assert (fixed.proposals, fixed.visible_score, fixed.hidden_score) == ((), None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"proposals": "always"}, "proposals must be one of ['fixed', 'adaptive']; got 'always'"),
+        ({"sampler": "tpe"}, "only with sampler='qei' and schedule='blocks'; got sampler='tpe'"),
+        ({"schedule": "mipro"}, "only with sampler='qei' and schedule='blocks'"),
+        ({"proposers": ["reflct"]}, "Unknown operator 'reflct'. Did you mean 'reflect'?"),
+        ({"proposers": []}, "must be a list of at least one name or proposer; got []"),
+        ({"proposers": "reflect"}, "must be a list of at least one name or proposer; got 'reflect'"),
+        ({"proposers": [3]}, "got 3, which lacks"),
+        ({"proposers": ["merge", "merge"]}, "'merge' twice"),
+        ({"reflection_lm": "openai/gpt-4o"}, "reflection_lm must be a language model, as in dspy.LM("),
+        ({"instruction_proposer": "best"}, "instruction_proposer must be a callable; got 'best'"),
+        ({"proposals": "fixed", "proposers": ["merge"]}, "['proposers'] only apply to proposals='adaptive'"),
+        ({"proposals": None, "reflection_lm": WriterLM()}, "['reflection_lm'] only apply to"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_errors_come_before_money(options: Any, message: str, dry_run: bool) -> None:
+    """In a dry run too."""
+    lm = adding_lm()
+    given = {**QEI, "proposals": "adaptive", "dry_run": dry_run, **options}
+    if given["sampler"] != "qei":
+        del given["embedder"]
+    with pytest.raises(InvalidArgumentError) as caught:
+        tasks.compiled(lm=lm, **given)
+    assert message in str(caught.value)
+    assert lm.calls == []
+
+
+def test_options_of_the_constructor() -> None:
+    """Fixed proposals in one compile drop what the constructor has for adaptive ones."""
+    init = {**ZERO_SHOT, "proposals": "adaptive", "reflection_lm": WriterLM(BETTER)}
+    best = tasks.compiled(lm=adding_lm(), init=init, valset=VAL, max_calls=300, proposers=["reflect"], **QEI)
+    assert best.solve.signature.instructions == BETTER
+    best = tasks.compiled(lm=adding_lm(), init=init, valset=VAL, max_calls=100, proposals="fixed", **QEI)
+    assert best.search_result.proposals == ()
+
+
+def test_a_second_call_is_free(tmp_path: Path) -> None:
+    """The same program with its new candidates, without a request."""
+    path = tmp_path / "run.log"
+    best = adaptive(storage=path)
+    lm, writer = adding_lm(), WriterLM("never asked")
+    again = adaptive(writer, lm=lm, storage=path)
+    assert (lm.calls, writer.requests) == ([], [])
+    assert again.dump_state() == best.dump_state()
+    assert trials_of(again) == trials_of(best)
+    for step in ("bootstrap", "propose", "search"):
+        first, second = (one.search_result.usage[step] for one in (best, again))
+        assert (second.lm_calls, second.tokens) == (first.lm_calls, first.tokens)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"proposals": "fixed", "proposers": None, "reflection_lm": None},
+        {"proposers": ["reflect", "merge"]},
+        {"instruction_proposer": by_digest},
+    ],
+)
+def test_other_proposers_are_another_run(tmp_path: Path, changes: Any) -> None:
+    """In either direction, before any request."""
+    base = {**ZERO_SHOT}
+    given = {**QEI, "proposals": "adaptive", "proposers": ["reflect"], "reflection_lm": WriterLM(BETTER)}
+    for number, (then, now) in enumerate([(given, {**given, **changes}), ({**given, **changes}, given)]):
+        path, lm = tmp_path / f"{number}.log", adding_lm()
+        tasks.compiled(lm=adding_lm(), init=base, max_calls=100, storage=path, **then)
+        with pytest.raises(StudyMismatchError, match="propos"):
+            tasks.compiled(lm=lm, init=base, max_calls=100, storage=path, **now)
+        assert lm.calls == []
+
+
+def test_reading_a_study_with_proposals(tmp_path: Path) -> None:
+    """At any time of the search, and at its end: candidates, proposals, usage and winner."""
+    path, seen = tmp_path / "run.log", []
+
+    def look(progress: Any) -> None:
+        if progress.calls:
+            seen.append(read_result(path)[0])
+
+    result = adaptive(storage=path, on_progress=look).search_result
+    read = read_result(path)[0]
+    assert read.proposals == result.proposals
+    assert read.space.components == result.space.components
+    assert (read.best_params, read.best_score) == (result.best_params, result.best_score)
+    assert (read.visible_score, read.hidden_score) == (result.visible_score, result.hidden_score)
+    assert read.usage == result.usage
+    assert {len(one.proposals) for one in seen} >= {0, 1}
+
+
+def test_scores_on_both_shares() -> None:
+    """Together they are the score of a winner that was measured in full."""
+    result = adaptive(confirm=True).search_result
+    assert result.visible_score is not None
+    assert result.hidden_score is not None
+    mean = 0.6 * result.visible_score + 0.4 * result.hidden_score
+    assert mean == pytest.approx(result.best_score)
