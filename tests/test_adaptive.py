@@ -6,16 +6,23 @@ import logging
 import random
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
 import tasks
 from briefs import WriterLM
+from dspy.utils.callback import BaseCallback
 from lms import ScriptedLM, digest
+from paid import THREADS, LoggedLM, adapt, adapt_and_die, read
+from remote_lms import WrittenLM
 from tasks import QEI, ZERO_SHOT, additions
 
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
+from mpromptune.execution.usage import Usage
 from mpromptune.mipro.reading import read_result
 
 ASKED = "Someone who has {} apples wants to know how many these are in all."
@@ -283,3 +290,80 @@ def test_scores_on_both_shares() -> None:
     assert result.hidden_score is not None
     mean = 0.6 * result.visible_score + 0.4 * result.hidden_score
     assert mean == pytest.approx(result.best_score)
+
+
+def test_each_kill_costs_one_request_a_thread(tmp_path: Path, forks: Any) -> None:
+    """In all steps, proposals during the search among them; the program is that of a run in one go."""
+    path, log = tmp_path / "run.journal", tmp_path / "run.log"
+    expected = adapt(None, LoggedLM(tmp_path / "whole.log"))
+    rng = random.Random(3)
+    kills = 0
+    for _ in range(10):
+        arguments = path, log, rng.randint(20, 50), 0.02 * rng.random()
+        process = forks.Process(target=adapt_and_die, args=arguments)
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -9)
+        kills += process.exitcode == -9
+        Path(f"{path}.lock").unlink(missing_ok=True)  # which would time out by itself
+    best = adapt(path, LoggedLM(log))
+    again = read(log) - read(tmp_path / "whole.log")
+    assert kills >= 5
+    assert sum(again.values()) <= (THREADS + 1) * kills  # one proposal at a time
+    assert best.dump_state() == expected.dump_state()
+    assert trials_of(best)[2] == trials_of(expected)[2]
+    whole, found = (
+        [replace(one, usage=Usage()) for one in b.search_result.proposals] for b in (expected, best)
+    )
+    assert found == whole
+    assert any(one.written is not None for one in whole)
+
+
+def exact(example: Any, prediction: Any, trace: Any = None) -> bool:
+    return bool(example.answer == prediction.answer)
+
+
+@pytest.mark.parametrize(("proposer", "kind"), [("reflect", str), ("demos", list)])
+def test_workers_in_other_processes_get_new_candidates(tmp_path: Path, proposer: str, kind: type) -> None:
+    """With the first calls that need them."""
+    given = {"proposers": [proposer], "init": tasks.FEW_SHOT, "max_calls": 250, "metric": exact}
+    given["instruction_proposer"] = by_digest
+    here = adaptive(lm=WrittenLM(tmp_path / "here.log"), **given)
+    with ProcessPoolExecutor(2) as executor:
+        away = adaptive(lm=WrittenLM(tmp_path / "away.log"), executor=executor, **given)
+    assert trials_of(away) == trials_of(here)
+    new = [one for one in here.search_result.proposals if one.written is not None]
+    assert {type(one.written) for one in new} == {kind}
+    assert "start away" in (tmp_path / "away.log").read_text()
+
+
+def test_callbacks_of_dspy_see_evaluations_only() -> None:
+    """A trial whose candidate was refused is none; all others are reported in order."""
+    seen: list[Any] = []
+
+    class Watching(BaseCallback):
+        def on_evaluate_end(self, call_id: str, outputs: Any, exception: Any = None) -> None:
+            seen.append(outputs.score if exception is None else exception)
+
+    with dspy.context(callbacks=[Watching()]):
+        best = adaptive(WriterLM(""))
+    told = [t for t in best.search_result.study.trials if t.value is not None]
+    refused = [one for one in best.search_result.proposals if one.refused is not None]
+    assert len(refused) == len(best.search_result.study.trials) - len(told) > 0
+    assert len(seen) == len(told)
+    assert not any(isinstance(one, Exception) for one in seen)
+
+
+def test_programs_of_several_predictors() -> None:
+    """Each has its own new candidates, and what was measured exists."""
+    best = adaptive(
+        lm=tasks.arithmetic_lm(),
+        program=tasks.Planner(),
+        init=tasks.FEW_SHOT,
+        proposers=None,
+        instruction_proposer=by_digest,
+    )
+    result = best.search_result
+    assert {one.component[0] for one in result.proposals if one.written is not None} == {"0", "1"}
+    for trial in (t for t in result.study.trials if t.value is not None):
+        assert all(index < len(result.space.components[name]) for name, index in trial.params.items())
