@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpromptune.model.beliefs import Beliefs
-from mpromptune.model.lineage import _ALIKE as ALIKE
-from mpromptune.model.lineage import _OWN as OWN
-from mpromptune.model.lineage import BESIDE, Lineage, average, for_another_search
+from mpromptune.model.lineage import ALIKE, BESIDE, OWN, Lineage, average, for_another_search
 from mpromptune.model.skills import Group, Option, groups_of
 from mpromptune.model.space import UNKNOWN, Birth, Gain, IndexSpace
 
@@ -152,3 +150,18 @@ def test_good_children_promise_more_of_their_proposer() -> None:
     assert after[0.3] < after[0.5] < after[0.7]
     other = {right: skill_of_an_offer("b", right) for right in (0.5, 0.7)}
     assert after[0.7] - after[0.5] > other[0.7] - other[0.5] > 0
+
+
+def test_the_gain_of_a_proposer_is_learned() -> None:
+    """From the prior mean downwards with poor children and upwards with good ones, and more surely."""
+    gains = {}
+    for right in (0.3, 0.5, 0.7):
+        space = IndexSpace([2])
+        beliefs = Beliefs(space, [on_a_line([0.0, 1.0])])
+        for _ in range(3):
+            space.add(0, Birth("a", 0))
+        scores = (np.arange(40) / 40 < np.array([0.5, 0.5, right, right, right])[:, None]).astype(float)
+        beliefs.tell([(i,) for i in range(5)], scores)
+        gains[right] = beliefs.gains()[0, "a"]
+    assert gains[0.3].mean < UNKNOWN.mean < gains[0.5].mean < gains[0.7].mean
+    assert all(0.0 < gain.deviation < UNKNOWN.deviation for gain in gains.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -41,6 +42,11 @@ def _check_callbacks(name: str, value: Any) -> None:
 def _check_proposals(name: str, value: Any) -> None:
     if value not in PROPOSALS:
         raise InvalidArgumentError(f"proposals must be one of {[*PROPOSALS]}; got {value!r}.")
+
+
+def _check_path(name: str, value: Any) -> None:
+    if not isinstance(value, str | os.PathLike):
+        raise InvalidArgumentError(f"{name} must be the path of a file; got {value!r}.")
 
 
 def _check_proposers(name: str, value: Any) -> None:
@@ -91,6 +97,7 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(("dry_run", "verbose"), _check_bool),
     "proposals": _check_proposals,
     "proposers": _check_proposers,
+    "gains_file": _check_path,
     "embedder": _check_embedder,
     "device": _check_device,
     "callbacks": _check_callbacks,

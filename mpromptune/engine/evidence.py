@@ -130,7 +130,8 @@ class Evidence:
             if offer is None:
                 return list(propose(model, n, calls_left, is_open, rng))
             new = offer.row(self.growth.space.sizes[offer.component])
-            rows = propose(model, n, calls_left, is_open, rng, new)
+            # When everything else is measured, the rest of the budget is best spent on a new candidate.
+            rows = propose(model, n, calls_left, is_open, rng, new) or [new]
         # All blocks of the new candidate are of one configuration, because it is written only once.
         first = next(filter(self.growth.space.is_next, rows), None)
         return [offer.beside(first) if first and self.growth.space.is_next(row) else row for row in rows]

@@ -61,7 +61,7 @@ class Growth:
         space: The configurations; it grows when a proposer is asked.
         proposers: By name.
         capacity: Most candidates of each component.
-        gains: What is known of proposers from earlier searches.
+        gains: What is known of proposers from other searches.
         asked: Number of proposals begun.
     """
 

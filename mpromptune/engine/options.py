@@ -31,7 +31,7 @@ PLANS: Mapping[str, Callable[..., Plan]] = {"blocks": BatchPlan, "mipro": MiproP
 _BLOCKS_ONLY = ("block_size", "patience", "target", "confirm")
 QEI_ONLY = ("max_space_size", "n_batches", "min_cold_start", "embedder", "device")
 # Options of a compile whose candidates are also written while the search runs.
-ADAPTIVE_ONLY = ("proposers", "reflection_lm", "instruction_proposer")
+ADAPTIVE_ONLY = ("proposers", "reflection_lm", "instruction_proposer", "gains_file")
 _DEFAULT_PROPOSALS = "fixed"
 # Options that apply only to the steps before the search, or are explicit arguments of `search`.
 _COMPILE_ONLY = (
@@ -79,6 +79,8 @@ class SearchOptions:
         reflection_lm: (adaptive) The language model that rewrites instructions, as in ``dspy.GEPA``; by
             default the prompt model.
         instruction_proposer: (adaptive) A ``ProposalFn`` as in ``dspy.GEPA``, for the operator ``"reflect"``.
+        gains_file: (adaptive) Path of a file with what earlier compiles have learned about proposers; it is
+            read at the beginning and updated at the end. By default nothing is learned across compiles.
         max_tokens: Tokens that the whole compile may use, prompts and completions together.
         max_cost: US dollars that the whole compile may cost.
         max_seconds: Wall-clock time that the whole compile may take, not counting ``grace``.
@@ -129,6 +131,7 @@ class SearchOptions:
     proposers: Sequence[Any] | None = None
     reflection_lm: Any = None
     instruction_proposer: Any = None
+    gains_file: Any = None
     max_tokens: int | None = None
     max_cost: float | None = None
     max_seconds: float | None = None

@@ -52,6 +52,7 @@ class Proposer(Protocol):
         name: Its name in the study; what its candidates gain is learned under this name.
         calls: LM requests that a proposal usually takes; each is charged like a program call.
         keeps_parent: Whether its candidates resemble the parent's; otherwise they are unrelated to it.
+        gain: What is known of its mean gain from other searches, a `mpromptune.model.space.Gain`; optional.
     """
 
     name: str

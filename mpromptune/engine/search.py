@@ -36,7 +36,7 @@ from mpromptune.execution.limits import PROPOSE, SEARCH, Budget
 from mpromptune.execution.pool import Score, Workers, classify_builtin
 from mpromptune.execution.remote import Workplace, measuring
 from mpromptune.execution.usage import Meter, Usage, metered
-from mpromptune.model.space import PromptSpace
+from mpromptune.model.space import UNKNOWN, Gain, PromptSpace
 from mpromptune.sampling.encoding import distributions_of
 from mpromptune.sampling.sampler import qEISampler
 from mpromptune.sampling.samplers import bind, is_qei, resolve_sampler
@@ -151,6 +151,7 @@ def search(
     study = open_study(chosen.storage, chosen.study_name)
     capacity = capacity_of(space, max_calls) if proposers else {}
     growth = Growth(space, {p.name: p for p in sorted(proposers, key=lambda p: p.name)}, capacity)
+    growth.gains = {proposer.name: getattr(proposer, "gain", UNKNOWN) for proposer in proposers}
     with (
         budget.ending(),
         handled(),
@@ -244,6 +245,7 @@ def _prepare(
         if before.get("batch_size") == plan.batch_size:  # trials must not depend on the number of threads
             plan.batches_in_flight = int(before["batches_in_flight"])
         growth.capacity = before.get("capacity", growth.capacity)
+        growth.gains = {name: Gain(*gain) for name, gain in before.get("gains", growth.gains).items()}
         settings = settings_of(space, task, options.schedule_name, plan, growth)
         require_same(study, before, settings)
     require_readable(study, distributions_of(space, growth.capacity), task.n_examples)

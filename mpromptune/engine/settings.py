@@ -48,7 +48,7 @@ def settings_of(space: PromptSpace, task: Task, schedule: str, plan: Plan, growt
         "arguments": {**arguments, "combinations": listed},
         "batch_size": plan.batch_size,
         "batches_in_flight": plan.batches_in_flight,
-        **({"capacity": dict(growth.capacity)} if growth.capacity else {}),
+        **({"capacity": dict(growth.capacity), "gains": dict(growth.gains)} if growth.proposers else {}),
     }
 
 

@@ -97,6 +97,7 @@ class Summary:
             space=self.space,
             distances=self.evidence.encoding.distances(),
             drawn=self.evidence.drawn(),
+            gains=self.evidence.gains(),
             text_chance=self.evidence.text_chance(),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpromptune.engine.proposers import Brief, Proposer
@@ -12,9 +12,11 @@ from mpromptune.execution.usage import current_meter
 from mpromptune.lms.metering import measured
 from mpromptune.mipro.configurations import ProgramSpace
 from mpromptune.mipro.run import Run
-from mpromptune.model.space import PromptSpace
+from mpromptune.model.lineage import for_another_search
+from mpromptune.model.space import UNKNOWN, Gain, PromptSpace
 from mpromptune.operators.base import Setting
 from mpromptune.operators.registry import OPERATORS, made
+from mpromptune.storage.gains import read_gains, write_gains
 
 # Arguments of a compile that proposers need too.
 _ARGUMENTS = (
@@ -40,7 +42,17 @@ def proposers_of(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> lis
     if not run.options.is_adaptive:
         return []
     given = OPERATORS if run.options.proposers is None else run.options.proposers
-    return [_Counted(proposer, run) for proposer in made(given, _setting(run, programs, valset))]
+    proposers = made(given, _setting(run, programs, valset))
+    path = run.options.gains_file
+    known = {} if path is None else read_gains(path)
+    return [_Counted(proposer, run, known.get(proposer.name, UNKNOWN)) for proposer in proposers]
+
+
+def keep_gains(run: Run, gains: Mapping[str, Gain]) -> None:
+    """Update the file with what is known of proposers, if one was given."""
+    if (path := run.options.gains_file) is not None:
+        ours = {name: for_another_search(gain) for name, gain in gains.items()}
+        write_gains(path, {**read_gains(path), **ours})
 
 
 def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting:
@@ -70,8 +82,9 @@ def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting
 class _Counted:
     """A proposer whose LM requests are counted for its proposal, and whose answers are saved."""
 
-    def __init__(self, proposer: Proposer, run: Run) -> None:
+    def __init__(self, proposer: Proposer, run: Run, gain: Gain) -> None:
         self.name, self.calls, self.keeps_parent = proposer.name, proposer.calls, proposer.keeps_parent
+        self.gain = gain
         self._proposer, self._run = proposer, run
 
     def components(self, space: PromptSpace) -> Sequence[str]:

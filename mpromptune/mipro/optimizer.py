@@ -31,7 +31,7 @@ from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution.interrupts import handled
 from mpromptune.lms.errors import classify, retry_after
 from mpromptune.mipro import bootstrap, proposal
-from mpromptune.mipro.adaptive import proposers_of
+from mpromptune.mipro.adaptive import keep_gains, proposers_of
 from mpromptune.mipro.checks import check_arguments, incompatible, require_compatible
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
 from mpromptune.mipro.estimate import Estimate, estimate, interceptor
@@ -260,6 +260,7 @@ def _best_program(
     except (SearchInterrupted, SearchStoppedError) as error:
         error.program = program if error.result is None else _finished(run, programs, error.result)
         raise
+    keep_gains(run, result.gains)
     return _finished(run, programs, result)
 
 

@@ -25,12 +25,12 @@ from mpromptune.model.space import UNKNOWN, Birth, FloatArray, Gain, IndexArray
 
 # NOTE: s, in logits: what the simulated writers of `benchmarks.proposals` have. Prompts of the recorded
 # tables differ by 0.3 to 1.5.
-_OWN = 0.4
+OWN = 0.4
 # NOTE: correlation of the gains of two proposers. It was reasoned, not tuned: half of a gain is the task (how
 # much better can a text be at all?), half is the way of writing.
-_ALIKE = 0.5
+ALIKE = 0.5
 # NOTE: deviation, in logits, of a child's gain beside one candidate of the other component (an instruction
-# beside a demo set) from its mean gain: small compared with `_OWN`, because it is the same text.
+# beside a demo set) from its mean gain: small compared with `OWN`, because it is the same text.
 BESIDE = 0.2
 
 
@@ -71,7 +71,7 @@ def means_of(births: Sequence[Birth]) -> FloatArray:
 
 def covariance_of(births: Sequence[Birth]) -> FloatArray:
     """Prior covariance of the differences between children and their parents, ``K x K``."""
-    own = [_OWN**2 if birth.parent is not None else 0.0 for birth in births]
+    own = [OWN**2 if birth.parent is not None else 0.0 for birth in births]
     return gains_between(births, births) + np.diag(own)
 
 
@@ -79,7 +79,7 @@ def gains_between(births: Sequence[Birth], others: Sequence[Birth]) -> FloatArra
     """Prior covariance of the gains of the proposers of two lists of births."""
     mine, theirs = ([birth.gain.deviation for birth in some] for some in (births, others))
     same = np.array([[one.proposer == other.proposer for other in others] for one in births])
-    covariance: FloatArray = np.outer(mine, theirs) * (_ALIKE + (1.0 - _ALIKE) * same)
+    covariance: FloatArray = np.outer(mine, theirs) * (ALIKE + (1.0 - ALIKE) * same)
     return covariance
 
 
@@ -91,5 +91,5 @@ def average(gains: Sequence[Gain]) -> Gain:
 
 def for_another_search(gain: Gain) -> Gain:
     """The prior of a proposer's gain in another search, whose task may be another one."""
-    variance = gain.deviation**2 + (1.0 - _ALIKE) * UNKNOWN.deviation**2
+    variance = gain.deviation**2 + (1.0 - ALIKE) * UNKNOWN.deviation**2
     return Gain(gain.mean, min(variance**0.5, UNKNOWN.deviation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import optuna
@@ -12,7 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from mpromptune.execution.usage import StepUsage
-from mpromptune.model.space import FloatArray, PromptSpace
+from mpromptune.model.space import FloatArray, Gain, PromptSpace
 from mpromptune.storage.attributes import ANSWERS, NOTE, SETTINGS
 from mpromptune.storage.proposals import Proposal
 
@@ -72,6 +72,7 @@ class Findings:
         visible_score: Mean of the winner's scores on the examples that proposers may see; None if all
             candidates were written before the search, NaN without such scores.
         hidden_score: The same for the other examples.
+        gains: The mean gain of each proposer's children over their parents, in logits, with its deviation.
         text_chance: Fraction of random assignments of embeddings to candidates that explain the scores as
             well as the real one (see `statistics.chance_of_likeness`); near 0 if similar texts have similar
             scores. None if texts were not embedded, or too few were measured.
@@ -96,6 +97,7 @@ class Findings:
     proposals: tuple[Proposal, ...] = field(default=(), repr=False)
     visible_score: float | None = None
     hidden_score: float | None = None
+    gains: Mapping[str, Gain] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def baseline_params(self) -> dict[str, int] | None:
