@@ -34,6 +34,7 @@ from mpromptune.errors import (
     SearchStoppedError,
     StudyMismatchError,
 )
+from mpromptune.execution.interrupts import check_stopped, is_over
 from mpromptune.execution.usage import Usage, record
 from mpromptune.storage.attributes import USAGE
 
@@ -112,8 +113,8 @@ def test_a_finished_search_asks_for_nothing(tmp_path: Path) -> None:
     assert again.usage["propose"].lm_calls == len(proposals_of(first))
 
 
-@pytest.mark.parametrize("grace", [0.1, 5.0])
-def test_ctrl_c_while_a_candidate_is_written(grace: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_patient", [False, True], ids=["lost", "saved"])
+def test_ctrl_c_while_a_candidate_is_written(is_patient: bool, tmp_path: Path) -> None:
     """What is written within the grace is saved; otherwise it is asked for again, under the same index."""
     begun, over = threading.Event(), threading.Event()
 
@@ -121,25 +122,48 @@ def test_ctrl_c_while_a_candidate_is_written(grace: float, tmp_path: Path) -> No
         if not begun.is_set():
             begun.set()
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-            over.wait(0.6)
+            over.wait(0.5 if is_patient else 60)
         return better(brief)
 
     path, world = tmp_path / "j", World()
     with pytest.raises(SearchInterrupted) as info:
-        run(world, [Writer(interrupted)], storage=path, grace=grace)
+        run(world, [Writer(interrupted)], storage=path, grace=30.0 if is_patient else 0.1)
     assert len(info.value.study.trials) > 3
+    over.set()
     calls = sum(world.asked.values())
-    time.sleep(0.8)
+    time.sleep(0.3)
     assert sum(world.asked.values()) == calls  # nothing begins after it
     second, writer = World(), Writer(better)
     result = run(second, [writer], storage=path)
     assert not world.asked.keys() & second.asked.keys()
-    numbers = sorted(brief.number for brief in writer.briefs)
-    assert numbers[0] == (0 if grace < 0.5 else 1)
+    assert min(brief.number for brief in writer.briefs) == int(is_patient)
     assert [p.index for p in proposals_of(result)] == [*range(3, 3 + len(proposals_of(result)))]
     assert all(p.written for p in proposals_of(result))
     assert result.calls + len(proposals_of(result)) <= 120
     assert not second.unknown
+
+
+def test_what_an_interrupted_proposal_has_used_is_not_forgotten(tmp_path: Path) -> None:
+    """It ends before its second request; when it is asked for again, both attempts count."""
+    begun = threading.Event()
+
+    def twice(brief: Brief) -> str:
+        record(Usage(lm_calls=1))
+        if not begun.is_set():
+            begun.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        while brief.number == 0 and not is_over() and not again:
+            time.sleep(0.01)
+        check_stopped()
+        record(Usage(lm_calls=1))
+        return better(brief)
+
+    again: list[bool] = []
+    with pytest.raises(SearchInterrupted):
+        run(World(), [Writer(twice)], storage=tmp_path / "j")
+    again.append(True)
+    result = run(World(), [Writer(twice)], storage=tmp_path / "j")
+    assert result.usage["propose"].lm_calls == 1 + 2 * len(proposals_of(result))
 
 
 def test_ctrl_c_while_a_writer_hangs(tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ class Monitor:
         if self.trials.record:  # answers from the record take no time, so they do not count for the speed
             self._speed = Speed(self.clock)
         self._speed.note(self._calls())
-        rest, table = self.plan.task.max_calls - self._calls(), self.evidence.table
+        table = self.evidence.table
+        rest = self.plan.task.max_calls - table.proposing - self._calls()
         affordable = self.budget.calls_left(table.usage, table.calls, table.proposed)
         if affordable is not None:
             rest = min(rest, affordable[1] - self.answered())

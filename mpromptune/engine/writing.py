@@ -161,7 +161,7 @@ class Writing:
             ]
             for c, (name, n) in enumerate(zip(space.names, space.initial, strict=True))
         }
-        told = proposal.number, proposal.component, proposal.index, proposal.parent
+        told = proposal.number, proposal.component, proposal.index, dict(proposal.parent)
         return Brief(*told, tuple(standings), notes, candidates, self.seed)
 
 
