@@ -53,6 +53,30 @@ def test_an_estimate_can_be_asked_for_in_the_constructor() -> None:
     assert lm.calls == []
 
 
+def test_proposals_during_the_search_are_a_row_of_their_own() -> None:
+    """Room for 1 + 200 / 20 instructions of each predictor, of five requests at most; demo sets take none."""
+    lm = arithmetic_lm()
+    given = {"proposals": "adaptive", "max_calls": 200}
+    expected = _compile(lm, Planner(), FEW_SHOT, dry_run=True, **given)
+    assert lm.calls == []
+    assert expected.usage["proposals"] == Usage(lm_calls=2 * 11 * 5)
+    only = _compile(lm, Planner(), FEW_SHOT, dry_run=True, proposers=["merge", "demos"], **given)
+    assert only.usage["proposals"] == Usage(lm_calls=2 * 11)
+    assert "proposals: at most 0 program calls, 22 LM calls" in str(only)
+    best = _compile(arithmetic_lm(), Planner(), FEW_SHOT, **given)
+    assert best.search_result.usage["propose"].lm_calls <= expected.by_step["propose"].lm_calls
+    assert best.search_result.usage["search"].program_calls <= 200
+
+
+def test_proposals_may_take_at_most_all_calls() -> None:
+    """Each request takes the place of a program call."""
+    given = {"proposals": "adaptive", "proposers": ["fresh"], "max_calls": 40}
+    expected = _compile(arithmetic_lm(), Planner(), ZERO_SHOT, dry_run=True, **given)
+    assert expected.usage["proposals"] == Usage(lm_calls=2 * 3 * 5)
+    assert "proposals" not in expected.by_step
+    assert expected.by_step.total == expected.usage.total
+
+
 def _by_hand(*prices: Any) -> Estimate:
     """Two predictors, 25 examples, 5 demo sets, 4 instructions, 100 calls."""
     given = {

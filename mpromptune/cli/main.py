@@ -208,6 +208,10 @@ def _show_estimate(estimate: Estimate) -> None:
             unknown = any(not estimate.prices.get(name) for name in asking if step in (name, "in total"))
             rows[-1] += [f"{usage.tokens:,}", "price not known" if unknown else f"{usage.cost:.2f}"]
     _print_table(rows)
+    from mpromptune.mipro.estimate import WRITING
+
+    if WRITING in estimate.usage:
+        print("A request of a proposal during the search takes the place of a program call.")
     print("Without retries. No LM was called.")
 
 

@@ -202,3 +202,13 @@ def regrow(space: PromptSpace, proposals: Sequence[Proposal], text_of: Callable[
 def capacity_of(space: PromptSpace, max_calls: int) -> dict[str, int]:
     """Most candidates of each component in a search with this budget."""
     return {n: size + 1 + max_calls // _CALLS_EACH for n, size in zip(space.names, space.sizes, strict=True)}
+
+
+def most_requests(space: PromptSpace, proposers: Sequence[Proposer], max_calls: int) -> int:
+    """Most LM requests of proposals in a search with this budget: there is no room for more candidates."""
+    capacity, sizes = capacity_of(space, max_calls), dict(zip(space.names, space.sizes, strict=True))
+    dearest: dict[str, int] = {}
+    for proposer in proposers:
+        for name in proposer.components(space):
+            dearest[name] = max(dearest.get(name, 0), proposer.calls)
+    return min(max_calls, sum(calls * (capacity[name] - sizes[name]) for name, calls in dearest.items()))

@@ -18,6 +18,8 @@ from mpromptune.engine.options import SearchOptions
 from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.lms.metering import PerMillion
 
+# The row of proposals during the search in an estimate.
+WRITING = "proposals"
 # DSPy shows its dataset summariser at most this many batches of examples after the first one.
 _MORE_BATCHES = 9
 
@@ -30,6 +32,11 @@ class Estimate:
     program calls. The number of proposals is exact unless the dataset summary is complete early. The
     bootstrap rarely needs all of its calls, because it stops after enough successes.
 
+    Proposals during the search (``proposals="adaptive"``) are a row of their own here, as many as there is
+    room for; searches of the benchmarks write one candidate for every 100 to 250 program calls. Each request
+    takes the place of a program call, so the two rows are never reached together. In results they count for
+    the step ``"propose"``.
+
     Attributes:
         usage: Program calls and LM calls of each step; also tokens and cost after `with_tokens`.
         prices: US dollars per million prompt and completion tokens of each step, if known.
@@ -37,6 +44,13 @@ class Estimate:
 
     usage: StepUsage
     prices: Mapping[str, PerMillion | None] = field(default_factory=dict)
+
+    @property
+    def by_step(self) -> StepUsage:
+        """The usage of each step, by the names that results have."""
+        steps = dict(self.usage)
+        written = steps.pop(WRITING, Usage())
+        return StepUsage(steps, propose=steps["propose"] + written)
 
     def with_tokens(self, prompt: float, completion: float) -> Estimate:
         """The estimate with tokens, and with the cost if prices are known.
@@ -92,6 +106,8 @@ def estimate(
     search_calls: int,
     task_price: PerMillion | None = None,
     prompt_price: PerMillion | None = None,
+    written: int = 0,
+    writing_price: PerMillion | None = None,
 ) -> Estimate:
     """Estimate the usage of a compile.
 
@@ -102,6 +118,8 @@ def estimate(
         search_calls: Program calls of the search.
         task_price: US dollars per million prompt and completion tokens of the task model, if known.
         prompt_price: The same for the prompt model.
+        written: Most LM requests of proposals during the search.
+        writing_price: The price of their model.
     """
     n, train_size = len(given["program"].predictors()), len(given["trainset"])
     sets, (bootstrapped, labelled) = given["num_fewshot_candidates"], demo_numbers(given)
@@ -116,7 +134,10 @@ def estimate(
         propose=Usage(lm_calls=requests),
         search=Usage(program_calls=search_calls, lm_calls=search_calls * n),
     )
-    return Estimate(usage, {"bootstrap": task_price, "propose": prompt_price, "search": task_price})
+    prices = {"bootstrap": task_price, "propose": prompt_price, "search": task_price}
+    if written:
+        usage[WRITING], prices[WRITING] = Usage(lm_calls=written), writing_price
+    return Estimate(usage, prices)
 
 
 class Interceptor:

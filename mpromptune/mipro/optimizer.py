@@ -23,6 +23,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from mpromptune.engine.arguments import extending, gather, resolve, split
+from mpromptune.engine.growth import most_requests
 from mpromptune.engine.minibatches import Minibatches
 from mpromptune.engine.plan import Task
 from mpromptune.engine.proposers import Proposer
@@ -162,7 +163,8 @@ class MIPROv2(StockMIPROv2):
         interceptor().on_estimate(partial(_estimate, run, given))
         if run.options.dry_run:
             raise _Planned(_estimate(run, given))
-        run.estimated = estimate(given, run.arguments, run.num_instructions, run.search_calls).usage
+        sizes = run.num_instructions, run.search_calls
+        run.estimated = estimate(given, run.arguments, *sizes, written=run.most_written).by_step
         return bootstrap.demo_sets(run, given)
 
     def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,7 +214,8 @@ def _prepare(
     task = Task(len(valset), run.search_calls, (), 1, run.seed, is_combined=is_combined)
     plan = options.plan(task, ScoreTable(len(valset)))  # raises an error if a number is not valid
     student = ProgramSpace(program, {})
-    proposers_of(run, student, valset)  # raises an error if one is not valid
+    proposers = proposers_of(run, student, valset)  # raises an error if one is not valid
+    run.most_written = most_requests(student.prompt_space(), proposers, run.search_calls)
     if options.dry_run:
         return
     if options.storage is not None:
@@ -228,9 +231,11 @@ def _prepare(
 
 def _estimate(run: Run, given: Mapping[str, Any]) -> Estimate:
     price = run.guard.pricing.of
-    models = run.optimizer.task_model, run.optimizer.prompt_model
-    prices = (price(lm, lm.model) for lm in models)
-    return estimate(given, run.arguments, run.num_instructions, run.search_calls, *prices)
+    task_model, prompt_model = run.optimizer.task_model, run.optimizer.prompt_model
+    models = task_model, prompt_model, run.options.reflection_lm or prompt_model
+    task, prompt, writing = (price(lm, lm.model) for lm in models)
+    sizes = run.num_instructions, run.search_calls
+    return estimate(given, run.arguments, *sizes, task, prompt, run.most_written, writing)
 
 
 def _best_program(

@@ -20,7 +20,7 @@ from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.execution.limits import PROPOSE
 from mpromptune.execution.usage import StepUsage, Usage
 from mpromptune.mipro.checkpoint import kept_usage, read_candidates
-from mpromptune.mipro.estimate import Estimate
+from mpromptune.mipro.estimate import WRITING, Estimate
 from mpromptune.model.space import Candidate, PromptSpace
 from mpromptune.operators.texts import candidate_text, demo_text
 from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS
@@ -188,6 +188,8 @@ class Standing:
         calls = max(search.program_calls - self.calls, 0)
         each = search.lm_calls // max(search.program_calls, 1)
         left["search"] = replace(search, program_calls=calls, lm_calls=calls * each)
+        if WRITING in left:  # each of its requests takes the place of a program call
+            left[WRITING] = replace(left[WRITING], lm_calls=min(left[WRITING].lm_calls, calls))
         return StepUsage(left)
 
 

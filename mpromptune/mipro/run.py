@@ -62,7 +62,8 @@ class Run:
         checkpoint: The results saved in the storage, if there is one.
         proposer: Proposes instructions; None before its first request.
         num_instructions: Number of instructions for each predictor.
-        trainset: The training examples, known from the first step on.
+        trainset: The training examples; from the first step on without those that DSPy validates on.
+        most_written: Most LM requests of proposals during the search.
         estimated: Most usage of each step.
         first: The validation examples, and the index of the one that the search begins with.
     """
@@ -85,7 +86,8 @@ class Run:
         self.checkpoint: Checkpoint | None = None
         self.proposer: Any = None
         self.num_instructions = 0  # set, as is the budget, when DSPy has determined the size of the run
-        self.trainset: Sequence[Any] = ()
+        self.trainset: Sequence[Any] = arguments.get("trainset") or ()
+        self.most_written = 0
         self.estimated = StepUsage()
         self.first: tuple[list[Any], int] | None = None
         self._first: FirstScore | None = None
