@@ -180,7 +180,7 @@ def test_usage_of_proposals_is_limited(limit: dict) -> None:
 
 
 def test_a_limit_on_cost_does_not_depend_on_timing() -> None:
-    """Scores cost too; what is left is reckoned from what was told."""
+    """Scores cost too, a proposal as much as five; what is left is reckoned from what was told."""
 
     class Paid(World):
         def __call__(self, params: dict[str, int], example: int) -> float:
@@ -194,7 +194,7 @@ def test_a_limit_on_cost_does_not_depend_on_timing() -> None:
 
     found = []
     for delay in (0.0, 0.01):
-        result = run(Paid(delay=delay), [Writer(paid)], max_calls=400, max_cost=1.2)
+        result = run(Paid(delay=delay), [Writer(paid, calls=5)], max_calls=400, max_cost=1.2)
         found.append((trials_of(result), told_of(result)))
         assert result.usage.total.cost <= 1.2 + 1e-9
     assert found[0] == found[1]
