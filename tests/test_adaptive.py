@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+import handmade
 import pytest
 import tasks
 from briefs import WriterLM
@@ -20,10 +21,15 @@ from lms import ScriptedLM, digest
 from paid import THREADS, LoggedLM, adapt, adapt_and_die, read
 from remote_lms import WrittenLM
 from tasks import QEI, ZERO_SHOT, additions
+from test_report import Checked, text_of
 
+from mpromptune import PromptSpace
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.execution.usage import Usage
 from mpromptune.mipro.reading import read_result
+from mpromptune.model.space import Gain
+from mpromptune.show.page import render
+from mpromptune.storage.proposals import Proposal
 
 ASKED = "Someone who has {} apples wants to know how many these are in all."
 VAL = [x.copy(question=ASKED.format(x.question)) for x in additions(30, offset=6)]
@@ -189,7 +195,7 @@ def test_fixed_proposals_are_the_default() -> None:
     assert trials[0] == trials[1]
     assert plain.study.user_attrs == fixed.study.user_attrs
     assert "propos" not in str([t.user_attrs for t in fixed.study.trials])
-    assert (fixed.proposals, fixed.visible_score, fixed.hidden_score) == ((), None, None)
+    assert (fixed.proposals, fixed.visible, fixed.gains) == ((), frozenset(), {})
 
 
 @pytest.mark.parametrize(
@@ -283,11 +289,58 @@ def test_reading_a_study_with_proposals(tmp_path: Path) -> None:
     assert {len(one.proposals) for one in seen} >= {0, 1}
 
 
+def proposal(number: int, proposer: str, parent: int, refused: str | None = None, **more: Any) -> Proposal:
+    params = {handmade.INSTRUCTION: parent, handmade.DEMOS: 0}
+    written = None if refused else "Answer <i>well</i>."
+    used = Usage(lm_calls=1, cost=0.25)
+    told = number, handmade.INSTRUCTION, 2 + number, proposer, params
+    return Proposal(*told, written=written, refused=refused, usage=used, **more)
+
+
+def written_by_hand() -> Any:
+    """Instruction 5 is made from 2, which is made from 0; 3 and 4 were refused."""
+    said = "ProposalRefusedError: The instruction equals candidate {}."
+    made = (
+        proposal(0, "reflect", 0),
+        proposal(1, "merge", 2, said.format(0)),
+        proposal(2, "merge", 2, said.format(2)),
+        proposal(3, "shorten", 2),
+    )
+    space = PromptSpace(
+        {**handmade.SPACE.components, handmade.INSTRUCTION: ["Brief.", "Slow.", "Well.", "", "", "Good."]}
+    )
+    winner = replace(handmade.WINNER, params={handmade.INSTRUCTION: 5, handmade.DEMOS: 0})
+    return handmade.findings(
+        best_params=winner.params,
+        configurations=(winner, handmade.OTHER, handmade.BASELINE),
+        space=space,
+        proposals=made,
+        visible=frozenset({0, 1}),
+        gains={"reflect": Gain(0.5, 0.1), "merge": Gain(-0.2, 0.3)},
+    )
+
+
+def test_the_page_says_how_candidates_were_written() -> None:
+    """The descent of the winner and what it took, its scores on both shares, and a row for each proposer."""
+    found = written_by_hand()
+    assert [one.number for one in found.lineage(handmade.INSTRUCTION, 5)] == [0, 3]
+    assert (found.visible_score, found.hidden_score) == (0.5, 1.0)
+    page = render(found)
+    Checked(page)
+    said = text_of(page)
+    assert "instruction: the winner's was written by reflect, then shorten, own instruction → “Well.”" in said
+    assert "→ “Good.”. This took 2 LM calls and 0.5000 US dollars." in said
+    assert "On examples that proposers may see, the winner scores 50.0 %, on the others 100.0 %." in said
+    assert "reflect 1 0 +0.50 (+0.30 to +0.70) 1 0.2500" in said
+    assert "merge 2 times: The instruction equals candidate …. 2 2 not known 2 0.5000" in said
+    assert "shorten 1 0 not known 1 0.2500" in said
+    assert "written during the search" not in text_of(render(handmade.findings()))
+
+
 def test_scores_on_both_shares() -> None:
     """Together they are the score of a winner that was measured in full."""
     result = adaptive(confirm=True).search_result
-    assert result.visible_score is not None
-    assert result.hidden_score is not None
+    assert len(result.visible) == 18
     mean = 0.6 * result.visible_score + 0.4 * result.hidden_score
     assert mean == pytest.approx(result.best_score)
 

@@ -223,11 +223,14 @@ def _add_resume(resume: argparse.ArgumentParser) -> None:
 
 def _resume(args: argparse.Namespace) -> None:
     from mpromptune.cli.compiles import resume
+    from mpromptune.show.descent import descents
 
     program = resume(args.target, _show_standing)
     program.save(str(args.output))
     result = program.search_result
     print(f"Best: {_best(result)}; {result.calls:,} program calls in all")
+    for one in descents(result):
+        print(f"{one.title}: written by {', then '.join(one.proposers)}, {' → '.join(one.names)}")
     print(f"Saved {args.output}")
 
 

@@ -100,6 +100,7 @@ class Monitor:
             seconds=self._last - self._began,
             seconds_left=left,
             finished=finished,
+            proposals=0 if self.evidence.growth is None else self.evidence.growth.asked,
         )
         self.on_progress(progress)
 

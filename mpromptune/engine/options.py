@@ -74,8 +74,8 @@ class SearchOptions:
             other sizes; or a callable that makes a `Plan`.
         proposals: ``"fixed"``: all candidates are written before the search. ``"adaptive"``: others are
             written while it runs, from what it has found; for ``"qei"`` and ``schedule="blocks"`` only.
-        proposers: (adaptive) What writes them: names of operators (`mpromptune.operators.OPERATORS`), or
-            objects (`mpromptune.engine.proposers.Proposer`); by default all operators.
+        proposers: (adaptive) What writes them: names (`mpromptune.operators.registry.OPERATORS`) or objects
+            (`mpromptune.engine.proposers.Proposer`); by default all operators.
         reflection_lm: (adaptive) The language model that rewrites instructions, as in ``dspy.GEPA``; by
             default the prompt model.
         instruction_proposer: (adaptive) A ``ProposalFn`` as in ``dspy.GEPA``, for the operator ``"reflect"``.

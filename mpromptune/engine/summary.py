@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 from optuna.study import Study
@@ -97,7 +95,6 @@ class Summary:
             space=self.space,
             distances=self.evidence.encoding.distances(),
             drawn=self.evidence.drawn(),
-            gains=self.evidence.gains(),
             text_chance=self.evidence.text_chance(),
         )
 
@@ -148,7 +145,6 @@ def _found(
     table = evidence.table
     best_score, low, high = score(winner)
     proposals = read_proposals(study)
-    visible, hidden = _by_share(plan, table.means(winner)) if proposals else (None, None)
     posterior = zip(*(values.tolist() for values in evidence.posterior(ranked)), strict=True)
     return SearchResult(
         best_params=space.params(winner),
@@ -163,14 +159,6 @@ def _found(
         ),
         study=study,
         proposals=proposals,
-        visible_score=visible,
-        hidden_score=hidden,
+        visible=visible_examples(table.n_examples, plan.task.seed) if proposals else frozenset(),
+        gains=evidence.gains(),
     )
-
-
-def _by_share(plan: Plan, scores: Mapping[int, float]) -> tuple[float, float]:
-    """Means of the scores on the examples that proposers may see, and on the others; NaN without scores."""
-    visible = visible_examples(plan.task.n_examples, plan.task.seed)
-    shares = ([s for e, s in scores.items() if (e in visible) is wanted] for wanted in (True, False))
-    seen, unseen = (fmean(share) if share else math.nan for share in shares)
-    return seen, unseen

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.execution.usage import Usage
 from mpromptune.model.space import Candidate
-from mpromptune.show import analysis, plots, signs
+from mpromptune.show import analysis, descent, plots, signs
 from mpromptune.show.progress import Standing
 from mpromptune.storage.attributes import ESTIMATE
 from mpromptune.storage.findings import Findings, Measured
@@ -80,6 +80,7 @@ def render(findings: Findings, notes: Sequence[str] = ()) -> str:
         warnings=signs.warning_signs(findings),
         notes=notes,
         leaders=_leaders(findings),
+        descent=descent,
         figures=_figures(findings),
         listed=_LISTED,
     )

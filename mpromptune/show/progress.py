@@ -69,6 +69,7 @@ class Progress:
         seconds: Seconds since this run of the search began.
         seconds_left: Seconds until the budget or a limit is reached, at the recent speed; None if unknown.
         finished: Whether the search has ended, and the winner is known.
+        proposals: Proposals begun; 0 if all candidates are written before the search.
     """
 
     calls: int
@@ -84,6 +85,7 @@ class Progress:
     seconds: float
     seconds_left: float | None
     finished: bool = False
+    proposals: int = 0
 
 
 OnProgress = Callable[[Progress], object]

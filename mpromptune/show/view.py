@@ -187,6 +187,8 @@ def _scores(search: Progress | None) -> Iterator[str]:
         if baseline is not None:
             yield f"baseline {100 * baseline.mean:.1f} %"
     yield f"{search.trials} trials"
+    if search.proposals:
+        yield f"{search.proposals} proposals"
 
 
 def _measured(standing: Standing, n_examples: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import optuna
@@ -69,9 +69,7 @@ class Findings:
         best_interval: The 95 % credible interval of ``best_score``; its width is 0 if the winner was measured
             on all examples.
         proposals: The candidates that were written during the search, and those that were refused, in order.
-        visible_score: Mean of the winner's scores on the examples that proposers may see; None if all
-            candidates were written before the search, NaN without such scores.
-        hidden_score: The same for the other examples.
+        visible: The examples that proposers may see; empty if all candidates were written before the search.
         gains: The mean gain of each proposer's children over their parents, in logits, with its deviation.
         text_chance: Fraction of random assignments of embeddings to candidates that explain the scores as
             well as the real one (see `statistics.chance_of_likeness`); near 0 if similar texts have similar
@@ -95,8 +93,7 @@ class Findings:
     text_chance: float | None = field(default=None, compare=False)
     best_interval: tuple[float, float] | None = field(default=None, compare=False)
     proposals: tuple[Proposal, ...] = field(default=(), repr=False)
-    visible_score: float | None = None
-    hidden_score: float | None = None
+    visible: frozenset[int] = field(default=frozenset(), repr=False)
     gains: Mapping[str, Gain] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -104,6 +101,21 @@ class Findings:
         """The configuration of the baseline, if the study has its settings."""
         baseline = self.study.user_attrs.get(SETTINGS, {}).get("arguments", {}).get("baseline")
         return None if baseline is None else dict(baseline)
+
+    @property
+    def visible_score(self) -> float:
+        """Mean of the winner's scores on the examples that proposers may see; NaN if there are none."""
+        return self._mean(lambda example: example in self.visible)
+
+    @property
+    def hidden_score(self) -> float:
+        """Mean of the winner's scores on the other examples; NaN if there are none."""
+        return self._mean(lambda example: example not in self.visible)
+
+    def _mean(self, wanted: Callable[[int], bool]) -> float:
+        best = next((m.scores for m in self.configurations if m.params == self.best_params), {})
+        scores = [score for example, score in best.items() if wanted(example)]
+        return sum(scores) / len(scores) if scores else math.nan
 
     def lineage(self, component: str, index: int) -> tuple[Proposal, ...]:
         """The proposals by which a candidate came about, the oldest one first.

@@ -1,0 +1,126 @@
+"""How candidates were written during a search: the descent of the winner, and the proposers, for reports."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from statistics import variance
+from typing import NamedTuple
+
+from mpromptune.execution.usage import Usage
+from mpromptune.model.space import Gain
+from mpromptune.show.analysis import candidate_name, title, unit, winner
+from mpromptune.show.progress import QUANTILE
+from mpromptune.storage.findings import Findings
+
+# Numbers and quotations, in which refusals for the same reason differ.
+_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*\d|\d")
+# Most characters of a reason, and most reasons of a proposer.
+_REASON, _REASONS = 120, 3
+# Fewest scores whose variance is worth a sentence.
+_FEW = 5
+
+
+class Descent(NamedTuple):
+    """How the winner's candidate of one component was written.
+
+    Attributes:
+        title: The component.
+        names: The candidate at the beginning, if it was made from one, and each that was written.
+        proposers: Who wrote each of these.
+        usage: What all of it took.
+    """
+
+    title: str
+    names: list[str]
+    proposers: list[str]
+    usage: Usage
+
+
+class Writer(NamedTuple):
+    """What a proposer did.
+
+    Attributes:
+        name: Its name.
+        asked: Number of proposals.
+        reasons: Why candidates were refused, with their numbers; the most frequent reasons first.
+        usage: What all of it took.
+        gain: Posterior of the mean gain of its candidates over their parents, in logits, if known.
+    """
+
+    name: str
+    asked: int
+    reasons: Mapping[str, int]
+    usage: Usage
+    gain: Gain | None
+
+    @property
+    def refused(self) -> int:
+        """Number of refused candidates."""
+        return sum(self.reasons.values())
+
+    @property
+    def interval(self) -> str:
+        """The mean gain and its 95 % credible interval."""
+        if self.gain is None:
+            return "not known"
+        margin = QUANTILE * self.gain.deviation
+        return f"{self.gain.mean:+.2f} ({self.gain.mean - margin:+.2f} to {self.gain.mean + margin:+.2f})"
+
+    @property
+    def main_reasons(self) -> str:
+        """The most frequent reasons with their numbers."""
+        return "; ".join(f"{n} times: {reason}" for reason, n in [*self.reasons.items()][:_REASONS])
+
+
+def descents(findings: Findings) -> list[Descent]:
+    """The descent of each candidate of the winner that was written during the search."""
+    found = []
+    for component, index in findings.best_params.items():
+        chain = findings.lineage(component, index)
+        if not chain:
+            continue
+        places = [one.index for one in chain]
+        if chain[0].descends:
+            places.insert(0, chain[0].parent[component])
+        names = [candidate_name(findings, component, i) for i in places]
+        usage = sum((one.usage for one in chain), Usage())
+        found.append(Descent(title(findings, component), names, [one.proposer for one in chain], usage))
+    return found
+
+
+def writers(findings: Findings) -> list[Writer]:
+    """All proposers that were asked, in the order in which they were first asked."""
+    found = []
+    for name in dict.fromkeys(one.proposer for one in findings.proposals):
+        own = [one for one in findings.proposals if one.proposer == name]
+        reasons = Counter(_reason(one.refused) for one in own if one.refused is not None)
+        usage = sum((one.usage for one in own), Usage())
+        gain = findings.gains.get(name) if any(one.written is not None for one in own) else None
+        found.append(Writer(name, len(own), dict(reasons.most_common()), usage, gain))
+    return found
+
+
+def _reason(refused: str) -> str:
+    """A refusal without what is particular to it."""
+    said = " ".join(_PARTICULAR.sub("…", refused.removeprefix("ProposalRefusedError: ")).split())
+    return said if len(said) <= _REASON else f"{said[:_REASON]}…"
+
+
+def shares(findings: Findings) -> str:
+    """What the winner's scores on visible and on hidden examples say; empty if one of them is not known."""
+    visible, hidden, best = findings.visible_score, findings.hidden_score, winner(findings)
+    if math.isnan(visible + hidden) or best is None:
+        return ""
+    say, scores = unit(findings), list(best.scores.values())
+    text = (
+        f"On examples that proposers may see, the winner scores {say(visible)}, on the others {say(hidden)}. "
+        "If the first score is clearly higher, what was written fits these examples rather than the task."
+    )
+    if len(scores) < _FEW:
+        return text
+    n = len(best.scores.keys() & findings.visible)
+    margin = QUANTILE * math.sqrt(variance(scores) * (1 / n + 1 / (len(scores) - n)))
+    return f"{text} A difference of up to {say(margin).replace(' %', ' points')} may be chance."
