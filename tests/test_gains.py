@@ -26,14 +26,14 @@ def asked(writers: list[Writer], **arguments: int) -> list[int]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_who_writes_better_candidates_is_asked_more_often(seed: int) -> None:
     """Of two proposers, one improves its parents and the other writes worse texts."""
-    good, bad = asked([Writer(better, "good"), Writer(worse, "bad")], seed=seed)
-    assert good > bad
+    good, poor = asked([Writer(better, "good"), Writer(worse, "poor")], seed=seed)
+    assert good > poor
 
 
 def test_a_result_has_the_gains() -> None:
     """In logits: above what was expected for better children, and below it for worse ones."""
-    gains = run(World(), [Writer(better, "good"), Writer(worse, "bad")], max_calls=300).gains
-    assert gains["good"].mean > UNKNOWN.mean > gains["bad"].mean
+    gains = run(World(), [Writer(better, "good"), Writer(worse, "poor")], max_calls=300).gains
+    assert gains["good"].mean > UNKNOWN.mean > gains["poor"].mean
 
 
 def test_a_proposer_says_what_other_searches_have_learned() -> None:
