@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.proposals import chosen
-from benchmarks.scripted import CALLS, cells, embed, measure, summary
+from benchmarks.scripted import CALLS, cells, embed, gepa, measure, summary
 from benchmarks.scripted_lm import DEMO, DISTRACTOR, DISTRACTORS, KINDS, RULE, RULES, Scripted, task_of
 from mpromptune.operators.rewrite import FromContrast, FromTwo
 
@@ -132,6 +132,16 @@ def test_methods_run_within_their_calls(method: str) -> None:
     assert 0.9 * CALLS[1] < figures["program_calls"] + figures["proposals"] <= CALLS[1]
     assert figures["proposals"] > 0
     assert 0.0 < figures["accuracy"] < 100.0
+
+
+@pytest.mark.parametrize(("calls", "has_changed"), [(206, False), (207, True)])
+def test_gepa_gets_nothing_out_of_calls_past_the_limit(calls: int, has_changed: bool) -> None:
+    """The first candidate is written and tried with 7 calls after the first 100, and measured with 100."""
+    world = Scripted(1, seed=0)
+    with dspy.context(lm=world.task_lm):
+        program = gepa(world, calls, 0)
+    assert len(world.log) == 207
+    assert (program.answer.signature.instructions != TASK) == has_changed
 
 
 def test_cells_are_found_whatever_the_tables_and_writers() -> None:
