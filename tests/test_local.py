@@ -129,15 +129,14 @@ def tiny() -> LlamaForCausalLM:
         return LlamaForCausalLM(config).eval()
 
 
-def requests(n: int, stop: str | None = None) -> list[Request]:
+def requests(n: int, *stops: str) -> list[Request]:
     """Requests with prefixes of 0 to 6 tokens and 1 to 5 others."""
-    spread = [(i % 4 * 2, 1 + i % 5) for i in range(n)]
-    return [
-        Request(
-            tuple((i % 3 + 5 * j) % 26 for j in range(a)), tuple((3 * i + j) % 26 for j in range(b)), 6, stop
-        )
-        for i, (a, b) in enumerate(spread)
-    ]
+    made = []
+    for i in range(n):
+        prefix = tuple((i % 3 + 5 * j) % 26 for j in range(i % 4 * 2))
+        rest = tuple((3 * i + j) % 26 for j in range(1 + i % 5))
+        made.append(Request(prefix, rest, 6, stops))
+    return made
 
 
 def test_answers_are_those_of_the_model_alone(tiny: LlamaForCausalLM) -> None:
@@ -178,7 +177,7 @@ def test_a_stop_text_ends_an_answer(tiny: LlamaForCausalLM) -> None:
     """The text before it is the answer; its tokens are counted."""
     (whole,) = Decoder(tiny, tokenizer()).complete(requests(1))
     first, second, *_ = whole.text.split()
-    (cut,) = Decoder(tiny, tokenizer()).complete(requests(1, stop=second))
+    (cut,) = Decoder(tiny, tokenizer()).complete(requests(1, second, first + second))
     assert (cut.text.strip(), len(cut.tokens)) == (first, 2)
     assert cut.is_over
     assert not cut.is_cut
@@ -237,6 +236,8 @@ def test_a_folder_is_a_model(folder: str) -> None:
     assert one == two
     usage = {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
     assert [entry["usage"] for entry in lm.history] == [usage, usage]
+    with pytest.raises(InvalidArgumentError, match="last message is empty"):
+        lm(" ")
     assert lm(messages=[{"role": "user", "content": [{"type": "text", "text": "a b c d"}]}], n=2) == 2 * one
 
 

@@ -34,13 +34,13 @@ class Request:
         prefix: The tokens that it shares with other prompts; their keys and values are cached.
         rest: Its other tokens, at least one.
         max_tokens: Number of tokens after which the answer ends.
-        stop: The answer ends before this text.
+        stops: The answer ends before the first of these texts.
     """
 
     prefix: Tokens
     rest: Tokens
     max_tokens: int
-    stop: str | None = None
+    stops: tuple[str, ...] = ()
 
 
 @dataclass
@@ -120,8 +120,9 @@ class Decoder:
         answer.tokens.append(token)
         text: str = self._tokenizer.decode(answer.tokens, clean_up_tokenization_spaces=False)
         answer.text = text.lstrip()
-        if request.stop and request.stop in answer.text:
-            answer.text = answer.text[: answer.text.index(request.stop)]
+        ends = [answer.text.index(stop) for stop in request.stops if stop in answer.text]
+        if ends:
+            answer.text = answer.text[: min(ends)]
             answer.is_over = True
         elif len(answer.tokens) >= request.max_tokens:
             answer.is_over = answer.is_cut = True

@@ -13,6 +13,7 @@ from typing import Any
 import dspy
 from dspy.utils.exceptions import ContextWindowExceededError
 
+from mpromptune.errors import InvalidArgumentError
 from mpromptune.local.batching import Batcher
 from mpromptune.local.decoding import Answer, Decoder, Request, Tokens
 from mpromptune.local.weights import DEFAULT, load
@@ -22,6 +23,7 @@ PREFIX = "local:"
 # NOTE: on one core, SmolLM2-135M completes 12 prompts a second in batches of 4, 16 in batches of 8 and 18 in
 # batches of 16; smaller batches keep more cores busy.
 _BATCH = 8
+_MAX_TOKENS = 16
 _LOADING = threading.Lock()
 
 
@@ -42,7 +44,7 @@ class LocalLM(dspy.BaseLM):
         temperature: Has no effect.
         max_tokens: Most tokens of an answer.
         cache: Whether to say to DSPy that answers are cached; they are not.
-        **kwargs: As in ``dspy.BaseLM``; ``stop``, a text before which answers end.
+        **kwargs: As in ``dspy.BaseLM``; ``stop``, one or several texts before which answers end.
 
     Raises:
         MissingExtraError: A package is not installed.
@@ -55,7 +57,7 @@ class LocalLM(dspy.BaseLM):
         model: str = DEFAULT,
         model_type: str = "text",
         temperature: float = 0.0,
-        max_tokens: int = 16,
+        max_tokens: int = _MAX_TOKENS,
         cache: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -70,10 +72,16 @@ class LocalLM(dspy.BaseLM):
 
         Raises:
             ContextWindowExceededError: The prompt is too long for the model.
+            InvalidArgumentError: The last message is empty.
         """
         settings = {**self.kwargs, **kwargs}
         texts = [str(prompt)] if messages is None else [_text(message["content"]) for message in messages]
-        request = self._local.request(texts, settings["max_tokens"], settings.get("stop"))
+        stops = settings.get("stop") or ()
+        request = self._local.request(
+            texts,
+            settings.get("max_tokens") or _MAX_TOKENS,
+            (stops,) if isinstance(stops, str) else tuple(stops),
+        )
         size = len(request.prefix) + len(request.rest)
         if size + request.max_tokens > self._local.context:
             raise ContextWindowExceededError(
@@ -126,14 +134,20 @@ class LocalModel:
         """Answer a request, together with those of other threads."""
         return self._batcher(request)
 
-    def request(self, texts: Sequence[str], max_tokens: int, stop: str | None) -> Request:
-        """The request to continue texts; all but the last are its prefix."""
+    def request(self, texts: Sequence[str], max_tokens: int, stops: tuple[str, ...]) -> Request:
+        """The request to continue texts; all but the last are its prefix.
+
+        Raises:
+            InvalidArgumentError: The last text is empty.
+        """
+        if not texts[-1].strip():
+            raise InvalidArgumentError(f"The last message is empty: {texts[-1]!r}.")
         if self._process != os.getpid():
             self._start()
         head, last = "\n\n".join(texts[:-1]), texts[-1]
         prefix = self._tokens(head, with_special=True)
         rest = self._tokens("\n\n" + last if head else last, with_special=False)
-        return Request(prefix, rest, max_tokens, stop)
+        return Request(prefix, rest, max_tokens, stops)
 
     def _tokens(self, text: str, with_special: bool) -> Tokens:
         with self._encoding:  # tokenizers of transformers change their state
