@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -143,6 +144,21 @@ def test_a_reflection_lm_that_repeats_itself(caplog: pytest.LogCaptureFixture) -
     assert written == ["Add, or do not add."]
     assert len(best.search_result.proposals) <= 4
     assert len(notes_of(caplog)) <= 1
+
+
+def test_a_reflection_lm_that_hangs() -> None:
+    """It is given up after the ``timeout``, and after three of these it is not asked again."""
+
+    def hanging() -> str:
+        time.sleep(60.0)
+        return BETTER
+
+    writer, began = WriterLM(hanging), time.monotonic()
+    result = adaptive(writer, timeout=1.0).search_result
+    assert time.monotonic() - began < 30.0
+    assert [str(one.refused).partition(":")[0] for one in result.proposals] == ["CallTimeoutError"] * 3
+    assert len(writer.requests) == 3
+    assert "cut short" not in text_of(render(result))
 
 
 def by_digest(candidate: Any, reflective_dataset: Any, components_to_update: Any) -> dict[str, str]:

@@ -56,7 +56,8 @@ def _about_the_search(findings: Findings) -> Iterator[Sign]:
     record = read_record(findings.study)
     if running := sum(recorded.is_open for recorded in record):
         yield f"The search has not ended; open trials: {running}.", "Wait, or continue it."
-    cut = sum(len(r.scores) < len(r.examples or ()) for r in record if not r.is_open)
+    measured = (r for r in record if not r.is_open and (r.proposal is None or r.proposal.refused is None))
+    cut = sum(len(r.scores) < len(r.examples or ()) for r in measured)
     if cut:
         yield f"Trials that failed or were cut short: {cut}; their scores count.", ""
     if len(findings.configurations) == 1:
