@@ -29,6 +29,8 @@ from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.execution.usage import Usage
 from mpromptune.mipro.reading import read_result
 from mpromptune.model.space import Gain
+from mpromptune.operators import registry
+from mpromptune.operators.demos import Demos
 from mpromptune.show.page import render
 from mpromptune.storage.proposals import Proposal
 
@@ -436,3 +438,31 @@ def test_programs_of_several_predictors() -> None:
     assert {one.component[0] for one in result.proposals if one.written is not None} == {"0", "1"}
     for trial in (t for t in result.study.trials if t.value is not None):
         assert all(index < len(result.space.components[name]) for name, index in trial.params.items())
+
+
+def test_proposers_know_which_examples_are_whose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where DSPy divides the training set; and what they may see is what the search shows them."""
+    seen: list[Any] = []
+
+    class Seeing(Demos):
+        name = "seeing"
+
+        def __init__(self, setting: Any) -> None:
+            super().__init__(setting)
+            seen.append(setting)
+
+    monkeypatch.setattr(registry, "OPERATORS", {**registry.OPERATORS})
+    registry.register("seeing", Seeing)
+    given = {
+        "proposals": "adaptive",
+        "proposers": ["seeing"],
+        "trainset": additions(40),
+        "valset": None,
+        **QEI,
+    }
+    result = tasks.compiled(max_calls=200, **given).search_result
+    train, val = ({x.question for x in some} for some in (seen[-1].trainset, seen[-1].valset))
+    assert not train & val
+    assert len(train) + len(val) == 40
+    assert seen[-1].visible == result.visible
+    assert 0 < len(result.visible) < len(val) == result.n_examples
