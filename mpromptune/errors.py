@@ -56,6 +56,10 @@ class ProposalRefusedError(MPromptuneError, ValueError):
     """A proposer wrote something that is not fit to be a candidate."""
 
 
+class ProposalDeclinedError(ProposalRefusedError):
+    """A proposer has nothing to write for this parent, and has made no request."""
+
+
 class StorageError(MPromptuneError, OSError):
     """A storage cannot be opened, read or written; earlier records are kept."""
 

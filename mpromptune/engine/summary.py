@@ -54,12 +54,13 @@ class Summary:
         name, calls = left
         price = partial(table.relative_use, MEASURE[name])
         dearest = max(map(price, table.rows), default=1.0)
-        if calls >= dearest * (max_calls - table.calls):  # enough even if all calls are of the dearest row
+        spent = table.calls + table.proposing
+        if calls >= dearest * (max_calls - spent):  # enough even if all calls are of the dearest row
             self.binding = None
             self.plan.afford(max_calls, lambda row: 1.0)
         else:
-            self.binding = name if table.calls + calls < max_calls else None
-            self.plan.afford(table.calls + calls, price)
+            self.binding = name if spent + calls < max_calls else None
+            self.plan.afford(spent + calls, price)
 
     def result(self, study: Study) -> SearchResult:
         """The result of a search that has ended.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.growth import Growth
 from mpromptune.engine.proposers import Brief, Candidates, Texts
 from mpromptune.engine.scores import ScoreTable
-from mpromptune.errors import ProposalRefusedError
+from mpromptune.errors import ProposalDeclinedError, ProposalRefusedError
 from mpromptune.execution.attempts import Attempts
 from mpromptune.execution.interrupts import Stop, Stopped, contained
 from mpromptune.execution.pool import DaemonThreads, within
@@ -100,6 +100,8 @@ class Writing:
         """Note what became of a proposal, when its trial is told."""
         latest = self._latest[proposal.number]
         table.proposed += latest.usage
+        if latest.declined:
+            table.proposing -= self.growth.calls_of(latest)
         if latest.is_over:
             self.growth.end(latest)
 
@@ -111,32 +113,35 @@ class Writing:
                 plain = self.candidates.plain(proposal.component, candidate)
                 # As it is when it is read again: adopted later, it must be the same.
                 written = replace(proposal, written=json.loads(json.dumps(plain, allow_nan=False)))
-                self._adopt(written)
+                self._adopt(written, brief.candidates[proposal.component])
                 proposal = written
             except Stopped:
                 pass
             except BaseException as error:  # noqa: BLE001 - no error of a proposer ends a search
-                proposal = replace(proposal, refused=f"{type(error).__name__}: {error}"[:_SHOWN])
+                refused = f"{type(error).__name__}: {error}"[:_SHOWN]
+                declined = isinstance(error, ProposalDeclinedError)
+                proposal = replace(proposal, refused=refused, declined=declined)
         proposal = replace(proposal, usage=proposal.usage + meter.total)
         self._latest[proposal.number] = proposal
         keep(proposal)
         return proposal.written is not None
 
-    def _adopt(self, proposal: Proposal) -> None:
+    def _adopt(self, proposal: Proposal, known: Sequence[Candidate | None] = ()) -> None:
         """Make a written candidate known.
 
         Raises:
-            ProposalRefusedError: There is nothing, or the same candidate is there already.
+            ProposalRefusedError: There is nothing, or it equals one of the candidates ``known`` when it was
+                asked for. Two that are written at the same time may be equal: refusing the later one would
+                depend on timing.
         """
         if proposal.written is None:
             raise ProposalRefusedError("The proposer wrote nothing.")
-        name, index, space = proposal.component, proposal.index, self.growth.space
+        name, index = proposal.component, proposal.index
         candidate = self.candidates.adopt(name, index, proposal.written)
-        c = space.names.index(name)
-        for other, known in enumerate(space.components[name]):
-            if (c, other) not in space.closed and _is_same(candidate, known):
+        for other, one in enumerate(known):
+            if one is not None and _is_same(candidate, one):
                 raise ProposalRefusedError(f"It is the same as candidate {other} of {name!r}: {candidate!r}.")
-        space.write(name, index, candidate)
+        self.growth.space.write(name, index, candidate)
 
     def _brief(self, proposal: Proposal, evidence: Evidence) -> Brief:
         space, table = self.growth.space, evidence.table

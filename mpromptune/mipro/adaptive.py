@@ -45,7 +45,7 @@ def proposers_of(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> lis
     proposers = made(given, _setting(run, programs, valset))
     path = run.options.gains_file
     known = {} if path is None else read_gains(path)
-    return [_Counted(proposer, run, known.get(proposer.name, UNKNOWN)) for proposer in proposers]
+    return [_Counted(proposer, run, known.get(proposer.name)) for proposer in proposers]
 
 
 def keep_gains(run: Run, gains: Mapping[str, Gain]) -> None:
@@ -82,9 +82,9 @@ def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting
 class _Counted:
     """A proposer whose LM requests are counted for its proposal, and whose answers are saved."""
 
-    def __init__(self, proposer: Proposer, run: Run, gain: Gain) -> None:
+    def __init__(self, proposer: Proposer, run: Run, gain: Gain | None) -> None:
         self.name, self.calls, self.keeps_parent = proposer.name, proposer.calls, proposer.keeps_parent
-        self.gain = gain
+        self.gain = gain or getattr(proposer, "gain", UNKNOWN)
         self._proposer, self._run = proposer, run
 
     def components(self, space: PromptSpace) -> Sequence[str]:

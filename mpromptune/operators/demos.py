@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpromptune.engine.proposers import Brief
-from mpromptune.errors import ProposalRefusedError
+from mpromptune.errors import ProposalDeclinedError
 from mpromptune.model.space import PromptSpace
 from mpromptune.operators.base import Setting, demos_of, posteriors
 from mpromptune.operators.effects import Effects
@@ -65,7 +65,7 @@ class Demos:
             made = move()
             if made is not None and tuple(made) not in taken and self._fits(made, parent, pool):
                 return [pool[text] for text in made]
-        raise ProposalRefusedError("No demo set was found that is new, allowed and near the parent's.")
+        raise ProposalDeclinedError("No demo set was found that is new, allowed and near the parent's.")
 
     def _most(self, parent: Texts) -> int:
         return max(self.setting.max_bootstrapped_demos, self.setting.max_labeled_demos, len(parent))

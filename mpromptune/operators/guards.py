@@ -12,7 +12,7 @@ from mpromptune.engine.proposers import Brief, Proposer
 from mpromptune.errors import ProposalRefusedError
 from mpromptune.execution.attempts import FAILURES
 from mpromptune.lms.errors import classify
-from mpromptune.model.space import PromptSpace
+from mpromptune.model.space import UNKNOWN, PromptSpace
 from mpromptune.operators.base import Setting, demos_of, predictor_of
 from mpromptune.operators.texts import (
     candidate_text,
@@ -57,6 +57,7 @@ class Guarded:
 
     def __init__(self, proposer: Proposer, setting: Setting) -> None:
         self.name, self.calls, self.keeps_parent = proposer.name, proposer.calls, proposer.keeps_parent
+        self.gain = getattr(proposer, "gain", UNKNOWN)
         self._proposer, self._setting = proposer, setting
 
     def components(self, space: PromptSpace) -> Sequence[str]:

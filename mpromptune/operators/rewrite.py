@@ -8,7 +8,7 @@ from typing import Any
 import dspy
 
 from mpromptune.engine.proposers import Brief
-from mpromptune.errors import ProposalRefusedError
+from mpromptune.errors import ProposalDeclinedError, ProposalRefusedError
 from mpromptune.operators.base import InstructionOperator, posteriors
 from mpromptune.operators.guards import rules
 from mpromptune.operators.texts import words
@@ -105,10 +105,10 @@ class Contrast(Rewriter):
         measured = [i for i in posteriors(brief, brief.component) if i in known]
         number = min(self._number, len(measured) // 2)
         if not number:
-            raise ProposalRefusedError("Fewer than two instructions are measured, so none is the worst.")
+            raise ProposalDeclinedError("Fewer than two instructions are measured, so none is the worst.")
         bad = [i for i in measured[-number:] if i != parent]
         if not bad:
-            raise ProposalRefusedError("The parent is the worst instruction, so there is none to be unlike.")
+            raise ProposalDeclinedError("The parent is the worst instruction, so there is none to be unlike.")
         return self.rewritten(
             brief,
             FromContrast,
@@ -132,7 +132,7 @@ class Merge(Rewriter):
         drawn = {i: rng.normal(mean, std) for i, (mean, std) in self.others(brief).items()}
         unlike = [i for i in drawn if likeness(known[i], parent) < _ALIKE]
         if not unlike:
-            raise ProposalRefusedError("No measured instruction differs enough from the parent's.")
+            raise ProposalDeclinedError("No measured instruction differs enough from the parent's.")
         other = max(unlike, key=lambda i: drawn[i])
         return self.rewritten(
             brief,
@@ -151,7 +151,7 @@ class Shorten(Rewriter):
         """See `mpromptune.engine.proposers.Proposer`."""
         parent = self.parent(brief)
         if len(parent) <= _LONG:
-            raise ProposalRefusedError(f"The parent's instruction is short: {len(parent)} characters.")
+            raise ProposalDeclinedError(f"The parent's instruction is short: {len(parent)} characters.")
         length = f"At most {int(_SHORTER * len(parent))} characters; now it has {len(parent)}."
         text = self.rewritten(brief, Shorter, current_instruction=parent, length=length)
         if len(text) >= len(parent):

@@ -26,6 +26,7 @@ class Proposal:
         descends: Whether the candidate is made from that of the parent.
         written: The candidate as JSON; None if it is not written yet.
         refused: Why there is no candidate, if the proposer has failed.
+        declined: Whether the proposer had nothing to write and made no request, so that it cost nothing.
         usage: What it took.
     """
 
@@ -37,6 +38,7 @@ class Proposal:
     descends: bool = True
     written: Any = None
     refused: str | None = None
+    declined: bool = False
     usage: Usage = field(default_factory=Usage)
 
     @property
