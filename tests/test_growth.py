@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ def test_a_writer_that_fails_is_not_asked_again(write: Callable, caplog: pytest.
         result = run(world, [writer])
     assert len(writer.briefs) == 3
     assert [
-        r.getMessage().startswith("The proposer 'writer' has failed 3 times") for r in caplog.records
+        r.getMessage().startswith("The proposer 'writer' has failed several times") for r in caplog.records
     ] == [True]
     assert all(proposal.refused for proposal in proposals_of(result))
     assert result.calls == sum(world.asked.values()) == 60  # the whole pool
@@ -200,8 +199,8 @@ def test_a_limit_on_cost_does_not_depend_on_timing() -> None:
     assert found[0] == found[1]
 
 
-def test_one_candidate_of_a_predictor_at_a_time() -> None:
-    """The next one is asked for when the last one has a score; all numbers are in order."""
+def test_two_candidates_of_a_predictor_at_a_time() -> None:
+    """The next one is asked for when the last but one has a score; all numbers are in order."""
     writer = Writer(better)
     result = run(World(PAIR), [writer], PAIR, max_calls=240)
     for name in PAIR.names:
@@ -209,7 +208,7 @@ def test_one_candidate_of_a_predictor_at_a_time() -> None:
         assert [b.index for b in own] == [
             *range(len(PAIR.components[name]), len(own) + len(PAIR.components[name]))
         ]
-        for before, brief in pairwise(own):
+        for before, brief in zip(own, own[2:], strict=False):
             assert any(m.params[name] == before.index for m in brief.standings)
     assert [p.number for p in proposals_of(result)] == [*range(len(writer.briefs))]
 
@@ -268,14 +267,14 @@ def test_an_outage_of_the_prompt_model_is_no_score(monkeypatch: pytest.MonkeyPat
 
 
 def test_equal_texts_are_refused_later_too() -> None:
-    """A candidate that was written before is the same as a new one; demo sets are compared by their texts."""
+    """But not two that are written at the same time; demo sets are compared by their texts."""
     world = World(SETS)
     written = {INSTRUCTION: "0.90 again", DEMOS: ["0.90 again"]}
     result = run(world, [Writer(lambda brief: written[brief.component])], SETS, max_calls=200)
     for name, text in written.items():
         own = [p for p in proposals_of(result) if p.component == name]
-        assert [p.written for p in own] == [text] * (len(own) > 0) + [None] * (len(own) - 1)
-        assert all("the same as candidate 2" in str(p.refused) for p in own[1:])
+        assert all(p.written == text for p in own[:1])
+        assert all(p.written is None and "the same as candidate 2" in str(p.refused) for p in own[2:])
 
 
 class Noting(World):
@@ -365,7 +364,9 @@ def test_infrastructure_that_fails_for_a_candidate_does_not_stop_others() -> Non
 
     pool, writer = PromptSpace({INSTRUCTION: [f"0.3{i} text" for i in range(10)]}), Writer(better)
     world = Unlucky(pool)
-    result = run(world, [writer], pool, max_calls=170, retry=RetryPolicy(attempts=1))
+    # Ten failures in a batch would count as an outage.
+    sizes = {"block_size": 2, "batch_size": 3}
+    result = run(world, [writer], pool, max_calls=170, retry=RetryPolicy(attempts=1), **sizes)
     assert world.failed
     assert len(writer.briefs) > 1
     assert {INSTRUCTION: 10} not in [m.params for m in result.configurations]
