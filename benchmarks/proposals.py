@@ -134,6 +134,11 @@ def recorded() -> Iterator[Cell]:
     return cells("recorded", RECORDED)
 
 
+def demos() -> Iterator[Cell]:
+    """Recorded: prompts with other demos, chosen by the effects of single demos; nothing else is asked."""
+    return (cell for cell in cells("recorded", ("demos",)) if cell["method"] != "gepa")
+
+
 def screening() -> Iterator[Cell]:
     """Recorded: several drafts of each proposal, of which the best by its embedding is measured."""
     return (
@@ -165,6 +170,7 @@ SLICES: dict[str, Callable[[], Iterator[Cell]]] = {
     "budgets": budgets,
     "mixture": mixture,
     "screening": screening,
+    "demos": demos,
     "scripted": scripted.cells,
 }
 

@@ -29,6 +29,7 @@ from mpromptune.errors import ProposalRefusedError
 from mpromptune.model import rasch
 from mpromptune.model.likelihood import Likelihood
 from mpromptune.model.space import FloatArray, IndexArray
+from mpromptune.operators.effects import Effects
 
 COMPONENT = "prompt"
 # Hidden prompts among which `Recorded.reflect` draws: those nearest to the parent.
@@ -67,7 +68,7 @@ class Writer:
         Raises:
             ProposalRefusedError: There is none left.
         """
-        return self.world.written(brief, self.write)
+        return self.world.written(brief, self.write, self.calls)
 
 
 class World(ABC):
@@ -114,10 +115,10 @@ class World(ABC):
             self.spent += 1
         return self.outcome(params[COMPONENT], example)
 
-    def written(self, brief: Brief, write: Callable[[Brief], str]) -> str:
-        """The text of a new candidate; a call is charged even if it is refused."""
+    def written(self, brief: Brief, write: Callable[[Brief], str], calls: int) -> str:
+        """The text of a new candidate; its calls are charged even if it is refused."""
         with self._lock:
-            self.spent += 1
+            self.spent += calls
             text = self.texts[brief.index] = write(brief)
             return text
 
@@ -149,7 +150,7 @@ class World(ABC):
 class Recorded(World):
     """Writers take prompts of the table that are not in the pool, each once.
 
-    Writers are ``fresh``, ``bad`` and ``reflect-b``, where b is the bias to quality.
+    Writers are ``fresh``, ``bad``, ``demos`` and ``reflect-b``, where b is the bias to quality.
 
     Attributes:
         drafts: Prompts that a writer draws, of which the one with the best predicted score is taken.
@@ -178,7 +179,8 @@ class Recorded(World):
         kind, _, bias = name.partition("-")
         if kind == "reflect":
             return Writer(name, partial(self._reflect, float(bias)), self)
-        return Writer(name, {"fresh": self._fresh, "bad": self._bad}[name], self, keeps_parent=False)
+        write = {"fresh": self._fresh, "bad": self._bad, "demos": self._demos}[name]
+        return Writer(name, write, self, keeps_parent=False, calls=0 if name == "demos" else 1)
 
     def _fresh(self, brief: Brief) -> str:
         return self._take(brief, self._left(self._hidden))
@@ -197,6 +199,23 @@ class Recorded(World):
         near = left[np.argsort(distances, kind="stable")[:_NEAREST]]
         truth = self.table.truth
         return self._take(brief, near, softmax(bias * truth[near] / truth.std()))
+
+    def _demos(self, brief: Brief) -> str:
+        """The prompt whose demos have the best mean effect in a draw, as the operator *demos* foretells it.
+
+        Each recorded demo set has instructions of its own, so the rest of the prompt changes too.
+        """
+        measured = [self._demos_of(self._prompts[one.params[COMPONENT]]) for one in brief.standings]
+        means = [one.posterior_mean for one in brief.standings]
+        effects = Effects(measured, means, [one.posterior_std for one in brief.standings])
+        left = self._left(self._hidden)
+        rng = np.random.default_rng([abs(brief.seed), brief.number, 3])  # not the numbers of `Brief.rng`
+        drawn = effects.draw(range(len(self.table.demo_emb)), rng)
+        values = [sum(drawn[demo] for demo in self._demos_of(prompt)) for prompt in left.tolist()]
+        return self._take(brief, left[[int(np.argmax(values))]])
+
+    def _demos_of(self, prompt: int) -> list[int]:
+        return [demo for demo in self.table.demo_sets[self.table.demo_set_of[prompt]].tolist() if demo >= 0]
 
     def _left(self, prompts: set[int]) -> IndexArray:
         if not prompts:
