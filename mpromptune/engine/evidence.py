@@ -126,15 +126,17 @@ class Evidence:
     ) -> list[Row | Offer]:
         if self.growth is None:
             return list(propose(model, n, calls_left, is_open, rng))
+        space = self.growth.space
         with self.growth.offered(model, self.table, rng) as offer:
-            if offer is None:
-                return list(propose(model, n, calls_left, is_open, rng))
-            new = offer.row(self.growth.space.sizes[offer.component])
-            # When everything else is measured, the rest of the budget is best spent on a new candidate.
-            rows = propose(model, n, calls_left, is_open, rng, new) or [new]
+            new = None if offer is None else offer.row(space.sizes[offer.component])
+            rows = propose(model, n, calls_left, is_open, rng, new)
+        if offer is None or new is None:
+            return list(rows)
+        # When everything else is measured, the rest of the budget is best spent on a new candidate.
+        rows = rows or [new]
         # All blocks of the new candidate are of one configuration, because it is written only once.
-        first = next(filter(self.growth.space.is_next, rows), None)
-        return [offer.beside(first) if first and self.growth.space.is_next(row) else row for row in rows]
+        first = next(filter(space.is_next, rows), new)
+        return [offer.beside(first) if space.is_next(row) else row for row in rows]
 
     def information(self) -> FloatArray | None:
         """Information of a score of the leader on each example; None before the first score."""

@@ -55,11 +55,16 @@ class Offer:
 
     def row(self, index: int) -> Row:
         """The configuration with this index for the new candidate."""
-        return (*self.parent[: self.component], index, *self.parent[self.component + 1 :])
+        return _with(self.parent, self.component, index)
 
     def beside(self, row: Row) -> Offer:
-        """The same offer with the other candidates of ``row``."""
-        return replace(self, parent=replace(self, parent=row).row(self.parent[self.component]))
+        """The same offer, but the candidates of the other components are those of ``row``."""
+        return replace(self, parent=_with(row, self.component, self.parent[self.component]))
+
+
+def _with(row: Row, component: int, index: int) -> Row:
+    """The configuration with another candidate of one component."""
+    return (*row[:component], index, *row[component + 1 :])
 
 
 @dataclass
@@ -105,18 +110,15 @@ class Growth:
         return self.proposers[proposal.proposer].calls
 
     def add(self, proposal: Proposal) -> None:
-        """Append the candidate of a proposal to the space."""
-        parent = proposal.parent[proposal.component] if proposal.descends else None
-        component = self.space.names.index(proposal.component)
-        index = self.space.add(component, self._birth(proposal.proposer, parent))
-        assert index == proposal.index
-        self.space.closed.add((component, index))  # to all other trials, until its first one is told
-        self._unproven.add((component, index))
+        """Append the candidate of a proposal to the space, closed to other trials until its first is told."""
+        new = _append(self.space, proposal, self._gain(proposal.proposer))
+        assert new[1] == proposal.index
+        self._unproven.add(new)
         self._in_flight[proposal.proposer] += 1
         self.asked += 1
 
-    def _birth(self, proposer: str, parent: int | None) -> Birth:
-        return Birth(proposer, parent, self.gains.get(proposer, UNKNOWN))
+    def _gain(self, proposer: str) -> Gain:
+        return self.gains.get(proposer, UNKNOWN)
 
     def end(self, proposal: Proposal) -> None:
         """Note what became of a proposal; after several refusals its proposer is not asked again."""
@@ -137,73 +139,74 @@ class Growth:
     def offered(
         self, beliefs: Beliefs, table: ScoreTable, rng: np.random.Generator
     ) -> Iterator[Offer | None]:
-        """A context in which the model knows the origin of the candidate that is offered.
+        """A context in which the model knows the origin of the candidate that is offered, if one is.
 
-        The offer is for one group, drawn at random; its parent and its proposer are the best ones in a
-        posterior draw (Thompson sampling). There is no offer for a group that has a candidate without a
-        score: it has to show first what it is worth.
+        The offer is for one group, drawn at random; parent and proposer are the best ones in posterior
+        draws (Thompson sampling). There is no offer for a group with several candidates that have no score:
+        they have to show first what they are worth.
         """
-        offers = self._offers(beliefs, table, rng)
-        if not offers:
-            yield None
-            return
-        before = [len(births) for births in self.space.births]
-        try:
-            offer = offers[self._best(beliefs, offers, rng)]
-            self._forget(before)
-            self.space.births[offer.component].append(offer.birth)
+        offer = self._offer(beliefs, table, rng)
+        with self._expecting([] if offer is None else [offer]):
             yield offer
-        finally:
-            self._forget(before)
 
-    def _forget(self, before: Sequence[int]) -> None:
-        for births, n in zip(self.space.births, before, strict=True):
-            del births[n:]
+    def _offer(self, beliefs: Beliefs, table: ScoreTable, rng: np.random.Generator) -> Offer | None:
+        free = self._free_groups(beliefs, table) if self.proposers else []
+        if not free:
+            return None
+        g = free[int(rng.integers(len(free)))]
+        components = beliefs.groups[g].components
+        if not (parents := _known(table, components)):
+            return None
+        offers = self._offers(parents[best_of(beliefs, g, parents, rng)], components)
+        if not offers:
+            return None
+        with self._expecting(offers) as rows:
+            return offers[best_of(beliefs, g, rows, rng)]
 
-    def _offers(self, beliefs: Beliefs, table: ScoreTable, rng: np.random.Generator) -> list[Offer]:
-        space = self.space
-        if not self.proposers:
-            return []
-        rows = [row for row in table.rows if not table.is_dropped(row)]
+    @contextmanager
+    def _expecting(self, offers: Sequence[Offer]) -> Iterator[list[Row]]:
+        """A context in which the model knows the origins of these candidates; yields their configurations."""
+        with self.space.expecting((offer.component, offer.birth) for offer in offers) as indices:
+            yield [offer.row(index) for offer, index in zip(offers, indices, strict=True)]
+
+    def _free_groups(self, beliefs: Beliefs, table: ScoreTable) -> list[int]:
+        """The groups with few candidates that have no score."""
         tried = [*table.rows, *filter(table.is_dropped, table.started)]
         scored = {(c, index) for row in tried for c, index in enumerate(row)}
         waiting = [c for c, _ in self._unproven - scored]
-        groups = [group.components for group in beliefs.groups]
-        free = [g for g, own in enumerate(groups) if sum(c in own for c in waiting) < _AT_ONCE]
-        if not free:
-            return []
-        g = free[int(rng.integers(len(free)))]
-        rows = _known(table, rows, groups[g])
-        if not rows:
-            return []
-        parent = rows[best_of(beliefs, g, rows, rng)]
+        groups = enumerate(group.components for group in beliefs.groups)
+        return [g for g, components in groups if sum(c in components for c in waiting) < _AT_ONCE]
+
+    def _offers(self, parent: Row, components: Sequence[int]) -> list[Offer]:
+        """What the proposers may write from a parent for these components."""
         found = []
         for name, proposer in self.proposers.items():
             if self._refusals[name] + self._in_flight[name] >= _REFUSALS:  # those in flight may fail too
                 continue
-            for c in beliefs.groups[g].components:
-                if space.names[c] in self._writes[name] and space.sizes[c] < self.capacity[space.names[c]]:
-                    birth = self._birth(name, parent[c] if proposer.keeps_parent else None)
+            for c in components:
+                component = self.space.names[c]
+                if component in self._writes[name] and self.space.sizes[c] < self.capacity[component]:
+                    birth = Birth(name, parent[c] if proposer.keeps_parent else None, self._gain(name))
                     found.append(Offer(parent, c, birth, proposer.calls))
         return found
 
-    def _best(self, beliefs: Beliefs, offers: Sequence[Offer], rng: np.random.Generator) -> int:
-        rows = []
-        for offer in offers:
-            births = self.space.births[offer.component]
-            births.append(offer.birth)
-            rows.append(offer.row(self.space.initial[offer.component] + len(births) - 1))
-        groups = [g for g, group in enumerate(beliefs.groups) if offers[0].component in group.components]
-        return best_of(beliefs, groups[0], rows, rng)
 
-
-def _known(table: ScoreTable, rows: Sequence[Row], components: Sequence[int]) -> list[Row]:
+def _known(table: ScoreTable, components: Sequence[int]) -> list[Row]:
     """The configurations whose candidates of some components have enough scores, in any configurations."""
+    rows = [row for row in table.rows if not table.is_dropped(row)]
     numbers: Counter[Row] = Counter()
     for row in rows:
         numbers[tuple(row[c] for c in components)] += len(table.means(row))
     enough = min(_PROVEN, table.n_examples / 2)
     return [row for row in rows if numbers[tuple(row[c] for c in components)] >= enough]
+
+
+def _append(space: PromptSpace, proposal: Proposal, gain: Gain = UNKNOWN) -> tuple[int, int]:
+    """Append the candidate of a proposal to a space, closed; return its component and its index."""
+    component = space.names.index(proposal.component)
+    index = space.add(component, Birth(proposal.proposer, proposal.source, gain))
+    space.closed.add((component, index))
+    return component, index
 
 
 def regrow(space: PromptSpace, proposals: Sequence[Proposal], text_of: Callable[[Any], Candidate]) -> None:
@@ -215,13 +218,10 @@ def regrow(space: PromptSpace, proposals: Sequence[Proposal], text_of: Callable[
         text_of: The text or texts of what was written.
     """
     for proposal in proposals:
-        parent = proposal.parent[proposal.component] if proposal.descends else None
-        component = space.names.index(proposal.component)
-        index = space.add(component, Birth(proposal.proposer, parent))
-        if proposal.written is None:
-            space.closed.add((component, index))
-        else:
-            space.write(proposal.component, index, text_of(proposal.written))
+        new = _append(space, proposal)
+        if proposal.written is not None:
+            space.closed.discard(new)
+            space.write(proposal.component, new[1], text_of(proposal.written))
 
 
 def capacity_of(space: PromptSpace, max_calls: int) -> dict[str, int]:

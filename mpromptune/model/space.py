@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -100,6 +101,26 @@ class IndexSpace:
         self.births[component].append(birth)
         self.sizes = tuple(n + len(some) for n, some in zip(self.initial, self.births, strict=True))
         return self.sizes[component] - 1
+
+    @contextmanager
+    def expecting(self, births: Iterable[tuple[int, Birth]]) -> Iterator[list[int]]:
+        """A context in which the model knows the origins of further candidates, which do not exist.
+
+        Args:
+            births: The component and the origin of each.
+
+        Yields:
+            Their indices.
+        """
+        before, indices = list(map(len, self.births)), []
+        try:
+            for component, birth in births:
+                self.births[component].append(birth)
+                indices.append(self.initial[component] + len(self.births[component]) - 1)
+            yield indices
+        finally:
+            for known, number in zip(self.births, before, strict=True):
+                del known[number:]
 
     def is_next(self, row: Sequence[int]) -> bool:
         """Whether ``row`` has the candidate that would be added next to one of its components."""

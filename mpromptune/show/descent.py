@@ -82,10 +82,8 @@ def descents(findings: Findings) -> list[Descent]:
         chain = findings.lineage(component, index)
         if not chain:
             continue
-        places = [one.index for one in chain]
-        if chain[0].descends:
-            places.insert(0, chain[0].parent[component])
-        names = [candidate_name(findings, component, i) for i in places]
+        places = [chain[0].source, *(one.index for one in chain)]
+        names = [candidate_name(findings, component, i) for i in places if i is not None]
         usage = sum((one.usage for one in chain), Usage())
         found.append(Descent(title(findings, component), names, [one.proposer for one in chain], usage))
     return found

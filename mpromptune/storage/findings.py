@@ -125,11 +125,10 @@ class Findings:
         """
         found = {(one.component, one.index): one for one in self.proposals}
         chain: list[Proposal] = []
-        while (proposal := found.get((component, index))) is not None:
+        source: int | None = index
+        while source is not None and (proposal := found.get((component, source))) is not None:
             chain.insert(0, proposal)
-            if not proposal.descends:
-                break
-            index = proposal.parent[component]
+            source = proposal.source
         return tuple(chain)
 
     def __getstate__(self) -> dict[str, object]:

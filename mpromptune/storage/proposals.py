@@ -23,7 +23,7 @@ class Proposal:
         index: Index of the candidate.
         proposer: Name of the proposer.
         parent: Params of the configuration to improve.
-        descends: Whether the candidate is made from that of the parent.
+        descends: Whether the candidate is made from that of the parent; otherwise it is unrelated to it.
         written: The candidate as JSON; None if it is not written yet.
         refused: Why there is no candidate, if the proposer has failed.
         declined: Whether the proposer had nothing to write and made no request, so that it cost nothing.
@@ -40,6 +40,11 @@ class Proposal:
     refused: str | None = None
     declined: bool = False
     usage: Usage = field(default_factory=Usage)
+
+    @property
+    def source(self) -> int | None:
+        """The index of the candidate that this one is made from; None if there is none."""
+        return self.parent[self.component] if self.descends else None
 
     @property
     def is_over(self) -> bool:
