@@ -109,14 +109,14 @@ class Evidence:
         model = self._model()
         rows: list[Row | Offer] = []
         if model is not None and len(self.table.rows) >= self.min_cold_start:
-            rows = self._proposed(model, n, calls_left, is_open, rng)
+            rows = self._chosen(model, n, calls_left, is_open, rng)
         if not rows:
             sample = map(tuple, rng.permutation(self.encoding.space.sample(_DRAWN, rng)).tolist())
             open_ = [row for row in sample if self.encoding.space.exists(row) and is_open(row)]
             rows = [*sorted(open_, key=self.table.started.__contains__)[:n]]
         return rows
 
-    def _proposed(
+    def _chosen(
         self,
         model: Beliefs,
         n: int,

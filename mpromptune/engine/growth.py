@@ -75,14 +75,14 @@ class Growth:
         space: The configurations; it grows when a proposer is asked.
         proposers: By name.
         capacity: Most candidates of each component.
-        gains: What is known of proposers from other searches.
+        gains: What is known of their mean gains from other searches.
         asked: Number of proposals begun.
     """
 
     space: PromptSpace
     proposers: Mapping[str, Proposer]
     capacity: Mapping[str, int]
-    gains: Mapping[str, Gain] = field(default_factory=dict)
+    gains: Mapping[str, Gain]
     asked: int = 0
     _refusals: dict[str, float] = field(
         default_factory=lambda: defaultdict(float)
@@ -111,14 +111,11 @@ class Growth:
 
     def add(self, proposal: Proposal) -> None:
         """Append the candidate of a proposal to the space, closed to other trials until its first is told."""
-        new = _append(self.space, proposal, self._gain(proposal.proposer))
+        new = _append(self.space, proposal, self.gains[proposal.proposer])
         assert new[1] == proposal.index
         self._unproven.add(new)
         self._in_flight[proposal.proposer] += 1
         self.asked += 1
-
-    def _gain(self, proposer: str) -> Gain:
-        return self.gains.get(proposer, UNKNOWN)
 
     def end(self, proposal: Proposal) -> None:
         """Note what became of a proposal; after several refusals its proposer is not asked again."""
@@ -186,7 +183,7 @@ class Growth:
             for c in components:
                 component = self.space.names[c]
                 if component in self._writes[name] and self.space.sizes[c] < self.capacity[component]:
-                    birth = Birth(name, parent[c] if proposer.keeps_parent else None, self._gain(name))
+                    birth = Birth(name, parent[c] if proposer.keeps_parent else None, self.gains[name])
                     found.append(Offer(parent, c, birth, proposer.calls))
         return found
 

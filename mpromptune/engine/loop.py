@@ -135,7 +135,8 @@ class Loop:
         self.trials.start(asked, examples)
         written: Future[bool] | None = None
         if asked.proposal is not None:
-            written = self.writing.begin(asked.proposal, self.evidence, partial(self._keep_proposal, asked))
+            keep = partial(self._keep_proposal, asked)
+            written = self.writing.begin(asked.proposal, self.evidence, self.trials.notes, keep)
         futures = tuple(self._submit(asked, example, written) for example in examples)
         batch.append(Running(asked, examples, futures, written))
 

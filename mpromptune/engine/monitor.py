@@ -112,8 +112,8 @@ class Monitor:
             self._speed = Speed(self.clock)
         self._speed.note(self._calls())
         table = self.evidence.table
-        rest = self.plan.task.max_calls - table.proposing - self._calls()
-        affordable = self.budget.calls_left(table.usage, table.calls, table.proposed)
+        rest = self.plan.task.max_calls - table.proposal_calls - self._calls()
+        affordable = self.budget.calls_left(table.usage, table.calls, table.proposal_usage)
         if affordable is not None:
             rest = min(rest, affordable[1] - self.answered())
         return self._speed.seconds_for(rest)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpromptune.errors import InvalidArgumentError, require_count
-from mpromptune.model.space import Candidate, PromptSpace, as_candidate
+from mpromptune.model.space import UNKNOWN, Candidate, Gain, PromptSpace, as_candidate
 from mpromptune.storage.findings import Measured
 
 
@@ -67,7 +67,35 @@ class Proposer(Protocol):
 
         Raises:
             ProposalRefusedError: What was written is not fit to be a candidate.
+            ProposalDeclinedError: There is nothing to write for this parent, and no request was made.
         """
+
+
+def gain_of(proposer: Proposer) -> Gain:
+    """What is known of a proposer's mean gain."""
+    gain: Gain = getattr(proposer, "gain", UNKNOWN)
+    return gain
+
+
+class ProposerWrapper:
+    """Base class of proposers that add something to another one; by itself it is the same.
+
+    Args:
+        proposer: Any proposer.
+    """
+
+    def __init__(self, proposer: Proposer) -> None:
+        self.name, self.calls, self.keeps_parent = proposer.name, proposer.calls, proposer.keeps_parent
+        self.gain = gain_of(proposer)
+        self.proposer = proposer
+
+    def components(self, space: PromptSpace) -> Sequence[str]:
+        """The components that it can write candidates for."""
+        return self.proposer.components(space)
+
+    def propose(self, brief: Brief) -> Any:
+        """See `Proposer`."""
+        return self.proposer.propose(brief)
 
 
 class Candidates(Protocol):

@@ -90,8 +90,8 @@ class ScoreTable:
     Attributes:
         calls: Program calls that gave a score.
         pending: Program calls of open trials.
-        proposing: Requests of proposals, which count against the budget like program calls.
-        proposed: Usage of the proposals that have ended.
+        proposal_calls: Requests of proposals, which count against the budget like program calls.
+        proposal_usage: Usage of the proposals that have ended.
         batches: Batches told.
         usage: Usage of all trials, including failed ones.
         trials: Number of trials begun.
@@ -100,8 +100,8 @@ class ScoreTable:
 
     def __init__(self, n_examples: int) -> None:
         self.n_examples = n_examples
-        self.calls = self.pending = self.proposing = self.batches = self.trials = 0
-        self.usage = self.proposed = Usage()
+        self.calls = self.pending = self.proposal_calls = self.batches = self.trials = 0
+        self.usage = self.proposal_usage = Usage()
         self.whole: dict[Row, None] = {}
         self._arms: dict[Row, _Arm] = {}
         self._told: dict[Row, None] = {}  # configurations in the order in which they were first told
@@ -233,7 +233,7 @@ class ScoreTable:
     @property
     def asked_calls(self) -> int:
         """Calls that gave a score or are pending, and proposals; failed calls do not count."""
-        return self.calls + self.pending + self.proposing
+        return self.calls + self.pending + self.proposal_calls
 
     def asked(self, row: Row) -> AbstractSet[int]:
         """Examples on which ``row`` has a score or a pending call."""

@@ -15,12 +15,12 @@ from mpromptune.engine.growth import Growth, capacity_of
 from mpromptune.engine.loop import Loop
 from mpromptune.engine.options import SearchOptions
 from mpromptune.engine.plan import Plan, Task
-from mpromptune.engine.proposers import Candidates, Proposer, check_proposers
+from mpromptune.engine.proposers import Candidates, Proposer, Texts, check_proposers, gain_of
 from mpromptune.engine.result import SearchResult
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.engine.settings import recorded_settings, require_same, settings_of, write_settings
 from mpromptune.engine.trials import Trials, table_of
-from mpromptune.engine.writing import WRITERS, Writing, writers
+from mpromptune.engine.writing import THREADS, Writing, threads
 from mpromptune.errors import CallTimeoutError, InvalidArgumentError, require_count
 from mpromptune.execution.attempts import (
     INFRASTRUCTURE,
@@ -36,7 +36,7 @@ from mpromptune.execution.limits import PROPOSE, SEARCH, Budget
 from mpromptune.execution.pool import Score, Workers, classify_builtin
 from mpromptune.execution.remote import Workplace, measuring
 from mpromptune.execution.usage import Meter, Usage, metered
-from mpromptune.model.space import UNKNOWN, Gain, PromptSpace
+from mpromptune.model.space import Gain, PromptSpace
 from mpromptune.sampling.encoding import distributions_of
 from mpromptune.sampling.sampler import qEISampler
 from mpromptune.sampling.samplers import bind, is_qei, resolve_sampler
@@ -149,25 +149,26 @@ def search(
     budget = budget or Budget(chosen.limits, grace=chosen.grace)
     retry, stopped = retry or chosen.retry, stopped or threading.Event()
     study = open_study(chosen.storage, chosen.study_name)
-    capacity = capacity_of(space, max_calls) if proposers else {}
-    growth = Growth(space, {p.name: p for p in sorted(proposers, key=lambda p: p.name)}, capacity)
-    growth.gains = {proposer.name: getattr(proposer, "gain", UNKNOWN) for proposer in proposers}
+    growth = Growth(
+        space,
+        proposers={proposer.name: proposer for proposer in sorted(proposers, key=lambda one: one.name)},
+        capacity=capacity_of(space, max_calls) if proposers else {},
+        gains={proposer.name: gain_of(proposer) for proposer in proposers},
+    )
     with (
         budget.ending(),
         handled(),
         held(study, stopped) as lease,
         measuring(score, Workplace(chosen.executor), num_threads, retry, stopped) as (score, pool),
-        writers() as threads,
+        threads() as executor,
     ):
         judged = partial(_verdict_on_proposal, classify), _REQUESTS, retry_after
-        attempts = Attempts(*judged, WRITERS, stopped, budget.admits)
+        attempts = Attempts(*judged, THREADS, stopped, budget.admits)
         meter = budget.step(PROPOSE) if proposers else Meter()
-        writing = Writing(growth, seed, threads, attempts, meter, stopped.is_set)
-        writing.timeout = retry.timeout
-        writing.candidates = candidates or writing.candidates
+        asking = executor, attempts, meter, stopped.is_set
+        writing = Writing(growth, seed, *asking, candidates or Texts(), retry.timeout)
         workers = Workers(score, pool, classify, retry, retry_after, num_threads, budget.admits, stopped)
         loop = _prepare(space, task, chosen, lease, workers, budget, writing)
-        writing.notes = loop.trials.notes
         with metered(budget.begin_search()):
             return loop.run()
 

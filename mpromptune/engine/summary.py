@@ -48,13 +48,13 @@ class Summary:
     def afford(self) -> None:
         """Tell the plan how many calls the limits on tokens, cost and time allow."""
         table, max_calls = self.evidence.table, self.plan.task.max_calls
-        left = self.budget.calls_left(table.usage, table.calls, table.proposed)
+        left = self.budget.calls_left(table.usage, table.calls, table.proposal_usage)
         if left is None:
             return
         name, calls = left
         price = partial(table.relative_use, MEASURE[name])
         dearest = max(map(price, table.rows), default=1.0)
-        spent = table.calls + table.proposing
+        spent = table.calls + table.proposal_calls
         if calls >= dearest * (max_calls - spent):  # enough even if all calls are of the dearest row
             self.binding = None
             self.plan.afford(max_calls, lambda row: 1.0)

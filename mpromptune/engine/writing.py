@@ -15,7 +15,7 @@ import numpy as np
 
 from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.growth import Growth
-from mpromptune.engine.proposers import Brief, Candidates, Texts
+from mpromptune.engine.proposers import Brief, Candidates
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import ProposalDeclinedError, ProposalRefusedError
 from mpromptune.execution.attempts import Attempts
@@ -30,7 +30,7 @@ from mpromptune.storage.proposals import Proposal
 # written from these is good only on them.
 _VISIBLE = 0.6
 # NOTE: proposals written at the same time. A search seldom has more than one for each predictor.
-WRITERS = 4
+THREADS = 4
 # NOTE: seconds after which a proposal counts as failed, if the search has no ``timeout``: several requests
 # for long answers of a slow LM end in this time.
 _TIMEOUT = 300.0
@@ -38,6 +38,7 @@ _TIMEOUT = 300.0
 _SHOWN = 500
 
 Keep = Callable[[Proposal], None]
+Notes = Mapping[tuple[Row, int], Any]
 
 
 @dataclass
@@ -51,9 +52,8 @@ class Writing:
         attempts: Repeats a request while another attempt may succeed.
         meter: Counts the usage of proposals.
         stopped: Whether the search is ending, so that no result is needed.
-        timeout: Seconds after which an attempt counts as failed; by default five minutes.
         candidates: Makes what is written usable for the score function.
-        notes: What the score function said about pairs, beside their scores.
+        timeout: Seconds after which an attempt counts as failed; by default five minutes.
     """
 
     growth: Growth
@@ -62,23 +62,23 @@ class Writing:
     attempts: Attempts
     meter: Meter
     stopped: Stop
+    candidates: Candidates
     timeout: float | None = None
-    candidates: Candidates = field(default_factory=Texts)
-    notes: Mapping[tuple[Row, int], Any] = field(default_factory=dict)
     _latest: dict[int, Proposal] = field(default_factory=dict)
 
-    def begin(self, proposal: Proposal, evidence: Evidence, keep: Keep) -> Future[bool]:
+    def begin(self, proposal: Proposal, evidence: Evidence, notes: Notes, keep: Keep) -> Future[bool]:
         """Have a candidate written, unless an earlier run has; the result is whether there is one.
 
         An error of the proposer is a refusal. If the search ends first, the proposal stays open.
 
         Args:
             proposal: The proposal, after `take`.
-            evidence: What the proposer is told.
+            evidence: The scores and the model, from which the proposer is told.
+            notes: What the score function said about pairs, beside their scores.
             keep: Called with the proposal when it has ended, in the thread of the proposer.
         """
         if not proposal.is_over:
-            context, brief = contextvars.copy_context(), self._brief(proposal, evidence)
+            context, brief = contextvars.copy_context(), self._brief(proposal, evidence, notes)
             return self.executor.submit(context.run, self._write, proposal, brief, keep)
         known: Future[bool] = Future()
         known.set_result(proposal.written is not None)
@@ -86,7 +86,7 @@ class Writing:
 
     def take(self, proposal: Proposal, table: ScoreTable) -> None:
         """Count a proposal, and make its candidate known if an earlier run has written it."""
-        table.proposing += self.growth.calls_of(proposal)
+        table.proposal_calls += self.growth.calls_of(proposal)
         self.meter.add(proposal.usage)
         self._latest[proposal.number] = proposal
         if proposal.written is not None:
@@ -99,9 +99,9 @@ class Writing:
     def end(self, proposal: Proposal, table: ScoreTable) -> None:
         """Note what became of a proposal, when its trial is told."""
         latest = self._latest[proposal.number]
-        table.proposed += latest.usage
+        table.proposal_usage += latest.usage
         if latest.declined:
-            table.proposing -= self.growth.calls_of(latest)
+            table.proposal_calls -= self.growth.calls_of(latest)
         if latest.is_over:
             self.growth.end(latest)
 
@@ -143,7 +143,7 @@ class Writing:
                 raise ProposalRefusedError(f"It is the same as candidate {other} of {name!r}: {candidate!r}.")
         self.growth.space.write(name, index, candidate)
 
-    def _brief(self, proposal: Proposal, evidence: Evidence) -> Brief:
+    def _brief(self, proposal: Proposal, evidence: Evidence, notes: Notes) -> Brief:
         space, table = self.growth.space, evidence.table
         visible = visible_examples(table.n_examples, self.seed)
         rows = evidence.best_first(table.rows)
@@ -152,11 +152,11 @@ class Writing:
         for row, mean, deviation in zip(rows, means, deviations, strict=True):
             scores = {e: s for e, s in table.means(row).items() if e in visible}
             standings.append(Measured(space.params(row), scores, mean, deviation, table.is_full(row)))
-        notes = {
-            (i, e): self.notes[row, e]
+        said = {
+            (i, e): notes[row, e]
             for i, (row, one) in enumerate(zip(rows, standings, strict=True))
             for e in one.scores
-            if (row, e) in self.notes
+            if (row, e) in notes
         }
         # A candidate without a score may not be written yet: what is known must not depend on timing.
         scored = {(c, index) for row in rows for c, index in enumerate(row)}
@@ -167,7 +167,7 @@ class Writing:
             for c, (name, n) in enumerate(zip(space.names, space.initial, strict=True))
         }
         told = proposal.number, proposal.component, proposal.index, dict(proposal.parent)
-        return Brief(*told, tuple(standings), notes, candidates, self.seed)
+        return Brief(*told, tuple(standings), said, candidates, self.seed)
 
 
 def _is_same(one: Candidate, other: Candidate) -> bool:
@@ -175,13 +175,13 @@ def _is_same(one: Candidate, other: Candidate) -> bool:
 
 
 @contextmanager
-def writers() -> Iterator[Executor]:
+def threads() -> Iterator[Executor]:
     """The threads of proposals, which are closed without waiting for one that hangs."""
-    threads = DaemonThreads(WRITERS, "mpromptune-proposal")
+    executor = DaemonThreads(THREADS, "mpromptune-proposal")
     try:
-        yield threads
+        yield executor
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def visible_examples(n_examples: int, seed: int) -> frozenset[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpromptune.engine.proposers import Brief, Proposer
+from mpromptune.engine.proposers import Brief, Proposer, ProposerWrapper
 from mpromptune.engine.writing import visible_examples
 from mpromptune.execution.limits import SEARCH
 from mpromptune.execution.usage import current_meter
@@ -13,7 +13,7 @@ from mpromptune.lms.metering import measured
 from mpromptune.mipro.configurations import ProgramSpace
 from mpromptune.mipro.run import Run
 from mpromptune.model.lineage import for_another_search
-from mpromptune.model.space import UNKNOWN, Gain, PromptSpace
+from mpromptune.model.space import Gain
 from mpromptune.operators.base import Setting
 from mpromptune.operators.registry import OPERATORS, made
 from mpromptune.storage.gains import read_gains, write_gains
@@ -79,20 +79,16 @@ def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting
     )
 
 
-class _Counted:
+class _Counted(ProposerWrapper):
     """A proposer whose LM requests are counted for its proposal, and whose answers are saved."""
 
     def __init__(self, proposer: Proposer, run: Run, gain: Gain | None) -> None:
-        self.name, self.calls, self.keeps_parent = proposer.name, proposer.calls, proposer.keeps_parent
-        self.gain = gain or getattr(proposer, "gain", UNKNOWN)
-        self._proposer, self._run = proposer, run
-
-    def components(self, space: PromptSpace) -> Sequence[str]:
-        """The components that it can write candidates for."""
-        return self._proposer.components(space)
+        super().__init__(proposer)
+        self.gain = gain or self.gain
+        self._run = run
 
     def propose(self, brief: Brief) -> Any:
         """See `mpromptune.engine.proposers.Proposer`."""
         # As in `ProgramRunner`: DSPy's settings have the meter of the whole compile.
         with measured(current_meter()), self._run.keeping(SEARCH, "proposal", brief.number):
-            return self._proposer.propose(brief)
+            return super().propose(brief)

@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mpromptune.engine.proposers import Brief, Proposer
+from mpromptune.engine.proposers import Brief, Proposer, ProposerWrapper
 from mpromptune.errors import ProposalRefusedError
 from mpromptune.execution.attempts import FAILURES
 from mpromptune.lms.errors import classify
-from mpromptune.model.space import UNKNOWN, PromptSpace
 from mpromptune.operators.base import Setting, demos_of, predictor_of
 from mpromptune.operators.texts import (
     candidate_text,
@@ -47,7 +46,7 @@ def rules(setting: Setting, component: str) -> str:
     return " ".join(said)
 
 
-class Guarded:
+class Guarded(ProposerWrapper):
     """A proposer whose candidates are checked.
 
     Args:
@@ -56,13 +55,8 @@ class Guarded:
     """
 
     def __init__(self, proposer: Proposer, setting: Setting) -> None:
-        self.name, self.calls, self.keeps_parent = proposer.name, proposer.calls, proposer.keeps_parent
-        self.gain = getattr(proposer, "gain", UNKNOWN)
-        self._proposer, self._setting = proposer, setting
-
-    def components(self, space: PromptSpace) -> Sequence[str]:
-        """The components that it can write candidates for."""
-        return self._proposer.components(space)
+        super().__init__(proposer)
+        self._setting = setting
 
     def propose(self, brief: Brief) -> Any:
         """A new candidate that is fit to be one.
@@ -73,7 +67,7 @@ class Guarded:
                 on.
         """
         try:
-            return checked(self._proposer.propose(brief), self._setting, brief)
+            return checked(super().propose(brief), self._setting, brief)
         except Exception as error:
             if isinstance(error, ProposalRefusedError) or classify(error) not in FAILURES:
                 raise

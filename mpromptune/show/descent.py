@@ -39,8 +39,8 @@ class Descent(NamedTuple):
     usage: Usage
 
 
-class Writer(NamedTuple):
-    """What a proposer did.
+class Proposed(NamedTuple):
+    """What a proposer has written.
 
     Attributes:
         name: Its name.
@@ -89,15 +89,15 @@ def descents(findings: Findings) -> list[Descent]:
     return found
 
 
-def writers(findings: Findings) -> list[Writer]:
-    """All proposers that were asked, in the order in which they were first asked."""
+def by_proposer(findings: Findings) -> list[Proposed]:
+    """What each proposer has written, in the order in which they were first asked."""
     found = []
     for name in dict.fromkeys(one.proposer for one in findings.proposals):
         own = [one for one in findings.proposals if one.proposer == name]
         reasons = Counter(_reason(one.refused) for one in own if one.refused is not None)
         usage = sum((one.usage for one in own), Usage())
         gain = findings.gains.get(name) if any(one.written is not None for one in own) else None
-        found.append(Writer(name, len(own), dict(reasons.most_common()), usage, gain))
+        found.append(Proposed(name, len(own), dict(reasons.most_common()), usage, gain))
     return found
 
 

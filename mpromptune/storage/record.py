@@ -116,19 +116,19 @@ def note_attribute(example: int) -> str:
     return f"{NOTE}:{example}"
 
 
-def check_left(record: Record, max_calls: int, missing: int, proposing: int = 0) -> None:
+def check_left(record: Record, max_calls: int, missing: int, proposal_calls: int = 0) -> None:
     """Require a budget for the calls that were made and those that must follow.
 
     Args:
         record: The trials of earlier runs; those that are not told will be completed.
         max_calls: The budget.
         missing: Further calls that must follow.
-        proposing: Calls that the proposals of earlier runs count as.
+        proposal_calls: Calls that the proposals of earlier runs count as.
 
     Raises:
         InvalidArgumentError: ``max_calls`` is too low.
     """
-    spent = sum(len(recorded.scores) for recorded in record) + proposing
+    spent = sum(len(recorded.scores) for recorded in record) + proposal_calls
     unfinished = [recorded for recorded in record if not recorded.told and recorded.examples]
     due = missing + sum(len(r.examples or ()) - len(r.scores) for r in unfinished)
     if record and due and spent + due > max_calls:
