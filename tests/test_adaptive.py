@@ -466,3 +466,20 @@ def test_proposers_know_which_examples_are_whose(monkeypatch: pytest.MonkeyPatch
     assert len(train) + len(val) == 40
     assert seen[-1].visible == result.visible
     assert 0 < len(result.visible) < len(val) == result.n_examples
+
+
+def test_a_file_of_gains_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder that does not exist is an error before any call; what happens later costs no program."""
+    lm = adding_lm()
+    with pytest.raises(InvalidArgumentError, match=r"gains_file=.*folder that does not exist"):
+        adaptive(lm=lm, gains_file=tmp_path / "none" / "gains.json")
+    assert lm.calls == []
+    path = tmp_path / "gains.json"
+
+    def damaging() -> str:
+        path.write_text("{")
+        return BETTER
+
+    best = adaptive(WriterLM(damaging), gains_file=path)
+    assert best.solve.signature.instructions == BETTER
+    assert "What was learned about proposers was not saved" in caplog.text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpromptune.engine.proposers import Brief, Proposer, ProposerWrapper
 from mpromptune.engine.writing import visible_examples
+from mpromptune.errors import InvalidArgumentError
 from mpromptune.execution.limits import SEARCH
 from mpromptune.execution.usage import current_meter
 from mpromptune.lms.metering import measured
@@ -17,6 +19,8 @@ from mpromptune.model.space import Gain
 from mpromptune.operators.base import Setting
 from mpromptune.operators.registry import OPERATORS, made
 from mpromptune.storage.gains import read_gains, write_gains
+
+logger = logging.getLogger(__name__)
 
 # Arguments of a compile that proposers need too.
 _ARGUMENTS = (
@@ -49,10 +53,14 @@ def proposers_of(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> lis
 
 
 def keep_gains(run: Run, gains: Mapping[str, Gain]) -> None:
-    """Update the file with what is known of proposers, if one was given."""
-    if (path := run.options.gains_file) is not None:
-        ours = {name: for_another_search(gain) for name, gain in gains.items()}
+    """Update the file with what is known of proposers, if one was given; an error is logged."""
+    if (path := run.options.gains_file) is None:
+        return
+    ours = {name: for_another_search(gain) for name, gain in gains.items()}
+    try:
         write_gains(path, {**read_gains(path), **ours})
+    except (InvalidArgumentError, OSError) as error:  # the program, which is paid for, must not be lost
+        logger.warning("What was learned about proposers was not saved (%s): %s", error, ours)
 
 
 def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting:

@@ -18,8 +18,13 @@ def read_gains(path: PathLike) -> dict[str, Gain]:
     """The mean gain of the children of each proposer, in logits, by its name; nothing if there is no file.
 
     Raises:
-        InvalidArgumentError: The file is not what `write_gains` writes.
+        InvalidArgumentError: The file is not what `write_gains` writes, or its folder does not exist.
     """
+    if not Path(path).parent.is_dir():
+        raise InvalidArgumentError(
+            f"gains_file={os.fspath(path)!r} is in a folder that does not exist. Create the folder, or pass "
+            "another path."
+        )
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         gains = {name: Gain(float(one["mean"]), float(one["deviation"])) for name, one in entries.items()}
