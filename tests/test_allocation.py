@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpromptune.model.allocation import gains, propose
+from mpromptune.model.allocation import largest_gain, propose
 from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.embedding import Geometry, identity_views
 from mpromptune.model.space import IndexSpace, Row
@@ -77,5 +77,5 @@ def test_a_large_space_is_sampled_in_bounded_time():
 
 def test_nothing_is_to_be_gained_where_nothing_is_open(five: Beliefs):
     """And something where a rival is."""
-    assert gains(five, (1,), lambda row: False, np.random.default_rng(0)) == 0.0
-    assert gains(five, (1,), lambda row: row != (1,), np.random.default_rng(0)) > 0.005
+    assert largest_gain(five, (1,), lambda row: False, np.random.default_rng(0)) == 0.0
+    assert largest_gain(five, (1,), lambda row: row != (1,), np.random.default_rng(0)) > 0.005

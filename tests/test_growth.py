@@ -16,8 +16,7 @@ from optuna.trial import TrialState
 from writers import DEMOS, INSTRUCTION, SECOND, SPACE, World, Writer, better, proposals_of, run
 
 from mpromptune import Noted, PromptSpace, RetryPolicy, SearchResult
-from mpromptune.engine.proposers import Brief
-from mpromptune.engine.writing import visible_examples
+from mpromptune.engine.proposers import Brief, visible_examples
 from mpromptune.errors import InvalidArgumentError, ProposalRefusedError
 from mpromptune.execution.interrupts import contained
 from mpromptune.execution.usage import Usage, record

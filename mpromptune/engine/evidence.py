@@ -10,7 +10,7 @@ import numpy as np
 
 from mpromptune.engine.growth import Growth, Offer
 from mpromptune.engine.scores import ScoreTable
-from mpromptune.model.allocation import gains, propose
+from mpromptune.model.allocation import largest_gain, propose
 from mpromptune.model.beliefs import Beliefs
 from mpromptune.model.lineage import average
 from mpromptune.model.space import FloatArray, Gain, Row
@@ -157,7 +157,7 @@ class Evidence:
         model = self._model()
         if model is None:
             return math.inf
-        return gains(model, leader, is_open, np.random.default_rng(self.table.batches))
+        return largest_gain(model, leader, is_open, np.random.default_rng(self.table.batches))
 
     def standard_error(self, n_examples: int) -> float:
         """Standard error of a configuration's mean score over ``n_examples`` examples."""

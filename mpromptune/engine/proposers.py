@@ -12,6 +12,16 @@ from mpromptune.errors import InvalidArgumentError, require_count
 from mpromptune.model.space import UNKNOWN, Candidate, Gain, PromptSpace, as_candidate
 from mpromptune.storage.findings import Measured
 
+# NOTE: fraction of the validation examples that proposers may see. The others show whether a winner that was
+# written from these is good only on them.
+_VISIBLE = 0.6
+
+
+def visible_examples(n_examples: int, seed: int) -> frozenset[int]:
+    """The validation examples that proposers may see; the same for the same seed."""
+    order = np.random.default_rng([abs(seed), n_examples, 2]).permutation(n_examples)
+    return frozenset(order[: round(_VISIBLE * n_examples)].tolist())
+
 
 @dataclass(frozen=True)
 class Brief:

@@ -71,11 +71,10 @@ def require_same(study: Study, before: Settings, now: Settings) -> None:
     if not before:
         return
     changes = _changed_candidates(before, now)
-    writers = [settings["arguments"].get("proposers", []) for settings in (before, now)]
-    if writers[0] != writers[1]:
-        changes.append(_change("proposers", *writers))
-    for name, value in now["arguments"].items():
-        if name != "proposers" and (old := before["arguments"].get(name, value)) != value:
+    without: Settings = {"proposers": []}  # a search without any has no such setting
+    then, current = ({**without, **settings["arguments"]} for settings in (before, now))
+    for name, value in current.items():
+        if (old := then.get(name, value)) != value:
             changes.append(_change(name, old, value))
     if changes:
         raise StudyMismatchError(

@@ -15,9 +15,9 @@ from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.growth import regrow
 from mpromptune.engine.minibatches import Minibatches, MiproPlan
 from mpromptune.engine.plan import Plan, Task
+from mpromptune.engine.proposers import visible_examples
 from mpromptune.engine.result import Measured, SearchResult
 from mpromptune.engine.scores import ScoreTable
-from mpromptune.engine.writing import visible_examples
 from mpromptune.errors import SearchStoppedError
 from mpromptune.execution.limits import MEASURE, Budget
 from mpromptune.model.space import Candidate, PromptSpace, Row

@@ -148,8 +148,7 @@ class Trials:
 
     def _told(self, recorded: Recorded) -> Asked:
         self._grow(recorded)
-        # Its candidate may be new, and then it is closed until this trial is told.
-        row = tuple(int(recorded.params[name]) for name in self._space.names) if recorded.examples else ()
+        row = _row(self._space, recorded.params) if recorded.examples else ()
         return Asked.of(recorded, row)
 
     def _grow(self, recorded: Recorded) -> None:
@@ -186,7 +185,7 @@ class Trials:
         for name, distribution in self._distributions.items():
             assert isinstance(distribution, CategoricalDistribution)
             trial.suggest_categorical(name, distribution.choices)  # returns the stored choice if there is one
-        row = tuple(int(trial.params[name]) for name in self._space.names)
+        row = _row(self._space, trial.params)
         self._grow(recorded)
         if recorded.proposal is not None or self._space.exists(row):
             return Asked.of(recorded, row, trial)
@@ -299,6 +298,10 @@ def table_of(record: Record, space: PromptSpace, n_examples: int) -> ScoreTable:
         if recorded.params.keys() == set(space.names):
             examples = recorded.examples or tuple(recorded.scores)
             known = {"usage": recorded.usage, "refused": set(recorded.refused), "is_over": recorded.told}
-            row = tuple(int(recorded.params[name]) for name in space.names)  # perhaps of a later candidate
-            table.add(row, examples, recorded.scores, **known)
+            table.add(_row(space, recorded.params), examples, recorded.scores, **known)
     return table
+
+
+def _row(space: PromptSpace, params: Mapping[str, int]) -> Row:
+    """Params to an index row, also of a candidate that is closed or not in the space yet."""
+    return tuple(int(params[name]) for name in space.names)

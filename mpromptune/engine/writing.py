@@ -11,11 +11,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.growth import Growth
-from mpromptune.engine.proposers import Brief, Candidates
+from mpromptune.engine.proposers import Brief, Candidates, visible_examples
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import ProposalDeclinedError, ProposalRefusedError
 from mpromptune.execution.attempts import Attempts
@@ -26,9 +24,6 @@ from mpromptune.model.space import Candidate, Row
 from mpromptune.storage.findings import Measured
 from mpromptune.storage.proposals import Proposal
 
-# NOTE: fraction of the validation examples that proposers may see. The others show whether a winner that was
-# written from these is good only on them.
-_VISIBLE = 0.6
 # NOTE: proposals written at the same time. A search seldom has more than one for each predictor.
 THREADS = 4
 # NOTE: seconds after which a proposal counts as failed, if the search has no ``timeout``: several requests
@@ -182,9 +177,3 @@ def threads() -> Iterator[Executor]:
         yield executor
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
-
-
-def visible_examples(n_examples: int, seed: int) -> frozenset[int]:
-    """The validation examples that proposers may see; the same for the same seed."""
-    order = np.random.default_rng([abs(seed), n_examples, 2]).permutation(n_examples)
-    return frozenset(order[: round(_VISIBLE * n_examples)].tolist())

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpromptune.engine.proposers import Brief, Proposer, ProposerWrapper
-from mpromptune.engine.writing import visible_examples
+from mpromptune.engine.proposers import Brief, Proposer, ProposerWrapper, visible_examples
 from mpromptune.errors import InvalidArgumentError
 from mpromptune.execution.limits import SEARCH
 from mpromptune.execution.usage import current_meter
@@ -80,7 +79,6 @@ def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting
         reflection_lm=run.options.reflection_lm,
         instruction_proposer=run.options.instruction_proposer,
         task_model=optimizer.task_model,
-        seed=run.seed,
         temperature=optimizer.init_temperature,
         **numbers,
         **{name: arguments[name] for name in _ARGUMENTS},

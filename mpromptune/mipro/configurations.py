@@ -23,7 +23,7 @@ from mpromptune.mipro.checkpoint import demos_from_json, demos_to_json, gives_sa
 from mpromptune.mipro.metric import adapted, metric_value
 from mpromptune.mipro.notes import note_of_call
 from mpromptune.model.space import Candidate, PromptSpace
-from mpromptune.operators.base import predictor_of
+from mpromptune.operators.base import demos_of, instruction_of, predictor_of
 from mpromptune.operators.texts import candidate_text, encodable, encodable_demo
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,10 @@ class ProgramSpace:
         self.baseline: dict[str, int] = {}
         for i, predictor in enumerate(program.predictors()):
             texts = map(encodable, instructions.get(i, ()))
-            self._add(f"{i}_predictor_instruction", texts, get_signature(predictor).instructions)
+            self._add(instruction_of(i), texts, get_signature(predictor).instructions)
             if demos:
                 sets = ([encodable_demo(demo) for demo in some] for some in demos[i])
-                self._add(f"{i}_predictor_demos", sets, list(predictor.demos))
+                self._add(demos_of(i), sets, list(predictor.demos))
 
     def _add(self, component: str, candidates: Iterable[Any], own: Any) -> None:
         found: list[Any] = []
@@ -95,7 +95,7 @@ class ProgramSpace:
         return candidate if isinstance(candidate, str) else demos_to_json(candidate)
 
     def adopt(self, component: str, index: int, written: Any) -> Candidate:
-        """See `mpromptune.engine.proposers.Candidates`; candidates that were not written are None."""
+        """See `mpromptune.engine.proposers.Candidates`."""
         known = self.candidates[component]
         known += [None] * (index + 1 - len(known))
         known[index] = written if isinstance(written, str) else demos_from_json(written)
@@ -111,10 +111,10 @@ class ProgramSpace:
         program = self.program.deepcopy()
         chosen = {name: self.candidates[name][index] for name, index in params.items()}
         for i, predictor in enumerate(program.predictors()):
-            text = chosen[f"{i}_predictor_instruction"]
+            text = chosen[instruction_of(i)]
             if text != get_signature(predictor).instructions:
                 set_signature(predictor, get_signature(predictor).with_instructions(text))
-            if (demos := chosen.get(f"{i}_predictor_demos")) is not None:
+            if (demos := chosen.get(demos_of(i))) is not None:
                 predictor.demos = list(demos)
         return program
 

@@ -24,8 +24,6 @@ _OF_AN_ANSWER = (ValueError, IndexError, ArithmeticError, AssertionError)
 _NOTHING = "NoneType"
 # NOTE: most characters of an example in a message; enough to recognise it.
 _SHOWN = 500
-
-
 # The number of arguments that ``dspy.GEPA`` requires of a metric: the example, the prediction, the trace, the
 # name of a predictor, and the trace of this predictor.
 _GEPA = 5

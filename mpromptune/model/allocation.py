@@ -82,7 +82,9 @@ def best_of(beliefs: Beliefs, group: int, rows: Sequence[Row], rng: np.random.Ge
     return int((beliefs.design(latents.rows, wanted) @ np.concatenate(parts)).argmax())
 
 
-def gains(beliefs: Beliefs, leader: Row, is_open: Callable[[Row], bool], rng: np.random.Generator) -> float:
+def largest_gain(
+    beliefs: Beliefs, leader: Row, is_open: Callable[[Row], bool], rng: np.random.Generator
+) -> float:
     r"""The largest expected gain over the leader if a configuration were known exactly.
 
     .. math:: \max_x E[\max(f(x) - f(L), 0)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +39,6 @@ class Setting:
         reflection_lm: Rewrites instructions; by default the prompt model.
         instruction_proposer: A ``ProposalFn`` of GEPA for *reflect*; by default that of DSPy or GEPA.
         task_model: Runs the program; by default the LM of DSPy's settings.
-        seed: Seed of the compile.
         temperature: Of the requests of proposals.
         max_chars: Most characters of an instruction; by default 2000, or three times the longest candidate
             before the search if that is more.
@@ -62,7 +61,6 @@ class Setting:
     reflection_lm: Any = None
     instruction_proposer: Any = None
     task_model: Any = None
-    seed: int = 0
     temperature: float = 1.0
     max_chars: int = 0
     max_bootstrapped_demos: int = 4
@@ -81,6 +79,11 @@ class Setting:
     def names(self) -> list[str]:
         """The names of the predictors, in the order of their components."""
         return [name for name, _ in self.program.named_predictors()]
+
+    def components(self, space: PromptSpace, name_of: Callable[[int], str]) -> list[str]:
+        """The components of one kind (`instruction_of` or `demos_of`), of all predictors."""
+        own = set(map(name_of, range(len(self.names))))
+        return [name for name in space.names if name in own]
 
     def signature(self, component: str) -> Any:
         """The signature of the component's predictor, with the student's own instruction."""
@@ -157,8 +160,7 @@ class InstructionOperator:
 
     def components(self, space: PromptSpace) -> Sequence[str]:
         """The instructions of all predictors."""
-        own = {instruction_of(i) for i in range(len(self.setting.names))}
-        return [name for name in space.names if name in own]
+        return self.setting.components(space, instruction_of)
 
     def parent(self, brief: Brief) -> str:
         """The instruction to improve."""

@@ -21,7 +21,7 @@ _TRIES = 30
 # was never measured should not win by mere number.
 _FEWEST_NEW = 4
 
-Texts = list[str]
+DemoTexts = list[str]
 Key = tuple[tuple[str, str], ...]
 
 
@@ -44,8 +44,7 @@ class Demos:
 
     def components(self, space: PromptSpace) -> Sequence[str]:
         """The demo sets of all predictors."""
-        own = {demos_of(i) for i in range(len(self.setting.names))}
-        return [name for name in space.names if name in own]
+        return self.setting.components(space, demos_of)
 
     def propose(self, brief: Brief) -> list[Any]:
         """See `mpromptune.engine.proposers.Proposer`."""
@@ -67,10 +66,10 @@ class Demos:
                 return [pool[text] for text in made]
         raise ProposalDeclinedError("No demo set was found that is new, allowed and near the parent's.")
 
-    def _most(self, parent: Texts) -> int:
+    def _most(self, parent: DemoTexts) -> int:
         return max(self.setting.max_bootstrapped_demos, self.setting.max_labeled_demos, len(parent))
 
-    def _fits(self, texts: Texts, parent: Texts, pool: Mapping[str, Any]) -> bool:
+    def _fits(self, texts: DemoTexts, parent: DemoTexts, pool: Mapping[str, Any]) -> bool:
         """Whether there are as few demos of each kind as in DSPy's sets, or no more than in the parent."""
         limits = self.setting.max_labeled_demos, self.setting.max_bootstrapped_demos
         new, old = (_kinds([pool[text] for text in some]) for some in (texts, parent))
@@ -107,52 +106,52 @@ class Move:
         rng: Draws the move.
     """
 
-    parent: Texts
-    partner: Texts
+    parent: DemoTexts
+    partner: DemoTexts
     values: Mapping[str, float]
     keys: Mapping[str, Key]
     most: int
     rng: np.random.Generator
 
-    def __call__(self) -> Texts | None:
+    def __call__(self) -> DemoTexts | None:
         """The changed set; None if the move drawn is not possible."""
-        moves: list[Callable[[], Texts | None]]
+        moves: list[Callable[[], DemoTexts | None]]
         moves = [self._swap, self._add, self._remove, self._reorder, self._recombine]
         return moves[self.rng.integers(len(moves))]()
 
     def _worst(self) -> str:
         return min(self.parent, key=lambda text: self.values[text])
 
-    def _best_beside(self, others: Texts) -> str | None:
+    def _best_beside(self, others: DemoTexts) -> str | None:
         """The best demo that is not in the parent and can stand beside these."""
         used = {self.keys[text] for text in others}
         free = [t for t, key in self.keys.items() if t not in self.parent and key not in used]
         return max(free, key=lambda text: self.values[text], default=None)
 
-    def _swap(self) -> Texts | None:
+    def _swap(self) -> DemoTexts | None:
         if not self.parent:
             return None
         worst = self._worst()
         best = self._best_beside([text for text in self.parent if text != worst])
         return None if best is None else [best if text == worst else text for text in self.parent]
 
-    def _add(self) -> Texts | None:
+    def _add(self) -> DemoTexts | None:
         best = self._best_beside(self.parent) if len(self.parent) < self.most else None
         if best is None:
             return None
         place = int(self.rng.integers(len(self.parent) + 1))
         return [*self.parent[:place], best, *self.parent[place:]]
 
-    def _remove(self) -> Texts | None:
+    def _remove(self) -> DemoTexts | None:
         if not self.parent:
             return None
         worst = self._worst()
         return [text for text in self.parent if text != worst]
 
-    def _reorder(self) -> Texts | None:
+    def _reorder(self) -> DemoTexts | None:
         return [self.parent[i] for i in self.rng.permutation(len(self.parent))]
 
-    def _recombine(self) -> Texts | None:
+    def _recombine(self) -> DemoTexts | None:
         """The best demos of both sets, as many as either has; the parent's first."""
         if not self.partner:
             return None
@@ -164,7 +163,7 @@ class Move:
         return [text for text in union if text in best]
 
 
-def _effects(brief: Brief, texts: Mapping[int, Texts]) -> Effects:
+def _effects(brief: Brief, texts: Mapping[int, DemoTexts]) -> Effects:
     """The effects of single demos, beside those of the candidates of other components."""
     component = brief.component
     some = [one for one in brief.standings if one.params[component] in texts]
@@ -173,7 +172,7 @@ def _effects(brief: Brief, texts: Mapping[int, Texts]) -> Effects:
     return Effects(parts, [one.posterior_mean for one in some], [one.posterior_std for one in some])
 
 
-def _partner(brief: Brief, texts: Mapping[int, Texts], rng: np.random.Generator) -> Texts:
+def _partner(brief: Brief, texts: Mapping[int, DemoTexts], rng: np.random.Generator) -> DemoTexts:
     """Another set that is the best in a draw from the posterior of each; empty if no other is measured."""
     scores = posteriors(brief, brief.component)
     parent = brief.parent[brief.component]

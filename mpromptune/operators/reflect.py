@@ -83,7 +83,7 @@ class Reflect(InstructionOperator):
         """The examples to show, failures first.
 
         Raises:
-            ProposalRefusedError: Nothing that may be shown is known to fail.
+            ProposalDeclinedError: Nothing that may be shown is known to fail.
         """
         runs, rng = runs_of_parent(brief, self.setting.visible), brief.rng
         lost = [run for run in runs if run.best > run.score]
@@ -168,14 +168,12 @@ def runs_of_parent(brief: Brief, visible: frozenset[int]) -> list[_Run]:
         noted = (j for j in own if (j, example) in brief.notes and example in standings[j].scores)
         if (mine := next(noted, None)) is None:
             continue
-        others = [
-            (m.scores[example], (j, example) in brief.notes, -j)
-            for j, m in enumerate(standings)
-            if j != mine and example in m.scores
-        ]
-        score = standings[mine].scores[example]
-        best, _, j = max(others, default=(score, False, -mine))
-        better = brief.notes.get((-j, example)) if best > score else None
+        scores = {j: m.scores[example] for j, m in enumerate(standings) if example in m.scores}
+        score = scores.pop(mine)
+        # Of several with the highest score, one with a note.
+        j = max(scores, key=lambda j: (scores[j], (j, example) in brief.notes), default=mine)
+        best = scores.get(j, score)
+        better = brief.notes.get((j, example)) if best > score else None
         runs.append(_Run(brief.notes[mine, example], score, best, better, *scale))
     return runs
 
