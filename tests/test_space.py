@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpromptune import PromptSpace
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.model.space import IndexSpace, groups_of
+from mpromptune.model.space import Birth, IndexSpace, groups_of
 
 NAMES = ["0_predictor_instruction", "0_predictor_demos", "1_predictor_instruction", "style"]
 
@@ -48,6 +48,20 @@ def test_neighbours_change_one_component() -> None:
     assert sorted(map(tuple, product.neighbours((0, 0)).tolist())) == [(0, 1), (1, 0), (2, 0)]
     listed = IndexSpace([2, 2, 2], groups=[0, 0, 1], combinations=[(0, 0, 0), (1, 1, 0), (1, 1, 1)])
     assert listed.neighbours((0, 0, 0)).tolist() == [[1, 1, 0]]
+
+
+def test_an_expected_candidate_is_no_part_of_the_space() -> None:
+    """The model knows its origin for as long as the context lasts, also if that ends with an error."""
+    space, known, expected = IndexSpace([2, 3]), Birth("known", 1), Birth("expected")
+    assert space.add(1, known) == 3
+    with space.expecting([(1, expected), (0, expected), (1, expected)]) as indices:
+        assert (indices, space.births) == ([4, 2, 5], ([expected], [known, expected, expected]))
+        assert space.sizes == (2, 4)
+        assert space.is_next((0, 4))
+        assert not space.exists((0, 4))
+    with pytest.raises(KeyError), space.expecting([(0, expected)]):
+        raise KeyError
+    assert space.added == {(1, 3): known}
 
 
 def test_a_sample_of_a_huge_product_does_not_enumerate_it() -> None:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,22 +76,22 @@ class Growth:
         proposers: By name.
         capacity: Most candidates of each component.
         gains: What is known of their mean gains from other searches.
-        asked: Number of proposals begun.
     """
 
     space: PromptSpace
     proposers: Mapping[str, Proposer]
     capacity: Mapping[str, int]
     gains: Mapping[str, Gain]
-    asked: int = 0
-    _refusals: dict[str, float] = field(
-        default_factory=lambda: defaultdict(float)
-    )  # since the last candidate
-    _in_flight: Counter[str] = field(default_factory=Counter)
-    _unproven: set[tuple[int, int]] = field(default_factory=set)  # added, and not known to be refused
 
     def __post_init__(self) -> None:
         self._writes = {name: frozenset(one.components(self.space)) for name, one in self.proposers.items()}
+        self._refusals: dict[str, float] = defaultdict(float)  # of each proposer since its last candidate
+        self._refused: set[tuple[int, int]] = set()  # the candidates that will never be written
+
+    @property
+    def asked(self) -> int:
+        """Number of proposals begun."""
+        return sum(map(len, self.space.births))
 
     def begin(self, offer: Offer) -> Proposal:
         """The proposal for an offer."""
@@ -113,19 +113,15 @@ class Growth:
         """Append the candidate of a proposal to the space, closed to other trials until its first is told."""
         new = _append(self.space, proposal, self.gains[proposal.proposer])
         assert new[1] == proposal.index
-        self._unproven.add(new)
-        self._in_flight[proposal.proposer] += 1
-        self.asked += 1
 
     def end(self, proposal: Proposal) -> None:
         """Note what became of a proposal; after several refusals its proposer is not asked again."""
         name, new = proposal.proposer, (self.space.names.index(proposal.component), proposal.index)
-        self._in_flight[name] -= 1
         if proposal.refused is None:
             self._refusals[name] = 0
             self.space.closed.discard(new)
             return
-        self._unproven.discard(new)
+        self._refused.add(new)
         before = self._refusals[name]
         self._refusals[name] += _DECLINED if proposal.declined else 1.0
         if before < _REFUSALS <= self._refusals[name]:
@@ -170,15 +166,16 @@ class Growth:
         """The groups with few candidates that have no score."""
         tried = [*table.rows, *filter(table.is_dropped, table.started)]
         scored = {(c, index) for row in tried for c, index in enumerate(row)}
-        waiting = [c for c, _ in self._unproven - scored]
+        waiting = [c for c, _ in self.space.added.keys() - self._refused - scored]
         groups = enumerate(group.components for group in beliefs.groups)
         return [g for g, components in groups if sum(c in components for c in waiting) < _AT_ONCE]
 
     def _offers(self, parent: Row, components: Sequence[int]) -> list[Offer]:
         """What the proposers may write from a parent for these components."""
-        found = []
+        found, added = [], self.space.added
+        in_flight = Counter(added[new].proposer for new in self.space.closed - self._refused)
         for name, proposer in self.proposers.items():
-            if self._refusals[name] + self._in_flight[name] >= _REFUSALS:  # those in flight may fail too
+            if self._refusals[name] + in_flight[name] >= _REFUSALS:  # those in flight may fail too
                 continue
             for c in components:
                 component = self.space.names[c]

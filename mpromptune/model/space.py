@@ -96,6 +96,12 @@ class IndexSpace:
             )
         return np.unique(rows, axis=0)
 
+    @property
+    def added(self) -> dict[tuple[int, int], Birth]:
+        """The origins of the candidates added, by component and index."""
+        numbered = [enumerate(some, n) for some, n in zip(self.births, self.initial, strict=True)]
+        return {(c, index): birth for c, some in enumerate(numbered) for index, birth in some}
+
     def add(self, component: int, birth: Birth) -> int:
         """Append a candidate to a component of a product; return its index."""
         self.births[component].append(birth)
