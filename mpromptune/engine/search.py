@@ -42,7 +42,7 @@ from mpromptune.sampling.sampler import qEISampler
 from mpromptune.sampling.samplers import bind, is_qei, resolve_sampler
 from mpromptune.storage.damage import named, readable, require_readable
 from mpromptune.storage.lease import Lease, held
-from mpromptune.storage.record import check_left, read_record
+from mpromptune.storage.record import Record, check_left, read_record
 from mpromptune.storage.storage import open_study
 
 logger = logging.getLogger(__name__)
@@ -149,12 +149,7 @@ def search(
     budget = budget or Budget(chosen.limits, grace=chosen.grace)
     retry, stopped = retry or chosen.retry, stopped or threading.Event()
     study = open_study(chosen.storage, chosen.study_name)
-    growth = Growth(
-        space,
-        proposers={proposer.name: proposer for proposer in sorted(proposers, key=lambda one: one.name)},
-        capacity=capacity_of(space, max_calls) if proposers else {},
-        gains={proposer.name: gain_of(proposer) for proposer in proposers},
-    )
+    growth = _growth(space, proposers, max_calls)
     with (
         budget.ending(),
         handled(),
@@ -171,6 +166,15 @@ def search(
         loop = _prepare(space, task, chosen, lease, workers, budget, writing)
         with metered(budget.begin_search()):
             return loop.run()
+
+
+def _growth(space: PromptSpace, proposers: Sequence[Proposer], max_calls: int) -> Growth:
+    return Growth(
+        space,
+        proposers={proposer.name: proposer for proposer in sorted(proposers, key=lambda one: one.name)},
+        capacity=capacity_of(space, max_calls) if proposers else {},
+        gains={proposer.name: gain_of(proposer) for proposer in proposers},
+    )
 
 
 def _verdict_on_proposal(classify: Classify, error: BaseException) -> Verdict:
@@ -251,14 +255,9 @@ def _prepare(
         require_same(study, before, settings)
     require_readable(study, distributions_of(space, growth.capacity), task.n_examples)
     record = read_record(study)
-    missing: set[int] = set()  # further examples on which the baseline must be measured
-    if plan.measures_baseline:
-        missing.update(table_of(record, space, task.n_examples).missing(task.baseline))
-        for recorded in record:
-            if not recorded.told and recorded.params == space.params(task.baseline):
-                missing -= set(recorded.examples or ())  # its trial continues
-    made_before = [recorded.proposal for recorded in record if recorded.proposal is not None]
-    check_left(record, task.max_calls, len(missing), sum(map(growth.calls_of, made_before)))
+    missing = _missing_of_baseline(record, space, task) if plan.measures_baseline else set()
+    proposals = [recorded.proposal for recorded in record if recorded.proposal is not None]
+    check_left(record, task.max_calls, len(missing), sum(map(growth.calls_of, proposals)))
     made = resolve_sampler(sampler, space, task.seed, len(study.get_trials(deepcopy=False)))
     study.sampler, encoding = bind(made, space, plan.is_open, task.seed)
     if made is options.sampler and record:  # otherwise it would draw the same numbers as in the first run
@@ -281,3 +280,12 @@ def _prepare(
         options.on_progress,
         options.grace,
     )
+
+
+def _missing_of_baseline(record: Record, space: PromptSpace, task: Task) -> set[int]:
+    """The examples that the baseline lacks, without those of its open trials, which continue."""
+    missing = set(table_of(record, space, task.n_examples).missing(task.baseline))
+    for recorded in record:
+        if not recorded.told and recorded.params == space.params(task.baseline):
+            missing -= set(recorded.examples or ())
+    return missing

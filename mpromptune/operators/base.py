@@ -136,11 +136,11 @@ def demos_of(predictor: int) -> str:
     return f"{predictor}_predictor_demos"
 
 
-def posteriors(brief: Brief, component: str) -> dict[int, tuple[float, float]]:
-    """Posterior mean and standard deviation of the best configuration with each measured candidate."""
+def posteriors(brief: Brief) -> dict[int, tuple[float, float]]:
+    """Posterior mean and deviation of the best configuration with each candidate, best mean first."""
     found: dict[int, tuple[float, float]] = {}
-    for one in brief.standings:  # the highest mean first
-        found.setdefault(one.params[component], (one.posterior_mean, one.posterior_std))
+    for one in brief.standings:  # highest mean first
+        found.setdefault(one.params[brief.component], (one.posterior_mean, one.posterior_std))
     return found
 
 

@@ -174,7 +174,7 @@ def _effects(brief: Brief, texts: Mapping[int, DemoTexts]) -> Effects:
 
 def _partner(brief: Brief, texts: Mapping[int, DemoTexts], rng: np.random.Generator) -> DemoTexts:
     """Another set that is the best in a draw from the posterior of each; empty if no other is measured."""
-    scores = posteriors(brief, brief.component)
+    scores = posteriors(brief)
     parent = brief.parent[brief.component]
     drawn = {i: rng.normal(*score) for i, score in scores.items() if i != parent and texts.get(i)}
     return texts[max(drawn, key=lambda i: drawn[i])] if drawn else []

@@ -75,14 +75,8 @@ class Rewriter(InstructionOperator):
 
     def scored(self, brief: Brief, indices: Iterable[int]) -> str:
         """Candidates with their posterior mean and interval, as far as they are measured."""
-        known, scores = self.setting.known(brief, brief.component), posteriors(brief, brief.component)
+        known, scores = self.setting.known(brief, brief.component), posteriors(brief)
         return "\n\n".join(f"{_score(*scores[i]) if i in scores else 'unknown'}\n{known[i]}" for i in indices)
-
-    def others(self, brief: Brief) -> dict[int, tuple[float, float]]:
-        """Posterior mean and deviation of the measured instructions except the parent's, best mean first."""
-        known, parent = self.setting.known(brief, brief.component), brief.parent[brief.component]
-        found = posteriors(brief, brief.component)
-        return {i: score for i, score in found.items() if i in known and i != parent}
 
 
 class Contrast(Rewriter):
@@ -102,7 +96,7 @@ class Contrast(Rewriter):
     def propose(self, brief: Brief) -> str:
         """See `mpromptune.engine.proposers.Proposer`."""
         parent, known = brief.parent[brief.component], self.setting.known(brief, brief.component)
-        measured = [i for i in posteriors(brief, brief.component) if i in known]
+        measured = [i for i in posteriors(brief) if i in known]
         number = min(self._number, len(measured) // 2)
         if not number:
             raise ProposalDeclinedError("Fewer than two instructions are measured, so none is the worst.")
@@ -128,16 +122,16 @@ class Merge(Rewriter):
 
     def propose(self, brief: Brief) -> str:
         """See `mpromptune.engine.proposers.Proposer`."""
-        known, parent, rng = self.setting.known(brief, brief.component), self.parent(brief), brief.rng
-        drawn = {i: rng.normal(mean, std) for i, (mean, std) in self.others(brief).items()}
-        unlike = [i for i in drawn if likeness(known[i], parent) < _ALIKE]
+        known, own, rng = self.setting.known(brief, brief.component), brief.parent[brief.component], brief.rng
+        drawn = {i: rng.normal(*score) for i, score in posteriors(brief).items() if i in known and i != own}
+        unlike = [i for i in drawn if likeness(known[i], self.parent(brief)) < _ALIKE]
         if not unlike:
             raise ProposalDeclinedError("No measured instruction differs enough from the parent's.")
         other = max(unlike, key=lambda i: drawn[i])
         return self.rewritten(
             brief,
             FromTwo,
-            first_instruction=self.scored(brief, [brief.parent[brief.component]]),
+            first_instruction=self.scored(brief, [own]),
             second_instruction=self.scored(brief, [other]),
         )
 
