@@ -23,6 +23,7 @@ from paid import THREADS, LoggedLM, adapt, adapt_and_die, read
 from remote_lms import WrittenLM
 from tasks import QEI, ZERO_SHOT, additions
 from test_report import Checked, text_of
+from writers import Writer
 
 from mpromptune import PromptSpace
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
@@ -131,7 +132,7 @@ def test_a_useless_reflection_lm(text: str | Callable[[], str], caplog: pytest.L
     assert len(result.proposals) == 3
     assert len(writer.requests) <= 3 * 3
     (said,) = notes_of(caplog)
-    assert "'reflect' has failed 3 times" in said
+    assert "'reflect' has failed several times" in said
     assert len(said) < 1000
     assert result.best_params[INSTRUCTION] < 3
     assert result.best_score >= result.baseline_score
@@ -216,6 +217,11 @@ def test_fixed_proposals_are_the_default() -> None:
     assert (fixed.proposals, fixed.visible, fixed.gains) == ((), frozenset(), {})
 
 
+def writing(components: Any, name: Any = "own") -> Any:
+    """A proposer with these components."""
+    return Writer(lambda brief: BETTER, name, only=components)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -227,6 +233,10 @@ def test_fixed_proposals_are_the_default() -> None:
         ({"proposers": "reflect"}, "must be a list of at least one name or proposer; got 'reflect'"),
         ({"proposers": [3]}, "got 3, which lacks"),
         ({"proposers": ["merge", "merge"]}, "'merge' twice"),
+        ({"proposers": ["demos"], "init": ZERO_SHOT}, "['demos'] write nothing for the components"),
+        ({"proposers": [writing([INSTRUCTION], name=3)]}, "name of a proposer must be a text; got 3"),
+        ({"proposers": [writing(["answer"])]}, "must return a list of some of ['0_predictor_instruction', "),
+        ({"proposers": [writing(INSTRUCTION)]}, "; got '0_predictor_instruction'"),
         ({"reflection_lm": "openai/gpt-4o"}, "reflection_lm must be a language model, as in dspy.LM("),
         ({"instruction_proposer": "best"}, "instruction_proposer must be a callable; got 'best'"),
         ({"proposals": "fixed", "proposers": ["merge"]}, "['proposers'] only apply to proposals='adaptive'"),
@@ -483,3 +493,11 @@ def test_a_file_of_gains_that_cannot_be_written(tmp_path: Path, caplog: pytest.L
     best = adaptive(WriterLM(damaging), gains_file=path)
     assert best.solve.signature.instructions == BETTER
     assert "What was learned about proposers was not saved" in caplog.text
+
+
+def test_a_proposer_of_demos_alone() -> None:
+    """It may name components of demos without a look at the space, where demos are optimised."""
+    lm = adding_lm()
+    given = {"init": tasks.FEW_SHOT, "proposers": [writing([handmade.DEMOS])], "dry_run": True}
+    assert adaptive(lm=lm, **given).usage["proposals"].lm_calls > 0
+    assert lm.calls == []

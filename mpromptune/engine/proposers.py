@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -158,7 +158,30 @@ def check_proposers(proposers: Any) -> None:
             raise InvalidArgumentError(
                 f"A proposer must be an object with {', '.join(_PARTS)}; got {proposer!r}, {why}."
             )
+        if not isinstance(proposer.name, str) or not proposer.name:
+            raise InvalidArgumentError(f"The name of a proposer must be a text; got {proposer.name!r}.")
         require_count(f"calls of the proposer {proposer.name!r}", proposer.calls, least=0)
     names = [proposer.name for proposer in proposers]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise InvalidArgumentError(f"proposers has {twice[0]!r} twice; each needs a name of its own.")
+
+
+def check_components(proposers: Sequence[Proposer], space: PromptSpace) -> None:
+    """Require proposers of which one at least can write for this space.
+
+    Raises:
+        InvalidArgumentError: None can, or one names components that the space does not have.
+    """
+    found = {proposer.name: proposer.components(space) for proposer in proposers}
+    for name, components in found.items():
+        is_list = isinstance(components, Collection) and not isinstance(components, str)
+        if not is_list or any(one not in space.names for one in components):
+            raise InvalidArgumentError(
+                f"components() of the proposer {name!r} must return a list of some of {[*space.names]}; got "
+                f"{components!r}."
+            )
+    if found and not any(found.values()):
+        raise InvalidArgumentError(
+            f"The proposers {[*found]} write nothing for the components {[*space.names]}. Demos have "
+            "components only if they are optimised: with max_bootstrapped_demos or max_labeled_demos above 0."
+        )

@@ -64,10 +64,6 @@ def keep_gains(run: Run, gains: Mapping[str, Gain]) -> None:
 
 def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting:
     optimizer, arguments = run.optimizer, run.arguments
-    numbers = {
-        name: getattr(optimizer, name) if arguments.get(name) is None else arguments[name]
-        for name in ("max_bootstrapped_demos", "max_labeled_demos")
-    }
     return Setting(
         program=programs.program,
         candidates=programs.candidates,
@@ -80,7 +76,7 @@ def _setting(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> Setting
         instruction_proposer=run.options.instruction_proposer,
         task_model=optimizer.task_model,
         temperature=optimizer.init_temperature,
-        **numbers,
+        **run.demo_limits,
         **{name: arguments[name] for name in _ARGUMENTS},
     )
 

@@ -26,7 +26,7 @@ from mpromptune.engine.arguments import extending, gather, resolve, split
 from mpromptune.engine.growth import most_requests
 from mpromptune.engine.minibatches import Minibatches
 from mpromptune.engine.plan import Task
-from mpromptune.engine.proposers import Proposer
+from mpromptune.engine.proposers import Proposer, check_components
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import SearchInterrupted, SearchStoppedError
 from mpromptune.execution.interrupts import handled
@@ -213,9 +213,11 @@ def _prepare(
     is_combined = len(program.predictors()) > 1
     task = Task(len(valset), run.search_calls, (), 1, run.seed, is_combined=is_combined)
     plan = options.plan(task, ScoreTable(len(valset)))  # raises an error if a number is not valid
-    student = ProgramSpace(program, {})
+    demo_sets = dict.fromkeys(range(len(program.predictors())), ()) if any(run.demo_limits.values()) else None
+    student = ProgramSpace(program, {}, demo_sets)
     proposers = proposers_of(run, student, valset)  # raises an error if one is not valid
-    run.most_written = most_requests(student.prompt_space(), proposers, run.search_calls)
+    check_components(proposers, space := student.prompt_space())
+    run.most_written = most_requests(space, proposers, run.search_calls)
     if options.dry_run:
         return
     if options.storage is not None:

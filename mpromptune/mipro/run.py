@@ -134,6 +134,12 @@ class Run:
         return self.options.max_calls or 0
 
     @property
+    def demo_limits(self) -> dict[str, Any]:
+        """Most demos of each kind in a demo set, by DSPy's names; demos are optimised unless both are 0."""
+        names, given = ("max_bootstrapped_demos", "max_labeled_demos"), self.arguments
+        return {n: getattr(self.optimizer, n) if given.get(n) is None else given[n] for n in names}
+
+    @property
     def takes_notes(self) -> bool:
         """Whether program calls have notes, which proposers read."""
         return self.options.is_adaptive
