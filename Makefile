@@ -62,6 +62,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.pipelines
 	$(BIN)/python -m benchmarks.proposal
+	$(BIN)/python -m benchmarks.proposals
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.enumeration
 	$(BIN)/python -m benchmarks.memory
