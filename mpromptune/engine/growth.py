@@ -69,7 +69,7 @@ def _with(row: Row, component: int, index: int) -> Row:
 
 @dataclass
 class Growth:
-    """Decides which proposer makes an offer, by the posterior.
+    """Decides by the posterior which proposer is asked next, and adds what it will write to the space.
 
     Attributes:
         space: The configurations; it grows when a proposer is asked.
@@ -93,8 +93,8 @@ class Growth:
         """Number of proposals begun."""
         return sum(map(len, self.space.births))
 
-    def begin(self, offer: Offer) -> Proposal:
-        """The proposal for an offer."""
+    def proposal(self, offer: Offer) -> Proposal:
+        """The next proposal, for an offer."""
         name = self.space.names[offer.component]
         return Proposal(
             number=self.asked,
@@ -134,9 +134,9 @@ class Growth:
     ) -> Iterator[Offer | None]:
         """A context in which the model knows the origin of the candidate that is offered, if one is.
 
-        The offer is for one group, drawn at random; parent and proposer are the best ones in posterior
-        draws (Thompson sampling). There is no offer for a group with several candidates that have no score:
-        they have to show first what they are worth.
+        The offer is for one group, drawn at random. Its parent and its proposer are the best ones in
+        posterior draws (Thompson sampling). There is none for a group with several candidates that have no
+        score: they have to show first what they are worth.
         """
         offer = self._offer(beliefs, table, rng)
         with self._expecting([] if offer is None else [offer]):

@@ -136,7 +136,7 @@ class Trials:
             return Asked(trial, trial.number, self._space.row(trial.params))
         proposal, kept = None, {}
         if isinstance(row, Offer):
-            proposal = self._growth.begin(row)
+            proposal = self._growth.proposal(row)
             row, kept = row.row(proposal.index), {PROPOSAL: to_json(proposal)}
         params = self._space.params(row)
         with deferred():  # an interrupt in between would leave an enqueued trial that is never closed
