@@ -81,8 +81,8 @@ class BatchPlan:
         self.measures_baseline = confirm is True
         self._target, self._patience = target, patience
         # One fixed order for all configurations, so that they are compared on the same examples.
-        rng = np.random.default_rng([abs(task.seed), n_examples])
-        self._uniform: FloatArray = -np.log(1.0 - rng.random(n_examples))
+        drawn = np.random.default_rng([abs(task.seed), n_examples]).random(n_examples)
+        self._uniform: FloatArray = -np.log(1.0 - drawn)
         self._price: Callable[[Row], float] = lambda row: 1.0
         self._judged = self._quiet = 0  # batches judged by `patience`; consecutive ones without a gain
         self._over = False
@@ -110,7 +110,7 @@ class BatchPlan:
         self._max_calls, self._price = min(self.task.max_calls, calls), price
 
     def is_full(self, row: Row) -> bool:
-        """Whether ``row`` has a score on every example that can be answered, from one trial or several."""
+        """See `ScoreTable.is_full`."""
         return self._table.is_full(row)
 
     def next_batch(self, evidence: Evidence) -> Iterator[Request]:
@@ -149,8 +149,7 @@ class BatchPlan:
             left = until - self._table.asked_calls
             if left <= 0:  # trials from the record of an earlier run may be longer than planned here
                 break
-            if isinstance(row, Offer):
-                left -= row.calls
+            left -= row.calls if isinstance(row, Offer) else 0
             if row is None or left >= (1 if isinstance(row, Offer) else self._price(row)):
                 yield Request(row, partial(self._next, evidence, wanted * self._size, left))
 
@@ -166,8 +165,11 @@ class BatchPlan:
             return
         if self.task.allocates:
             rng = np.random.default_rng([abs(self.task.seed), self._table.trials])
-            calls = available + self._table.pending
-            yield from Counter(evidence.propose(blocks, calls, self.is_open, rng)).items()
+            calls, n_examples = available + self._table.pending, self.task.n_examples
+            # If the winner is measured in full, there must be calls to do that with a new candidate.
+            is_full = self._confirm is not False and n_examples <= _CONFIRM_SHARE * self._max_calls
+            may_grow = available >= (n_examples if is_full else self._size)
+            yield from Counter(evidence.propose(blocks, calls, self.is_open, rng, may_grow)).items()
             return
         for _ in range(blocks):
             started = self._table.started
@@ -179,10 +181,9 @@ class BatchPlan:
 
         This is a weighted sample without replacement: examples are sorted by ``-log(u) / w``, where u is
         uniform and w is the information of one more score of the leader on the example. All configurations
-        share u, so that they are compared on the same examples. In additive models each trial draws its own
-        u, because many configurations are measured only once and all examples should be used. With a sampler
-        that ignores examples, each trial draws its own u too, and there are no weights: otherwise a
-        configuration that is good only on the informative examples would not be recognised.
+        share u, so that they are compared on the same examples. In additive models each trial draws its own,
+        because many configurations are measured only once. With a sampler that ignores examples, each trial
+        draws its own too, and there are no weights.
 
         .. [Efraimidis2006] P. S. Efraimidis, P. G. Spirakis. Weighted random sampling with a reservoir.
             Information Processing Letters 97, 2006.
@@ -191,8 +192,8 @@ class BatchPlan:
         if evidence.is_additive or not allocates:
             rng = np.random.default_rng([abs(self.task.seed), number, 1])
             keys = -np.log(1.0 - rng.random(self.task.n_examples))
-        information = evidence.information() if allocates else None
-        keys = keys if information is None else keys / information
+        if allocates and (information := evidence.information()) is not None:
+            keys = keys / information
         return [int(example) for example in np.argsort(keys, kind="stable")]
 
     def _available(self, evidence: Evidence) -> int:

@@ -103,13 +103,22 @@ class Evidence:
         return self.ranking
 
     def propose(
-        self, n: int, calls_left: int, is_open: Callable[[Row], bool], rng: np.random.Generator
+        self,
+        n: int,
+        calls_left: int,
+        is_open: Callable[[Row], bool],
+        rng: np.random.Generator,
+        may_grow: bool = True,
     ) -> list[Row | Offer]:
-        """Configurations for the ``n`` blocks of a batch; random ones before there is a model."""
+        """Configurations for the ``n`` blocks of a batch; random ones before there is a model.
+
+        If it ``may_grow``, the space does: there may be one with a candidate that is not written yet.
+        """
         model = self._model()
         rows: list[Row | Offer] = []
         if model is not None and len(self.table.rows) >= self.min_cold_start:
-            rows = self._chosen(model, n, calls_left, is_open, rng)
+            growth = self.growth if may_grow else None
+            rows = self._chosen(model, growth, n, calls_left, is_open, rng)
         if not rows:
             sample = map(tuple, rng.permutation(self.encoding.space.sample(_DRAWN, rng)).tolist())
             open_ = [row for row in sample if self.encoding.space.exists(row) and is_open(row)]
@@ -119,15 +128,16 @@ class Evidence:
     def _chosen(
         self,
         model: Beliefs,
+        growth: Growth | None,
         n: int,
         calls_left: int,
         is_open: Callable[[Row], bool],
         rng: np.random.Generator,
     ) -> list[Row | Offer]:
-        if self.growth is None:
+        if growth is None:
             return list(propose(model, n, calls_left, is_open, rng))
-        space = self.growth.space
-        with self.growth.offered(model, self.table, rng) as offer:
+        space = growth.space
+        with growth.offered(model, self.table, rng) as offer:
             new = None if offer is None else offer.row(space.sizes[offer.component])
             rows = propose(model, n, calls_left, is_open, rng, new)
         if offer is None or new is None:

@@ -125,8 +125,11 @@ class Growth:
         before = self._refusals[name]
         self._refusals[name] += _DECLINED if proposal.declined else 1.0
         if before < _REFUSALS <= self._refusals[name]:
-            message = "The proposer %r has failed several times in a row and is not asked again: %s"
-            logger.warning(message, name, proposal.refused)
+            if proposal.declined:
+                logger.info("The proposer %r has nothing more to write: %s", name, proposal.refused)
+            else:
+                message = "The proposer %r has failed several times in a row and is not asked again: %s"
+                logger.warning(message, name, proposal.refused)
 
     @contextmanager
     def offered(

@@ -17,7 +17,7 @@ from mpromptune.engine.proposers import Brief, Candidates, visible_examples
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import ProposalDeclinedError, ProposalRefusedError
 from mpromptune.execution.attempts import Attempts
-from mpromptune.execution.interrupts import Stop, Stopped, contained
+from mpromptune.execution.interrupts import Stop, Stopped, contained, wait_for
 from mpromptune.execution.pool import DaemonThreads, within
 from mpromptune.execution.usage import Meter, metered
 from mpromptune.model.space import Candidate, Row
@@ -60,6 +60,7 @@ class Writing:
     candidates: Candidates
     timeout: float | None = None
     _latest: dict[int, Proposal] = field(default_factory=dict)
+    _before: dict[str, Future[bool]] = field(default_factory=dict)  # the last proposal for each component
 
     def begin(self, proposal: Proposal, evidence: Evidence, notes: Notes, keep: Keep) -> Future[bool]:
         """Have a candidate written, unless an earlier run has; the result is whether there is one.
@@ -74,7 +75,10 @@ class Writing:
         """
         if not proposal.is_over:
             context, brief = contextvars.copy_context(), self._brief(proposal, evidence, notes)
-            return self.executor.submit(context.run, self._write, proposal, brief, keep)
+            before = self._before.get(proposal.component)
+            begun = self.executor.submit(context.run, self._write, proposal, brief, keep, before)
+            self._before[proposal.component] = begun
+            return begun
         known: Future[bool] = Future()
         known.set_result(proposal.written is not None)
         return known
@@ -100,7 +104,7 @@ class Writing:
         if latest.is_over:
             self.growth.end(latest)
 
-    def _write(self, proposal: Proposal, brief: Brief, keep: Keep) -> bool:
+    def _write(self, proposal: Proposal, brief: Brief, keep: Keep, before: Future[bool] | None) -> bool:
         ask = partial(contained, self.growth.proposers[proposal.proposer].propose, brief)
         with metered(Meter(self.meter)) as meter:
             try:
@@ -108,7 +112,11 @@ class Writing:
                 plain = self.candidates.plain(proposal.component, candidate)
                 # As it is when it is read again: adopted later, it must be the same.
                 written = replace(proposal, written=json.loads(json.dumps(plain, allow_nan=False)))
-                self._adopt(written, brief.candidates[proposal.component])
+                if (
+                    before is not None
+                ):  # of two equal candidates, the later one is refused, whatever the timing
+                    wait_for([before], unless=self.stopped)
+                self._adopt(written, self._known(proposal))
                 proposal = written
             except Stopped:
                 pass
@@ -125,9 +133,7 @@ class Writing:
         """Make a written candidate known.
 
         Raises:
-            ProposalRefusedError: There is nothing, or it equals one of the candidates ``known`` when it was
-                asked for. Two that are written at the same time may be equal: refusing the later one would
-                depend on timing.
+            ProposalRefusedError: There is nothing, or it equals one of the candidates ``known``.
         """
         if proposal.written is None:
             raise ProposalRefusedError("The proposer wrote nothing.")
@@ -137,6 +143,14 @@ class Writing:
             if one is not None and _is_same(candidate, one):
                 raise ProposalRefusedError(f"It is the same as candidate {other} of {name!r}: {candidate!r}.")
         self.growth.space.write(name, index, candidate)
+
+    def _known(self, proposal: Proposal) -> list[Candidate | None]:
+        """The candidates of its component that were there when it began, or were being written."""
+        name, space = proposal.component, self.growth.space
+        written = {p.index for p in self._latest.values() if p.component == name and p.written is not None}
+        initial = space.initial[space.names.index(name)]
+        earlier = enumerate(space.components[name][: proposal.index])
+        return [text if i < initial or i in written else None for i, text in earlier]
 
     def _brief(self, proposal: Proposal, evidence: Evidence, notes: Notes) -> Brief:
         space, table = self.growth.space, evidence.table
