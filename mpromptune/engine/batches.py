@@ -161,14 +161,13 @@ class BatchPlan:
         self, evidence: Evidence, blocks: int, available: int
     ) -> Iterator[tuple[Row | Offer | None, int]]:
         """Yield configurations (None: the sampler chooses), each with its number of blocks in the batch."""
-        if blocks <= 0:
-            return
-        if self.task.allocates:
+        if self.task.allocates and blocks > 0:
             rng = np.random.default_rng([abs(self.task.seed), self._table.trials])
-            calls, n_examples = available + self._table.pending, self.task.n_examples
+            n_examples = self.task.n_examples
             # If the winner is measured in full, there must be calls to do that with a new candidate.
             is_full = self._confirm is not False and n_examples <= _CONFIRM_SHARE * self._max_calls
             may_grow = available >= (n_examples if is_full else self._size)
+            calls = available + self._table.pending
             yield from Counter(evidence.propose(blocks, calls, self.is_open, rng, may_grow)).items()
             return
         for _ in range(blocks):
