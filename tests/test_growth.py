@@ -343,6 +343,14 @@ def test_what_cannot_grow_is_refused_before_any_call(arguments: dict, match: str
     assert not world.asked
 
 
+def test_candidates_must_be_an_object_with_both_methods() -> None:
+    """A function, say, is refused before any call."""
+    world = World()
+    with pytest.raises(InvalidArgumentError, match="candidates must be an object with the methods"):
+        run(world, [Writer(better)], candidates=print)
+    assert not world.asked
+
+
 def test_threads_of_the_caller_are_fine() -> None:
     """They share the memory of the search."""
     with ThreadPoolExecutor(2) as executor:

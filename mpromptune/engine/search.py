@@ -132,6 +132,10 @@ def search(
         require_count(name, count)
     chosen = SearchOptions.of_search(options, list(inspect.signature(search).parameters))
     check_proposers(proposers)
+    if candidates is not None and not all(hasattr(candidates, name) for name in ("plain", "adopt")):
+        raise InvalidArgumentError(
+            f"candidates must be an object with the methods `plain` and `adopt`; got {candidates!r}."
+        )
     if proposers:
         _check_growth(space, chosen)
         space = space.growing()
