@@ -19,7 +19,7 @@ CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 def test_python_blocks_run_in_order(readme_names: dict[str, Any]) -> None:
     """Every example runs as it is printed, each going on from those before it."""
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README.md, Python block {number}", "exec"), readme_names)
     assert Path("best.json").exists()
