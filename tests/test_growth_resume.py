@@ -136,7 +136,8 @@ def test_ctrl_c_while_a_candidate_is_written(is_patient: bool, tmp_path: Path) -
     second, writer = World(), Writer(better)
     result = run(second, [writer], storage=path)
     assert not world.asked.keys() & second.asked.keys()
-    assert min(brief.number for brief in writer.briefs) == int(is_patient)
+    first = min(brief.number for brief in writer.briefs)  # two may be written at the same time
+    assert first in (1, 2) if is_patient else first == 0
     assert [p.index for p in proposals_of(result)] == [*range(3, 3 + len(proposals_of(result)))]
     assert all(p.written for p in proposals_of(result))
     assert result.calls + len(proposals_of(result)) <= 120
@@ -170,10 +171,13 @@ def test_ctrl_c_while_a_writer_hangs(tmp_path: Path) -> None:
     """It takes no longer than the grace."""
     over, times = threading.Event(), []
 
+    def interrupt() -> None:
+        times.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
     def hangs(brief: Brief) -> str:
-        threading.Timer(
-            0.1, lambda: (times.append(time.monotonic()), os.kill(os.getpid(), signal.SIGINT))
-        ).start()
+        if brief.number == 0:
+            threading.Timer(0.1, interrupt).start()
         over.wait(60)
         return better(brief)
 

@@ -166,7 +166,7 @@ class BatchPlan:
         if self.task.allocates and blocks > 0:
             rng = np.random.default_rng([abs(self.task.seed), self._table.trials])
             # A candidate that is begun near the end must not win on a few scores.
-            may_grow = available >= min(_LEAST, self.task.n_examples)
+            may_grow = available >= min(_LEAST, self.task.n_examples / 2)
             calls = available + self._table.pending
             yield from Counter(evidence.propose(blocks, calls, self.is_open, rng, may_grow)).items()
             return
