@@ -8,7 +8,6 @@ written; in the third world, those to an accuracy of 100 %.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -19,7 +18,7 @@ from benchmarks import scripted
 from benchmarks.gepa_loop import gepa
 from benchmarks.report import markdown
 from benchmarks.rows import pretty, select, tables_of
-from benchmarks.runner import RESULTS, Cell, read, run_cells
+from benchmarks.runner import RESULTS, Cell, parser_of, read, run_cells
 from benchmarks.tables import PER_EXAMPLE, Table, load
 from benchmarks.worlds import Parametric, Recorded, World, Writer, one_of
 from mpromptune import qEISampler, search
@@ -239,21 +238,10 @@ def _error(values: FloatArray) -> float:
 
 def main() -> None:
     """Command line."""
-    described = "\n".join(f"  {name}: {slice_.__doc__}" for name, slice_ in SLICES.items())
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n\nSlices:\n{described}",
-        epilog=COST,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", nargs="*", default=list(SLICES), choices=list(SLICES), help="slices")
-    parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--tables", nargs="*", default=list(PER_EXAMPLE))
-    parser.add_argument("--writers", nargs="*", help="groups of writers; all by default")
     methods = list({**METHODS, **scripted.METHODS})
-    parser.add_argument("--methods", nargs="*", default=methods, choices=methods)
+    parser = parser_of(__doc__, SLICES, COST, PER_EXAMPLE, methods, "proposals.json")
+    parser.add_argument("--writers", nargs="*", help="groups of writers; all by default")
     parser.add_argument("--summary", action="store_true", help="print gains in the file, and run nothing")
-    parser.add_argument("--output", default="proposals.json", help="file under benchmarks/results")
     arguments = parser.parse_args()
     path = RESULTS / arguments.output
     if arguments.summary:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 from benchmarks.methods import METHODS
-from benchmarks.runner import RESULTS, Cell, run_cells
+from benchmarks.runner import RESULTS, Cell, parser_of, run_cells
 from benchmarks.tables import MEANS_ONLY, PER_EXAMPLE, draw, load
 from mpromptune.engine.minibatches import stock_calls
 
@@ -126,19 +125,9 @@ def chosen(names: Sequence[str], tables: Sequence[str], methods: Sequence[str]) 
 
 def main() -> None:
     """Command line."""
-    described = "\n".join(f"  {name}: {slice_.__doc__}" for name, slice_ in SLICES.items())
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n\nSlices:\n{described}",
-        epilog=COST,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", nargs="*", default=list(SLICES), choices=list(SLICES), help="slices")
-    parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--tables", nargs="*", default=[*PER_EXAMPLE, *MEANS_ONLY])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    tables = [*PER_EXAMPLE, *MEANS_ONLY]
+    parser = parser_of(__doc__, SLICES, COST, tables, list(METHODS), "quality.json")
     parser.add_argument("--headline", action="store_true", help="--only headline means")
-    parser.add_argument("--output", default="quality.json", help="file under benchmarks/results")
     arguments = parser.parse_args()
     names = ["headline", "means"] if arguments.headline else arguments.only
     wanted = chosen(names, arguments.tables, arguments.methods)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,30 @@ def quiet() -> None:
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
+
+
+def parser_of(
+    described: str | None,
+    slices: Mapping[str, Callable[..., object]],
+    cost: str,
+    tables: Sequence[str],
+    methods: Iterable[str],
+    output: str,
+) -> argparse.ArgumentParser:
+    """The parser of a benchmark whose cells come in slices; each slice is described by its docstring."""
+    listed = "\n".join(f"  {name}: {slice_.__doc__}" for name, slice_ in slices.items())
+    parser = argparse.ArgumentParser(
+        description=f"{described}\n\nSlices:\n{listed}",
+        epilog=cost,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="*", default=list(slices), choices=list(slices), help="slices")
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--tables", nargs="*", default=list(tables))
+    parser.add_argument("--methods", nargs="*", default=list(methods), choices=list(methods))
+    parser.add_argument("--output", default=output, help="file under benchmarks/results")
+    return parser
 
 
 def run_cells(cells: Iterable[Cell], measure: Measure, seeds: int, path: Path, jobs: int) -> list[Cell]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import dspy
@@ -24,10 +23,10 @@ from briefs import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tasks import Adder
+from writers import Writer
 
 from mpromptune.engine.proposers import Brief
 from mpromptune.errors import ProposalRefusedError
-from mpromptune.model.space import PromptSpace
 from mpromptune.operators.guards import checked, unwrapped
 from mpromptune.operators.registry import made
 
@@ -124,23 +123,15 @@ def test_what_the_output_is_read_by_is_kept() -> None:
     assert checked("Add up.", setting(program=thinking), brief(own)) == "Add up."
 
 
-class Given:
+def saying(answer: Any) -> Writer:
     """A user's proposer, which does what it is told."""
 
-    name = "given"
-    calls = 0
-    keeps_parent = True
+    def write(brief: Brief) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
-    def __init__(self, answer: Any) -> None:
-        self._answer = answer
-
-    def components(self, space: PromptSpace) -> Sequence[str]:
-        return space.names
-
-    def propose(self, brief: Brief) -> Any:
-        if isinstance(self._answer, Exception):
-            raise self._answer
-        return self._answer
+    return Writer(write, calls=0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +149,7 @@ class Given:
 def test_proposers_of_ones_own_are_checked_too(component: str, answer: Any, reason: str) -> None:
     """What a user's proposer returns or raises is judged like the rest, instructions and demo sets."""
     own = setting(candidates={INSTRUCTION: TEXTS, DEMOS: [[], [TRAIN[0]]]})
-    (proposer,) = made([Given(answer)], own)
+    (proposer,) = made([saying(answer)], own)
     with pytest.raises(ProposalRefusedError, match=reason):
         proposer.propose(brief(own, component, {INSTRUCTION: 0, DEMOS: 0}))
 
@@ -166,7 +157,7 @@ def test_proposers_of_ones_own_are_checked_too(component: str, answer: Any, reas
 def test_demo_sets_that_are_fit() -> None:
     """A new set is kept as it is, apart from what cannot be encoded."""
     own = setting(candidates={INSTRUCTION: TEXTS, DEMOS: [[], [TRAIN[0]]]})
-    (proposer,) = made([Given((TRAIN[1], dspy.Example(question="half \ud83d", answer="a")))], own)
+    (proposer,) = made([saying((TRAIN[1], dspy.Example(question="half \ud83d", answer="a")))], own)
     whole, half = proposer.propose(brief(own, DEMOS, {INSTRUCTION: 0, DEMOS: 0}))
     assert whole is TRAIN[1]
     assert half.question == "half ?"

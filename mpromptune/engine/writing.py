@@ -112,10 +112,8 @@ class Writing:
                 plain = self.candidates.plain(proposal.component, candidate)
                 # As it is when it is read again: adopted later, it must be the same.
                 written = replace(proposal, written=json.loads(json.dumps(plain, allow_nan=False)))
-                if (
-                    before is not None
-                ):  # of two equal candidates, the later one is refused, whatever the timing
-                    wait_for([before], unless=self.stopped)
+                # Of two equal candidates, the later one is refused, whatever the timing.
+                wait_for([] if before is None else [before], unless=self.stopped)
                 self._adopt(written, self._known(proposal))
                 proposal = written
             except Stopped:

@@ -78,7 +78,8 @@ def covariance_of(births: Sequence[Birth]) -> FloatArray:
 def gains_between(births: Sequence[Birth], others: Sequence[Birth]) -> FloatArray:
     """Prior covariance of the gains of the proposers of two lists of births."""
     mine, theirs = ([birth.gain.deviation for birth in some] for some in (births, others))
-    same = np.array([[one.proposer == other.proposer for other in others] for one in births])
+    names, other_names = (np.array([birth.proposer for birth in some]) for some in (births, others))
+    same = names[:, None] == other_names
     covariance: FloatArray = np.outer(mine, theirs) * (ALIKE + (1.0 - ALIKE) * same)
     return covariance
 
