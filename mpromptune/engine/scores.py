@@ -89,8 +89,8 @@ class ScoreTable:
 
     Attributes:
         calls: Program calls that gave a score.
-        pending: Program calls of open trials.
-        proposal_calls: Requests of proposals, which count against the budget like program calls.
+        pending: Program calls of open trials, and requests of their proposals.
+        proposal_calls: Requests of proposals that have ended, which count like program calls.
         proposal_usage: Usage of the proposals that have ended.
         batches: Batches told.
         usage: Usage of all trials, including failed ones.

@@ -85,7 +85,7 @@ class Writing:
 
     def take(self, proposal: Proposal, table: ScoreTable) -> None:
         """Count a proposal, and make its candidate known if an earlier run has written it."""
-        table.proposal_calls += self.growth.calls_of(proposal)
+        table.pending += self.growth.calls_of(proposal)
         self.meter.add(proposal.usage)
         self._latest[proposal.number] = proposal
         if proposal.written is not None:
@@ -99,8 +99,10 @@ class Writing:
         """Note what became of a proposal, when its trial is told."""
         latest = self._latest[proposal.number]
         table.proposal_usage += latest.usage
-        if latest.declined:
-            table.proposal_calls -= self.growth.calls_of(latest)
+        calls = self.growth.calls_of(latest)
+        table.pending -= calls
+        if not latest.declined:
+            table.proposal_calls += calls
         if latest.is_over:
             self.growth.end(latest)
 

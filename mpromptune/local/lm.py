@@ -118,7 +118,7 @@ class LocalModel:
         self._encoding = threading.Lock()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # The C library keeps freed memory for each thread that has computed, so few threads compute.
-        pool = ThreadPoolExecutor(cores, "mpromptune-local")
+        pool = ThreadPoolExecutor(cores, "local-lm")
         complete = Decoder(self._model, self._tokenizer).complete
         self._batcher: Batcher[Request, Answer] = Batcher(
             lambda batch: pool.submit(complete, batch).result(), _BATCH, side_by_side=cores
