@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Integral, Number
 from typing import Any
+
+# NOTE: smallest ratio of difflib for a name to be suggested: below it, a part of a name such as "model" no
+# longer finds "prompt_model".
+_SIMILAR = 0.5
+# NOTE: most names that a message lists, about two lines of text.
+_LISTED = 10
 
 
 class MPromptuneError(Exception):
@@ -17,7 +24,7 @@ class InvalidArgumentError(MPromptuneError, ValueError):
 
 
 class UnknownOptionError(MPromptuneError, TypeError):
-    """An option name is unknown; the message lists the valid ones."""
+    """An option name is unknown; the message names the most similar valid one."""
 
 
 class EmbedderUnavailableError(MPromptuneError, RuntimeError):
@@ -146,6 +153,31 @@ class SearchTerminated(SearchInterrupted, SystemExit):
     """SIGTERM stopped a search or a compile; uncaught, it ends the process with status 143, as by default."""
 
     code = 143  # 128 + SIGTERM, as a shell reports it
+
+
+def nearest(name: Any, valid: Iterable[str]) -> str | None:
+    """The valid name that is most similar to ``name``; None if none is similar."""
+    near = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=_SIMILAR)
+    return near[0] if near else None
+
+
+def unknown(kind: str, name: Any, valid: Iterable[str], see: str | None = None) -> str:
+    """The message for an unknown name: what may have been meant, and the valid names if they are few.
+
+    Args:
+        kind: What it is the name of, such as ``"option"``.
+        name: The unknown name.
+        valid: The valid names.
+        see: Where to read about all of them, if they are many and none is similar.
+    """
+    names = sorted(valid)
+    near = nearest(name, names)
+    parts = [f"Unknown {kind} {name!r}.", f"Did you mean {near!r}?" if near else ""]
+    if len(names) <= _LISTED:
+        parts.append(f"Valid names are {names}.")
+    elif not near and see:
+        parts.append(f"All names: {see}.")
+    return " ".join(filter(None, parts))
 
 
 def require_count(name: str, value: Any, least: int | None = 1) -> int:

@@ -406,10 +406,10 @@ def test_an_operator_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["reflct"], "Unknown operator 'reflct'. Did you mean 'reflect'?"),
-        (["xyzzy"], "Unknown operator 'xyzzy'. Known are"),
-        ("reflect", "must be a list of names or proposers; got 'reflect'"),
-        (None, "must be a list of names or proposers; got None"),
+        (["reflct"], "Unknown proposer 'reflct'. Did you mean 'reflect'?"),
+        (["xyzzy"], "Unknown proposer 'xyzzy'. Valid names are"),
+        ("reflect", "must be a list: pass proposers=['reflect']; got 'reflect'"),
+        (None, "must be a list of at least one name or proposer; got None"),
         ([3], "got 3, which lacks"),
         ([Polite], "a class: register it"),
         (["merge", "merge"], "has 'merge' twice"),
@@ -425,7 +425,7 @@ def test_what_is_no_operator(given: Any, message: str) -> None:
 def test_what_cannot_be_registered() -> None:
     """A name must be a text and an operator callable; so must an instruction proposer."""
     for name, operator in (("", Polite), (3, Polite), ("x", "Polite")):
-        with pytest.raises(InvalidArgumentError, match="operator"):
+        with pytest.raises(InvalidArgumentError, match="name of a proposer|register needs"):
             register(name, operator)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="instruction_proposer must be a function"):
         made(["reflect"], setting(instruction_proposer="dspy"))
@@ -436,7 +436,7 @@ def test_components_of_operators() -> None:
     own = setting(program=Planner())
     names = [f"{i}_predictor_{kind}" for i in range(2) for kind in ("instruction", "demos")]
     space = PromptSpace({name: ["a"] for name in [*names, "style"]})
-    found = {proposer.name: [*proposer.components(space)] for proposer in made(OPERATORS, own)}
+    found = {proposer.name: [*proposer.components(space)] for proposer in made([*OPERATORS], own)}
     assert found.pop("demos") == ["0_predictor_demos", "1_predictor_demos"]
     assert len(found) == 5
     assert all(some == ["0_predictor_instruction", "1_predictor_instruction"] for some in found.values())

@@ -84,7 +84,7 @@ def test_several_studies_need_a_name(tmp_path: Path) -> None:
 def test_an_empty_storage_is_said_to_be_empty(tmp_path: Path) -> None:
     """Without any study there is no name to pass, and the message asks for none."""
     (tmp_path / "run.log").touch()
-    with pytest.raises(InvalidArgumentError, match=r"no study yet: no search has begun in it\.$"):
+    with pytest.raises(InvalidArgumentError, match=r"no study yet: run a compile with it first\.$"):
         read_result(tmp_path / "run.log")
 
 

@@ -138,7 +138,7 @@ def test_bad_arguments_are_refused(bad: dict) -> None:
 
 def test_an_unknown_argument_is_refused_with_the_nearest_one() -> None:
     """A misspelt name costs no search to find."""
-    with pytest.raises(UnknownOptionError, match=r"no argument 'batchsize'. Did you mean 'batch_size'\?"):
+    with pytest.raises(UnknownOptionError, match=r"'batchsize'. Did you mean 'batch_size'\?"):
         qEISampler(batchsize=3)
 
 

@@ -12,11 +12,13 @@ from mpromptune.engine.options import (
     QEI_ONLY,
     SEARCH_OPTIONS,
     SearchOptions,
-    unknown_option,
 )
-from mpromptune.errors import InvalidArgumentError, UnknownOptionError
+from mpromptune.errors import InvalidArgumentError, UnknownOptionError, nearest, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# Where users read about all options.
+_ALL = "help(mpromptune.engine.options.SearchOptions)"
 
 
 def extending(stock: inspect.Signature) -> Callable[[F], F]:
@@ -60,13 +62,19 @@ def split(
     Raises:
         UnknownOptionError: A name is neither.
     """
+    own = [*OPTION_NAMES, *(n for n in stock.parameters if n not in ("self", "student"))]
     for name in kwargs:
-        if name not in OPTION_NAMES and name not in stock.parameters:
-            for method, signature in elsewhere.items():
-                if name in signature.parameters:
-                    raise UnknownOptionError(f"{name!r} is an argument of {method}: pass it there.")
-            others = [n for n in stock.parameters if n not in ("self", "student")]
-            raise unknown_option(name, [*OPTION_NAMES, *others])
+        if name in own:
+            continue
+        for method, signature in elsewhere.items():
+            if name in signature.parameters:
+                raise UnknownOptionError(f"{name!r} is an argument of {method}: pass it there.")
+            near = nearest(name, {*own, *signature.parameters})
+            if near is not None and near not in own:
+                raise UnknownOptionError(
+                    f"Unknown option {name!r}. Did you mean {near!r}, an argument of {method}?"
+                )
+        raise UnknownOptionError(unknown("option", name, own, _ALL))
     ours = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}
     return ours, {k: v for k, v in kwargs.items() if k in stock.parameters}
 
@@ -84,7 +92,7 @@ def gather(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
             raise InvalidArgumentError(f"sampler_config must be a dict of options; got {source!r}.")
         for key, value in (source or {}).items():
             if key not in OPTION_NAMES:
-                raise unknown_option(key, OPTION_NAMES)
+                raise UnknownOptionError(unknown("option", key, OPTION_NAMES, _ALL))
             if value is None:
                 continue
             if key in merged:

@@ -49,11 +49,16 @@ def _check_path(name: str, value: Any) -> None:
         raise InvalidArgumentError(f"{name} must be the path of a file; got {value!r}.")
 
 
-def _check_proposers(name: str, value: Any) -> None:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise InvalidArgumentError(
-            f"proposers must be a list of at least one name or proposer; got {value!r}."
-        )
+def check_proposer_list(name: str, value: Any) -> None:
+    """Require a list of names or proposers that is not empty.
+
+    Raises:
+        InvalidArgumentError: It is something else.
+    """
+    if isinstance(value, str):
+        raise InvalidArgumentError(f"{name} must be a list: pass {name}=[{value!r}]; got {value!r}.")
+    if not isinstance(value, Sequence) or not value:
+        raise InvalidArgumentError(f"{name} must be a list of at least one name or proposer; got {value!r}.")
 
 
 def _check_callable(name: str, value: Any) -> None:
@@ -63,7 +68,7 @@ def _check_callable(name: str, value: Any) -> None:
 
 def _check_grace(name: str, value: Any) -> None:
     if require_finite(name, value) < 0:
-        raise InvalidArgumentError(f"{name} must not be negative; got {value!r}.")
+        raise InvalidArgumentError(f"{name} must be 0 or more; got {value!r}.")
 
 
 def _check_timeout(name: str, value: Any) -> None:
@@ -96,7 +101,7 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(("failure_score", "target"), require_finite),
     **dict.fromkeys(("dry_run", "verbose"), _check_bool),
     "proposals": _check_proposals,
-    "proposers": _check_proposers,
+    "proposers": check_proposer_list,
     "gains_file": _check_path,
     "embedder": _check_embedder,
     "device": _check_device,

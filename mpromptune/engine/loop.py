@@ -331,7 +331,8 @@ class Loop:
     def _closed(self, error: SearchStoppedError) -> SearchStoppedError:
         """The error with the study and the result so far, after closing open trials."""
         self._abandon(_LAST_CALLS)
-        error.args = (f"{error} The study keeps the scores of {self.table.calls} calls.",)
+        kept = f"The study keeps the scores of {self.table.calls} calls; in a storage, it can be continued."
+        error.args = (f"{error} {kept}",)
         error.study, error.result = self.study, self.summary.so_far(self.study)
         return error
 

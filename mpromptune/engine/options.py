@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,7 +14,7 @@ from mpromptune.engine.checks import CHECKS
 from mpromptune.engine.minibatches import Minibatches, MiproPlan
 from mpromptune.engine.plan import Plan, Task
 from mpromptune.engine.scores import ScoreTable
-from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count
+from mpromptune.errors import InvalidArgumentError, UnknownOptionError, require_count, unknown
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.execution.interrupts import GRACE
 from mpromptune.execution.limits import Limits
@@ -166,11 +165,13 @@ class SearchOptions:
         """The options given to `search`, DSPy's minibatch arguments included; None means the default.
 
         Raises:
-            UnknownOptionError: A name is not an option of `search`; the message lists the ``valid`` ones.
+            UnknownOptionError: A name is not an option of `search`, whose arguments are ``valid``.
         """
         for name in given:
+            if name in OPTION_NAMES and name not in SEARCH_OPTIONS:
+                raise UnknownOptionError(f"{name!r} is an option of MIPROv2, not of search: leave it out.")
             if name not in SEARCH_OPTIONS:
-                raise unknown_option(name, valid)
+                raise UnknownOptionError(unknown("option", name, valid, "help(mpromptune.search)"))
         chosen = {name: value for name, value in given.items() if value is not None}
         sizes = {field.name: chosen.pop(field.name) for field in fields(Minibatches) if field.name in chosen}
         if chosen.get("schedule") == "mipro":
@@ -313,12 +314,3 @@ SEARCH_OPTIONS: dict[str, Any] = {
     **{field.name: field.default for field in fields(SearchOptions) if field.name not in _COMPILE_ONLY},
     **{field.name: field.default for field in fields(Minibatches)},
 }
-
-
-def unknown_option(name: str, valid: Sequence[str]) -> UnknownOptionError:
-    """The error for an unknown option name; it suggests the most similar valid name."""
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    return UnknownOptionError(
-        f"Unknown option {name!r}.{meant} Valid options are: {', '.join(sorted(valid))}."
-    )

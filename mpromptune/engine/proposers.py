@@ -150,7 +150,9 @@ def check_proposers(proposers: Any) -> None:
         InvalidArgumentError: They are something else.
     """
     if isinstance(proposers, str) or not isinstance(proposers, Sequence):
-        raise InvalidArgumentError(f"proposers must be a list of proposers; got {proposers!r}.")
+        raise InvalidArgumentError(
+            f"proposers must be a list of objects, such as proposers=[proposer]; got {proposers!r}."
+        )
     for proposer in proposers:
         lacking = [part for part in _PARTS if not hasattr(proposer, part)]
         if lacking or isinstance(proposer, type):

@@ -72,7 +72,9 @@ class Summary:
         limit = self.budget.reached or self.binding
         if limit is not None and not ranked:
             raise SearchStoppedError(
-                f"{limit} was reached before anything was measured: {self.budget.usage.total}.", study
+                f"{limit} was reached before anything was measured: {self.budget.usage.total}. Raise it, and "
+                "pass the same storage to go on.",
+                study,
             )
         # A plan that a limit has cut short may not have measured its winner in full.
         return self._of(self.plan.winner(ranked, is_cut_short=limit is not None), ranked, study)

@@ -151,7 +151,10 @@ class Budget:
     def used_up(self, when: str) -> SearchStoppedError:
         """The error that says which limit was reached."""
         limit = getattr(self.limits, self.reached or "", None)
-        return SearchStoppedError(f"{self.reached}={limit} was used up {when}, by {self.usage.total}.")
+        return SearchStoppedError(
+            f"{self.reached}={limit} was used up {when}, by {self.usage.total}. Raise it and make the same "
+            "call again; what is in a storage is not paid for twice."
+        )
 
     @property
     def overspent(self) -> float:

@@ -57,7 +57,8 @@ def load(name: str) -> Loaded:
         reason = str(error).strip().partition("\n")[0]
         raise LocalModelError(
             f"transformers {transformers.__version__} could not load the local model {name!r} "
-            f"({type(error).__name__}: {reason})."
+            f"({type(error).__name__}: {reason}). Pass another model, or "
+            "try another version of transformers."
         ) from error
 
 
@@ -136,7 +137,7 @@ def _require_memory(path: Path, is_gguf: bool) -> None:
     if files and available is not None and available < needed:
         raise LocalModelError(
             f"The local model {str(path)!r} needs about {needed / 1e9:.1f} GB of memory; "
-            f"{available / 1e9:.1f} GB are available."
+            f"{available / 1e9:.1f} GB are available. Close other programs, or pass a smaller model."
         )
 
 

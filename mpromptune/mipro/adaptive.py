@@ -44,7 +44,7 @@ def proposers_of(run: Run, programs: ProgramSpace, valset: Sequence[Any]) -> lis
     """
     if not run.options.is_adaptive:
         return []
-    given = OPERATORS if run.options.proposers is None else run.options.proposers
+    given = list(OPERATORS) if run.options.proposers is None else run.options.proposers
     proposers = made(given, _setting(run, programs, valset))
     path = run.options.gains_file
     known = {} if path is None else read_gains(path)

@@ -171,7 +171,10 @@ class Checkpoint:
     def _require_same(self, run: Mapping[str, Part]) -> None:
         then = self._kept.get(RUN)
         if then is not None and not isinstance(then, dict):
-            raise StorageError(f"What {named(self.study)} says of its run is damaged: {then!r}.")
+            raise StorageError(
+                f"What {named(self.study)} says of its run is damaged: {then!r}. Pass another storage or "
+                "study_name."
+            )
         name = f"The study {self.study.study_name!r}"
         advice = "Pass another study_name or storage for a new run"
         if then is None and self._has_trials() and not self._has_steps():

@@ -142,7 +142,7 @@ def _check_metric(metric: Any, bootstraps: bool) -> None:
                 "metric must be a function that can be called as metric(example, prediction, trace=None), or "
                 f"with the five arguments of dspy.GEPA ({error}); got {reprlib.repr(metric)} with the "
                 f"parameters {signature}."
-            ) from error
+            ) from None
 
 
 def _check_examples(name: str, examples: Any) -> None:

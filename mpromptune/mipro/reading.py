@@ -65,7 +65,9 @@ def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
         settings, record = recorded_settings(study), read_record(study)
         usage = _used(study, record)
     if not settings:
-        raise InvalidArgumentError(f"No search has begun in the study {study.study_name!r} yet.")
+        raise InvalidArgumentError(
+            f"No search has begun in the study {study.study_name!r} yet: run the compile first."
+        )
     texts = {name: _texts(study, name, settings["candidates"][name][0]) for name in settings["components"]}
     unknown = [name for name, (_, is_complete) in texts.items() if not is_complete]
     space = PromptSpace({name: found for name, (found, _) in texts.items()})
@@ -73,7 +75,9 @@ def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
     table = table_of(record, space, int(settings["arguments"]["n_examples"]))
     result = result_of_study(study, settings["arguments"], table, space, _text_of)
     if result is None:
-        raise InvalidArgumentError(f"Nothing has been measured in the study {study.study_name!r} yet.")
+        raise InvalidArgumentError(
+            f"Nothing has been measured in the study {study.study_name!r} yet: wait for its first trial."
+        )
     return replace(result, usage=usage, space=space if has_texts else None), _notes(unknown)
 
 
@@ -88,18 +92,22 @@ def _load(storage: StorageSpec, study_name: str | None) -> Study:
     if isinstance(storage, str | os.PathLike):
         path = os.fspath(storage)
         if "://" not in path and not Path(path).is_file():  # opening it would create a file
-            raise InvalidArgumentError(f"There is no journal file {path!r}.")
+            raise InvalidArgumentError(
+                f"There is no journal file {path!r}. Pass the path or URL that the compile has as storage=."
+            )
     opened = open_storage(storage)
     names = [study.study_name for study in opened.get_all_studies()]
     name = names[0] if study_name is None and len(names) == 1 else study_name
     if not names:
-        raise InvalidArgumentError("The storage has no study yet: no search has begun in it.")
+        raise InvalidArgumentError("The storage has no study yet: run a compile with it first.")
     if name not in names:
         asked = "several studies" if study_name is None else f"no study {study_name!r}"
         raise InvalidArgumentError(f"The storage has {asked}; pass the name of one of {names}.")
     study = optuna.load_study(study_name=name, storage=opened)
     if SETTINGS not in study.user_attrs and FORMAT not in study.user_attrs:
-        raise StudyMismatchError(f"The study {name!r} was not made by a search.")
+        raise StudyMismatchError(
+            f"The study {name!r} was not made by a search. Pass study_name, one of {names}."
+        )
     require_ours(study)
     return study
 

@@ -330,8 +330,8 @@ class FirstScore:
 def _stopped(step: str, error: BaseException) -> SearchStoppedError:
     why = f"{type(error).__name__}: {error}".rstrip(":. ")
     return SearchStoppedError(
-        f"The {step} step stopped because of {why}. Earlier results are kept in the storage, if one was "
-        "given."
+        f"The {step} step stopped because of {why}. When this is repaired, make the same call again: results "
+        "in a storage are not paid for twice."
     )
 
 

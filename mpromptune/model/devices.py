@@ -86,5 +86,5 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise InvalidArgumentError(
             "device must be one that torch can compute on in float64, such as 'cpu', 'cuda' or 'cuda:1'; got "
             f"{device!r}. CUDA devices found by torch {torch.__version__}: {count}. Its reason: {reason}."
-        ) from error
+        ) from None
     return found

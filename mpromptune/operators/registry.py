@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from mpromptune.engine.checks import check_proposer_list
 from mpromptune.engine.proposers import Proposer, check_proposers
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import InvalidArgumentError, unknown
 from mpromptune.operators.base import Setting
 from mpromptune.operators.demos import Demos
 from mpromptune.operators.fresh import Fresh
@@ -31,15 +31,15 @@ def register(name: str, operator: Operator) -> None:
         InvalidArgumentError: The name is no text, or the operator cannot be called.
     """
     if not isinstance(name, str) or not name:
-        raise InvalidArgumentError(f"The name of an operator must be a text; got {name!r}.")
+        raise InvalidArgumentError(f"The name of a proposer must be a text that is not empty; got {name!r}.")
     if not callable(operator):
         raise InvalidArgumentError(
-            f"An operator must be a class or function that makes a proposer from a Setting; got {operator!r}."
+            f"register needs a class or function that makes a proposer from a Setting; got {operator!r}."
         )
     OPERATORS[name] = operator
 
 
-def made(operators: Iterable[str | Proposer], setting: Setting) -> list[Proposer]:
+def made(operators: Sequence[str | Proposer], setting: Setting) -> list[Proposer]:
     """The proposers of a compile; what they propose is checked (see `Guarded`).
 
     Args:
@@ -49,8 +49,7 @@ def made(operators: Iterable[str | Proposer], setting: Setting) -> list[Proposer
     Raises:
         InvalidArgumentError: A name is unknown, an object is no proposer, or two have the same name.
     """
-    if isinstance(operators, str) or not isinstance(operators, Iterable):
-        raise InvalidArgumentError(f"proposers must be a list of names or proposers; got {operators!r}.")
+    check_proposer_list("proposers", operators)
     proposers = [_made(operator, setting) for operator in operators]
     check_proposers(proposers)
     return [Guarded(proposer, setting) for proposer in proposers]
@@ -59,13 +58,11 @@ def made(operators: Iterable[str | Proposer], setting: Setting) -> list[Proposer
 def _made(operator: Any, setting: Setting) -> Any:
     if isinstance(operator, type):
         raise InvalidArgumentError(
-            f"proposers has {operator!r}, a class: register it (mpromptune.operators.registry.register), or "
-            "pass an object."
+            f"proposers has {operator!r}, a class: register it (mpromptune.operators.registry.register) and "
+            "pass its name, or pass an object."
         )
     if not isinstance(operator, str):
         return operator
     if operator not in OPERATORS:
-        near = get_close_matches(operator, OPERATORS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise InvalidArgumentError(f"Unknown operator {operator!r}.{hint} Known are {sorted(OPERATORS)}.")
+        raise InvalidArgumentError(unknown("proposer", operator, OPERATORS))
     return OPERATORS[operator](setting)

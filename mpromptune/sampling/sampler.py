@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from copy import copy
-from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -18,7 +17,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mpromptune.errors import UnknownOptionError, require_count
+from mpromptune.errors import UnknownOptionError, require_count, unknown
 from mpromptune.execution.pool import in_time
 from mpromptune.model.acquisition import LISTED, choice_set, log_expected_improvement, propose, ranked
 from mpromptune.model.devices import plain_torch, resolve_device
@@ -219,10 +218,7 @@ class qEISampler(BaseSampler):  # noqa: N801 - the name under which the sampler 
 
 def _unknown_argument(name: str) -> UnknownOptionError:
     valid = [argument for argument in signature(qEISampler).parameters if argument != "unknown"]
-    nearest = get_close_matches(name, valid, n=1, cutoff=0.0)[0]
-    return UnknownOptionError(
-        f"qEISampler has no argument {name!r}. Did you mean {nearest!r}? It takes {', '.join(valid)}."
-    )
+    return UnknownOptionError(unknown("argument of qEISampler", name, valid, "help(mpromptune.qEISampler)"))
 
 
 def resolve_embedder(spec: Any) -> Embedder | None:

@@ -137,4 +137,6 @@ def _require_journal(path: str) -> None:
     start = line.rstrip(b"\n")[: len(_FIRST_BYTES)]
     if line and not (start and _FIRST_BYTES.startswith(start)):  # the first record may be incomplete
         hint = f"; for a database, pass sqlite:///{path}" if start.startswith(b"SQLite") else ""
-        raise StorageError(f"{path} is not an Optuna journal{hint}. Nothing was written to it.")
+        raise StorageError(
+            f"{path} is not an Optuna journal{hint}. Pass a path that is free. Nothing was written to it."
+        )

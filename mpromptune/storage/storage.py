@@ -74,7 +74,9 @@ def open_storage(spec: StorageSpec) -> BaseStorage:
     try:
         return _reconnecting(_database(path))
     except Exception as error:  # SQLAlchemy, its drivers and Optuna raise many kinds
-        raise StorageError(f"The database {public(path)} cannot be opened: {public(error)}") from error
+        raise StorageError(
+            f"The database {public(path)} cannot be opened: {public(error)}. Check its URL."
+        ) from error
 
 
 def check_storage(spec: object, study_name: object = None) -> None:
@@ -199,7 +201,7 @@ class ReconnectingStorage:
             self._is_down = True
             raise StorageError(
                 f"The connection to the storage was lost and did not come back within {self._patience:g} s: "
-                f"{type(error.__cause__ or error).__name__}. Earlier trials are kept there."
+                f"{type(error.__cause__ or error).__name__}. Its trials are kept: make the same call again."
             ) from error
         self._is_down = False
         if name == "create_new_trial":
