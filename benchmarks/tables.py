@@ -22,7 +22,7 @@ PER_EXAMPLE = (
     "subj_qwen25_32b_s42",
 )
 MEANS_ONLY = ("means_subj_qwen25_32b",)
-_HERE = Path(__file__).parent / "tables"
+HERE = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Table:
 @lru_cache(maxsize=8)
 def load(name: str) -> Table:
     """Reads a table by name."""
-    path = _HERE / f"{name}.npz"
+    path = HERE / f"{name}.npz"
     if not path.exists():
         path = Path(str(resources.files("mpromptune.demo") / "data" / f"{name}.npz"))
     with np.load(path) as z:

@@ -164,7 +164,7 @@ def test_nearly_equal_tokens_are_decided_alone(tiny: LlamaForCausalLM) -> None:
         flat.lm_head.weight.zero_()
     sizes: list[int] = []
     flat.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     asked = [Request((), request.rest, 1) for request in requests(4)]
     sizes.clear()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from mpromptune.model.devices import plain_torch
@@ -35,12 +34,14 @@ class Request:
         rest: Its other tokens, at least one.
         max_tokens: Number of tokens after which the answer ends.
         stops: The answer ends before the first of these texts.
+        is_worth: Whether an answer that begins with a text is worth its other tokens; if not, it is cut.
     """
 
     prefix: Tokens
     rest: Tokens
     max_tokens: int
     stops: tuple[str, ...] = ()
+    is_worth: Callable[[str], bool] = lambda text: True
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Answer:
         tokens: Its tokens, with those of the stop text.
         text: Its text, without white space before it, and without the stop text.
         is_over: Whether nothing follows.
-        is_cut: Whether it ended because of ``max_tokens``.
+        is_cut: Whether it ended because of ``max_tokens`` or ``is_worth``.
         is_close: Whether there was a token nearly as likely as one of its tokens.
     """
 
@@ -95,22 +96,26 @@ class Decoder:
             return answers
 
     def _decode(self, requests: Sequence[Request]) -> list[Answer]:
-        """Write all answers token by token; a prompt leaves the batch when its answer is over."""
+        """Write all answers token by token."""
         answers = [Answer() for _ in requests]
-        pairs = list(zip(requests, answers, strict=True))
-        inputs = self._inputs(requests)
-        while pairs:
-            logits = self._model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-            empty = [i for i, (_, answer) in enumerate(pairs) if not answer.text]
+        tree = _Tree({request.prefix: self._prefix(request.prefix) for request in requests})
+        ends = tree.grow([(tree.roots[request.prefix], request.rest) for request in requests])
+        open_ = list(zip(requests, answers, ends, strict=True))
+        while open_:
+            logits = self._model(
+                **tree.inputs(), logits_to_keep=tree.rows([end for *_, end in open_])
+            ).logits[0]
+            empty = [i for i, (_, answer, _) in enumerate(open_) if not answer.text]
             logits[torch.tensor(empty, dtype=torch.long)[:, None], self._ends] = -torch.inf
             best, tokens = logits.topk(2)
             gaps = (best[:, 0] - best[:, 1]).tolist()
-            for (request, answer), token, gap in zip(pairs, tokens[:, 0].tolist(), gaps, strict=True):
+            chosen = tokens[:, 0].tolist()
+            for (request, answer, _), token, gap in zip(open_, chosen, gaps, strict=True):
                 answer.is_close |= gap < _NEARLY_EQUAL
                 self._write(answer, token, request)
-            kept = [i for i, (_, answer) in enumerate(pairs) if not answer.is_over]
-            pairs = [pairs[i] for i in kept]
-            inputs = _next(inputs, tokens[:, :1], kept)
+            kept = [i for i, (_, answer, _) in enumerate(open_) if not answer.is_over]
+            ends = tree.grow([(open_[i][2], chosen[i : i + 1]) for i in kept])
+            open_ = [(*open_[i][:2], end) for i, end in zip(kept, ends, strict=True)]
         return answers
 
     def _write(self, answer: Answer, token: int, request: Request) -> None:
@@ -124,30 +129,8 @@ class Decoder:
         if ends:
             answer.text = answer.text[: min(ends)]
             answer.is_over = True
-        elif len(answer.tokens) >= request.max_tokens:
+        elif len(answer.tokens) >= request.max_tokens or not request.is_worth(answer.text):
             answer.is_over = answer.is_cut = True
-
-    def _inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Arguments of the model: prefixes and rests of different lengths are padded on the left."""
-        prefixes = [self._prefix(request.prefix) for request in requests]
-        n, m = (max(map(len, part)) for part in zip(*((r.prefix, r.rest) for r in requests), strict=True))
-        cache = DynamicCache()
-        for i in range(len(prefixes[0])):
-            keys, values = (
-                torch.stack([pad(p[i][kind], (0, 0, n - p[i][kind].shape[1], 0)) for p in prefixes])
-                for kind in (0, 1)
-            )
-            cache.update(keys, values, i)
-        lengths = [(len(r.prefix), len(r.rest)) for r in requests]
-        mask = [[0] * (n - a) + [1] * a + [0] * (m - b) + [1] * b for a, b in lengths]
-        # The position of a padded token does not matter.
-        positions = [[max(0, a + b - m + j) for j in range(m)] for a, b in lengths]
-        return {
-            "input_ids": torch.tensor([[0] * (m - len(r.rest)) + list(r.rest) for r in requests]),
-            "attention_mask": torch.tensor(mask),
-            "position_ids": torch.tensor(positions),
-            "past_key_values": cache,
-        }
 
     def _prefix(self, tokens: Tokens) -> _Layers:
         """Keys and values of a prefix; always computed alone, so that they are equal in every batch."""
@@ -166,14 +149,68 @@ class Decoder:
         return found
 
 
-def _next(inputs: dict[str, Any], tokens: torch.Tensor, kept: list[int]) -> dict[str, Any]:
-    """Arguments of the model for the next token of the prompts that are kept."""
-    cache = inputs["past_key_values"]
-    if len(kept) < len(tokens):
-        cache.batch_select_indices(torch.tensor(kept, dtype=torch.long))
-    return {
-        "input_ids": tokens[kept],
-        "attention_mask": pad(inputs["attention_mask"][kept], (0, 1), value=1),
-        "position_ids": inputs["position_ids"][kept, -1:] + 1,
-        "past_key_values": cache,
-    }
+class _Tree:
+    """Prompts as paths of a tree, of which each part is computed once, however many prompts share it.
+
+    The model takes the tree as one sequence, in which a token sees only those on its own path.
+
+    Args:
+        prefixes: Keys and values of the beginnings of paths.
+
+    Attributes:
+        roots: The place where each prefix ends, from which paths go on.
+    """
+
+    def __init__(self, prefixes: dict[Tokens, _Layers]) -> None:
+        self.roots: dict[Tokens, int] = {}
+        self._columns: list[list[int]] = []  # what each place sees
+        self._depths: list[int] = []  # number of tokens before the one that follows a place
+        self._places: dict[tuple[int, int], int] = {}  # of a token after a place
+        self._new: list[tuple[int, int]] = []  # places to compute, and their tokens
+        self._width = 0
+        for tokens in prefixes:
+            self.roots[tokens] = len(self._columns)
+            self._columns.append(list(range(self._width, self._width + len(tokens))))
+            self._depths.append(len(tokens))
+            self._width += len(tokens)
+        self._cache = DynamicCache()
+        for i, parts in enumerate(zip(*prefixes.values(), strict=True)):
+            keys, values = (torch.cat([part[kind] for part in parts], dim=1)[None] for kind in (0, 1))
+            self._cache.update(keys, values, i)
+
+    def grow(self, paths: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+        """The places where paths end that follow places by tokens; `inputs` are then of what is new."""
+        self._new = []
+        ends = []
+        for place, tokens in paths:
+            for token in tokens:
+                place = self._after(place, token)
+            ends.append(place)
+        return ends
+
+    def _after(self, place: int, token: int) -> int:
+        if (place, token) not in self._places:
+            self._places[place, token] = len(self._columns)
+            self._new.append((len(self._columns), token))
+            self._columns.append([*self._columns[place], self._width])
+            self._depths.append(self._depths[place] + 1)
+            self._width += 1
+        return self._places[place, token]
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model for the places that are new."""
+        mask = torch.full((len(self._new), self._width), -torch.inf)
+        for row, (place, _) in zip(mask, self._new, strict=True):
+            row[self._columns[place]] = 0.0
+        return {
+            "input_ids": torch.tensor([[token for _, token in self._new]]),
+            "attention_mask": mask[None, None],
+            "position_ids": torch.tensor([[self._depths[place] - 1 for place, _ in self._new]]),
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+
+    def rows(self, places: Sequence[int]) -> torch.Tensor:
+        """Positions of new places in the inputs."""
+        first = self._new[0][0]
+        return torch.tensor([place - first for place in places])

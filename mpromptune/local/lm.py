@@ -119,7 +119,7 @@ class LocalModel:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # The C library keeps freed memory for each thread that has computed, so few threads compute.
         pool = ThreadPoolExecutor(cores, "local-lm")
-        complete = Decoder(self._model, self._tokenizer).complete
+        complete = self.decoder().complete
         self._batcher: Batcher[Request, Answer] = Batcher(
             lambda batch: pool.submit(complete, batch).result(), _BATCH, side_by_side=cores
         )
@@ -129,6 +129,10 @@ class LocalModel:
 
     def __reduce__(self) -> Any:
         return local_model, (self._name,)
+
+    def decoder(self) -> Decoder:
+        """A decoder with a cache of its own, for batches that are made by the caller."""
+        return Decoder(self._model, self._tokenizer)
 
     def complete(self, request: Request) -> Answer:
         """Answer a request, together with those of other threads."""
@@ -144,10 +148,9 @@ class LocalModel:
             raise InvalidArgumentError(f"The last message is empty: {texts[-1]!r}.")
         if self._process != os.getpid():
             self._start()
-        head, last = "\n\n".join(texts[:-1]), texts[-1]
+        head = "".join(text + "\n\n" for text in texts[:-1])
         prefix = self._tokens(head, with_special=True)
-        rest = self._tokens("\n\n" + last if head else last, with_special=False)
-        return Request(prefix, rest, max_tokens, stops)
+        return Request(prefix, self._tokens(texts[-1], with_special=False), max_tokens, stops)
 
     def _tokens(self, text: str, with_special: bool) -> Tokens:
         with self._encoding:  # tokenizers of transformers change their state
