@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +171,27 @@ def test_nearly_equal_tokens_are_decided_alone(tiny: LlamaForCausalLM) -> None:
     sizes.clear()
     answers = Decoder(flat, tokenizer()).complete(asked)
     assert all(answer.is_close for answer in answers)
-    assert sizes == [1, 4, 1, 1, 1, 1]  # the empty prefix, the batch, and each prompt
+    assert sizes == [1, 1 + 2 + 3 + 4, 1, 2, 3, 4]  # tokens: the empty prefix, the batch, and each prompt
+
+
+def test_equal_beginnings_are_computed_once_in_a_batch(tiny: LlamaForCausalLM) -> None:
+    """After one prefix, the rests 1 2 3, 1 2 4, and 1 2 3 once more are four tokens; after another, three."""
+    sizes: list[int] = []
+    model = copy.deepcopy(tiny)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    asked = [Request((7,), (1, 2, end), 1) for end in (3, 4, 3)] + [Request((8, 9), (1, 2, 3), 1)]
+    answers = Decoder(model, tokenizer()).complete(asked)
+    assert sizes == [1, 2, 4 + 3]
+    assert answers[0] == answers[2]
+
+
+def test_an_answer_that_is_not_worth_its_other_tokens_is_cut(tiny: LlamaForCausalLM) -> None:
+    """It ends with the token that decides."""
+    (request,) = requests(1)
+    (cut,) = Decoder(tiny, tokenizer()).complete([replace(request, is_worth=lambda text: " " not in text)])
+    assert (len(cut.tokens), cut.is_cut) == (2, True)
 
 
 def test_a_stop_text_ends_an_answer(tiny: LlamaForCausalLM) -> None:
