@@ -3,7 +3,7 @@
 #   make demo ARGS="--compare"       the same, beside DSPy's own search
 #   make test                        all tests; ARGS="-k surrogate" for some
 #   make lint types                  ruff, mypy
-#   make docs                        the README, the mathematics and a reference of all names, as HTML
+#   make docs                        the documentation site
 #   make check                       all of the above
 #   make install                     nothing but the environment for all of them
 #   make matrix                      all tests with other versions, and every Python there is: hours

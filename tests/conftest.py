@@ -17,8 +17,11 @@ import optuna
 import postgres
 import pytest
 import torch
-from lms import arithmetic_lm
-from tasks import Adder, Counted, additions
+from embedders import hashed
+from remote_lms import WrittenLM
+from tasks import Adder, additions, is_right
+
+from mpromptune import MIPROv2
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -79,8 +82,18 @@ def wandb(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def readme_names(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What the README calls the reader's own, in an empty folder."""
+def page_names(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What the pages of the documentation call the reader's own, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    with dspy.context(lm=arithmetic_lm()):
-        yield {"program": Adder(), "metric": Counted(), "trainset": additions(15)}
+    settings = {name: dspy.settings.get(name) for name in ("lm", "adapter")}
+    lm = WrittenLM(tmp_path / "asked.txt")
+    monkeypatch.setattr("mpromptune.local.lm.LocalLM", lambda *args, **kwargs: lm)  # the real one is slow
+    dspy.configure(lm=lm)
+    options = {"num_threads": 4, "embedder": hashed, "max_calls": 60, "verbose": False}
+    yield {
+        "program": Adder(),
+        "metric": is_right,
+        "trainset": additions(15),
+        "optimizer": MIPROv2(metric=is_right, auto="light", **options),
+    }
+    dspy.configure(**settings)

@@ -41,6 +41,11 @@ def additions(n: int, offset: int = 0) -> list[dspy.Example]:
     return [dspy.Example(question=f"{a}+{b}", answer=str(a + b)).with_inputs("question") for a, b in pairs]
 
 
+def is_right(example: Any, prediction: Any, trace: Any = None) -> bool:
+    """Exact match."""
+    return bool(example.answer == prediction.answer)
+
+
 class Counted:
     """Exact match that counts the program calls of evaluations (the bootstrap passes a trace)."""
 

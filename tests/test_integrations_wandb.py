@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from readme import run_block
+from pages import run_tool
 
 
 def _records(log: bytes) -> Iterator[bytes]:
@@ -37,9 +37,9 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     return [{(i.key or i.nested_key[0]): json.loads(i.value_json) for i in row} for row in rows]
 
 
-def test_a_callback_logs_every_trial(wandb: Any, readme_names: dict[str, Any]) -> None:
-    """The README's block, as printed, writes params and score of every trial, one row each, in order."""
-    best = run_block("wandb", readme_names)
+def test_a_callback_logs_every_trial(wandb: Any, page_names: dict[str, Any]) -> None:
+    """The block of the guide writes params and score of every trial, one row each, in order."""
+    best = run_tool("wandb", page_names)
     wandb.teardown()  # its service writes the rest of the file before it ends
     rows = _history(Path(os.environ["WANDB_DIR"]))
     trials = best.search_result.study.trials
