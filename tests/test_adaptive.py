@@ -356,13 +356,16 @@ def test_the_page_says_how_candidates_were_written() -> None:
     page = render(found)
     Checked(page)
     said = text_of(page)
-    assert "instruction: the winner's was written by reflect, then shorten, own instruction → “Well.”" in said
-    assert "→ “Good.”. This took 2 LM calls and 0.5000 US dollars." in said
-    assert "On examples that proposers may see, the winner scores 50.0 %, on the others 100.0 %." in said
+    assert (
+        "Written during the search in 2 steps by reflect, shorten, with 2 LM calls and 0.5000 US dollars"
+        in said
+    )
+    assert re.search("own instruction .*“Well.”, by reflect .*“Good.”, by shorten", said)
+    assert "On the examples that proposers may see, it scores 50.0 %, on hidden ones 100.0 %." in said
     assert "reflect 1 0 +0.50 (+0.30 to +0.70) 1 0.2500" in said
     assert "merge 2 times: The instruction equals candidate …. 2 2 not known 2 0.5000" in said
     assert "shorten 1 0 not known 1 0.2500" in said
-    assert "written during the search" not in text_of(render(handmade.findings()))
+    assert "ritten during the search" not in text_of(render(handmade.findings()))
 
 
 def test_scores_on_both_shares() -> None:

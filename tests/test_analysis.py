@@ -11,6 +11,7 @@ from handmade import BASELINE, DEMOS, INSTRUCTION, OTHER, SPACE, TRIALS, WINNER,
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.show.analysis import (
+    beside_winner,
     candidate_name,
     chance_of_gain,
     example_scores,
@@ -23,7 +24,7 @@ from mpromptune.show.analysis import (
     random_in_hindsight,
     title,
 )
-from mpromptune.show.signs import next_steps, warning_signs
+from mpromptune.show.signs import Sign, warning_signs
 from mpromptune.storage.attributes import PREDICTORS, SETTINGS
 
 NOTHING = {"configurations": (), "study": study_of(())}
@@ -104,6 +105,13 @@ def test_names_are_the_programs_own_and_those_of_texts() -> None:
     named = study_of(TRIALS)
     named.set_user_attr(PREDICTORS, ["plan", "solve"])
     assert title(findings(study=named), "1_predictor_demos") == "solve, demos"
+    for names, shown in (
+        (["self"], "demos"),
+        (["a.predict"], "a, demos"),
+        (["a.predict", "a"], "a.predict, demos"),
+    ):
+        named.set_user_attr(PREDICTORS, names)
+        assert title(findings(study=named), DEMOS) == shown
     two = {"0_predictor_instruction": 1, "0_predictor_demos": 0, "1_predictor_demos": 1}
     space = PromptSpace({**SPACE.components, "1_predictor_demos": [[], ["2+2: 4", "3+5: 8"]]})
     found = findings(space=space, best_params=two)
@@ -113,15 +121,23 @@ def test_names_are_the_programs_own_and_those_of_texts() -> None:
     assert label(findings(space=PromptSpace({"style": ["a", "b"]})), {"style": 1}) == "style: “b”"
 
 
+def test_a_neighbour_of_the_winner_is_named_by_what_it_has_instead() -> None:
+    """The baseline, the winner, and one that has nothing in common with the winner are named in full."""
+    near = {INSTRUCTION: 1, DEMOS: 1}
+    assert beside_winner(findings(), near).startswith("winner, but 1 demo (")
+    for params in (BASELINE.params, WINNER.params, OTHER.params):
+        assert beside_winner(findings(), params) == label(findings(), params)
+
+
 def test_texts_that_begin_alike_are_told_apart() -> None:
     """By what comes after what they share."""
     begin = "Given the fields `question`, produce the fields `answer`."
     texts = [begin, f"{begin} Think first.", f"{begin} Think twice, and then once more.", "Short."]
     found = findings(space=PromptSpace({"style": texts}), best_params={"style": 1})
     assert [candidate_name(found, "style", i) for i in range(4)] == [
-        "“…`answer`.”",
-        "“…first.”",
-        "“…twice, and then once more.”",
+        "“Given the fields … produce the fields `answer`.”",
+        "“Given the fields … fields `answer`. Think first.”",
+        "“Given the fields … Think twice, and then once more.”",
         "“Short.”",
     ]
 
@@ -147,8 +163,8 @@ def test_baseline_comes_from_the_study() -> None:
     assert gain(findings(study=foreign)) is None
 
 
-def has(signs: list[str], fragment: str) -> bool:
-    return any(fragment in sign for sign in signs)
+def has(signs: list[Sign], fragment: str) -> bool:
+    return any(fragment in sign.reason for sign in signs)
 
 
 NEAR = replace(OTHER, posterior_mean=0.66, posterior_std=0.04)
@@ -165,7 +181,7 @@ CHANCE = "The embeddings explain no more than chance"
         ({"configurations": (WINNER, NEAR, BASELINE)}, "flat: 1 configuration "),
         ({}, "Risk of overfitting: the winner scored 75.0 %"),
         ({}, "only 4 examples"),
-        ({}, "50 ± 29 points (standard error), may be chance"),
+        ({}, "gain over the baseline, 50.0 points with a standard error of 28.9 points, may be chance"),
         ({"stopped_by": "max_cost"}, "ended by max_cost"),
         ({"best_params": OTHER.params}, "on 2 of 4 validation examples"),
         ({"configurations": (LACKING, OTHER, BASELINE)}, "means over 3 of 4 validation examples: no config"),
@@ -201,12 +217,13 @@ def test_no_sign_without_a_reason(changes: dict[str, Any], sign: str) -> None:
 
 
 def test_each_kind_of_doubt_has_advice() -> None:
-    """What to do begins with what is most urgent, and ends with a test set."""
-    steps = next_steps(findings(stopped_by="max_cost", text_chance=0.5))
-    assert steps[0].startswith("Raise max_cost")
-    assert has(steps, "Add validation examples")
-    assert has(steps, "another embedder")
-    assert steps[-1].startswith("Measure the program on a test set")
+    """What is most urgent comes first; luck is a fact, about which nothing can be done."""
+    advice = {
+        sign.reason: sign.advice for sign in warning_signs(findings(stopped_by="max_cost", text_chance=0.5))
+    }
+    assert next(iter(advice.values())).startswith("Raise `max_cost`")
+    assert [reason[:19] for reason, told in advice.items() if not told] == ["Risk of overfitting"]
+    assert any("another embedder" in told for told in advice.values())
 
 
 def test_lost_examples_count_as_calls() -> None:

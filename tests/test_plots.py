@@ -54,7 +54,7 @@ def test_leaders_are_limited(matplotlib: Any) -> None:
     first, second = plots.plot_leaders(findings(), limit=2).axes[0].get_yticklabels()
     assert (first.get_text(), second.get_text()) == (
         "“Answer <b>slowly</b>.”, no demos (4)",
-        "own instruction, 1 demo\n(“</pre><script>alert(1)</scri…”) (2)",
+        "own instruction, 1 demo (“</pre><script>alert(1)</script>”) (2)",
     )
     assert (first.get_fontweight(), second.get_fontweight()) == ("bold", "normal")
 

@@ -18,8 +18,9 @@ from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 
 _MIPRO_NAME = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
-# NOTE: characters in an excerpt of a text: a few words, which fit beside a figure.
-_EXCERPT = 28
+# NOTE: characters in an excerpt of a text, a few words that fit beside a figure; and in the beginning that
+# comes before the difference from another text, one or two words.
+_EXCERPT, _HEAD = 28, 12
 
 
 class Step(NamedTuple):
@@ -45,12 +46,18 @@ def title(findings: Findings, component: str) -> str:
 
 
 def _predictor(findings: Findings, index: int) -> str:
-    """The name of a predictor; empty if it has no name and is the only one."""
+    """The name of a predictor in its program, without ``.predict``; empty if it is alone and has none."""
     names: list[str] = findings.study.user_attrs.get(PREDICTORS, [])
-    if index < len(names):
-        return names[index]
+    short = [name.removesuffix(".predict") for name in names]
+    if index < len(names) and names != ["self"]:  # which is DSPy's name of a program that is a predictor
+        return short[index] if len({*short}) == len(short) else names[index]
     is_alone = all(component.startswith(f"{index}_predictor_") for component in findings.best_params)
     return "" if is_alone else f"predictor {index + 1}"
+
+
+def is_compile(findings: Findings) -> bool:
+    """Whether the configurations are those of a DSPy program."""
+    return all(map(_MIPRO_NAME.match, findings.best_params))
 
 
 def label(findings: Findings, params: Mapping[str, int]) -> str:
@@ -63,8 +70,19 @@ def label(findings: Findings, params: Mapping[str, int]) -> str:
     return "; ".join(f"{group}: {', '.join(words)}".removeprefix(": ") for group, words in parts.items())
 
 
-def candidate_name(findings: Findings, component: str, index: int) -> str:
-    """A short name of a candidate that is unique in its component."""
+def beside_winner(findings: Findings, params: Mapping[str, int]) -> str:
+    """A configuration in a few words: only what differs, if it shares candidates with the winner."""
+    others = {name: index for name, index in params.items() if findings.best_params.get(name) != index}
+    is_near = 0 < len(others) < len(params) and params != findings.baseline_params
+    return f"winner, but {label(findings, others)}" if is_near else label(findings, params)
+
+
+def candidate_name(findings: Findings, component: str, index: int, in_short: bool = False) -> str:
+    """A name of a candidate that is unique in its component; ``in_short`` only the number of its demos."""
+    if in_short and findings.space is not None:
+        candidate = findings.space.components[component][index]
+        if not isinstance(candidate, str):
+            return _count(candidate)
     return _candidate_names(findings, component).get(index, f"no. {index}")
 
 
@@ -83,12 +101,15 @@ def _candidate_names(findings: Findings, component: str) -> dict[int, str]:
 def _name(candidate: Candidate, excerpt: str) -> str:
     if isinstance(candidate, str):
         return f"“{excerpt}”"
-    number = f"{len(candidate)} demo{'s' if len(candidate) > 1 else ''}"
-    return f"{number} (“{excerpt}”)" if candidate else "no demos"
+    return f"{_count(candidate)} (“{excerpt}”)" if candidate else _count(candidate)
+
+
+def _count(demos: Sequence[str]) -> str:
+    return f"{len(demos) or 'no'} demo{'s' if len(demos) != 1 else ''}"
 
 
 def _excerpts(candidates: Sequence[Candidate]) -> tuple[str, ...]:
-    """The beginnings of texts; where several begin alike, excerpts from the first difference on."""
+    """The beginnings of texts; where several begin alike, also what is at their first difference."""
     return _distinct(tuple(" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates))
 
 
@@ -98,9 +119,10 @@ def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
     for text in texts:
         alike = [other for other in texts if other != text and other[:_EXCERPT] == text[:_EXCERPT]]
         differs = max((_first_difference(text, other) for other in alike), default=0)
-        start = text.rfind(" ", 0, differs) + 1
-        rest = text[start : start + _EXCERPT]
-        found.append(f"{'…' if start else ''}{rest}{'…' if len(text) > start + _EXCERPT else ''}")
+        start = text.rfind(" ", 0, max(min(differs, len(text) - _EXCERPT), 0)) + 1
+        end = start + _EXCERPT if len(text) > start + _EXCERPT + _HEAD else len(text)
+        head = f"{text[: text.find(' ', _HEAD)]} … " if start > 2 * _HEAD else "…" if start else ""
+        found.append(f"{head}{text[start:end]}{'…' if end < len(text) else ''}")
     return tuple(found)
 
 
@@ -116,9 +138,15 @@ def is_share(findings: Findings) -> bool:
 
 def unit(findings: Findings) -> Callable[[float], str]:
     """A function that formats a score: in percent, or in the unit of the metric."""
+    formatted: Callable[[float], str] = "{:.1%}".format if is_share(findings) else "{:.4g}".format
+    return lambda score: formatted(score).replace("%", " %") if math.isfinite(score) else "not measured"
+
+
+def points(findings: Findings, sign: str = "+") -> Callable[[float], str]:
+    """A function that formats a difference of scores, by default with its sign: in points, or as `unit`."""
     if is_share(findings):
-        return lambda score: f"{100 * score:.1f} %" if math.isfinite(score) else "not measured"
-    return lambda score: f"{score:.4g}" if math.isfinite(score) else "not measured"
+        return lambda difference: f"{100 * difference:{sign}.1f} points"
+    return lambda difference: f"{difference:{sign}.4g}"
 
 
 def winner(findings: Findings) -> Measured | None:
@@ -149,17 +177,23 @@ def gain(findings: Findings) -> tuple[float, float] | None:
     return (fmean(found), stdev(found) / math.sqrt(len(found))) if len(found) > 1 else None
 
 
-def chance_of_gain(findings: Findings) -> float | None:
-    """Posterior probability that the winner is better than the baseline; None without both.
+def expected_gain(findings: Findings) -> tuple[float, float] | None:
+    """Posterior mean and deviation of the winner's gain over the baseline; None without both.
 
     The two normal distributions are assumed to be independent, which is cautious for similar prompts.
     """
     best, own = winner(findings), baseline(findings)
     if best is None or own is None or best is own:
         return None
-    mean = best.posterior_mean - own.posterior_mean
-    deviation = math.hypot(best.posterior_std, own.posterior_std)
-    return 1.0 - NormalDist(mean, deviation).cdf(0.0) if deviation else float(mean > 0)
+    return best.posterior_mean - own.posterior_mean, math.hypot(best.posterior_std, own.posterior_std)
+
+
+def chance_of_gain(findings: Findings) -> float | None:
+    """Posterior probability that the winner is better than the baseline; None without both."""
+    found = expected_gain(findings)
+    if found is None or found[1] == 0.0:
+        return None if found is None else float(found[0] > 0.0)
+    return 1.0 - NormalDist(*found).cdf(0.0)
 
 
 def rivals(findings: Findings) -> list[Measured]:

@@ -10,8 +10,8 @@ from statistics import variance
 from typing import NamedTuple
 
 from mpromptune.execution.usage import Usage
-from mpromptune.model.space import Gain
-from mpromptune.show.analysis import candidate_name, title, unit, winner
+from mpromptune.model.space import Candidate, Gain
+from mpromptune.show.analysis import candidate_name, points, title, unit, winner
 from mpromptune.show.progress import QUANTILE
 from mpromptune.storage.findings import Findings
 
@@ -31,12 +31,14 @@ class Descent(NamedTuple):
         names: The candidate at the beginning, if it was made from one, and each that was written.
         proposers: Who wrote each of these.
         usage: What all of it took.
+        texts: Those of ``names``; empty if they are not known.
     """
 
     title: str
     names: list[str]
     proposers: list[str]
     usage: Usage
+    texts: list[Candidate]
 
 
 class Proposed(NamedTuple):
@@ -77,16 +79,24 @@ class Proposed(NamedTuple):
 
 def descents(findings: Findings) -> list[Descent]:
     """The descent of each candidate of the winner that was written during the search."""
-    found = []
-    for component, index in findings.best_params.items():
-        chain = findings.lineage(component, index)
-        if not chain:
-            continue
-        places = [chain[0].source, *(one.index for one in chain)]
-        names = [candidate_name(findings, component, i) for i in places if i is not None]
-        usage = sum((one.usage for one in chain), Usage())
-        found.append(Descent(title(findings, component), names, [one.proposer for one in chain], usage))
-    return found
+    found = (descent(findings, component) for component in findings.best_params)
+    return [one for one in found if one is not None]
+
+
+def descent(findings: Findings, component: str) -> Descent | None:
+    """The descent of the winner's candidate of a component; None if it was written before the search."""
+    chain = findings.lineage(component, findings.best_params[component])
+    if not chain:
+        return None
+    places = [i for i in (chain[0].source, *(one.index for one in chain)) if i is not None]
+    known = () if findings.space is None else findings.space.components[component]
+    return Descent(
+        title(findings, component),
+        [candidate_name(findings, component, i) for i in places],
+        [one.proposer for one in chain],
+        sum((one.usage for one in chain), Usage()),
+        [known[i] for i in places if i < len(known)],
+    )
 
 
 def by_proposer(findings: Findings) -> list[Proposed]:
@@ -113,12 +123,11 @@ def shares(findings: Findings) -> str:
     if math.isnan(visible + hidden) or best is None:
         return ""
     say, scores = unit(findings), list(best.scores.values())
-    text = (
-        f"On examples that proposers may see, the winner scores {say(visible)}, on the others {say(hidden)}. "
-        "If the first score is clearly higher, what was written fits these examples rather than the task."
-    )
+    text = f"On the examples that proposers may see, it scores {say(visible)}, on hidden ones {say(hidden)}"
     if len(scores) < _FEW:
-        return text
+        return f"{text}."
     n = len(best.scores.keys() & findings.visible)
     margin = QUANTILE * math.sqrt(variance(scores) * (1 / n + 1 / (len(scores) - n)))
-    return f"{text} A difference of up to {say(margin).replace(' %', ' points')} may be chance."
+    if visible - hidden > margin:
+        return f"{text}: what was written fits the former examples rather than the task."
+    return f"{text}; a difference of up to {points(findings, sign='')(margin)} may be chance."

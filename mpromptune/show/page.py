@@ -8,26 +8,27 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from difflib import SequenceMatcher
-from functools import partial
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.execution.usage import Usage
 from mpromptune.model.space import Candidate
 from mpromptune.show import analysis, descent, plots, signs
-from mpromptune.show.progress import Standing
+from mpromptune.show.progress import QUANTILE, Standing
 from mpromptune.storage.attributes import ESTIMATE
 from mpromptune.storage.findings import Findings, Measured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LEADERS = 20
+_LEADERS = 10
 _LISTED = 60
 # NOTE: most words in texts that are compared word by word, which takes quadratic time: about a second for
 # this many.
@@ -63,27 +64,32 @@ def render(findings: Findings, notes: Sequence[str] = ()) -> str:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters["mean"] = fmean
+    environment.filters.update(mean=fmean, prose=_prose)
     source = resources.files("mpromptune.show").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         findings=findings,
         analysis=analysis,
-        say=analysis.unit(findings),
-        points=partial(_points, findings),
-        is_lucky=signs.is_lucky,
+        descent=descent,
+        signs=signs,
+        say=lambda score: _prose(analysis.unit(findings)(score)),
+        points=analysis.points(findings),
         baseline=_score(findings, analysis.baseline(findings), findings.baseline_score),
         winner=_score(findings, analysis.winner(findings), findings.best_score, findings.best_interval),
         gained=_gained(findings),
         changes=_changes(findings),
         spent=_spent(findings),
-        steps=signs.next_steps(findings),
-        warnings=signs.warning_signs(findings),
         notes=notes,
         leaders=_leaders(findings),
-        descent=descent,
         figures=_figures(findings),
         listed=_LISTED,
+        quantile=QUANTILE,
     )
+
+
+def _prose(sentence: str) -> Markup:
+    """A sentence as HTML: with code between backquotes, and no line break before a percent sign."""
+    text = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", str(escape(sentence)))
+    return Markup(re.sub("`(.+?)`", r"<code>\1</code>", text))
 
 
 def _score(
@@ -104,53 +110,45 @@ def _score(
 
 
 def _gained(findings: Findings) -> str:
-    """The formatted gain; as a number of examples if answers are right or wrong."""
+    """The gain as a number of examples, if answers are right or wrong; otherwise empty."""
     gain = findings.best_score - findings.baseline_score
-    if gain != gain or findings.best_params == findings.baseline_params:
+    if gain != gain or not {s for m in findings.configurations for s in m.scores.values()} <= {0.0, 1.0}:
         return ""
     both = analysis.winner(findings), analysis.baseline(findings)
     about = "" if all(m is not None and m.fully for m in both) else "about "
-    if {s for m in findings.configurations for s in m.scores.values()} <= {0.0, 1.0}:
-        right = round(gain * findings.n_examples)
-        return f"{about}{abs(right)} {'more' if right >= 0 else 'fewer'} of {findings.n_examples} right"
-    return f"{about}{_points(findings, gain)}"
-
-
-def _points(findings: Findings, difference: float) -> str:
-    return f"{100 * difference:+.1f} points" if analysis.is_share(findings) else f"{difference:+.4g}"
+    right = round(gain * findings.n_examples)
+    return f"{about}{abs(right)} {'more' if right >= 0 else 'fewer'} of {findings.n_examples} right"
 
 
 def _changes(findings: Findings) -> list[dict[str, Any]]:
-    """The changes from baseline to winner by component: words of a text, or demos as cards."""
+    """The changes from baseline to winner by component, and how its candidate was written."""
     before = findings.baseline_params or findings.best_params
     changes = []
     for component, new in findings.best_params.items():
         old = before.get(component, new)
-        change: dict[str, Any] = {
+        candidates = () if findings.space is None else findings.space.components[component]
+        origin = descent.descent(findings, component)
+        change = {
             "title": analysis.title(findings, component),
-            "old": analysis.candidate_name(findings, component, old),
-            "new": analysis.candidate_name(findings, component, new),
+            "new": analysis.candidate_name(findings, component, new, in_short=True),
             "changed": old != new,
-            "words": [],
-            "cards": [],
+            "pieces": _difference(candidates[old], candidates[new]) if candidates else {},
+            "origin": origin,
+            "steps": [_difference(a, b) for a, b in pairwise(origin.texts)] if origin else [],
         }
-        if findings.space is not None:
-            candidates = findings.space.components[component]
-            is_text = isinstance(candidates[old], str) and isinstance(candidates[new], str)
-            change["words" if is_text else "cards"] = _difference(candidates[old], candidates[new])
         changes.append(change)
     return changes
 
 
-def _difference(old: Candidate, new: Candidate) -> list[tuple[str, str]]:
-    """Pieces of a text, word by word, or demos, each marked as kept, removed or added."""
+def _difference(old: Candidate, new: Candidate) -> dict[str, list[tuple[str, str]]]:
+    """Pieces that are kept, removed or added: "words" of texts that are alike, otherwise "cards"."""
     if not (isinstance(old, str) and isinstance(new, str)):
         before, after = ([one] if isinstance(one, str) else list(one) for one in (old, new))
-        return [(mark, text) for mark, texts in _marked(before, after) for text in texts]
+        return {"cards": [(mark, text) for mark, texts in _marked(before, after) for text in texts]}
     a, b = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (old, new))
     if max(len(a), len(b)) > _COMPARED_WORDS or SequenceMatcher(None, a, b).ratio() < _ALIKE:
-        return [("removed", old), ("added", new)]
-    return [(mark, "".join(texts)) for mark, texts in _marked(a, b)]
+        return {"cards": [("removed", old), ("added", new)]}
+    return {"words": [(mark, "".join(texts)) for mark, texts in _marked(a, b)]}
 
 
 def _marked(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
@@ -167,7 +165,7 @@ def _leaders(findings: Findings) -> list[dict[str, Any]]:
     roles = {"winner": findings.best_params, "baseline": findings.baseline_params}
     return [
         {
-            "name": analysis.label(findings, m.params),
+            "name": analysis.beside_winner(findings, m.params),
             "roles": [role for role, params in roles.items() if params == m.params],
             "examples": len(m.scores),
             **_score(findings, m, m.mean if m.fully else m.posterior_mean),
@@ -187,16 +185,27 @@ def _spent(findings: Findings) -> dict[str, Any]:
     began = [t.datetime_start for t in trials if t.datetime_start]
     ended = [t.datetime_complete for t in trials if t.datetime_complete]
     took = max(ended) - min(began) if began and ended else timedelta(0)
-    return {"steps": rows, "planned": planned, "took": str(timedelta(seconds=round(took.total_seconds())))}
+    return {
+        "steps": rows,
+        "planned": planned,
+        "took": _duration(round(took.total_seconds())),
+        "ended": max(ended, default=None),
+    }
+
+
+def _duration(seconds: int) -> str:
+    minutes, hours = seconds // 60, seconds // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
 _FIGURES: dict[str, Callable[[Findings], Figure]] = {
     "growth": plots.plot_growth,
-    "leaders": plots.plot_leaders,
-    "map": plots.plot_map,
-    "effects": plots.plot_effects,
     "examples": plots.plot_examples,
-    "usage": plots.plot_usage,
+    "leaders": plots.plot_leaders,
+    "effects": plots.plot_effects,
+    "map": plots.plot_map,
 }
 
 

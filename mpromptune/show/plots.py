@@ -12,11 +12,11 @@ import numpy as np
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.model.space import FloatArray
 from mpromptune.show.analysis import (
+    beside_winner,
     candidate_name,
     example_scores,
     growth,
     is_share,
-    label,
     main_effects,
     never_solved,
     random_in_full,
@@ -30,15 +30,18 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREY, _GREEN = "#3b6fb6", "#d9822b", "#8a8f98", "#1b7f5c"  # distinct with colour blindness
-_WIDTH = 6.4
+# Distinct with colour blindness, and against white and black.
+BLUE, ORANGE, GREY, GREEN = "#3b6fb6", "#c46f17", "#808690", "#1b7f5c"
+_WIDTH = 4.8
 # NOTE: most configurations in a map: the eigenvectors of a distance matrix of this size take a second.
 _MAPPED = 1000
 # NOTE: fraction of the trials at either end that may lie outside the figure of growth: with blocks of ten,
 # these are trials in which two or more examples were not as expected.
 _FAR_OFF = 0.1
-# NOTE: characters in a line of a name, which leave half of a figure to its dots.
-_NAME = 44
+# NOTE: characters in a line of a name, which fill a figure.
+_NAME = 62
+# NOTE: most candidates of a component in a figure; the others are worse.
+_CANDIDATES = 6
 
 
 def plot_growth(findings: Findings) -> Figure:
@@ -50,11 +53,11 @@ def plot_growth(findings: Findings) -> Figure:
     of as many as the search had measured, by posterior means at the end (dotted).
     """
     steps = _some(growth(findings), "trial with a score")
-    figure, axes = _panel(4.2)
+    figure, axes = _panel(3.6)
     calls = [step.calls for step in steps]
-    axes.plot(calls, [s.score for s in steps], ".", color=_GREY, alpha=0.6, label="trial, on its examples")
+    axes.plot(calls, [s.score for s in steps], ".", color=GREY, alpha=0.6, label="trial, on its examples")
     best = [step.best if np.isfinite(step.best) else np.nan for step in steps]
-    axes.step(calls, best, where="post", color=_BLUE, label="best met so far, in hindsight")
+    axes.step(calls, best, where="post", color=BLUE, label="best met so far, in hindsight")
     _random_lines(axes, findings, calls)
     _baseline_line(axes.axhline, findings)
     # Outliers would compress the rest.
@@ -70,7 +73,7 @@ def plot_growth(findings: Findings) -> Figure:
 
 def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
     """Draw the lines of random choice, if the result has random configurations."""
-    style: dict[str, Any] = {"where": "post", "color": _GREEN}
+    style: dict[str, Any] = {"where": "post", "color": GREEN}
     if hindsight := random_in_hindsight(findings):
         axes.step(calls, hindsight, linestyle=":", label="as many at random, in hindsight", **style)
     if full := random_in_full(findings):
@@ -78,7 +81,7 @@ def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
         axes.step(known, [*full, full[-1]], linestyle="--", label="at random, each measured in full", **style)
 
 
-def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
+def plot_leaders(findings: Findings, limit: int = 10) -> Figure:
     """The configurations with the highest posterior means, ± one standard deviation.
 
     Args:
@@ -86,14 +89,11 @@ def plot_leaders(findings: Findings, limit: int = 15) -> Figure:
         limit: Most configurations to show.
     """
     leaders = _some(findings.configurations[:limit], "configuration that was measured")
-    figure, axes = _panel(1.2 + 0.36 * len(leaders))
+    figure, axes = _panel(0.8 + 0.5 * len(leaders))
     means, deviations = [m.posterior_mean for m in leaders], [m.posterior_std for m in leaders]
-    axes.errorbar(means, range(len(leaders)), xerr=deviations, fmt="o", color=_BLUE, ecolor=_GREY)
-    names = [f"{_short(label(findings, m.params), lines=2)} ({len(m.scores)})" for m in leaders]
-    axes.set_yticks(range(len(leaders)), names, fontsize="small")
-    for tick, measured in zip(axes.get_yticklabels(), leaders, strict=True):
-        tick.set_fontweight("bold" if measured.params == findings.best_params else "normal")
-    axes.invert_yaxis()
+    axes.errorbar(means, range(len(leaders)), xerr=deviations, fmt="o", color=BLUE, ecolor=GREY)
+    names = [f"{_short(beside_winner(findings, m.params))} ({len(m.scores)})" for m in leaders]
+    _name_rows(axes, names, [m.params == findings.best_params for m in leaders])
     _baseline_line(axes.axvline, findings)
     axes.set_xlabel("estimate ± std (in brackets: examples)")
     _set_unit(axes.xaxis, findings)
@@ -118,7 +118,7 @@ def plot_map(findings: Findings) -> Figure:
             f"{' and no distances' if findings.distances is None else ''}."
         )
     points = classical_scaling(distances_between(shown, findings.distances))
-    figure, axes = _panel(4.4)
+    figure, axes = _panel(3.6)
     drawn = axes.scatter(
         points[:, 0],
         points[:, 1],
@@ -136,23 +136,41 @@ def plot_map(findings: Findings) -> Figure:
 
 
 def plot_effects(findings: Findings) -> Figure:
-    """For each component, the mean of the posterior means of the configurations with each candidate."""
+    """The best candidates of each component, by the mean estimate of the configurations with each."""
     effects = main_effects(findings)
     _some(list(effects), "configuration that was measured")
-    rows = [max(2, len(candidates)) for candidates in effects.values()]
-    figure = _figure(0.9 * len(rows) + 0.24 * sum(rows))
+    best = {name: _best_first(candidates) for name, candidates in effects.items()}
+    rows = [len(candidates) for candidates in best.values()]
+    figure = _figure(0.4 + 0.5 * len(rows) + 0.42 * sum(rows))
     panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
-    for axes, (component, candidates) in zip(panels, effects.items(), strict=True):
-        axes.plot([fmean(means) for means in candidates.values()], range(len(candidates)), "o", color=_BLUE)
+    for axes, (component, candidates) in zip(panels, best.items(), strict=True):
+        axes.plot([fmean(means) for means in candidates.values()], range(len(candidates)), "o", color=BLUE)
         names = {i: _short(candidate_name(findings, component, i)) for i in candidates}
-        axes.set_yticks(range(len(candidates)), [f"{names[i]} ({len(m)})" for i, m in candidates.items()])
-        axes.set_ylim(len(candidates) - 0.5, -0.5)
-        axes.set_title(_short(title(findings, component)), loc="left", fontsize="medium")
-        axes.grid(axis="y", alpha=0.3)
+        of_winner = [findings.best_params.get(component) == i for i in candidates]
+        _name_rows(axes, [f"{names[i]} ({len(means)})" for i, means in candidates.items()], of_winner)
+        number = len(effects[component])
+        more = f", the best {len(candidates)} of {number}" if number > len(candidates) else ""
+        axes.set_title(_short(f"{title(findings, component)}{more}"), loc="left", fontsize="medium")
         _baseline_line(axes.axvline, findings)
     panels[-1].set_xlabel("mean estimate (in brackets: configurations)")
     _set_unit(panels[-1].xaxis, findings)
     return figure
+
+
+def _best_first(candidates: dict[int, list[float]]) -> dict[int, list[float]]:
+    """The candidates with the highest means."""
+    order = sorted(candidates, key=lambda i: -fmean(candidates[i]))
+    return {i: candidates[i] for i in order[:_CANDIDATES]}
+
+
+def _name_rows(axes: Axes, names: Sequence[str], are_bold: Sequence[bool]) -> None:
+    """Names above the rows of a figure, from the top down, so that all of its width is left for the rows."""
+    axes.set_yticks(np.arange(len(names)) - 0.4, names, fontsize="small", ha="left", va="center")
+    axes.tick_params(axis="y", length=0, pad=0)
+    for tick, is_bold in zip(axes.get_yticklabels(), are_bold, strict=True):
+        tick.set_fontweight("bold" if is_bold else "normal")
+    axes.set_ylim(len(names) - 0.5, -0.9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def plot_examples(findings: Findings) -> Figure:
@@ -162,9 +180,9 @@ def plot_examples(findings: Findings) -> Figure:
     figure, axes = _panel(3.0)
     places, means = np.arange(len(examples)), np.array([fmean(scores) for scores in examples.values()])
     is_hard = np.array([example in hard for example in examples])
-    axes.plot(places[~is_hard], means[~is_hard], ".", color=_BLUE, label="some configuration solves it")
+    axes.plot(places[~is_hard], means[~is_hard], ".", color=BLUE, label="some configuration solves it")
     if hard:
-        axes.plot(places[is_hard], means[is_hard], "x", color=_ORANGE, label="none does")
+        axes.plot(places[is_hard], means[is_hard], "x", color=ORANGE, label="none does")
         axes.legend(frameon=False)
     axes.set(xlabel="validation examples, the hardest first", ylabel="mean score")
     _set_unit(axes.yaxis, findings)
@@ -178,7 +196,7 @@ def plot_usage(findings: Findings) -> Figure:
     if not unit:
         raise InvalidArgumentError("Nothing is known of what the search used: its usage is empty.")
     figure, axes = _panel(0.9 + 0.35 * len(findings.usage))
-    axes.barh(list(findings.usage), [getattr(u, attribute) for u in findings.usage.values()], color=_BLUE)
+    axes.barh(list(findings.usage), [getattr(u, attribute) for u in findings.usage.values()], color=BLUE)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     return figure
@@ -233,7 +251,7 @@ def _set_unit(axis: Axis, findings: Findings) -> None:
 
 def _baseline_line(draw: Any, findings: Findings) -> None:
     if np.isfinite(findings.baseline_score):
-        draw(findings.baseline_score, color=_ORANGE, linestyle="--", label="baseline")
+        draw(findings.baseline_score, color=ORANGE, linestyle="--", linewidth=1, label="baseline")
 
 
 def _some(items: Sequence[Any], what: str) -> Sequence[Any]:
@@ -242,6 +260,6 @@ def _some(items: Sequence[Any], what: str) -> Sequence[Any]:
     return items
 
 
-def _short(text: str, lines: int = 1) -> str:
-    """A name that fits beside a figure, with dollar signs escaped, since they would begin a formula."""
-    return textwrap.fill(text, _NAME, max_lines=lines, placeholder=" …").replace("$", r"\$")
+def _short(text: str) -> str:
+    """A name that fits in a figure, with dollar signs escaped, since they would begin a formula."""
+    return textwrap.shorten(text, _NAME, placeholder=" …").replace("$", r"\$")

@@ -1,10 +1,19 @@
-"""Reasons to doubt a result, and what to do about them, as sentences."""
+"""Reasons to doubt a result, and what to do about them, as sentences with code between backquotes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from mpromptune.show.analysis import example_scores, gain, is_share, never_solved, rivals, unit, winner
+from mpromptune.show.analysis import (
+    example_scores,
+    gain,
+    never_solved,
+    points,
+    rivals,
+    unit,
+    winner,
+)
 from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 
@@ -16,19 +25,17 @@ _CLEAR = 2.0
 # scores, and those of the recorded GSM8K prompts, had p-values of at most 0.1.
 _LIKELY_CHANCE = 0.2
 
-Sign = tuple[str, str]  # the reason, and the advice; either may be empty
+
+class Sign(NamedTuple):
+    """A reason to doubt a result, and what to do about it; empty if there is nothing to do."""
+
+    reason: str
+    advice: str = ""
 
 
-def warning_signs(findings: Findings) -> list[str]:
-    """Reasons to doubt the result, one sentence each."""
-    return [noticed for noticed, _ in _signs(findings)]
-
-
-def next_steps(findings: Findings) -> list[str]:
-    """The next steps, most urgent first."""
-    advised = dict.fromkeys(advice for _, advice in _signs(findings) if advice)
-    last = "Measure the program on a test set: on the examples by which it was chosen, "
-    return [*advised, f"{last}the score of the best of many is a little too high."]
+def warning_signs(findings: Findings) -> list[Sign]:
+    """Reasons to doubt the result, the most urgent first."""
+    return [*_signs(findings)]
 
 
 def _signs(findings: Findings) -> Iterator[Sign]:
@@ -38,57 +45,60 @@ def _signs(findings: Findings) -> Iterator[Sign]:
         yield from _about_the_winner(findings, best)
         yield from _about_the_gain(findings)
     yield from _about_the_examples(findings)
-    chance = findings.text_chance
-    if chance is not None and chance > _LIKELY_CHANCE:
-        yield (
+    if texts_are_chance(findings):
+        yield Sign(
             "The embeddings explain no more than chance: assigned to the candidates at random, "
-            f"they explain the scores as well in {100 * chance:.0f} % of cases.",
-            "Try another embedder, or embedder='index', which ignores the texts.",
+            f"they explain the scores as well in {100 * (findings.text_chance or 0.0):.0f} % of cases.",
+            "Try another embedder, or `embedder='index'`, which ignores the texts.",
         )
+
+
+def texts_are_chance(findings: Findings) -> bool:
+    """Whether the embeddings of the texts explain the scores no better than chance."""
+    return findings.text_chance is not None and findings.text_chance > _LIKELY_CHANCE
 
 
 def _about_the_search(findings: Findings) -> Iterator[Sign]:
     if findings.stopped_by is not None:
-        yield (
+        yield Sign(
             f"The search was ended by {findings.stopped_by} before it had made all its calls.",
-            f"Raise {findings.stopped_by}; with storage= the same call continues the search.",
+            f"Raise `{findings.stopped_by}`; with `storage=` the same call continues the search.",
         )
     record = read_record(findings.study)
     if running := sum(recorded.is_open for recorded in record):
-        yield f"The search has not ended; open trials: {running}.", "Wait, or continue it."
+        yield Sign(f"The search has not ended; open trials: {running}.", "Wait, or continue it.")
     measured = (r for r in record if not r.is_open and (r.proposal is None or r.proposal.refused is None))
     cut = sum(len(r.scores) < len(r.examples or ()) for r in measured)
     if cut:
-        yield f"Trials that failed or were cut short: {cut}; their scores count.", ""
+        yield Sign(f"Trials that failed or were cut short: {cut}; their scores count.")
     if len(findings.configurations) == 1:
-        yield (
+        yield Sign(
             "Only one configuration was measured, so there is nothing to compare it with.",
-            "Give the search more candidates or more calls (num_candidates, max_calls).",
+            "Give the search more candidates (`num_candidates`) or more calls (`max_calls`).",
         )
 
 
 def _about_the_winner(findings: Findings, best: Measured) -> Iterator[Sign]:
     measured, score = f"{len(best.scores)} of {findings.n_examples} validation examples", unit(findings)
     if best.fully and len(best.scores) < findings.n_examples:
-        yield f"Scores are means over {measured}: no configuration could be measured on the others.", ""
+        yield Sign(f"Scores are means over {measured}: no configuration could be measured on the others.")
     elif len(best.scores) < findings.n_examples:
-        yield (
+        yield Sign(
             f"The winner was measured on {measured}: its score is an estimate.",
-            "Run it with confirm=True, which measures winner and baseline on the whole validation set.",
+            "Run it with `confirm=True`, which measures winner and baseline on the whole validation set.",
         )
     equal = len(rivals(findings))
     if equal:
-        yield (
-            f"The top is flat: {_count(equal, 'configuration')} cannot be distinguished from the winner (the "
-            "difference is within one standard deviation).",
-            "Of the configurations that are as good as the winner, prefer the shortest or cheapest.",
+        yield Sign(
+            f"The top is flat: {_count(equal, 'configuration')} cannot be distinguished from the winner.",
+            "Take the shortest or cheapest of these, or tell them apart with a larger `max_calls`: with "
+            "`storage=`, the same call continues the search.",
         )
     if is_lucky(best):
         expected = f"{score(best.posterior_mean)} ± {score(best.posterior_std)}"
-        yield (
+        yield Sign(
             f"Risk of overfitting: the winner scored {score(best.mean)}, but the model expects only "
-            f"{expected} of it; some of its score may be luck.",
-            "",
+            f"{expected} of it; some of its score may be luck."
         )
 
 
@@ -99,37 +109,37 @@ def is_lucky(measured: Measured) -> bool:
 
 def _about_the_gain(findings: Findings) -> Iterator[Sign]:
     if findings.best_params == findings.baseline_params:
-        yield (
+        yield Sign(
             "No configuration better than the baseline was found, so the baseline is the winner.",
-            "Give it other candidates: more of them (num_candidates), a stronger prompt_model, or a better "
-            "instruction of your own to start from.",
+            "Give it other candidates: more of them (`num_candidates`), a stronger `prompt_model`, or a "
+            "better instruction of your own to start from.",
         )
     found = gain(findings)
     if found is not None and found[0] < _CLEAR * found[1]:
-        factor, points = (100, " points") if is_share(findings) else (1, "")
-        yield (
-            f"The gain over the baseline, {factor * found[0]:.3g} ± {factor * found[1]:.2g}{points} "
-            "(standard error), may be chance.",
+        say = points(findings, sign="")
+        yield Sign(
+            f"The gain over the baseline, {say(found[0])} with a standard error of {say(found[1])}, may be "
+            "chance.",
             "Compare winner and baseline on examples that the search has not seen.",
         )
 
 
 def _about_the_examples(findings: Findings) -> Iterator[Sign]:
     if findings.n_examples < _FEW_EXAMPLES:
-        yield (
+        yield Sign(
             f"The validation set has only {_count(findings.n_examples, 'example')}: the best configuration "
             "on it may not be the best on others.",
             "Add validation examples: it takes a hundred or more to distinguish small gains from chance.",
         )
     scores = {score for m in findings.configurations for score in m.scores.values()}
     if len(scores) == 1:
-        yield (
+        yield Sign(
             f"Every score is {unit(findings)(scores.pop())}: the metric does not distinguish configurations.",
             "Check the metric, or give it finer steps.",
         )
     hard, seen = len(never_solved(findings)), len(example_scores(findings))
     if 2 * hard > seen:
-        yield (
+        yield Sign(
             f"No configuration solves {hard} of {seen} examples: the candidates may all lack something.",
             "Look at the examples that no configuration solves.",
         )
