@@ -7,7 +7,7 @@ from itertools import product
 
 from benchmarks.methods import METHODS
 from benchmarks.runner import RESULTS, Cell, parser_of, run_cells
-from benchmarks.tables import MEANS_ONLY, PER_EXAMPLE, draw, load
+from benchmarks.tables import MEANS_ONLY, OWN, PER_EXAMPLE, draw, load
 from mpromptune.engine.minibatches import stock_calls
 
 # Trials of DSPy's light, medium and heavy runs, by the number of configurations that they make.
@@ -63,6 +63,11 @@ def means() -> Iterator[Cell]:
     yield from (cell(method, table) for table, method in product(MEANS_ONLY, SOME))
 
 
+def own() -> Iterator[Cell]:
+    """The headline on tables of a small model, on which nothing was chosen."""
+    yield from (cell(method, table) for table, method in product(OWN, SOME))
+
+
 def budgets() -> Iterator[Cell]:
     """Other shares of stock's calls; below 435 of them DSPy's protocol spends 435."""
     for table, method, share in product(FOCUS, SOME, (0.25, 0.5)):
@@ -107,6 +112,7 @@ def few_shot() -> Iterator[Cell]:
 SLICES: dict[str, Callable[[], Iterator[Cell]]] = {
     "headline": headline,
     "means": means,
+    "own": own,
     "budgets": budgets,
     "q": batch_sizes,
     "threads": threads,
@@ -125,7 +131,7 @@ def chosen(names: Sequence[str], tables: Sequence[str], methods: Sequence[str]) 
 
 def main() -> None:
     """Command line."""
-    tables = [*PER_EXAMPLE, *MEANS_ONLY]
+    tables = [*PER_EXAMPLE, *MEANS_ONLY, *OWN]
     parser = parser_of(__doc__, SLICES, COST, tables, list(METHODS), "quality.json")
     parser.add_argument("--headline", action="store_true", help="--only headline means")
     arguments = parser.parse_args()

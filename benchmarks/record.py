@@ -22,7 +22,7 @@ import dspy
 import numpy as np
 from dspy.utils.exceptions import AdapterParseError
 
-from benchmarks.tables import HERE
+from benchmarks.tables import HERE, OWN
 from mpromptune.demo.sorting import SORTINGS, sorting_task, splits
 from mpromptune.local.decoding import Decoder, Request
 from mpromptune.local.lm import local_model
@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", nargs="*", default=list(SORTINGS), choices=list(SORTINGS))
     for name in parser.parse_args().task:
-        path = HERE / f"{name}_smollm2_135m.npz"
+        path = HERE / f"{next(table for table in OWN if table.startswith(name))}.npz"
         if not path.exists():
             record(Recorder(name), path)
         print(f"{path}: done")

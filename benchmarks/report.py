@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.rows import HEADLINE, OURS, STOCK, budget_curve, methods_of, pretty, select, tables_of
 from benchmarks.runner import RESULTS, Cell, find, read
+from benchmarks.tables import OWN
 
 # NOTE: an excess of zero would make a geometric mean zero by one lucky table: floor at 0.02 points.
 _FLOOR = 0.02
@@ -235,7 +236,8 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def sections(results: Path) -> Iterator[tuple[str, str]]:
     """Title and table of everything that there are results of."""
-    if rows := read(results / "quality.json"):
+    every = read(results / "quality.json")
+    if rows := [row for row in every if row["table"] not in OWN]:
         yield "Regret at stock's calls, percentage points ± standard error", headline(rows)
         yield "Excess over exhaustive evaluation", excess_table(rows)
         yield "Budgets", budget_table(rows)
@@ -243,6 +245,9 @@ def sections(results: Path) -> Iterator[tuple[str, str]]:
         yield "Pools, at the calls of DSPy's light, medium and heavy runs", _pools(rows)
         yield "Shuffled embeddings", shuffled_table(rows)
         yield "Few-shot prompts only", headline(rows, few_shot=True)
+    if own := [row for row in every if row["table"] in OWN]:
+        yield "Regret on tables on which nothing was chosen", headline(own)
+        yield "Excess on tables on which nothing was chosen", excess_table(own)
     if rows := read(results / "pipelines.json"):
         yield "Programs of several predictors", pipelines_table(rows)
     if (path := results / "wallclock.json").exists():

@@ -20,6 +20,7 @@ from benchmarks.tables import Table
 from mpromptune import PromptSpace
 
 N_PROMPTS, N_EXAMPLES = 12, 40
+TABLES = [*quality.PER_EXAMPLE, *quality.MEANS_ONLY, *quality.OWN]
 
 
 def tiny_table(name: str = "tiny", seed: int = 0, n_examples: int = N_EXAMPLES) -> Table:
@@ -140,8 +141,8 @@ def test_methods_run_on_pipelines(method: str) -> None:
 def test_slices_have_distinct_cells_of_known_methods() -> None:
     """No cell is run twice, and every slice can be chosen."""
     for name in quality.SLICES:
-        assert quality.chosen([name], [*quality.PER_EXAMPLE, *quality.MEANS_ONLY], list(METHODS))
-    cells = quality.chosen(list(quality.SLICES), [*quality.PER_EXAMPLE, *quality.MEANS_ONLY], list(METHODS))
+        assert quality.chosen([name], TABLES, list(METHODS))
+    cells = quality.chosen(list(quality.SLICES), TABLES, list(METHODS))
     assert len({json.dumps(c) for c in cells}) == len(cells)
 
 

@@ -174,12 +174,12 @@ def test_rasch_is_at_the_minimum_of_its_loss() -> None:
 @pytest.mark.parametrize("peer", quality.PEERS)
 def test_peers_are_in_every_comparison(peer: str) -> None:
     """Tables, pools, shares and few-shot prompts: wherever one peer is measured, all are."""
-    slices = ["headline", "means", "budgets", "pools", "few-shot"]
+    slices = ["headline", "means", "own", "budgets", "pools", "few-shot"]
 
     def places(method: str) -> list[dict[str, Any]]:
-        cells = quality.chosen(slices, [*quality.PER_EXAMPLE, *quality.MEANS_ONLY], [method])
+        cells = quality.chosen(slices, [*quality.PER_EXAMPLE, *quality.MEANS_ONLY, *quality.OWN], [method])
         return [{key: value for key, value in cell.items() if key != "method"} for cell in cells]
 
-    # 5 + 1 tables; shares 1/4, 1/2 and 2, pools 18 and 162, and few-shot for two tables each.
-    assert len(places(peer)) == 6 + 2 * 3 + 2 * 2 + 2
+    # 5 + 1 + 3 tables; shares 1/4, 1/2 and 2, pools 18 and 162, and few-shot for two tables each.
+    assert len(places(peer)) == 9 + 2 * 3 + 2 * 2 + 2
     assert places(peer) == places("halving")
