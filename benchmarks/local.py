@@ -2,23 +2,33 @@
 
 The model is the demo's, the tasks too. The program has one predictor, or two: the first writes a hint. All
 methods make as many program calls as DSPy's own search, with the same instructions, written by hand, and the
-same seed. A compile takes two to three minutes of one core; finished ones are kept.
+same seed. Finished compiles are kept. A process remembers the model's answers, which are always the same, but
+not during the compiles of the first seed: these are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import product
-from typing import Any
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, ClassVar
 
 import dspy
 import numpy as np
 
-from benchmarks.runner import RESULTS, Cell, read, run_once
+from benchmarks.runner import RESULTS, Cell, find, keep, line, read
 from benchmarks.wallclock import quiet
 from mpromptune.demo.run import DemoMIPROv2, Task
 from mpromptune.demo.sorting import SORTINGS, sorting_task
+from mpromptune.local.lm import LocalLM
 
 METHODS: dict[str, dict[str, Any]] = {
     "stock": {},
@@ -26,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "adaptive": {"sampler": "qei", "proposals": "adaptive", "proposers": ["demos"]},
 }
 PREDICTORS = (1, 2)
+# NOTE: as many as the search can have without a change of its trials; the more, the larger are the batches.
+_THREADS = 32
 # NOTE: 12 instructions of one predictor, or 6 of each of two.
 _HINTS = (
     "Write a hint.",
@@ -67,18 +79,36 @@ class _Handmade(DemoMIPROv2):
         return {i: list(texts) for i, texts in self.candidates.items()}
 
 
+class Remembering(LocalLM):
+    """Computes no answer twice in a process."""
+
+    answers: ClassVar[dict[str, Any]] = {}
+
+    def forward(
+        self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None, **kwargs: Any
+    ) -> Any:
+        """One completion."""
+        settings = {**self.kwargs, **kwargs}
+        key = json.dumps([self.model, prompt, messages, settings.get("stop"), settings.get("max_tokens")])
+        if key not in self.answers:
+            self.answers[key] = super().forward(prompt, messages, **kwargs)
+        return self.answers[key]
+
+
 def measure(cell: Cell) -> Cell:
     """One compile."""
     task = sorting_task(cell["task"], "smollm2")
+    remembering = Remembering(**{"model": task.lm.model, **task.lm.kwargs})
     own = [task.program.signature.instructions, *task.instructions]
     program = task.program if cell["predictors"] == 1 else Hinted(task)
     candidates = {0: own} if cell["predictors"] == 1 else {0: list(_HINTS), 1: own[:6]}
-    with quiet(), dspy.context(lm=task.lm, adapter=task.adapter):
+    lm = task.lm if cell["seed"] == 0 else remembering
+    with quiet(), dspy.context(lm=lm, adapter=task.adapter):
         optimizer = _Handmade(
             metric=task.metric,
-            prompt_model=task.lm,
-            task_model=task.lm,
-            num_threads=16,
+            prompt_model=lm,
+            task_model=lm,
+            num_threads=_THREADS,
             seed=cell["seed"],
             **{**task.arguments, "num_candidates": len(candidates[0])},
         )
@@ -87,14 +117,15 @@ def measure(cell: Cell) -> Cell:
         data = {"trainset": task.trainset, "valset": task.valset}
         best = optimizer.compile(program, **data, **task.compile_arguments, **METHODS[cell["method"]])
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    with quiet(), dspy.context(lm=remembering, adapter=task.adapter):
         before, after = (_accuracy(task, one) for one in (program, best))
     figures = {"before": before, "after": after, "validation": best.score, "calls": _calls(best)}
-    return {**figures, "seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)}
+    return {**figures, **({"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)} if lm is task.lm else {})}
 
 
 def _accuracy(task: Task, program: dspy.Module) -> float:
     """Percent of the test set."""
-    evaluate = dspy.Evaluate(devset=task.testset, metric=task.metric, num_threads=16, max_errors=10_000)
+    evaluate = dspy.Evaluate(devset=task.testset, metric=task.metric, num_threads=_THREADS, max_errors=10_000)
     return float(evaluate(program).score)
 
 
@@ -124,6 +155,40 @@ def _mean(values: list[float]) -> str:
     return f"{np.mean(values):.1f} ± {error:.1f}"
 
 
+def run(groups: Sequence[Sequence[Cell]], measure: Callable[[Cell], Cell], path: Path, jobs: int) -> None:
+    """Measure what the file does not have; the cells of a group one after another in one process."""
+    lock = threading.Lock()
+    free: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
+
+    def run_group(group: Sequence[Cell]) -> None:
+        process = free.get()
+        for cell in group:
+            row = find(cell, read(path)) or {**cell, **process.submit(measure, cell).result()}
+            with lock:
+                keep(row, cell, path)
+            print(line(row), flush=True)
+        free.put(process)
+
+    with ExitStack() as stack:
+        for cores in _shares(jobs):
+            process = ProcessPoolExecutor(1, initializer=_stay, initargs=(cores,))
+            stack.enter_context(process).submit(os.getpid).result()  # begins before there are threads
+            free.put(process)
+        for _ in stack.enter_context(ThreadPoolExecutor(jobs)).map(run_group, groups):
+            pass
+
+
+def _shares(jobs: int) -> list[set[int]]:
+    """The cores of each process: its own, if there are as many."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[k::jobs]) if len(cores) >= jobs else set() for k in range(jobs)]
+
+
+def _stay(cores: set[int]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,12 +196,21 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(SORTINGS), choices=list(SORTINGS))
     parser.add_argument("--predictors", type=int, nargs="*", default=list(PREDICTORS), choices=PREDICTORS)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes; more share cores, and times are longer"
+    )
     parser.add_argument("--output", default="local.json", help="file under benchmarks/results")
     given = parser.parse_args()
     path = RESULTS / given.output
-    names = "seed", "task", "predictors", "method"
-    for values in product(range(given.seeds), given.tasks, given.predictors, given.methods):
-        run_once(dict(zip(names, values, strict=True)), measure, path)
+    run(
+        [
+            [{"seed": seed, "task": task, "predictors": n, "method": method} for method in given.methods]
+            for seed, n, task in product(range(given.seeds), given.predictors, given.tasks)
+        ],
+        measure,
+        path,
+        given.jobs,
+    )
     print(summary(read(path)))
 
 

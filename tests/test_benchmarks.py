@@ -18,6 +18,7 @@ from benchmarks.methods import METHODS
 from benchmarks.pipelines import Pipeline, best, compose
 from benchmarks.tables import Table
 from mpromptune import PromptSpace
+from mpromptune.local.lm import LocalLM
 
 N_PROMPTS, N_EXAMPLES = 12, 40
 TABLES = [*quality.PER_EXAMPLE, *quality.MEANS_ONLY, *quality.OWN]
@@ -316,3 +317,31 @@ def test_local_compiles_are_summarised_over_seeds() -> None:
     assert "82.0 ± 2.0" in line
     assert "90.0 ± nan" in line
     assert line.endswith(" -")
+
+
+def test_groups_of_local_compiles_are_taken_up_again(tmp_path: Path) -> None:
+    """Cells that the file has are not measured once more."""
+    log, path = tmp_path / "log", tmp_path / "rows.json"
+    groups = [[{"seed": seed, "method": m, "log": str(log)} for m in ("a", "b")] for seed in range(3)]
+    for some, lines in ((groups[:1], 2), (groups, 6)):
+        local.run(some, traced, path, jobs=2)
+        assert len(log.read_text().splitlines()) == lines
+    assert sorted((row["seed"], row["after"]) for row in runner.read(path)) == [
+        (seed, seed) for seed in (0, 0, 1, 1, 2, 2)
+    ]
+
+
+def traced(cell: dict[str, Any]) -> dict[str, float]:
+    """A compile that leaves a trace."""
+    return {"after": counted(cell, cell["seed"])["regret"]}
+
+
+def test_answers_are_remembered_for_equal_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temperature and rollouts change nothing, stop texts do."""
+    asked: list[Any] = []
+    monkeypatch.setattr(LocalLM, "forward", lambda lm, *given, **settings: asked.append(given) or len(asked))
+    monkeypatch.setattr(local.Remembering, "answers", {})
+    lm = object.__new__(local.Remembering)
+    lm.model, lm.kwargs = "local:x", {"stop": "a"}
+    answers = [lm.forward("p"), lm.forward("p", temperature=1.0, rollout_id=2), lm.forward("p", stop="b")]
+    assert answers == [1, 1, 2]

@@ -25,14 +25,15 @@ class Batcher(Generic[R, A]):
     """Answers the requests of many threads in batches, without threads of its own.
 
     A thread whose request is in the queue, while fewer than ``side_by_side`` batches are computed, waits a
-    moment for further requests and then answers the first ones in the queue. The others wait until one of
-    these threads has answered theirs.
+    moment for further requests and then answers the first ones in the queue: its share of them. The others
+    wait until one of these threads has answered theirs.
 
     Args:
         answer: Answers a batch, in order. Its error is raised for each request of the batch.
-        size: Number of requests in a batch, at most.
+        size: Number of requests for which a batch waits, and which it takes if there are as many.
         side_by_side: Number of batches computed at the same time.
         wait: Seconds without a further request after which a batch is computed though it is not full.
+        most: Number of requests in a batch, at most; by default ``size``.
     """
 
     def __init__(
@@ -41,9 +42,12 @@ class Batcher(Generic[R, A]):
         size: int,
         side_by_side: int = 1,
         wait: float = 0.005,
+        most: int | None = None,
     ) -> None:
         self._answer = answer
         self._size = size
+        self._most = most or size
+        self._side_by_side = side_by_side
         self._free = side_by_side
         self._wait = wait
         self._changed = threading.Condition()
@@ -91,7 +95,8 @@ class Batcher(Generic[R, A]):
         with self._changed:
             while 0 < len(self._queue) < self._size and self._grows():
                 pass
-            batch, self._queue = self._queue[: self._size], self._queue[self._size :]
+            n = min(max(self._size, len(self._queue) // self._side_by_side), self._most)
+            batch, self._queue = self._queue[:n], self._queue[n:]
             return batch
 
     def _grows(self) -> bool:
