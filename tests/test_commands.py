@@ -223,8 +223,8 @@ def test_a_compile_that_has_ended_is_free(shared: Shared, capsys: pytest.Capture
 def test_what_is_wrong_with_a_target_is_one_line(
     command: str, target: str, message: str, shared: Shared, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On stderr, with status 1 and no traceback; nothing is asked."""
-    assert cli.main([command, target]) == 1
+    """On stderr, with status 2 and no traceback; nothing is asked."""
+    assert cli.main([command, target]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"mpromptune: {message}")
     assert captured.err.count("\n") == 1
@@ -234,7 +234,7 @@ def test_what_is_wrong_with_a_target_is_one_line(
 
 def test_a_traceback_can_be_asked_for(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     """It shows the line of the user's file."""
-    assert cli.main(["estimate", "run.py:broken", "--traceback"]) == 1
+    assert cli.main(["estimate", "run.py:broken", "--traceback"]) == 2
     assert 'raise ValueError("no data here' in capsys.readouterr().err
 
 
@@ -250,7 +250,7 @@ def test_there_must_be_something_to_go_on_with(
     target: str, message: str, shared: Shared, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Otherwise nothing is asked, and no storage is made."""
-    assert cli.main(["resume", target]) == 1
+    assert cli.main(["resume", target]) == 2
     assert message in capsys.readouterr().err
     assert shared.lm.calls == []
     assert not Path(shared.storage).exists()
@@ -259,7 +259,7 @@ def test_there_must_be_something_to_go_on_with(
 def test_the_program_has_to_be_returned(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     """A function that keeps it for itself is told so, and that nothing is lost."""
     load_target("run.py:compile")()
-    assert cli.main(["resume", "run.py:saving"]) == 1
+    assert cli.main(["resume", "run.py:saving"]) == 2
     assert "run.py:saving returned NoneType, not the program" in capsys.readouterr().err
     assert shared.saved
 
@@ -278,7 +278,7 @@ def test_arguments_that_do_not_go_together(
     arguments: list[str], shared: Shared, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of what an estimate needs is an error, before the file is even loaded."""
-    assert cli.main(["estimate", *arguments]) == 1
+    assert cli.main(["estimate", *arguments]) == 2
     assert capsys.readouterr().err.startswith("mpromptune: ")
     assert shared.began == 0
 

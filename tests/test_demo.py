@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_stock_spends_what_is_compared(tmp_path: Path, recording: Recording) -> 
 
 
 def test_a_command_leaves_logging_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither levels nor filters of the libraries' loggers are changed by a run."""
+    """Neither levels nor filters of the libraries' loggers are changed by a run, nor is the environment."""
 
     def state() -> list[Any]:
         loggers = [logging.getLogger(name) for name in ("dspy", "optuna", "LiteLLM")]
@@ -147,9 +148,9 @@ def test_a_command_leaves_logging_as_it_was(capsys: pytest.CaptureFixture[str]) 
             (log.level, log.filters[:], [handler.filters[:] for handler in log.handlers]) for log in loggers
         ]
 
-    before = state()
-    assert cli.main(["report", "none.log"]) == 1
-    assert state() == before
+    before, environment = state(), dict(os.environ)
+    assert cli.main(["report", "none.log"]) == 2
+    assert (state(), dict(os.environ)) == (before, environment)
 
 
 def solver() -> ScriptedLM:
@@ -190,11 +191,12 @@ def test_bad_command_lines_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
         (["--sampler", "stock", "--calls", "900"], "--calls 900"),
         (["--compare", "--calls", "900"], "--calls 900"),
         (["--replay", "--task", "words"], "--task"),
+        (["--replay", "--proposals", "adaptive"], "proposals='adaptive'"),
         (["--model", "openai/x", "--prompt-model", "openai/y"], "--prompt-model"),
         (["--latency", "1"], "--latency"),
         (["--model", "local:missing.gguf"], "missing.gguf"),
     ):
-        assert cli.main(["demo", *wrong, "--output", target]) == 1
+        assert cli.main(["demo", *wrong, "--output", target]) == 2
         assert named in capsys.readouterr().err
     missing, text = str(tmp_path / "missing" / "program.json"), str(tmp_path / "program.txt")
     for wrong in ("--output", missing), ("--output", text), ("--calls", "0"), ("--latency", "-1"):

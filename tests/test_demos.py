@@ -12,6 +12,7 @@ import pydantic
 import pytest
 from tasks import Adder
 
+from mpromptune.local.adapter import CompletionAdapter
 from mpromptune.mipro.checkpoint import demos_from_json, demos_to_json, require_same_prompts
 
 
@@ -42,7 +43,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    "adapter", [None, dspy.JSONAdapter(), dspy.XMLAdapter()], ids=["chat", "json", "xml"]
+    "adapter",
+    [None, dspy.JSONAdapter(), dspy.XMLAdapter(), CompletionAdapter()],
+    ids=["chat", "json", "xml", "completion"],
 )
 @pytest.mark.parametrize(("signature", "types", "fields"), CASES)
 def test_same_prompts(signature: Any, types: Any, fields: dict[str, Any], adapter: Any) -> None:

@@ -128,7 +128,7 @@ def test_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["report", str(tmp_path / "run.log"), "--output", str(page)]) == 0
     assert capsys.readouterr().out == f"Wrote {page}\n"
     assert "secret" not in page.read_text(encoding="utf-8")
-    assert cli.main(["report", str(tmp_path / "none.log")]) == 1
+    assert cli.main(["report", str(tmp_path / "none.log")]) == 2
     assert "There is no journal file" in capsys.readouterr().err
 
 

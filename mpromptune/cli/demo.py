@@ -52,6 +52,13 @@ def add_demo(demo: argparse.ArgumentParser) -> None:
         default="qei",
         help="the sampler; stock is DSPy's own search, one trial after another (default: qei)",
     )
+    demo.add_argument(
+        "--proposals",
+        choices=("fixed", "adaptive"),
+        default="fixed",
+        help="adaptive writes candidates during the search too; without --prompt-model, the local model gets "
+        "new demo sets (default: fixed)",
+    )
     demo.add_argument("--compare", action="store_true", help="compile a second time, by DSPy's own search")
     demo.add_argument("--num-threads", type=positive, default=16, help="calls in flight (default: 16)")
     demo.add_argument("--seed", type=int, default=9, help="seed of the compile (default: 9, as in DSPy)")
@@ -64,7 +71,7 @@ def add_demo(demo: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from mpromptune.demo.run import STOCK, run_demo
 
-    options = {name: getattr(args, name) for name in ("num_threads", "seed", "calls")}
+    options = {name: getattr(args, name) for name in ("num_threads", "seed", "calls", "proposals")}
     samplers = list(dict.fromkeys([args.sampler, *([STOCK] if args.compare else [])]))
     if STOCK in samplers and args.calls is not None:
         raise InvalidArgumentError(f"--calls {args.calls} needs a sampler; DSPy's own search sets its own.")

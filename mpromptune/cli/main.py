@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,12 +16,30 @@ from typing import TYPE_CHECKING, Any
 import mpromptune
 from mpromptune.cli.arguments import add_output, amount, output_console, positive, program_file
 from mpromptune.cli.demo import DEMO, add_demo
-from mpromptune.errors import InvalidArgumentError, MPromptuneError
+from mpromptune.errors import (
+    InvalidArgumentError,
+    MissingExtraError,
+    MPromptuneError,
+    StudyMismatchError,
+    TargetError,
+    UnknownOptionError,
+)
 
 if TYPE_CHECKING:
     from mpromptune.engine.result import SearchResult
     from mpromptune.mipro.estimate import Estimate
     from mpromptune.mipro.reading import Standing
+
+# What the user has to change: these end a command with status 2, as wrong arguments do in argparse.
+_USER_ERRORS = (
+    InvalidArgumentError,
+    MissingExtraError,
+    StudyMismatchError,
+    TargetError,
+    UnknownOptionError,
+)
+# LiteLLM then reads its own list of prices at its import, instead of trying to load it from the web.
+_LOCAL_PRICES = "LITELLM_LOCAL_MODEL_COST_MAP"
 
 _REPORT = """\
 Writes one HTML page about a search from the study in its storage=. No LM is called.
@@ -71,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, without the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0, 1 after an error, 130 after Ctrl-C.
+        The exit status: 0; 2 if something given is wrong, 1 after another error, 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
     try:
@@ -82,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "traceback", False):
             traceback.print_exc()
         print(f"mpromptune: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, _USER_ERRORS) else 1
     except KeyboardInterrupt:
         print("mpromptune: interrupted", file=sys.stderr)
         return 130
@@ -92,23 +111,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quiet_libraries() -> Iterator[None]:
     """Show only warnings and errors of DSPy and Optuna, and errors of LiteLLM.
 
-    Log levels are not changed: loggers and handlers get a filter, which is removed at the end.
+    Log levels are not changed: loggers and handlers get a filter, which is removed at the end, as is the
+    variable of the environment.
     """
     filtered: list[tuple[logging.Filterer, Any]] = [(logging.getLogger("LiteLLM"), _is_error)]
-    filtered[0][0].addFilter(_is_error)  # LiteLLM warns at its import if it cannot load prices from the web
-    import dspy  # noqa: F401 - it creates handlers, as the call below does
-    import optuna
-
-    optuna.logging.get_verbosity()
-    for name in ("dspy", "optuna"):
-        filtered += [(handler, _is_news) for handler in logging.getLogger(name).handlers]
-    for where, test in filtered:
-        where.addFilter(test)
+    filtered[0][0].addFilter(_is_error)
+    prices = os.environ.get(_LOCAL_PRICES)
+    os.environ.setdefault(_LOCAL_PRICES, "True")
     try:
+        import dspy  # noqa: F401 - it creates handlers, as the call below does
+        import optuna
+
+        optuna.logging.get_verbosity()
+        for name in ("dspy", "optuna"):
+            filtered += [(handler, _is_news) for handler in logging.getLogger(name).handlers]
+        for where, test in filtered:
+            where.addFilter(test)
         yield
     finally:
         for where, test in filtered:
             where.removeFilter(test)
+        if prices is None:
+            os.environ.pop(_LOCAL_PRICES, None)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -252,6 +252,7 @@ def replay_task(latency: float, recording: Recording | None = None) -> Task:
             "max_labeled_demos": 0,
         },
         compile_arguments={"num_trials": _NUM_TRIALS},
+        proposers=(),
         embedder=recording.embed,
         truth=truth,
     )

@@ -43,6 +43,7 @@ class Task:
         instructions: Instructions to choose from besides the student's own, in place of proposed ones.
         adapter: Writes the prompts; by default DSPy's own.
         embedder: Embedder of the texts, or None for the default model.
+        proposers: Names of the proposers that can write for it during the search; None means all of them.
         truth: Returns rows of the closing table for the winner, known only from a recording.
     """
 
@@ -60,6 +61,7 @@ class Task:
     instructions: tuple[str, ...] = ()
     adapter: dspy.Adapter | None = None
     embedder: Callable[[list[str]], Any] | None = None
+    proposers: tuple[str, ...] | None = None
     truth: Callable[[dspy.Module], list[tuple[str, str]]] = lambda best: []
 
 
@@ -109,6 +111,7 @@ def run_demo(
     num_threads: int = 16,
     seed: int = 9,
     calls: int | None = None,
+    proposals: str = "fixed",
 ) -> list[DemoResult]:
     """Compile a task, save the winner, and print the settings and the results.
 
@@ -121,13 +124,22 @@ def run_demo(
         num_threads: Program calls made at the same time.
         seed: Seed of each compile.
         calls: Program calls to spend; by default as many as DSPy.
+        proposals: ``"adaptive"`` also writes candidates during the search, for ``"qei"`` only.
 
     Returns:
         The result of each compile.
 
     Raises:
-        InvalidArgumentError: A number of calls was given for DSPy's own search.
+        InvalidArgumentError: DSPy's own search was given a number of calls, or nothing can write candidates.
     """
+    options: dict[str, Any] = {"max_calls": calls}
+    if proposals != "fixed":
+        if task.proposers == () or samplers[0] != "qei":
+            raise InvalidArgumentError(
+                f"proposals={proposals!r} needs a model that runs and sampler='qei'; got {task.title!r} and "
+                f"sampler {samplers[0]!r}."
+            )
+        options |= {"proposals": proposals, "proposers": task.proposers}
     if STOCK in samplers and calls is not None:
         raise InvalidArgumentError(f"calls={calls} needs a sampler; DSPy's own search sets its own.")
     budget = f"{calls} program calls" if calls else "the calls DSPy's own search would spend"
@@ -140,7 +152,7 @@ def run_demo(
         # Our language models have the interface of DSPy 3.2, which DSPy 3.4 deprecates.
         warnings.filterwarnings("ignore", message=".*scheduled for removal in", category=DeprecationWarning)
         warnings.simplefilter("ignore", ExperimentalWarning)
-        results = [_compiled(task, console, sampler, num_threads, seed, calls) for sampler in samplers]
+        results = [_compiled(task, console, sampler, num_threads, seed, options) for sampler in samplers]
         own = _test_score(task, task.program, num_threads)
     results[0].program.save(str(output))
     if task.adapter is not None:
@@ -154,9 +166,9 @@ def run_demo(
 
 
 def _compiled(
-    task: Task, console: Console, sampler: str, num_threads: int, seed: int, calls: int | None
+    task: Task, console: Console, sampler: str, num_threads: int, seed: int, options: dict[str, Any]
 ) -> DemoResult:
-    config: dict[str, Any] = {"sampler": sampler, "max_calls": calls, "confirm": True}
+    config: dict[str, Any] = {"sampler": sampler, "confirm": True, **options}
     if sampler == "qei":
         config["embedder"] = task.embedder
     optimizer = DemoMIPROv2(

@@ -129,6 +129,7 @@ def sorting_task(name: str, model: str, prompt_model: str | None = None) -> Task
         prompt_model=dspy.LM(prompt_model) if prompt_model else lm,
         adapter=CompletionAdapter(),
         instructions=() if prompt_model else sorting.instructions[1:],
+        proposers=None if prompt_model else ("demos",),
         arguments={
             "auto": None,
             "num_candidates": n,

@@ -242,7 +242,12 @@ def require_same_prompts(program: Any, demos: DemoSets, loaded: DemoSets) -> Non
 def gives_same_prompt(predictor: Any, own: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two demo sets are formatted alike."""
     adapter, signature = dspy.settings.adapter or dspy.ChatAdapter(), get_signature(predictor)
-    return bool(adapter.format_demos(signature, own) == adapter.format_demos(signature, other))
+    try:
+        return bool(adapter.format_demos(signature, own) == adapter.format_demos(signature, other))
+    except (
+        NotImplementedError
+    ):  # an adapter that has only a `format` of its own, such as that of local models
+        return bool(adapter.format(signature, own, {}) == adapter.format(signature, other, {}))
 
 
 def _text(value: Any) -> str:
