@@ -21,7 +21,7 @@ from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.execution.usage import Usage
 from mpromptune.model.space import Candidate
 from mpromptune.show import analysis, descent, plots, signs
-from mpromptune.show.progress import QUANTILE, Standing
+from mpromptune.show.progress import QUANTILE
 from mpromptune.storage.attributes import ESTIMATE
 from mpromptune.storage.findings import Findings, Measured
 
@@ -102,8 +102,8 @@ def _score(
     say = analysis.unit(findings)
     if measured is None or measured.fully or score != score:
         return {"score": say(score), "interval": ""}
-    model = Standing(measured.posterior_mean, measured.posterior_std, measured.mean, len(measured.scores))
-    low, high = interval or model.interval
+    margin = QUANTILE * measured.posterior_std
+    low, high = interval or (measured.posterior_mean - margin, measured.posterior_mean + margin)
     if analysis.is_share(findings):
         low, high = max(low, 0.0), min(high, 1.0)
     return {"score": say(score), "interval": f"{say(low).removesuffix(' %')} to {say(high)}"}
