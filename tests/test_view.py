@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import pytest
 from clocks import Clock
 from embedders import hashed
 from faults import press_ctrl_c
+from handmade import BASELINE as BASELINE_ROW
+from handmade import findings
 from lms import arithmetic_lm
 from rich.console import Console
 from rich.live import Live
@@ -32,7 +35,8 @@ from mpromptune.engine.arguments import resolve
 from mpromptune.execution.attempts import Load
 from mpromptune.execution.interrupts import handled
 from mpromptune.execution.limits import Budget, Limits
-from mpromptune.execution.usage import Usage
+from mpromptune.execution.usage import StepUsage, Usage
+from mpromptune.show.closing import closing
 from mpromptune.show.progress import Progress, Standing
 from mpromptune.show.screens import Lines, Notebook, Terminal, choose
 from mpromptune.show.view import Screen, View
@@ -194,6 +198,55 @@ def test_a_terminal_of_80_columns_holds_it() -> None:
     assert bars[0].index("demo sets") + len("demo sets") == bars[1].index("calls") + len("calls")
     assert max(map(len, drawn)) <= 80
     assert [line.strip() for line in status] == view.status
+
+
+def test_steps_to_come_are_named_until_the_end() -> None:
+    """Three steps from the beginning; one that was left out is not named later."""
+    view = view_on()
+    named = [view.ahead]
+    for title in ("Bootstrapping", "Searching"):
+        view.bar(title, 6, "units")
+        named.append(view.ahead)
+    assert named == [(), ("Proposing", "Searching"), ()]
+
+
+def test_five_lines_end_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the status: gain, certainty, prompt, cost and what to do next, on 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    drawing, screen = terminal()
+    stream, view = io.StringIO(), shown()
+    view.conclude = partial(
+        closing, findings(usage=StepUsage(search=Usage(530, prompt_tokens=2000, cost=1.5)))
+    )
+    assert view.summary == []
+    drawing.show(view)
+    view.close()
+    drawing.close(view)
+    Lines(stream).close(view)
+    lines = [
+        "Score: 25.0 % → 75.0 %, 2 more of 4 right",
+        "Certainty: over 99 % sure to be better than your program; 3 doubts in the report",
+        "Winner: “Answer <b>slowly</b>.”, no demos",
+        "Cost: 10 program calls, 530 LM calls, 2.0k tokens, $1.50, 0:03:32",
+        'Next: best.save("best.json"); best.search_result.report("report.html")',
+    ]
+    drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).splitlines()[-5:]
+    assert [re.sub(r"^(\w+) +", r"\1: ", line).rstrip() for line in drawn] == lines
+    assert [line.removeprefix("mpromptune: ") for line in stream.getvalue().splitlines()[-5:]] == lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "text"),
+    [
+        ({"best_params": BASELINE_ROW.params}, "Certainty", "nothing better than your program was found"),
+        ({"baseline_score": float("nan")}, "Score", "not measured → 75.0 % on 4 validation examples"),
+        ({"stopped_by": "max_cost"}, "Next", 'best.save("best.json"); or raise max_cost and call again'),
+    ],
+    ids=["no gain", "no baseline", "stopped"],
+)
+def test_the_end_says_what_was_not_reached(changes: dict[str, Any], label: str, text: str) -> None:
+    """No gain, no baseline, or a limit."""
+    assert dict(closing(findings(**changes), 1.0))[label].startswith(text)
 
 
 def test_a_terminal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,8 +468,11 @@ def test_without_a_terminal_there_are_plain_lines(capfd: pytest.CaptureFixture[s
     assert not re.search(r"[\x1b\r]", err)
     assert all(line.startswith("mpromptune: ") for line in lines)
     assert lines[0] == "mpromptune: Bootstrapping: 3 demo sets"
-    assert f"Searching {SMALL_RUN_CALLS}/{SMALL_RUN_CALLS} calls (100 %)" in lines[-1]
-    assert f"best {best.score:.2f} %" in lines[-1]
+    *_, last, score, _, _, _, following = lines
+    assert f"Searching {SMALL_RUN_CALLS}/{SMALL_RUN_CALLS} calls (100 %)" in last
+    assert f"best {best.score:.2f} %" in last
+    assert f" → {best.score:.1f} %, " in score
+    assert following.startswith("mpromptune: Next: best.save(")
 
 
 def test_verbose_alone_asks_for_no_sampler() -> None:
@@ -537,7 +593,7 @@ def test_a_notebook_has_one_output_that_is_replaced() -> None:
     assert kinds.count("display_data") == 1
     assert kinds.count("update_display_data") >= 3
     data = seen[0].data
-    score = f"best {float(printed[0].text):.2f} %"
+    score = f" → {float(printed[0].text):.1f} %"
     done = f"{SMALL_RUN_CALLS}/{SMALL_RUN_CALLS} calls"
     assert score in data["text/html"]
     assert score in data["text/plain"]

@@ -275,12 +275,13 @@ def _show_standing(standing: Standing, estimate: Estimate) -> None:
 
 
 def _best(result: SearchResult) -> str:
-    from mpromptune.show.analysis import baseline, winner
+    from mpromptune.show.analysis import baseline, unit, winner
 
+    say = unit(result)
     best, own = (0 if m is None else len(m.scores) for m in (winner(result), baseline(result)))
     return (
-        f"{result.best_score:.4g} on {best} of {result.n_examples} validation examples "
-        f"(your own program: {result.baseline_score:.4g} on {own})"
+        f"{say(result.best_score)} on {best} of {result.n_examples} validation examples "
+        f"(your own program: {say(result.baseline_score)} on {own})"
     )
 
 

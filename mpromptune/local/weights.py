@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpromptune.errors import InvalidArgumentError, LocalModelError, MissingExtraError
 from mpromptune.model.devices import plain_torch
+from mpromptune.model.loading import quiet_loading
 
 # SmolLM2-135M-Instruct, Apache-2.0.
 DEFAULT = "smollm2"
@@ -51,7 +52,7 @@ def load(name: str) -> Loaded:
     is_gguf = path.suffix == ".gguf"
     _require_memory(path, is_gguf)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        with quiet_loading:
             return _load_gguf(path) if is_gguf else _load(str(path))
     except (MemoryError, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -97,7 +98,8 @@ def _load_gguf(path: Path) -> Loaded:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **more)
     if hasattr(transformers, "GgufConfig"):  # newer versions otherwise leave weights in their blocks
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    read = AutoModelForCausalLM.from_pretrained(path.parent, **more)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers has no switch for
+        read = AutoModelForCausalLM.from_pretrained(path.parent, **more)
     read.config.__dict__.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())

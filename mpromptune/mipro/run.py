@@ -33,6 +33,7 @@ from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
 from mpromptune.mipro.fingerprint import Part
 from mpromptune.mipro.metric import CheckedMetric
 from mpromptune.mipro.results import Evaluations
+from mpromptune.show.repeats import repeats_hidden
 from mpromptune.show.screens import choose
 from mpromptune.show.view import View
 from mpromptune.storage.lease import Lease, held
@@ -98,7 +99,7 @@ class Run:
     def under_way(self) -> Iterator[None]:
         """A context in which all resources of the steps are open; errors get the program and the usage."""
         try:
-            with self.budget.ending(), self.guard.watching(), self._open, self.place:
+            with repeats_hidden, self.budget.ending(), self.guard.watching(), self._open, self.place:
                 try:
                     yield
                 finally:

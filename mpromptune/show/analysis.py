@@ -177,6 +177,17 @@ def gain(findings: Findings) -> tuple[float, float] | None:
     return (fmean(found), stdev(found) / math.sqrt(len(found))) if len(found) > 1 else None
 
 
+def gain_in_examples(findings: Findings) -> str:
+    """The gain as a number of examples, if answers are right or wrong; otherwise empty."""
+    found = findings.best_score - findings.baseline_score
+    if found != found or not {s for m in findings.configurations for s in m.scores.values()} <= {0.0, 1.0}:
+        return ""
+    both = winner(findings), baseline(findings)
+    about = "" if all(m is not None and m.fully for m in both) else "about "
+    right = round(found * findings.n_examples)
+    return f"{about}{abs(right)} {'more' if right >= 0 else 'fewer'} of {findings.n_examples} right"
+
+
 def expected_gain(findings: Findings) -> tuple[float, float] | None:
     """Posterior mean and deviation of the winner's gain over the baseline; None without both.
 

@@ -75,7 +75,7 @@ def render(findings: Findings, notes: Sequence[str] = ()) -> str:
         points=analysis.points(findings),
         baseline=_score(findings, analysis.baseline(findings), findings.baseline_score),
         winner=_score(findings, analysis.winner(findings), findings.best_score, findings.best_interval),
-        gained=_gained(findings),
+        gained=analysis.gain_in_examples(findings),
         changes=_changes(findings),
         spent=_spent(findings),
         notes=notes,
@@ -107,17 +107,6 @@ def _score(
     if analysis.is_share(findings):
         low, high = max(low, 0.0), min(high, 1.0)
     return {"score": say(score), "interval": f"{say(low).removesuffix(' %')} to {say(high)}"}
-
-
-def _gained(findings: Findings) -> str:
-    """The gain as a number of examples, if answers are right or wrong; otherwise empty."""
-    gain = findings.best_score - findings.baseline_score
-    if gain != gain or not {s for m in findings.configurations for s in m.scores.values()} <= {0.0, 1.0}:
-        return ""
-    both = analysis.winner(findings), analysis.baseline(findings)
-    about = "" if all(m is not None and m.fully for m in both) else "about "
-    right = round(gain * findings.n_examples)
-    return f"{about}{abs(right)} {'more' if right >= 0 else 'fewer'} of {findings.n_examples} right"
 
 
 def _changes(findings: Findings) -> list[dict[str, Any]]:

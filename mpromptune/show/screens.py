@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO, TypeAlias
 
 from rich.console import Console
@@ -115,11 +116,25 @@ def _drawn(view: View) -> Table:
         style = "bar.finished" if bar.ended else "bar.complete"
         drawn = ProgressBar(max(bar.total, 1), bar.done, complete_style=style)
         grid.add_row(Text(bar.title, "bold"), drawn, *map(Text, bar.texts))
+    for title in view.ahead:
+        grid.add_row(Text(title, "dim"))
     whole = Table.grid(expand=True)
     whole.add_row(grid)
-    for number, line in enumerate(view.status):
-        whole.add_row(Text(f"  {line}", "dim" if number else ""))
+    if summary := view.summary:
+        whole.add_row(_labelled(summary))
+    else:
+        for number, line in enumerate(view.status):
+            whole.add_row(Text(f"  {line}", "dim" if number else ""))
     return whole
+
+
+def _labelled(lines: Sequence[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, min_width=max(len(label) for label, _ in lines))
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    for label, text in lines:
+        grid.add_row(Text(label, "bold"), Text(text))
+    return grid
 
 
 class Lines(Screen):
@@ -141,6 +156,12 @@ class Lines(Screen):
                 times = f"after {elapsed}, {left}" if left else f"after {elapsed}"
                 self._write("; ".join([f"{bar.title} {count} ({percent} %) {times}", *view.status]))
                 self._written[number] = percent, seconds, ended
+
+    def close(self, view: View) -> None:
+        """Write the last lines, and the summary."""
+        self.show(view)
+        for label, text in view.summary:
+            self._write(f"{label}: {text}")
 
     def _write(self, line: str) -> None:
         self._stream.write(f"mpromptune: {line}\n")

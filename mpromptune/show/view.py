@@ -11,13 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-
-from rich.filesize import pick_unit_and_suffix
 
 from mpromptune.execution.attempts import Load
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.limits import Budget
+from mpromptune.show.closing import dollars, duration, rounded
 from mpromptune.show.progress import Progress, Speed, Standing
 
 logger = logging.getLogger(__name__)
@@ -25,6 +23,8 @@ logger = logging.getLogger(__name__)
 # NOTE: seconds that the end of a compile waits for the last frame; a stopped terminal (Ctrl-S) must not delay
 # the result longer.
 _LAST_FRAME = 5.0
+# The steps of a compile by the titles of their bars.
+STEPS = ("Bootstrapping", "Proposing", "Searching")
 
 
 class Bar:
@@ -87,8 +87,8 @@ class Bar:
     def texts(self) -> tuple[str, str, str]:
         """The number done of the total, the time so far, and the time left if it is known."""
         left = None if self.ended else self.seconds_left
-        remaining = "" if left is None else f"{_duration(left)} left"
-        return f"{self.done}/{self.total} {self.unit}", _duration(self.seconds), remaining
+        remaining = "" if left is None else f"{duration(left)} left"
+        return f"{self.done}/{self.total} {self.unit}", duration(self.seconds), remaining
 
 
 class View:
@@ -102,6 +102,7 @@ class View:
 
     Attributes:
         bars: The steps that have begun.
+        conclude: Returns the summary of labelled lines for the time of all steps; set when there is a result.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class View:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bars: tuple[Bar, ...] = ()
+        self.conclude: Callable[[float], list[tuple[str, str]]] = lambda seconds: []
         self._open_screen, self._budget, self._load, self._clock = open_screen, budget, load, clock
         self._search: Progress | None = None
         self._news = threading.Event()
@@ -147,6 +149,17 @@ class View:
         if self._thread is not None:
             with deferred():
                 self._thread.join(_LAST_FRAME)
+
+    @property
+    def ahead(self) -> tuple[str, ...]:
+        """Titles of the steps after the present one."""
+        last = self.bars[-1].title if self.bars else ""
+        return () if self._closed or last not in STEPS else STEPS[STEPS.index(last) + 1 :]
+
+    @property
+    def summary(self) -> list[tuple[str, str]]:
+        """Labelled lines at the end of a compile; empty before, and if it has no result."""
+        return self.conclude(sum(bar.seconds for bar in self.bars)) if self._closed else []
 
     @property
     def status(self) -> list[str]:
@@ -202,10 +215,10 @@ def _expenses(budget: Budget) -> Iterator[str]:
     if usage.cache_hits:
         yield f"{usage.cache_hits} cache hits"
     if usage.tokens or limits.max_tokens:
-        of = f" of {_rounded(limits.max_tokens)}" if limits.max_tokens else ""
-        yield f"{_rounded(usage.tokens)}{of} tokens"
+        of = f" of {rounded(limits.max_tokens)}" if limits.max_tokens else ""
+        yield f"{rounded(usage.tokens)}{of} tokens"
     if usage.cost or limits.max_cost:
-        yield _dollars(usage.cost) + (f" of {_dollars(limits.max_cost)}" if limits.max_cost else "")
+        yield dollars(usage.cost) + (f" of {dollars(limits.max_cost)}" if limits.max_cost else "")
 
 
 def _concurrency(load: Load) -> str:
@@ -215,19 +228,6 @@ def _concurrency(load: Load) -> str:
     if load.pause >= 1:
         words += f", pausing for {load.pause:.0f} s"
     return words
-
-
-def _rounded(number: int) -> str:
-    unit, suffix = pick_unit_and_suffix(number, ["", "k", "M", "G"], 1000)
-    return f"{number / unit:.1f}{suffix}" if suffix else str(number)
-
-
-def _dollars(amount: float) -> str:
-    return f"${amount:.2f}" if amount >= 1 or not amount else f"${amount:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=int(seconds)))
 
 
 class Screen:
