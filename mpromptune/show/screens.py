@@ -22,6 +22,8 @@ from mpromptune.show.view import Screen, View
 # NOTE: seconds between two lines of a step, or a twentieth of its time so far if that is longer. So a run of
 # a night writes some hundred lines, and a step that hangs is still noticed.
 _LINE_EVERY, _LINE_SHARE = 30.0, 0.05
+# NOTE: as on a usual terminal; on small screens, a cell is narrower than the 115 columns that rich takes.
+_NOTEBOOK_COLUMNS = 80
 _Handler: TypeAlias = "logging.StreamHandler[TextIO]"
 
 
@@ -99,10 +101,12 @@ class Notebook(Screen):
         """Replace the output."""
         from IPython.display import display
 
+        drawn = _drawn(view)
+        drawn.width = _NOTEBOOK_COLUMNS
         if self._handle is None:
-            self._handle = display(_drawn(view), display_id=True)
+            self._handle = display(drawn, display_id=True)
         else:
-            self._handle.update(_drawn(view))
+            self._handle.update(drawn)
 
 
 def _drawn(view: View) -> Table:
