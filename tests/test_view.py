@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +214,7 @@ def test_five_lines_end_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     drawing, screen = terminal()
     stream, view = io.StringIO(), shown()
-    view.conclude = partial(
-        closing, findings(usage=StepUsage(search=Usage(530, prompt_tokens=2000, cost=1.5)))
-    )
+    view.findings = findings(usage=StepUsage(search=Usage(530, prompt_tokens=2000, cost=1.5)))
     assert view.summary == []
     drawing.show(view)
     view.close()

@@ -40,7 +40,6 @@ from mpromptune.mipro.fingerprint import fingerprint
 from mpromptune.mipro.remote import remote_programs
 from mpromptune.mipro.results import attach_statistics, forget_statistics, percent
 from mpromptune.mipro.run import Run, wants_traceback
-from mpromptune.show.closing import closing
 from mpromptune.show.progress import together
 from mpromptune.storage.attributes import ESTIMATE, PREDICTORS
 from mpromptune.storage.storage import open_study
@@ -278,7 +277,7 @@ def _best_program(
         error.program = program if error.result is None else _finished(run, programs, error.result)
         raise
     keep_gains(run, result.gains)
-    run.view.conclude = partial(closing, result)
+    run.view.findings = result
     return _finished(run, programs, result)
 
 

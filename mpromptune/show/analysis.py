@@ -66,7 +66,7 @@ def label(findings: Findings, params: Mapping[str, int]) -> str:
     for component, index in params.items():
         match = _MIPRO_NAME.match(component)
         group = _predictor(findings, int(match[1])) if match else component
-        parts.setdefault(group, []).append(_candidate_names(findings, component).get(index, f"no. {index}"))
+        parts.setdefault(group, []).append(candidate_name(findings, component, index))
     return "; ".join(f"{group}: {', '.join(words)}".removeprefix(": ") for group, words in parts.items())
 
 
@@ -82,7 +82,7 @@ def candidate_name(findings: Findings, component: str, index: int, in_short: boo
     if in_short and findings.space is not None:
         candidate = findings.space.components[component][index]
         if not isinstance(candidate, str):
-            return _count(candidate)
+            return counted(len(candidate), "demo")
     return _candidate_names(findings, component).get(index, f"no. {index}")
 
 
@@ -101,11 +101,13 @@ def _candidate_names(findings: Findings, component: str) -> dict[int, str]:
 def _name(candidate: Candidate, excerpt: str) -> str:
     if isinstance(candidate, str):
         return f"“{excerpt}”"
-    return f"{_count(candidate)} (“{excerpt}”)" if candidate else _count(candidate)
+    number = counted(len(candidate), "demo")
+    return f"{number} (“{excerpt}”)" if candidate else number
 
 
-def _count(demos: Sequence[str]) -> str:
-    return f"{len(demos) or 'no'} demo{'s' if len(demos) != 1 else ''}"
+def counted(number: int, what: str) -> str:
+    """A number of things in words: ``no demos``, ``1 demo``, ``2 demos``."""
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
 def _excerpts(candidates: Sequence[Candidate]) -> tuple[str, ...]:
@@ -163,11 +165,18 @@ def _entry(findings: Findings, params: Mapping[str, int] | None) -> Measured | N
     return next((m for m in findings.configurations if m.params == params), None)
 
 
+def _compared(findings: Findings) -> tuple[Measured, Measured] | None:
+    """Winner and baseline; None if they are the same, or one of them was never measured."""
+    best, own = winner(findings), baseline(findings)
+    return None if best is None or own is None or best is own else (best, own)
+
+
 def differences(findings: Findings) -> list[float]:
     """Winner's score minus baseline's on each example that both have; empty if the baseline is the winner."""
-    best, own = winner(findings), baseline(findings)
-    if best is None or own is None or best is own:
+    pair = _compared(findings)
+    if pair is None:
         return []
+    best, own = pair
     return [best.scores[e] - own.scores[e] for e in sorted(best.scores.keys() & own.scores.keys())]
 
 
@@ -193,18 +202,25 @@ def expected_gain(findings: Findings) -> tuple[float, float] | None:
 
     The two normal distributions are assumed to be independent, which is cautious for similar prompts.
     """
-    best, own = winner(findings), baseline(findings)
-    if best is None or own is None or best is own:
+    pair = _compared(findings)
+    if pair is None:
         return None
+    best, own = pair
     return best.posterior_mean - own.posterior_mean, math.hypot(best.posterior_std, own.posterior_std)
 
 
 def chance_of_gain(findings: Findings) -> float | None:
     """Posterior probability that the winner is better than the baseline; None without both."""
     found = expected_gain(findings)
-    if found is None or found[1] == 0.0:
-        return None if found is None else float(found[0] > 0.0)
-    return 1.0 - NormalDist(*found).cdf(0.0)
+    if found is None:
+        return None
+    return 1.0 - NormalDist(*found).cdf(0.0) if found[1] else float(found[0] > 0.0)
+
+
+def percent(chance: float) -> str:
+    """A probability in words; never one of 0 or 100 %."""
+    number = "over 99" if chance > 0.99 else "under 1" if chance < 0.01 else f"{100 * chance:.0f}"
+    return f"{number} %"
 
 
 def rivals(findings: Findings) -> list[Measured]:

@@ -44,10 +44,9 @@ def _certainty(findings: Findings) -> str:
     elif chance is None:
         text = "not known: winner and baseline were not both measured"
     else:
-        percent = "over 99" if chance > 0.99 else "under 1" if chance < 0.01 else f"{100 * chance:.0f}"
-        text = f"{percent} % sure to be better than your program"
+        text = f"{analysis.percent(chance)} sure to be better than your program"
     if number := len(warning_signs(findings)):
-        text += f"; {number} doubt{'s' if number > 1 else ''} in the report"
+        text += f"; {analysis.counted(number, 'doubt')} in the report"
     return text
 
 

@@ -75,7 +75,6 @@ def render(findings: Findings, notes: Sequence[str] = ()) -> str:
         points=analysis.points(findings),
         baseline=_score(findings, analysis.baseline(findings), findings.baseline_score),
         winner=_score(findings, analysis.winner(findings), findings.best_score, findings.best_interval),
-        gained=analysis.gain_in_examples(findings),
         changes=_changes(findings),
         spent=_spent(findings),
         notes=notes,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mpromptune.show.analysis import (
+    counted,
     example_scores,
     gain,
     never_solved,
@@ -90,7 +91,7 @@ def _about_the_winner(findings: Findings, best: Measured) -> Iterator[Sign]:
     equal = len(rivals(findings))
     if equal:
         yield Sign(
-            f"The top is flat: {_count(equal, 'configuration')} cannot be distinguished from the winner.",
+            f"The top is flat: {counted(equal, 'configuration')} cannot be distinguished from the winner.",
             "Take the shortest or cheapest of these, or tell them apart with a larger `max_calls`: with "
             "`storage=`, the same call continues the search.",
         )
@@ -127,7 +128,7 @@ def _about_the_gain(findings: Findings) -> Iterator[Sign]:
 def _about_the_examples(findings: Findings) -> Iterator[Sign]:
     if findings.n_examples < _FEW_EXAMPLES:
         yield Sign(
-            f"The validation set has only {_count(findings.n_examples, 'example')}: the best configuration "
+            f"The validation set has only {counted(findings.n_examples, 'example')}: the best configuration "
             "on it may not be the best on others.",
             "Add validation examples: it takes a hundred or more to distinguish small gains from chance.",
         )
@@ -143,7 +144,3 @@ def _about_the_examples(findings: Findings) -> Iterator[Sign]:
             f"No configuration solves {hard} of {seen} examples: the candidates may all lack something.",
             "Look at the examples that no configuration solves.",
         )
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

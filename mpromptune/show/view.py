@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from mpromptune.execution.attempts import Load
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.limits import Budget
-from mpromptune.show.closing import dollars, duration, rounded
+from mpromptune.show.closing import closing, dollars, duration, rounded
 from mpromptune.show.progress import Progress, Speed, Standing
+from mpromptune.storage.findings import Findings
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class View:
 
     Attributes:
         bars: The steps that have begun.
-        conclude: Returns the summary of labelled lines for the time of all steps; set when there is a result.
+        findings: The result, when there is one.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class View:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bars: tuple[Bar, ...] = ()
-        self.conclude: Callable[[float], list[tuple[str, str]]] = lambda seconds: []
+        self.findings: Findings | None = None
         self._open_screen, self._budget, self._load, self._clock = open_screen, budget, load, clock
         self._search: Progress | None = None
         self._news = threading.Event()
@@ -159,7 +160,9 @@ class View:
     @property
     def summary(self) -> list[tuple[str, str]]:
         """Labelled lines at the end of a compile; empty before, and if it has no result."""
-        return self.conclude(sum(bar.seconds for bar in self.bars)) if self._closed else []
+        if self.findings is None or not self._closed:
+            return []
+        return closing(self.findings, sum(bar.seconds for bar in self.bars))
 
     @property
     def status(self) -> list[str]:
