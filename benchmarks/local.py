@@ -100,8 +100,9 @@ def measure(cell: Cell) -> Cell:
     task = sorting_task(cell["task"], "smollm2")
     remembering = Remembering(**{"model": task.lm.model, **task.lm.kwargs})
     own = [task.program.signature.instructions, *task.instructions]
-    program = task.program if cell["predictors"] == 1 else Hinted(task)
-    candidates = {0: own} if cell["predictors"] == 1 else {0: list(_HINTS), 1: own[:6]}
+    program, candidates = task.program, {0: own}
+    if cell["predictors"] == 2:
+        program, candidates = Hinted(task), {0: list(_HINTS), 1: own[:6]}
     lm = task.lm if cell["seed"] == 0 else remembering
     with quiet(), dspy.context(lm=lm, adapter=task.adapter):
         optimizer = _Handmade(
@@ -119,8 +120,10 @@ def measure(cell: Cell) -> Cell:
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     with quiet(), dspy.context(lm=remembering, adapter=task.adapter):
         before, after = (_accuracy(task, one) for one in (program, best))
-    figures = {"before": before, "after": after, "validation": best.score, "calls": _calls(best)}
-    return {**figures, **({"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)} if lm is task.lm else {})}
+    figures: Cell = {"before": before, "after": after, "validation": best.score, "calls": _calls(best)}
+    if lm is task.lm:
+        figures |= {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)}
+    return figures
 
 
 def _accuracy(task: Task, program: dspy.Module) -> float:

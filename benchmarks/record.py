@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -154,17 +155,15 @@ def record(recorder: Recorder, path: Path) -> None:
 
 def _kept(path: Path) -> Iterator[tuple[str, str]]:
     """Prompts and their scores; a line that was not finished is left out."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
             found = json.loads(line)
             yield found["prompt"], found["right"]
 
 
 def _keep(path: Path, prompt: str, bits: str) -> None:
-    if path.exists() and not (before := path.read_bytes()).endswith(b"\n"):
-        path.write_bytes(before[: before.rfind(b"\n") + 1])
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"prompt": prompt, "right": bits}) + "\n")
+        file.write("\n" + json.dumps({"prompt": prompt, "right": bits}) + "\n")  # half a line may precede
         file.flush()
         os.fsync(file.fileno())
 

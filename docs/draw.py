@@ -160,6 +160,7 @@ def lineage() -> Figure:
     line = {best, *(one.source for one in result.lineage("instruction", best))}
     born = {one.index: one.source for one in result.proposals if one.index in means}
     places = {index: max(0, index - 1) for index in sorted(means)}  # A and B are there from the beginning
+    near: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
     figure, axes = panel(3.2)
     for child, parent in born.items():
         thick = {"color": _BLUE, "linewidth": 2.5} if {child, parent} <= line else {"color": _GREY}
@@ -168,14 +169,11 @@ def lineage() -> Figure:
         colour = _BLUE if index in line else _GREY if index in born else _ORANGE
         axes.plot(place, means[index], "o", color=colour, markersize=9 if index == best else 6)
         axes.annotate(
-            _label(skills.texts[index]), (place, means[index]), (0, 7 if place % 2 else -14), **_CENTRED
+            _label(skills.texts[index]), (place, means[index]), (0, 7 if place % 2 else -14), **near
         )
     axes.set(xlabel="candidates in the order in which they were written", ylabel="score, %", xticks=[])
     axes.margins(y=0.15)
     return figure
-
-
-_CENTRED: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
 
 
 def _label(text: str) -> str:

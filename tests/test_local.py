@@ -140,6 +140,15 @@ def requests(n: int, *stops: str) -> list[Request]:
     return made
 
 
+def sizes_of(model: LlamaForCausalLM) -> list[int]:
+    """Numbers of tokens that the model is given from now on, by call."""
+    sizes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return sizes
+
+
 def test_answers_are_those_of_the_model_alone(tiny: LlamaForCausalLM) -> None:
     """Padding, cached prefixes and prompts that leave the batch change nothing."""
     asked = requests(24)
@@ -163,12 +172,8 @@ def test_nearly_equal_tokens_are_decided_alone(tiny: LlamaForCausalLM) -> None:
     flat = copy.deepcopy(tiny)
     with torch.no_grad():
         flat.lm_head.weight.zero_()
-    sizes: list[int] = []
-    flat.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    sizes = sizes_of(flat)
     asked = [Request((), request.rest, 1) for request in requests(4)]
-    sizes.clear()
     answers = Decoder(flat, tokenizer()).complete(asked)
     assert all(answer.is_close for answer in answers)
     assert sizes == [1, 1 + 2 + 3 + 4, 1, 2, 3, 4]  # tokens: the empty prefix, the batch, and each prompt
@@ -176,11 +181,8 @@ def test_nearly_equal_tokens_are_decided_alone(tiny: LlamaForCausalLM) -> None:
 
 def test_equal_beginnings_are_computed_once_in_a_batch(tiny: LlamaForCausalLM) -> None:
     """After one prefix, the rests 1 2 3, 1 2 4, and 1 2 3 once more are four tokens; after another, three."""
-    sizes: list[int] = []
     model = copy.deepcopy(tiny)
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    sizes = sizes_of(model)
     asked = [Request((7,), (1, 2, end), 1) for end in (3, 4, 3)] + [Request((8, 9), (1, 2, 3), 1)]
     answers = Decoder(model, tokenizer()).complete(asked)
     assert sizes == [1, 2, 4 + 3]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pages import ROOT
 
 import mpromptune
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".github" / "ISSUE_TEMPLATE"
 FORMS = [FOLDER / f"{name}.yml" for name in ("bug", "feature", "question")]
 

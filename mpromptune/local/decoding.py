@@ -103,23 +103,21 @@ class Decoder:
         """Write all answers token by token."""
         answers = [Answer() for _ in requests]
         tree = _Tree({request.prefix: self._prefix(request.prefix) for request in requests})
-        ends = tree.grow([(tree.roots[request.prefix], request.rest) for request in requests])
-        open_ = list(zip(requests, answers, ends, strict=True))
+        places = tree.grow([(tree.roots[request.prefix], request.rest) for request in requests])
+        open_ = list(zip(requests, answers, strict=True))
         while open_:
-            logits = self._model(
-                **tree.inputs(), logits_to_keep=tree.rows([end for *_, end in open_])
-            ).logits[0]
-            empty = [i for i, (_, answer, _) in enumerate(open_) if not answer.text]
+            logits = self._model(**tree.inputs(), logits_to_keep=tree.rows(places)).logits[0]
+            empty = [i for i, (_, answer) in enumerate(open_) if not answer.text]
             logits[torch.tensor(empty, dtype=torch.long)[:, None], self._ends] = -torch.inf
             best, tokens = logits.topk(2)
             gaps = (best[:, 0] - best[:, 1]).tolist()
             chosen = tokens[:, 0].tolist()
-            for (request, answer, _), token, gap in zip(open_, chosen, gaps, strict=True):
+            for (request, answer), token, gap in zip(open_, chosen, gaps, strict=True):
                 answer.is_close |= gap < _NEARLY_EQUAL
                 self._write(answer, token, request)
-            kept = [i for i, (_, answer, _) in enumerate(open_) if not answer.is_over]
-            ends = tree.grow([(open_[i][2], chosen[i : i + 1]) for i in kept])
-            open_ = [(*open_[i][:2], end) for i, end in zip(kept, ends, strict=True)]
+            kept = [i for i, (_, answer) in enumerate(open_) if not answer.is_over]
+            places = tree.grow([(places[i], chosen[i : i + 1]) for i in kept])
+            open_ = [open_[i] for i in kept]
         return answers
 
     def _write(self, answer: Answer, token: int, request: Request) -> None:

@@ -58,8 +58,7 @@ def load(name: str) -> Loaded:
         reason = str(error).strip().partition("\n")[0]
         raise LocalModelError(
             f"transformers {transformers.__version__} could not load the local model {name!r} "
-            f"({type(error).__name__}: {reason}). Pass another model, or "
-            "try another version of transformers."
+            f"({type(error).__name__}: {reason}). Pass another model, or try another version of transformers."
         ) from error
 
 

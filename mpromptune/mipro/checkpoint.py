@@ -244,9 +244,7 @@ def gives_same_prompt(predictor: Any, own: Sequence[Any], other: Sequence[Any]) 
     adapter, signature = dspy.settings.adapter or dspy.ChatAdapter(), get_signature(predictor)
     try:
         return bool(adapter.format_demos(signature, own) == adapter.format_demos(signature, other))
-    except (
-        NotImplementedError
-    ):  # an adapter that has only a `format` of its own, such as that of local models
+    except NotImplementedError:  # the adapter has only `format`, as that of local models
         return bool(adapter.format(signature, own, {}) == adapter.format(signature, other, {}))
 
 
