@@ -287,7 +287,7 @@ def test_demo_on_the_model_of_the_wheel(
     monkeypatch.setitem(SORTINGS, "words", replace(words, instructions=words.instructions[:3]))
     monkeypatch.setenv("COLUMNS", "200")
     path = tmp_path / "program.json"
-    settings = ["--sampler", "random", "--num-threads", "8", "--calls", "160", "--output", str(path)]
+    settings = ["--num-threads", "8", "--calls", "160", "--output", str(path)]
     assert cli.main(["demo", *settings]) == 0
     screen = capsys.readouterr().out
     own, found = (float(x) for x in re.findall(r"\w+, 50 test examples\D+([\d.]+) %", screen))
