@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -283,13 +284,25 @@ def test_arguments_that_do_not_go_together(
     assert shared.began == 0
 
 
-@pytest.mark.parametrize("path", ["best.txt", "none/best.json"])
+@pytest.mark.parametrize("path", ["best.txt", "none/best.json", "folder.json"])
 def test_where_to_save_is_checked_first(path: str, shared: Shared) -> None:
     """A file that cannot be written is no surprise at the end."""
+    Path("folder.json").mkdir()
     with pytest.raises(SystemExit) as raised:
         cli.main(["resume", "run.py:compile", "--output", path])
     assert raised.value.code == 2
     assert shared.began == 0
+
+
+def test_characters_that_the_output_lacks_end_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are printed as question marks; the stream is as it was afterwards."""
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(cli, "_estimate", lambda args: out.write("a → b"))
+    assert cli.main(["estimate"]) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"a ? b"  # type: ignore[attr-defined]
+    assert out.errors == "strict"
 
 
 @pytest.mark.parametrize("command", ["demo", "estimate", "report", "resume"])

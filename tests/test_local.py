@@ -316,6 +316,25 @@ def test_what_cannot_be_loaded_is_refused(
         weights.load(str(tmp_path / "model.gguf"))
 
 
+def test_a_damaged_copy_of_a_gguf_file_is_made_anew(
+    tiny: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is read again only then."""
+    read: list[Path] = []
+    monkeypatch.setattr(weights, "_read_gguf", lambda path: read.append(path) or (tiny, tokenizer()))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    file.touch()
+    for damaged, reads in ((None, 1), (None, 1), ("model.safetensors", 2), ("tokenizer.json", 3), (None, 3)):
+        if damaged is not None:
+            (part,) = (tmp_path / "cache").rglob(damaged)
+            part.write_bytes(part.read_bytes()[:100])
+        model, _ = weights.load(str(file))
+        assert model.config.vocab_size == tiny.config.vocab_size
+        assert len(read) == reads
+
+
 # --- prompts ---
 
 

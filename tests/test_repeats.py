@@ -49,6 +49,14 @@ def test_a_warning_of_the_log_appears_once(shown: Shown) -> None:
 
 
 @pytest.mark.parametrize("shown", ["dspy"], indirect=True)
+def test_a_warning_that_cannot_be_formatted_is_left_to_its_handler(shown: Shown) -> None:
+    """As without a compile, the handler reports it, and the call that logs goes on."""
+    record = logging.LogRecord("dspy.predict", logging.WARNING, "", 0, "%d fields", ("no",), None)
+    with repeats_hidden:
+        assert shown.filter(record)
+
+
+@pytest.mark.parametrize("shown", ["dspy"], indirect=True)
 def test_every_handler_shows_it_once(shown: Shown) -> None:
     """A warning that has appeared in one place is not kept from another."""
     root, log = Shown(), logging.getLogger("mpromptune.engine")

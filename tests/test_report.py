@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -23,8 +24,8 @@ from mpromptune import MIPROv2, PromptSpace, SearchResult, qEISampler, search
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.mipro.reading import read_result
-from mpromptune.show import plots
-from mpromptune.show.page import render, write_report
+from mpromptune.show import analysis, plots
+from mpromptune.show.page import _svg, render, write_report
 
 
 class Checked(HTMLParser):
@@ -226,6 +227,17 @@ def test_texts_are_escaped(tables: Any) -> None:
     assert "&lt;/pre&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "&lt;b&gt;briefly&lt;/b&gt;" in page
     assert "&lt;i&gt;a note&lt;/i&gt;" in page
+
+
+def test_names_have_no_characters_that_act_or_cannot_be_drawn() -> None:
+    """Escapes of terminals, halves of characters; others that the font of figures lacks raise no warning."""
+    text = "指示😀 \x1b[31m \ud83d \u202e"
+    changed = findings(space=PromptSpace({**SPACE.components, INSTRUCTION: ["Answer.", text]}))
+    name = "“指示😀 \ufffd[31m \ufffd \ufffd”"
+    assert analysis.label(changed, {INSTRUCTION: 1}) == name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert name in _svg(plots.plot_leaders(changed), "leaders")
 
 
 def test_changes_are_marked(tables: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,12 @@ def add_output(command: argparse.ArgumentParser, what: str, default: str, kind: 
 
 
 def program_file(text: str) -> Path:
-    """A .json file in a folder that exists."""
+    """A .json file that can be written."""
     path = Path(text)
-    if path.suffix != ".json" or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a .json file in a folder that exists; got {text!r}")
+    if path.suffix != ".json" or path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"must be a .json file in a folder that exists and can be written; got {text!r}"
+        )
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from mpromptune.errors import (
     TargetError,
     UnknownOptionError,
 )
+from mpromptune.model.shared import message_of
 
 if TYPE_CHECKING:
     from mpromptune.engine.result import SearchResult
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        with _quiet_libraries():
+        with _quiet_libraries(), _any_text():
             args.run(args)
         return 0
     except MPromptuneError as error:
@@ -135,13 +137,28 @@ def _quiet_libraries() -> Iterator[None]:
             os.environ.pop(_LOCAL_PRICES, None)
 
 
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """Print ``?`` for characters that the encoding of the standard output lacks, instead of failing."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):
+        yield
+        return
+    errors = out.errors
+    out.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        out.reconfigure(errors=errors)
+
+
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether to show a record: no messages below warnings, and not a warning caused by DSPy's proposer."""
-    own_doing = record.getMessage().startswith("Input contains fields not in signature")
+    own_doing = message_of(record).startswith("Input contains fields not in signature")
     return record.levelno >= logging.WARNING and not own_doing
 
 

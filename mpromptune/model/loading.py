@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mpromptune.model.shared import Shared
+from mpromptune.model.shared import Shared, message_of
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def _quiet() -> Iterator[None]:
 
 def _is_needed(record: logging.LogRecord) -> bool:
     """Whether to show a record: not a report of weights that are in the file and not in the model."""
-    text = record.getMessage()
+    text = message_of(record)
     return "LOAD REPORT" not in text or "MISSING" in text or "MISMATCH" in text
 
 

@@ -1,7 +1,8 @@
-"""Settings of the whole process that several threads want for a while."""
+"""Settings of the whole process that several threads want for a while, and filters of its log."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -32,3 +33,14 @@ class Shared:
             self._users -= 1
             if not self._users:
                 self._open.__exit__(None, None, None)
+
+
+def message_of(record: logging.LogRecord) -> str:
+    """The message of a record for a filter; of a record that cannot be formatted, only its pattern.
+
+    The handler then reports the error; one in a filter would end the call that logs.
+    """
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - the objects in a record may raise anything
+        return record.msg if isinstance(record.msg, str) else ""

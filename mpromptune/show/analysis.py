@@ -18,6 +18,9 @@ from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 
 _MIPRO_NAME = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
+# Characters that no name is shown with: they would act on a terminal, turn the direction of what follows, or
+# be half of one, which cannot be drawn.
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # NOTE: characters in an excerpt of a text, a few words that fit beside a figure; and in the beginning that
 # comes before the difference from another text, one or two words.
 _EXCERPT, _HEAD = 28, 12
@@ -42,12 +45,19 @@ class Step(NamedTuple):
 def title(findings: Findings, component: str) -> str:
     """A readable name of a component, with the predictor's name in the program if the study has it."""
     match = _MIPRO_NAME.match(component)
-    return ", ".join(filter(None, (_predictor(findings, int(match[1])), match[2]))) if match else component
+    if match is None:
+        return _visible(component)
+    return ", ".join(filter(None, (_predictor(findings, int(match[1])), match[2])))
+
+
+def _visible(text: str) -> str:
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _predictor(findings: Findings, index: int) -> str:
     """The name of a predictor in its program, without ``.predict``; empty if it is alone and has none."""
     names: list[str] = findings.study.user_attrs.get(PREDICTORS, [])
+    names = [*map(_visible, names)]
     short = [name.removesuffix(".predict") for name in names]
     if index < len(names) and names != ["self"]:  # which is DSPy's name of a program that is a predictor
         return short[index] if len({*short}) == len(short) else names[index]
@@ -65,7 +75,7 @@ def label(findings: Findings, params: Mapping[str, int]) -> str:
     parts: dict[str, list[str]] = {}
     for component, index in params.items():
         match = _MIPRO_NAME.match(component)
-        group = _predictor(findings, int(match[1])) if match else component
+        group = _predictor(findings, int(match[1])) if match else _visible(component)
         parts.setdefault(group, []).append(candidate_name(findings, component, index))
     return "; ".join(f"{group}: {', '.join(words)}".removeprefix(": ") for group, words in parts.items())
 
@@ -112,7 +122,8 @@ def counted(number: int, what: str) -> str:
 
 def _excerpts(candidates: Sequence[Candidate]) -> tuple[str, ...]:
     """The beginnings of texts; where several begin alike, also what is at their first difference."""
-    return _distinct(tuple(" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates))
+    texts = (" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates)
+    return _distinct(tuple(map(_visible, texts)))
 
 
 @lru_cache(maxsize=16)  # a page names each candidate many times, and all pairs of texts are compared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from difflib import SequenceMatcher
@@ -215,7 +216,9 @@ def _svg(figure: Any, name: str) -> str:
     import matplotlib as mpl
 
     file = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none"}):
+    with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        # Characters that matplotlib's font lacks are drawn by the reader's browser.
+        warnings.simplefilter("ignore", UserWarning)
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=metadata, transparent=True)
     drawing = file.getvalue()

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mpromptune.model.shared import Shared
+from mpromptune.model.shared import Shared, message_of
 
 # The libraries whose warnings are compared. They log from many modules, so filters are on handlers.
 _LIBRARIES = ("dspy", "mpromptune")
@@ -33,7 +33,7 @@ class _Seen:
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to show a record of the log."""
         is_compared = record.levelno == logging.WARNING and record.name.split(".")[0] in _LIBRARIES
-        return not is_compared or self.is_new(record.name, record.getMessage())
+        return not is_compared or self.is_new(record.name, message_of(record))
 
 
 @contextmanager

@@ -74,8 +74,9 @@ def open_storage(spec: StorageSpec) -> BaseStorage:
     try:
         return _reconnecting(_database(path))
     except Exception as error:  # SQLAlchemy, its drivers and Optuna raise many kinds
+        reason = str(error).partition("\n")[0].rstrip(".")  # SQLAlchemy adds an address
         raise StorageError(
-            f"The database {public(path)} cannot be opened: {public(error)}. Check its URL."
+            f"The database {public(path)} cannot be opened: {public(reason)}. Check its URL."
         ) from error
 
 
