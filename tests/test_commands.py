@@ -271,6 +271,7 @@ def test_the_program_has_to_be_returned(shared: Shared, capsys: pytest.CaptureFi
         [],
         ["--auto", "light", "--valset", "20"],
         ["run.py:compile", "--auto", "light"],
+        [""],
         ["run.py:compile", "--prompt-tokens", "10"],
         ["run.py:compile", "--price", "1", "2"],
     ],

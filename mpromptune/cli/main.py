@@ -221,14 +221,15 @@ def _add_estimate(estimate: argparse.ArgumentParser) -> None:
 
 def _estimate(args: argparse.Namespace) -> None:
     sizes = args.auto, args.trainset, args.valset
-    if (args.target is None) != all(sizes) or (args.target and any(sizes)):
+    has_target = args.target is not None
+    if has_target == all(sizes) or (has_target and any(sizes)):
         raise InvalidArgumentError("Pass either TARGET, or --auto, --trainset and --valset; see --help.")
     tokens = args.prompt_tokens, args.completion_tokens
     if any(tokens) != all(tokens) or (args.price and not all(tokens)):
         raise InvalidArgumentError("Dollars need both --prompt-tokens and --completion-tokens.")
     from mpromptune.cli.compiles import estimate_by_numbers, estimate_of
 
-    if args.target:
+    if has_target:
         estimate = estimate_of(args.target)
     else:
         estimate = estimate_by_numbers(*sizes, args.predictors, args.zero_shot, args.model)
