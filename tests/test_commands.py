@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import dspy
 import pytest
@@ -16,7 +17,7 @@ from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Adder, Count
 from mpromptune import MIPROv2
 from mpromptune.cli import main as cli
 from mpromptune.cli.compiles import load_target
-from mpromptune.errors import SearchStoppedError
+from mpromptune.errors import SearchInterrupted, SearchStoppedError, SearchTerminated
 from mpromptune.mipro.estimate import interceptor
 from mpromptune.mipro.reading import read_standing
 
@@ -304,6 +305,15 @@ def test_characters_that_the_output_lacks_end_no_command(monkeypatch: pytest.Mon
     out.flush()
     assert out.buffer.getvalue() == b"a ? b"  # type: ignore[attr-defined]
     assert out.errors == "strict"
+
+
+@pytest.mark.parametrize(("signalled", "status"), [(SearchInterrupted, 130), (SearchTerminated, 143)])
+def test_a_signal_decides_the_status(
+    signalled: type[SearchInterrupted], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell reports Ctrl-C and SIGTERM."""
+    monkeypatch.setattr(cli, "_estimate", Mock(side_effect=signalled("stopped")))
+    assert cli.main(["estimate"]) == status
 
 
 @pytest.mark.parametrize("command", ["demo", "estimate", "report", "resume"])

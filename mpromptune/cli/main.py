@@ -21,6 +21,7 @@ from mpromptune.errors import (
     InvalidArgumentError,
     MissingExtraError,
     MPromptuneError,
+    SearchTerminated,
     StudyMismatchError,
     TargetError,
     UnknownOptionError,
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, without the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0; 2 if something given is wrong, 1 after another error, 130 after Ctrl-C.
+        The exit status: 0; 2 if something given is wrong, 1 after another error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = _parser().parse_args(argv)
     try:
@@ -104,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"mpromptune: {error}", file=sys.stderr)
         return 2 if isinstance(error, _USER_ERRORS) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
         print("mpromptune: interrupted", file=sys.stderr)
-        return 130
+        return signalled.code if isinstance(signalled, SearchTerminated) else 130
 
 
 @contextmanager
