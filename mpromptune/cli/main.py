@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, without the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0; 2 if something given is wrong, 1 after another error, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0; 2 if something given is wrong, 1 after another error, 130 after Ctrl-C and 143
+        after SIGTERM.
     """
     args = _parser().parse_args(argv)
     try:
