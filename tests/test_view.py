@@ -230,6 +230,9 @@ def test_five_lines_end_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).splitlines()[-5:]
     assert [re.sub(r"^(\w+) +", r"\1: ", line).rstrip() for line in drawn] == lines
     assert [line.removeprefix("mpromptune: ") for line in stream.getvalue().splitlines()[-5:]] == lines
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    Lines(ascii_only).close(view)
+    assert b"Score: 25.0 % \\u2192 75.0 %" in ascii_only.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

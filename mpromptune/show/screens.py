@@ -168,7 +168,9 @@ class Lines(Screen):
             self._write(f"{label}: {text}")
 
     def _write(self, line: str) -> None:
-        self._stream.write(f"mpromptune: {line}\n")
+        # A file of the user's may lack arrows and quotation marks; standard error itself never does.
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream.write(f"mpromptune: {line}\n".encode(encoding, "backslashreplace").decode(encoding))
         self._stream.flush()
 
 
