@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from typing import Any, ClassVar
 import dspy
 import numpy as np
 
-from benchmarks.runner import RESULTS, Cell, find, keep, line, read
+from benchmarks.runner import RESULTS, Cell, read, run_once
 from benchmarks.wallclock import quiet
 from mpromptune.demo.run import DemoMIPROv2, Task
 from mpromptune.demo.sorting import SORTINGS, sorting_task
@@ -160,16 +159,12 @@ def _mean(values: list[float]) -> str:
 
 def run(groups: Sequence[Sequence[Cell]], measure: Callable[[Cell], Cell], path: Path, jobs: int) -> None:
     """Measure what the file does not have; the cells of a group one after another in one process."""
-    lock = threading.Lock()
     free: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
 
     def run_group(group: Sequence[Cell]) -> None:
         process = free.get()
         for cell in group:
-            row = find(cell, read(path)) or {**cell, **process.submit(measure, cell).result()}
-            with lock:
-                keep(row, cell, path)
-            print(line(row), flush=True)
+            run_once(cell, lambda cell: process.submit(measure, cell).result(), path)
         free.put(process)
 
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 Cell = dict[str, Any]
 Figures = dict[str, float]
 Measure = Callable[[Cell, int], Figures]  # cell, seed -> figures, "regret" among them
+# Held while a row is added to a file, which is then read and written as a whole.
+_WRITING = threading.Lock()
 
 
 def quiet() -> None:
@@ -130,9 +133,10 @@ def read(path: Path) -> list[Cell]:
 
 
 def keep(row: Cell, cell: Cell, path: Path) -> None:
-    """Writes the row of a cell to the file, in the place of an older one."""
-    others = [other for other in read(path) if not _is_of(other, cell)]
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(json.dumps(r) for r in [*others, row]) + "\n]\n")
-    os.replace(temporary, path)
+    """Writes the row of a cell to the file, in the place of an older one; several threads may call this."""
+    with _WRITING:
+        others = [other for other in read(path) if not _is_of(other, cell)]
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("[\n" + ",\n".join(json.dumps(r) for r in [*others, row]) + "\n]\n")
+        os.replace(temporary, path)
