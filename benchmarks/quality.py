@@ -137,7 +137,9 @@ def main() -> None:
     arguments = parser.parse_args()
     names = ["headline", "means"] if arguments.headline else arguments.only
     wanted = chosen(names, arguments.tables, arguments.methods)
-    run_cells(wanted, measure, arguments.seeds, RESULTS / arguments.output, arguments.jobs)
+    for output, is_own in ((arguments.output, False), ("own.json", True)):
+        cells = [cell for cell in wanted if (cell["table"] in OWN) is is_own]
+        run_cells(cells, measure, arguments.seeds, RESULTS / output, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import numpy as np
 
 from benchmarks.rows import HEADLINE, OURS, STOCK, budget_curve, methods_of, pretty, select, tables_of
 from benchmarks.runner import RESULTS, Cell, find, read
-from benchmarks.tables import OWN
 
 # NOTE: an excess of zero would make a geometric mean zero by one lucky table: floor at 0.02 points.
 _FLOOR = 0.02
@@ -234,34 +233,34 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
-def sections(results: Path) -> Iterator[tuple[str, str]]:
-    """Title and table of everything that there are results of."""
-    every = read(results / "quality.json")
-    if rows := [row for row in every if row["table"] not in OWN]:
-        yield "Regret at stock's calls, percentage points ± standard error", headline(rows)
-        yield "Excess over exhaustive evaluation", excess_table(rows)
-        yield "Budgets", budget_table(rows)
-        yield "Configurations in a round", slice_table(rows, "q")
-        yield "Pools, at the calls of DSPy's light, medium and heavy runs", _pools(rows)
-        yield "Shuffled embeddings", shuffled_table(rows)
-        yield "Few-shot prompts only", headline(rows, few_shot=True)
-    if own := [row for row in every if row["table"] in OWN]:
-        yield "Regret on tables on which nothing was chosen", headline(own)
-        yield "Excess on tables on which nothing was chosen", excess_table(own)
+def sections(results: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, title and table of everything that there are results of."""
+    if rows := read(results / "quality.json"):
+        yield "regret", "Regret at stock's calls, percentage points ± standard error", headline(rows)
+        yield "excess", "Excess over exhaustive evaluation", excess_table(rows)
+        yield "budgets", "Budgets", budget_table(rows)
+        yield "q", "Configurations in a round", slice_table(rows, "q")
+        yield (
+            "pools",
+            "Pools, at the calls of DSPy's light, medium and heavy runs",
+            slice_table(rows, "pool"),
+        )
+        yield "shuffled", "Shuffled embeddings", shuffled_table(rows)
+        yield "few-shot", "Few-shot prompts only", headline(rows, few_shot=True)
+    if rows := read(results / "own.json"):
+        yield "own", "Regret on tables of a small model, on which nothing was chosen", headline(rows)
+        yield "own-excess", "Excess on these tables", excess_table(rows)
     if rows := read(results / "pipelines.json"):
-        yield "Programs of several predictors", pipelines_table(rows)
+        yield "pipelines", "Programs of several predictors", pipelines_table(rows)
     if (path := results / "wallclock.json").exists():
-        yield "Wall-clock time of a compile", wallclock_table(json.loads(path.read_text())["rows"])
+        table = wallclock_table(json.loads(path.read_text())["rows"])
+        yield "wallclock", "Wall-clock time of a compile", table
     if rows := read(results / "proposal.json"):
-        yield "Four asks", proposal_table(rows)
+        yield "proposal", "Four asks", proposal_table(rows)
     if rows := read(results / "scale.json"):
-        yield "A proposal of four, CPU time and peak memory over the imports", scale_table(rows)
+        yield "scale", "A proposal of four, CPU time and peak memory over the imports", scale_table(rows)
     if rows := read(results / "enumeration.json"):
-        yield "Local search against full enumeration", enumeration_table(rows)
-
-
-def _pools(rows: list[Cell]) -> str:
-    return slice_table(rows, "pool")
+        yield "enumeration", "Local search against full enumeration", enumeration_table(rows)
 
 
 def main() -> None:
@@ -270,7 +269,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--no-plots", action="store_true", help="tables only: no matplotlib")
     arguments = parser.parse_args()
-    for title, table in sections(arguments.results):
+    for _, title, table in sections(arguments.results):
         if table.count("\n") > 1:
             print(f"### {title}\n\n{table}\n")
     if not arguments.no_plots:

@@ -206,7 +206,7 @@ def result_files(folder: Path) -> None:
 def test_report_of_a_small_file(tmp_path: Path) -> None:
     """Ratios, shares, slices and differences are those of the rows."""
     result_files(tmp_path)
-    text = dict(report.sections(tmp_path))
+    text = {title: table for _, title, table in report.sections(tmp_path)}
     assert "| t one | 4.00 ± 0.50 | 2.00 ± 0.50 | 1.00 ± 0.50 | 0.00 |" in next(iter(text.values()))
     assert "| geometric mean, per-example tables | 0.50 | 0.25 |" in text["Excess over exhaustive evaluation"]
     assert "| t one | search-qei | 6.00 ± 0.50 | 1.00 ± 0.50 | 0.70 |" in text["Budgets"]
@@ -270,7 +270,7 @@ def scale_rows() -> list[dict[str, Any]]:
 def test_scale_table_has_slopes(tmp_path: Path) -> None:
     """On a log-log plot the square root has slope 1/2, a constant 0; the picture is drawn."""
     (tmp_path / "scale.json").write_text(json.dumps(scale_rows()))
-    ((_, table),) = report.sections(tmp_path)
+    ((_, _, table),) = report.sections(tmp_path)
     lines = table.splitlines()
     assert lines[2].startswith("| 10^2 | 3.16 s, 100 MB |")
     assert lines[2].endswith("| 0.50 |")
