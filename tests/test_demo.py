@@ -111,6 +111,8 @@ def test_demo_compiles_and_saves(
     state = json.loads(path.read_text())
     assert prompt_of(state["signature"]["instructions"]) in recording.pool
     assert str(path) in screen
+    assert str(path.with_suffix(".html")) in screen
+    assert path.with_suffix(".html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("sampler", ["qei", "random"])
@@ -192,7 +194,8 @@ def test_bad_command_lines_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
         (["--sampler", "stock", "--calls", "900"], "--calls 900"),
         (["--compare", "--calls", "900"], "--calls 900"),
         (["--replay", "--task", "words"], "--task"),
-        (["--replay", "--proposals", "adaptive"], "proposals='adaptive'"),
+        (["--replay", "--proposals", "adaptive"], "--proposals adaptive"),
+        (["--replay", "--calls", "5"], "--calls 5 is too few"),
         (["--model", "openai/x", "--prompt-model", "openai/y"], "--prompt-model"),
         (["--latency", "1"], "--latency"),
         (["--model", "local:missing.gguf"], "missing.gguf"),

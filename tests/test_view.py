@@ -31,10 +31,12 @@ from tasks import FEW_SHOT, SMALL_RUN, SMALL_RUN_CALLS, TRAIN, VAL, Counted, Pla
 
 from mpromptune import MIPROv2
 from mpromptune.engine.arguments import resolve
+from mpromptune.engine.options import SearchOptions
 from mpromptune.execution.attempts import Load
 from mpromptune.execution.interrupts import handled
 from mpromptune.execution.limits import Budget, Limits
 from mpromptune.execution.usage import StepUsage, Usage
+from mpromptune.mipro.checks import check_embedder
 from mpromptune.show.closing import closing
 from mpromptune.show.progress import Progress, Standing
 from mpromptune.show.screens import Lines, Notebook, Terminal, choose
@@ -247,6 +249,27 @@ def test_five_lines_end_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_end_says_what_was_not_reached(changes: dict[str, Any], label: str, text: str) -> None:
     """No gain, no baseline, or a limit."""
     assert dict(closing(findings(**changes), 1.0))[label].startswith(text)
+
+
+def test_a_command_names_its_own_next_step() -> None:
+    """The last line is then what the user of the command can type."""
+    assert closing(findings(), 1.0, "mpromptune report run.log")[-1] == ("Next", "mpromptune report run.log")
+
+
+@pytest.mark.parametrize(
+    ("embedder", "titles"), [("none/of this name", ["Loading"]), ("index", []), (hashed, [])], ids=str
+)
+def test_loading_the_embedding_model_is_a_step(
+    monkeypatch: pytest.MonkeyPatch, embedder: Any, titles: list[str]
+) -> None:
+    """It is shown before it begins, unless there is no model to load."""
+    monkeypatch.delitem(sys.modules, "sentence_transformers", raising=False)
+    monkeypatch.setattr(SearchOptions, "made_sampler", lambda *_: None)
+    view = view_on(screen=None)
+    check_embedder(SearchOptions(embedder=embedder), view, Planner())
+    assert [bar.title for bar in view.bars] == titles
+    assert all(bar.ended for bar in view.bars)
+    view.close()
 
 
 def test_a_terminal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

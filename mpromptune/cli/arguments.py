@@ -19,6 +19,12 @@ def output_console() -> Console:
     return Console(file=sys.stdout)
 
 
+def announce(text: str) -> None:
+    """Say on the standard error what takes a while, before it begins."""
+    sys.stderr.write(f"mpromptune: {text}\n")
+    sys.stderr.flush()
+
+
 def add_output(command: argparse.ArgumentParser, what: str, default: str, kind: Any) -> None:
     """Add ``--output`` for ``what``."""
     text = f"where to save {what} (default: ./{default})"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,8 @@ class _Resuming(Interceptor):
                 "compile is called with dry_run=True, which only estimates. Remove it."
             )
         self.standing = read_standing(options.storage, options.study_name)
+        if isinstance(options.storage, str | os.PathLike):
+            self.next_step = f"mpromptune report {shlex.quote(str(options.storage))}"
 
     def on_estimate(self, estimate: Callable[[], Estimate]) -> None:
         assert self.standing is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mpromptune.cli.arguments import add_output, amount, output_console, positive, program_file
+from mpromptune.cli.arguments import add_output, amount, announce, output_console, positive, program_file
 from mpromptune.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--calls", type=positive, help="program calls to spend (default: as many as DSPy)")
     demo.add_argument("--latency", type=amount, help=f"mean seconds of a replayed call (default: {_LATENCY})")
     add_output(demo, "the program", "mpromptune-demo.json", program_file)
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, announces=True)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -74,7 +74,10 @@ def _demo(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("num_threads", "seed", "calls", "proposals")}
     samplers = list(dict.fromkeys([args.sampler, *([STOCK] if args.compare else [])]))
     if STOCK in samplers and args.calls is not None:
-        raise InvalidArgumentError(f"--calls {args.calls} needs a sampler; DSPy's own search sets its own.")
+        raise InvalidArgumentError(
+            f"--calls {args.calls} has no effect on DSPy's own search, which sets its own number. Leave out "
+            "--calls, or both --compare and --sampler stock."
+        )
     run_demo(_task(args), output_console(), args.output, samplers=samplers, **options)
 
 
@@ -89,6 +92,7 @@ def _task(args: argparse.Namespace) -> Task:
 
         return replay_task(_LATENCY if args.latency is None else args.latency)
     if is_local:
+        announce("Loading the local model; the first time it is converted, which takes up to a minute")
         from mpromptune.demo.sorting import sorting_task
 
         return sorting_task(args.task or "words", args.model or "local:smollm2", args.prompt_model)

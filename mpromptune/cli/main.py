@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpromptune
-from mpromptune.cli.arguments import add_output, amount, output_console, positive, program_file
+from mpromptune.cli.arguments import add_output, amount, announce, output_console, positive, program_file
 from mpromptune.cli.demo import DEMO, add_demo
 from mpromptune.errors import (
     InvalidArgumentError,
@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
+        if getattr(args, "announces", False) or (sys.stderr is not None and sys.stderr.isatty()):
+            announce("Loading DSPy")
         with _quiet_libraries(), _any_text():
             args.run(args)
         return 0

@@ -7,7 +7,7 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpromptune.errors import InvalidArgumentError
+from mpromptune.mipro.estimate import Interceptor, intercepting
 from mpromptune.mipro.optimizer import MIPROv2
 
 STOCK = "stock"
@@ -102,6 +103,10 @@ class DemoMIPROv2(MIPROv2):
         return {i: [own, *sorted(others)] for i, (own, *others) in proposed.items()}
 
 
+class _Announced(Interceptor):
+    next_step = "the prompts, the test and the report, below"
+
+
 def run_demo(
     task: Task,
     console: Console,
@@ -113,60 +118,68 @@ def run_demo(
     calls: int | None = None,
     proposals: str = "fixed",
 ) -> list[DemoResult]:
-    """Compile a task, save the winner, and print the settings and the results.
+    """Compile a task, save the winner and its report, and print the settings and the results.
 
     Args:
         task: The task.
         console: The console to print on.
-        output: The file in which the program of the first sampler is saved.
+        output: The .json file in which the program of the first sampler is saved; the report is next to it.
         samplers: A compile for each: ``"qei"``, ``"tpe"``, ``"gp"``, ``"random"``, or ``"stock"`` for DSPy's
             own search.
         num_threads: Program calls made at the same time.
         seed: Seed of each compile.
-        calls: Program calls to spend; by default as many as DSPy.
+        calls: Program calls to spend, by default as many as DSPy; without effect on DSPy's own search.
         proposals: ``"adaptive"`` also writes candidates during the search, for ``"qei"`` only.
 
     Returns:
         The result of each compile.
 
     Raises:
-        InvalidArgumentError: DSPy's own search was given a number of calls, or nothing can write candidates.
+        InvalidArgumentError: Options of the command do not go together, or there are too few calls.
     """
+    _check(task, samplers[0], calls, proposals)
     options: dict[str, Any] = {"max_calls": calls}
     if proposals != "fixed":
-        if task.proposers == () or samplers[0] != "qei":
-            raise InvalidArgumentError(
-                f"proposals={proposals!r} needs a model that runs and sampler='qei'; got {task.title!r} and "
-                f"sampler {samplers[0]!r}."
-            )
         options |= {"proposals": proposals, "proposers": task.proposers}
-    if STOCK in samplers and calls is not None:
-        raise InvalidArgumentError(f"calls={calls} needs a sampler; DSPy's own search sets its own.")
     budget = f"{calls} program calls" if calls else "the calls DSPy's own search would spend"
     search = ("Search", f"sampler {' and '.join(samplers)}, {num_threads} threads, {budget}")
     console.rule(task.title, align="left")
     grid = Table.grid(padding=(0, 2))
     _print_rows(console, grid, [*task.notes, search])
     console.rule()
-    with warnings.catch_warnings(), dspy.context(adapter=task.adapter or dspy.settings.adapter):
+    with (
+        warnings.catch_warnings(),
+        dspy.context(adapter=task.adapter or dspy.settings.adapter),
+        intercepting(_Announced()),
+    ):
         # Our language models have the interface of DSPy 3.2, which DSPy 3.4 deprecates.
         warnings.filterwarnings("ignore", message=".*scheduled for removal in", category=DeprecationWarning)
         warnings.simplefilter("ignore", ExperimentalWarning)
-        results = [_compiled(task, console, sampler, num_threads, seed, options) for sampler in samplers]
-        own = _test_score(task, task.program, num_threads)
-    results[0].program.save(str(output))
-    if task.adapter is not None:
-        for name, program in ("baseline", task.program), ("winner", results[0].program):
-            console.print(Panel(_prompt(task, program), title=f"Prompt of the {name}", title_align="left"))
-    _print_results(task, console, samplers, results, own)
-    console.print(
-        f"Compiled program saved to {output.absolute()}", soft_wrap=True, highlight=False, markup=False
-    )
+        results = [_compiled(task, sampler, console, num_threads, seed, options) for sampler in samplers]
+        own, *tested = _tested(task, console, [task.program, *(r.program for r in results)], num_threads)
+    results = [replace(result, test_score=score) for result, score in zip(results, tested, strict=True)]
+    _print_outcome(task, console, samplers, results, own)
+    _save(console, results, samplers, output)
     return results
 
 
+def _check(task: Task, sampler: str, calls: int | None, proposals: str) -> None:
+    """Check in the words of the command what a compile would refuse in those of its options."""
+    if proposals != "fixed" and (task.proposers == () or sampler != "qei"):
+        raise InvalidArgumentError(
+            f"--proposals {proposals} needs --sampler qei and a model that runs; got --sampler "
+            f"{sampler} and the task {task.title!r}."
+        )
+    least = 2 * len(task.valset)  # of the winner and the baseline, which `confirm` measures in full
+    if calls is not None and calls < least:
+        raise InvalidArgumentError(
+            f"--calls {calls} is too few: measuring the prompts before and after on all {len(task.valset)} "
+            f"validation examples takes {least}. Pass --calls {2 * least} or more."
+        )
+
+
 def _compiled(
-    task: Task, console: Console, sampler: str, num_threads: int, seed: int, options: dict[str, Any]
+    task: Task, sampler: str, console: Console, num_threads: int, seed: int, options: dict[str, Any]
 ) -> DemoResult:
     config: dict[str, Any] = {"sampler": sampler, "confirm": True, **options}
     if sampler == "qei":
@@ -189,8 +202,7 @@ def _compiled(
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         data: dict[str, Any] = {"trainset": task.trainset, "valset": task.valset}
         best = optimizer.compile(task.program, **data, **task.compile_arguments)
-    seconds = time.monotonic() - began
-    return DemoResult(best, *_scores(best), seconds, _test_score(task, best, num_threads))
+    return DemoResult(best, *_scores(best), time.monotonic() - began)
 
 
 def _scores(best: Any) -> tuple[float, float, int]:
@@ -206,10 +218,14 @@ def _scores(best: Any) -> tuple[float, float, int]:
     )
 
 
-def _test_score(task: Task, program: dspy.Module, num_threads: int) -> float | None:
-    """The score of a program on the test set in percent."""
+def _tested(
+    task: Task, console: Console, programs: Sequence[dspy.Module], num_threads: int
+) -> list[float | None]:
+    """The scores of programs on the test set in percent; None without one."""
     if not task.testset:
-        return None
+        return [None] * len(programs)
+    calls = len(programs) * len(task.testset)
+    console.print(f"Testing {len(programs)} programs on {len(task.testset)} examples: {calls} program calls")
     evaluate = dspy.Evaluate(
         devset=task.testset,
         metric=task.metric,
@@ -218,7 +234,7 @@ def _test_score(task: Task, program: dspy.Module, num_threads: int) -> float | N
         max_errors=len(task.testset),
     )
     with dspy.context(lm=task.lm):
-        return float(evaluate(program).score)
+        return [float(evaluate(program).score) for program in programs]
 
 
 def _prompt(task: Task, program: dspy.Module) -> Text:
@@ -229,10 +245,13 @@ def _prompt(task: Task, program: dspy.Module) -> Text:
     return Text("\n\n".join(str(message["content"]) for message in messages))
 
 
-def _print_results(
+def _print_outcome(
     task: Task, console: Console, samplers: Sequence[str], results: Sequence[DemoResult], own: float | None
 ) -> None:
-    """Print a column for each sampler."""
+    """Print the prompts before and after, and a column of figures for each sampler."""
+    if task.adapter is not None:
+        for name, program in ("baseline", task.program), ("winner", results[0].program):
+            console.print(Panel(_prompt(task, program), title=f"Prompt of the {name}", title_align="left"))
     n, m = len(task.valset), len(task.testset)
     rows = [
         (f"Baseline, {n} validation examples", [f"{result.baseline_score:.2f} %" for result in results]),
@@ -248,6 +267,20 @@ def _print_results(
     ]
     table = Table("", *samplers, show_header=len(samplers) > 1)
     _print_rows(console, table, [(label, *texts) for label, texts in rows if texts])
+
+
+def _save(console: Console, results: Sequence[DemoResult], samplers: Sequence[str], output: Path) -> None:
+    """Save the program of the first sampler and the report of its search, and print where they are."""
+    program = results[0].program
+    program.save(str(output))
+    lines = [f"Program  {output.absolute()}"]
+    if hasattr(program, "search_result"):
+        lines.append(f"Report   {program.search_result.report(output.with_suffix('.html').absolute())}")
+        lines.append("Next     open the report in a browser")
+        if STOCK not in samplers:
+            lines[-1] += '; with --compare (make demo ARGS="--compare") DSPy\'s own search runs beside it'
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_rows(console: Console, table: Table, rows: Sequence[tuple[str, ...]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ from dspy.teleprompt import BootstrapFewShot
 from dspy.teleprompt.mipro_optimizer_v2 import MIPROv2 as StockMIPROv2
 from dspy.teleprompt.utils import get_signature
 
+from mpromptune.engine.options import SearchOptions
 from mpromptune.errors import IncompatibleDSPyError, InvalidArgumentError, require_count
 from mpromptune.mipro.metric import adapted
+from mpromptune.show.view import View
 
 # NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest supported one.
 TESTED_DSPY = ("3.2.0", "3.3.1", "3.4.1")
@@ -199,3 +202,22 @@ def _changed(name: str, expected: Sequence[str]) -> str | None:
     found = [*inspect.signature(getattr(StockMIPROv2, name)).parameters][1:]
     is_known = set(expected[:-1]) <= set(found) if expected[-1] == "..." else [*expected] == found
     return None if is_known else f"{shown} is now {name}({', '.join(found)})"
+
+
+def check_embedder(options: SearchOptions, view: View, program: Any) -> None:
+    """Load the embedding model, if the sampler has one, and embed the instructions of the program.
+
+    Raises:
+        EmbedderUnavailableError: The model cannot be loaded.
+        EmbeddingError: It does not return vectors.
+    """
+    bar = None
+    is_named = options.embedder is None or (isinstance(options.embedder, str) and options.embedder != "index")
+    # Importing sentence-transformers takes longer than loading a model afterwards.
+    if is_named and "sentence_transformers" not in sys.modules and str(options.sampler).lower() == "qei":
+        bar = view.bar("Loading", 1, "embedding model")
+    if check := getattr(options.made_sampler(0), "check_embedder", None):
+        check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
+    if bar is not None:
+        bar.advance()
+        bar.end()

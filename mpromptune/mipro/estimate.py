@@ -147,9 +147,12 @@ class Interceptor:
 
     Attributes:
         options: Options that override those given to the compile.
+        next_step: What to do after the compile, for the live view; None for the lines of code that save its
+            result.
     """
 
     options: Mapping[str, Any] = {}
+    next_step: str | None = None
 
     def on_options(self, options: SearchOptions | None) -> None:
         """Called with the options of a compile; None for DSPy's own search, which has no estimate."""

@@ -33,7 +33,7 @@ from mpromptune.execution.interrupts import handled
 from mpromptune.lms.errors import classify, retry_after
 from mpromptune.mipro import bootstrap, proposal
 from mpromptune.mipro.adaptive import keep_gains, proposers_of
-from mpromptune.mipro.checks import check_arguments, incompatible, require_compatible
+from mpromptune.mipro.checks import check_arguments, check_embedder, incompatible, require_compatible
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
 from mpromptune.mipro.estimate import Estimate, estimate, interceptor
 from mpromptune.mipro.fingerprint import fingerprint
@@ -233,10 +233,9 @@ def _prepare(
         numbers = num_instructions, num_demo_sets
         identity = fingerprint(run.optimizer, program, valset, numbers, arguments, options)
         run.resume(open_study(options.storage, options.study_name), identity)
-    if check := getattr(options.made_sampler(0), "check_embedder", None):
-        check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
     with dspy.context(lm=run.optimizer.task_model), _remote(run, student, valset):
         pass  # this raises an error if something cannot be sent to the workers
+    check_embedder(options, run.view, program)
     run.first = next(((valset, example) for example in plan.first), None)
 
 
@@ -289,11 +288,11 @@ def _remote(run: Run, programs: ProgramSpace, valset: list[Any]) -> Any:
 def _search(
     run: Run, programs: ProgramSpace, score: Any, n_examples: int, proposers: Sequence[Proposer]
 ) -> Any:
+    options = run.options
+    run.view.bar("Searching", run.search_calls, "calls")
     # Imported here because it loads torch, after the bootstrap has shown that the program runs.
     from mpromptune.engine.search import search
 
-    options = run.options
-    run.view.bar("Searching", run.search_calls, "calls")
     ours = {
         "storage": run.storage,
         "callbacks": (_describing(run, programs.program), run.evaluations.on_trial, *options.callbacks),

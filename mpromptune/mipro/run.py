@@ -30,6 +30,7 @@ from mpromptune.lms.guard import Guard
 from mpromptune.lms.metering import Pricing, measured
 from mpromptune.mipro.checkpoint import Checkpoint
 from mpromptune.mipro.configurations import ProgramRunner, ProgramSpace, scorer
+from mpromptune.mipro.estimate import interceptor
 from mpromptune.mipro.fingerprint import Part
 from mpromptune.mipro.metric import CheckedMetric
 from mpromptune.mipro.results import Evaluations
@@ -82,7 +83,8 @@ class Run:
         self.threads = pool = Threads(self.num_threads, options.retry, self.budget.admits)
         self.place = Workplace(None if options.dry_run else options.executor)
         self.metric = CheckedMetric(optimizer.metric, pool.stop)
-        self.view = View(choose if options.verbose else lambda: None, self.budget, lambda: pool.attempts.load)
+        screen, load = choose if options.verbose else lambda: None, lambda: pool.attempts.load
+        self.view = View(screen, self.budget, load, next_step=interceptor().next_step)
         self.evaluations = Evaluations(optimizer.metric)
         self.checkpoint: Checkpoint | None = None
         self.proposer: Any = None

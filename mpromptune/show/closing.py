@@ -14,19 +14,20 @@ from mpromptune.storage.findings import Findings
 _SAVE, _REPORT = 'best.save("best.json")', 'best.search_result.report("report.html")'
 
 
-def closing(findings: Findings, seconds: float) -> list[tuple[str, str]]:
+def closing(findings: Findings, seconds: float, next_step: str | None = None) -> list[tuple[str, str]]:
     """Five lines on a finished search, each with a label.
 
     Args:
         findings: The result.
         seconds: Wall-clock time of all steps.
+        next_step: What to do next; None for the lines of code that save the result.
     """
     return [
         ("Score", _score(findings)),
         ("Certainty", _certainty(findings)),
         ("Winner", analysis.label(findings, findings.best_params)),
         ("Cost", _cost(findings, seconds)),
-        ("Next", _next(findings)),
+        ("Next", next_step or _next(findings)),
     ]
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # the result longer.
 _LAST_FRAME = 5.0
 # The steps of a compile by the titles of their bars.
-STEPS = ("Bootstrapping", "Proposing", "Searching")
+STEPS = ("Loading", "Bootstrapping", "Proposing", "Searching")
 
 
 class Bar:
@@ -100,6 +100,7 @@ class View:
         budget: The usage and its limits.
         load: Returns the load of the steps before the search.
         clock: Returns the time in seconds.
+        next_step: What to do after the compile; None for the lines of code that save its result.
 
     Attributes:
         bars: The steps that have begun.
@@ -112,10 +113,12 @@ class View:
         budget: Budget,
         load: Callable[[], Load],
         clock: Callable[[], float] = time.monotonic,
+        next_step: str | None = None,
     ) -> None:
         self.bars: tuple[Bar, ...] = ()
         self.findings: Findings | None = None
         self._open_screen, self._budget, self._load, self._clock = open_screen, budget, load, clock
+        self._next_step = next_step
         self._search: Progress | None = None
         self._news = threading.Event()
         self._closed = False
@@ -162,7 +165,7 @@ class View:
         """Labelled lines at the end of a compile; empty before, and if it has no result."""
         if self.findings is None or not self._closed:
             return []
-        return closing(self.findings, sum(bar.seconds for bar in self.bars))
+        return closing(self.findings, sum(bar.seconds for bar in self.bars), self._next_step)
 
     @property
     def status(self) -> list[str]:
