@@ -49,6 +49,7 @@ class Batcher(Generic[R, A]):
         self._most = most or size
         self._side_by_side = side_by_side
         self._free = side_by_side
+        self._in_batches = 0
         self._wait = wait
         self._changed = threading.Condition()
         self._queue: list[_Place[R, A]] = []
@@ -86,6 +87,7 @@ class Batcher(Generic[R, A]):
         finally:
             with self._changed:
                 self._free += 1
+                self._in_batches -= len(batch)
                 # After an interrupt, the others are answered by another thread.
                 self._queue[:0] = [place for place in batch if not place.is_done]
                 self._changed.notify_all()
@@ -95,8 +97,11 @@ class Batcher(Generic[R, A]):
         with self._changed:
             while 0 < len(self._queue) < self._size and self._grows():
                 pass
-            n = min(max(self._size, len(self._queue) // self._side_by_side), self._most)
+            # Of all requests, also those that other threads now answer: otherwise batches stay small.
+            share = (len(self._queue) + self._in_batches) // self._side_by_side
+            n = min(max(self._size, share), self._most)
             batch, self._queue = self._queue[:n], self._queue[n:]
+            self._in_batches += len(batch)
             return batch
 
     def _grows(self) -> bool:
