@@ -23,6 +23,8 @@ from typing import Any, ClassVar
 import dspy
 import numpy as np
 
+from benchmarks.report import markdown
+from benchmarks.rows import select
 from benchmarks.runner import RESULTS, Cell, read, run_once
 from benchmarks.wallclock import quiet
 from mpromptune.demo.run import DemoMIPROv2, Task
@@ -138,23 +140,28 @@ def _calls(best: Any) -> int:
     return int(max(log["total_eval_calls_so_far"] for log in best.trial_logs.values()))
 
 
-def summary(rows: list[Cell]) -> str:
-    """A line for each program: test accuracy in percent, mean and standard error over seeds."""
-    lines = [" ".join(f"{name:>16}" for name in ("task", "predictors", "before", *METHODS))]
+def summary(rows: Sequence[Cell]) -> str:
+    """Test accuracy in percent, mean and standard error over seeds; and seconds of the compiles timed."""
+    lines = []
     for task, predictors in product(SORTINGS, PREDICTORS):
-        of = [row for row in rows if (row["task"], row["predictors"]) == (task, predictors)]
-        columns = [[row["before"] for row in of]]
-        columns += [[row["after"] for row in of if row["method"] == method] for method in METHODS]
+        of = select(rows, task=task, predictors=predictors)
+        by = [select(of, method=method) for method in METHODS]
         if of:
-            lines.append(" ".join(f"{text:>16}" for text in (task, predictors, *map(_mean, columns))))
-    return "\n".join(lines)
+            before = _mean([row["before"] for row in of])
+            after = [_mean([row["after"] for row in found]) for found in by]
+            seconds = [str(row.get("seconds", "")) for found in by for row in select(found, seed=0)]
+            seeds = str(len({row["seed"] for row in of}))
+            lines.append([task, str(predictors), seeds, before, *after, " / ".join(seconds)])
+    return markdown(
+        ["task", "predictors", "seeds", "before", *METHODS, f"seconds of {' / '.join(METHODS)}"], lines
+    )
 
 
-def _mean(values: list[float]) -> str:
-    if not values:
-        return "-"
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.1f} ± {error:.1f}"
+def _mean(values: Sequence[float]) -> str:
+    """With the standard error, if there are two or more."""
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
 
 
 def run(groups: Sequence[Sequence[Cell]], measure: Callable[[Cell], Cell], path: Path, jobs: int) -> None:

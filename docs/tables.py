@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import proposals, report, scripted
+from benchmarks import local, proposals, report, scripted
 from benchmarks.runner import RESULTS, read
 
 
@@ -17,6 +17,7 @@ def tables() -> Iterator[tuple[str, str]]:
     yield "scripted", scripted.summary(written)
     yield "over-fixed", proposals.summary(recorded, "fixed")
     yield "over-gepa", proposals.summary(recorded, "gepa")
+    yield "local", local.summary(read(RESULTS / "local.json"))
 
 
 def write(folder: Path) -> None:
