@@ -232,6 +232,19 @@ def as_real(value: Any) -> float:
         return math.nan
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, for the message of another one: class, text, the system's error below it, notes.
+
+    The text has no blank lines, and no full stop at its end.
+    """
+    said = f"{type(error).__name__}: {error}"
+    below = [str(link) for link in causes(error) if isinstance(link, OSError)]
+    if below and below[-1] not in said:  # some clients say only "Connection error."
+        said = f"{said.rstrip(':. ')} ({below[-1]})"
+    text = "\n".join(filter(None, map(str.strip, said.splitlines())))
+    return ". ".join(part.rstrip(":. ") for part in (text, *getattr(error, "__notes__", ())))
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield the error, then its cause or context, and so on."""
     seen: set[int] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -185,6 +186,16 @@ def test_a_model_that_does_not_exist_stops_at_once() -> None:
     with gateway(lambda messages, times: missing) as server, raised:
         _compile(server.lm())
     assert server.requests <= 3 + THREADS
+
+
+def test_an_lm_at_which_nothing_listens_stops_at_once() -> None:
+    """Whichever step asks; the message has the system's reason, the number of requests, and what to do."""
+    lm = dspy.LM("openai/adder", api_base="http://127.0.0.1:9/v1", api_key="k", cache=False, num_retries=0)
+    with pytest.raises(SearchStoppedError, match="refused") as caught:
+        _compile(lm)
+    assert re.search(r"None of the \d requests to openai/adder so far was answered", str(caught.value))
+    assert "storage" not in str(caught.value)
+    assert caught.value.usage.total.lm_calls <= 3 + THREADS
 
 
 class VendorError(Exception):

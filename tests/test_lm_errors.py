@@ -14,9 +14,9 @@ import dspy
 import pytest
 from dspy.utils import exceptions as dspy_errors
 
-from mpromptune.errors import ScoreError
+from mpromptune.errors import ScoreError, reason
 from mpromptune.execution.attempts import Verdict
-from mpromptune.lms.errors import classify, retry_after
+from mpromptune.lms.errors import classify, note_raised_by_lm, retry_after
 
 
 def _sdk_error(module: str, *names: str, **attributes: Any) -> Exception:
@@ -166,6 +166,24 @@ def test_builtin_errors() -> None:
     for timeout in (TimeoutError, futures.TimeoutError, asyncio.TimeoutError):  # three of them in 3.10
         assert classify(timeout()) is Verdict.RETRY
     assert classify(ScoreError("None")) is Verdict.STOP
+
+
+@pytest.mark.parametrize(("is_new", "verdict"), [(True, Verdict.STOP), (False, Verdict.RETRY)])
+def test_no_connection_at_all(is_new: bool, verdict: Verdict) -> None:
+    """At an address that never answered it is final; after an answer it is an outage."""
+    error = _sdk_error("litellm.exceptions", "InternalServerError")
+    error.__cause__ = ConnectionRefusedError(111, "Connection refused")
+    note_raised_by_lm(error, is_new)
+    assert classify(error) is verdict
+
+
+def test_the_reason_of_an_error_is_one_paragraph() -> None:
+    """With the system's reason if the text lacks it, and no full stop, since a sentence follows."""
+    error = RuntimeError("No key.\n\n  To fix:\n    - Set one\n")
+    assert reason(error) == "RuntimeError: No key.\nTo fix:\n- Set one"
+    error = RuntimeError("Connection error.")
+    error.__cause__ = ConnectionRefusedError(111, "Connection refused")
+    assert reason(error) == "RuntimeError: Connection error ([Errno 111] Connection refused)"
 
 
 def test_no_sdk_is_imported() -> None:

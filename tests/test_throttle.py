@@ -101,3 +101,14 @@ def test_refusals_alone_for_too_long_are_an_outage() -> None:
     assert not limiter.refused(limiter.enter(), retry_after=86_400)
     limiter.enter()
     assert clock.now == 0
+
+
+def test_the_reason_of_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """At the third failure in succession; the load has their number until a call is answered."""
+    limiter, _ = throttle()
+    for _ in range(5):
+        limiter.failed(ConnectionResetError("reset by peer"))
+    assert limiter.load.failed == 5
+    assert [record.getMessage().count("reset by peer") for record in caplog.records] == [1]
+    limiter.succeeded()
+    assert limiter.load.failed == 0

@@ -155,6 +155,8 @@ def test_status_while_the_search_runs() -> None:
         "530 LM calls, 12 cache hits, 1.2M tokens, $0.3112 of $5.00",
         "4 of 16 calls in flight, 4 allowed because of rate limits, pausing for 12 s",
     ]
+    failing = view_on(load=replace(FREE, failed=9)).status
+    assert failing[-1] == "8 of 16 calls in flight, 9 failures since the last answer"
 
 
 def test_status_at_the_end() -> None:

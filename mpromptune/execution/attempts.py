@@ -5,6 +5,7 @@ The throttle is own code because no library adapts the number of calls in flight
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -22,13 +23,18 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from mpromptune.errors import reason
 from mpromptune.execution.interrupts import SLICE, Stopped
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 # NOTE: seconds between two checks for a free slot: short compared with an LM call, and only for threads
 # that the throttle holds back.
 _TICK = 0.05
+# NOTE: failures in succession that are worth a line: single failures are usual, and end with the next answer.
+_SEVERAL = 3
 
 
 class Verdict(Enum):
@@ -81,12 +87,14 @@ class Load:
         limit: Most calls in flight now; fewer than ``most`` while a provider refuses calls.
         most: Number of workers.
         pause: Seconds until another call may begin, if a provider asked for a pause.
+        failed: Calls that failed because of the infrastructure since the last answer.
     """
 
     running: int
     limit: int
     most: int
     pause: float = 0.0
+    failed: int = 0
 
 
 class Throttle:
@@ -112,6 +120,7 @@ class Throttle:
         self._limit = float(most)
         self._running = 0
         self._decreases = 0
+        self._failed = 0  # failures since the last success
         self._streak = 0  # decreases since the last success
         self._until = -float("inf")  # end of the pause
         self._since: float | None = None  # time of the first refusal since the last success
@@ -119,7 +128,8 @@ class Throttle:
     @property
     def load(self) -> Load:
         """The calls in flight now, and their limit."""
-        return Load(self._running, int(self._limit), self._most, max(0.0, self._until - self._clock()))
+        pause = max(0.0, self._until - self._clock())
+        return Load(self._running, int(self._limit), self._most, pause, self._failed)
 
     def enter(self) -> int:
         """Wait until a call may begin; `leave` ends it. Return a ticket for `refused`."""
@@ -140,7 +150,19 @@ class Throttle:
         """Note that a call was answered."""
         with self._lock:
             self._limit = min(self._most, self._limit + 1 / self._limit)
-            self._streak, self._since = 0, None
+            self._streak, self._failed, self._since = 0, 0, None
+
+    def failed(self, error: BaseException) -> None:
+        """Note that the infrastructure failed; the reason is logged once until a call is answered."""
+        with self._lock:
+            self._failed += 1
+            is_news = self._failed == _SEVERAL
+        if is_news:
+            logger.warning(
+                "The last %d calls failed because of the infrastructure, and calls are tried again, at most "
+                "%d times each. The reason: %s.",
+                *(_SEVERAL, self._retry.attempts, reason(error)),
+            )
 
     def refused(self, ticket: int, retry_after: float | None = None) -> bool:
         """Note that a call was refused by a rate limit; return whether to try again."""
@@ -220,7 +242,10 @@ class Attempts:
                     raise Stopped
                 result = call()
             except Exception as error:
-                throttled = self._judge(error) is Verdict.THROTTLE
+                verdict = self._judge(error)
+                if verdict is Verdict.RETRY:
+                    self._throttle.failed(error)
+                throttled = verdict is Verdict.THROTTLE
                 if not throttled or not self._throttle.refused(ticket, self._retry_after(error)):
                     raise
             else:

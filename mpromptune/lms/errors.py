@@ -56,6 +56,8 @@ _STATUSES = {
 # DSPy's error for any refused request: the prompt caused it, unless a status says otherwise.
 _ANY_REFUSAL = "LMInvalidRequestError"
 _NOT_FOUND = {"LMUnsupportedModelError", "NotFoundError"}
+# Names of errors of connections that were never made, by sockets and by HTTP clients.
+_UNREACHABLE = {"ConnectionRefusedError", "gaierror", "ConnectError", "ConnectTimeout"}
 # The code of OpenAI, and of compatible providers, for an account without credit; its error is a rate limit.
 _UNPAID = "insufficient_quota"
 # The beginning of the message of all DSPy versions for an answer without text, which has no class of its own.
@@ -72,8 +74,9 @@ _FAILURES = "mpromptune_failures"
 def classify(error: BaseException) -> Verdict:
     """The verdict on an error: infrastructure errors and rate limits are retried, a wrong LM setup stops.
 
-    An unknown error is judged by its causes. If these are unknown too, it is one of the infrastructure if it
-    was raised below a language model, and one of the candidate otherwise.
+    An address to which no connection was ever made is a wrong setup. An unknown error is judged by its
+    causes. If these are unknown too, it is one of the infrastructure if it was raised below a language model,
+    and one of the candidate otherwise.
     """
     if any(phrase in str(error) for phrase in _UNSENDABLE):
         return Verdict.CANDIDATE
@@ -85,6 +88,8 @@ def classify(error: BaseException) -> Verdict:
         verdict = _verdict(link, names, below)
         if verdict is Verdict.STOP and mark is False and (_status(link) == 404 or _NOT_FOUND & {*names}):
             return Verdict.RETRY  # from a gateway, because the model was found before
+        if verdict is Verdict.RETRY and mark and _is_unreachable(link):
+            return Verdict.STOP  # nothing has ever been at this address
         if verdict is not None:
             return verdict
     return Verdict.RETRY if below else Verdict.CANDIDATE
@@ -117,6 +122,11 @@ def _package(cls: type) -> str:
 def _is_providers(error: BaseException) -> bool:
     """Whether the class of an error shows that it was raised below a language model."""
     return "LMError" in _names(error) or any(_package(cls) in _PROVIDERS for cls in type(error).__mro__)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether no connection could be made."""
+    return any(cls.__name__ in _UNREACHABLE for link in causes(error) for cls in type(link).__mro__)
 
 
 def _is_empty(error: BaseException) -> bool:
@@ -176,15 +186,18 @@ def note_failed(error: Exception, asked: Any = None) -> None:
         failures.append((asked, error))
 
 
-def note_raised_by_lm(error: Exception, is_new: bool, asked: Any = None) -> None:
+def note_raised_by_lm(error: Exception, is_new: bool, asked: Any = None, advice: str = "") -> None:
     """Mark the error of a request to an LM.
 
     Args:
         error: The error that the LM raised.
         is_new: Whether the LM has not answered any request yet, so that its name or address may be wrong.
         asked: The messages.
+        advice: What to do about it, for messages and tracebacks.
     """
     vars(error)[_RAISED_BY_LM] = is_new
+    if advice:
+        vars(error)["__notes__"] = [advice]  # `add_note` of Python 3.11
     note_failed(error, asked)
 
 

@@ -24,8 +24,9 @@ from mpromptune.lms.metering import Pricing, Relay, measured, meter_of_requests,
 
 logger = logging.getLogger(__name__)
 
-# NOTE: number of failures before its first answer after which a "not found" error of an LM is final: a
-# gateway that fails on one request in ten does so three times at the start of one run in a thousand.
+# NOTE: number of failures before its first answer after which an LM that is not found, or not connected to, is so
+# for good: a gateway that fails on one request in ten does so three times at the start of one run in a
+# thousand.
 _FIRST_FAILURES = 3
 # NOTE: age of a request in seconds after which equal requests stop waiting for it; most clients time out
 # earlier.
@@ -36,6 +37,10 @@ _UNSEEN = (
     "own, these calls are not counted, paced or stopped: max_tokens, max_cost and requests per minute do not "
     "hold. Start such threads with dspy.Parallel, or in a copy of the context: "
     "executor.submit(contextvars.copy_context().run, function, ...)."
+)
+
+_NEVER_ANSWERED = (
+    "None of the {} requests to {} so far was answered: check the name of the model, its api_base and its key"
 )
 
 # The end of a request: its error or None, and whether it was answered.
@@ -60,6 +65,7 @@ class Guard(BaseCallback):
         stopped: Set when no further request may be sent.
         pace: Limits per minute, if there are any.
         spares: Whether programs that began within the limits may finish; the time limit still holds.
+        answered: The LMs that have answered a request.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -67,6 +73,7 @@ class Guard(BaseCallback):
     stopped: threading.Event = field(default_factory=threading.Event)
     pace: Pace | None = None
     spares: bool = False
+    answered: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._outer: Guard | None = None
@@ -74,7 +81,6 @@ class Guard(BaseCallback):
         self._requests: dict[str, Generator[None, _End, None]] = {}
         self._uncached: set[str] = set()  # LMs whose answers are not cached after all
         self._charging: set[str] = set()  # LMs that have reported tokens
-        self._answered: set[str] = set()
         self._failures: Counter[str] = Counter()  # number of failures of LMs without an answer so far
 
     @contextmanager
@@ -136,7 +142,7 @@ class Guard(BaseCallback):
             self.check()
             with dspy.context(usage_tracker=relay):
                 error, answered = yield
-            self._judge(kind, inputs.get("messages"), error, answered)
+            self._judge(lm, inputs.get("messages"), error, answered)
             used = self._usage(lm, relay, inputs, answered, cacheable)
             if used.tokens:
                 self._charging.add(kind)
@@ -151,17 +157,20 @@ class Guard(BaseCallback):
                 elif ticket is not None:
                     self.pace.settle(ticket, 0, requests=0)  # a cache answered
 
-    def _judge(self, kind: str, asked: Any, error: BaseException | None, answered: bool) -> None:
+    def _judge(self, lm: Any, asked: Any, error: BaseException | None, answered: bool) -> None:
         """Note whether the LM answered, and mark its error."""
+        kind, name = _kind(lm), getattr(lm, "model", None) or type(lm).__name__
         if answered:
-            self._answered.add(kind)
+            self.answered.add(kind)
             note_answered(asked)
             return
-        self._failures[kind] += kind not in self._answered
+        self._failures[kind] += kind not in self.answered
         if not isinstance(error, Exception):
             error = CallCancelledError("a request to a language model was cancelled")
-        is_new = kind not in self._answered and self._failures[kind] >= _FIRST_FAILURES
-        note_raised_by_lm(error, is_new, asked)
+        failures = 0 if kind in self.answered else self._failures[kind]
+        is_new = failures >= _FIRST_FAILURES
+        advice = _NEVER_ANSWERED.format(failures, name) if is_new else ""
+        note_raised_by_lm(error, is_new, asked, advice)
 
     def _sleep(self, seconds: float) -> None:
         self.stopped.wait(seconds)

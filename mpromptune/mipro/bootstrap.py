@@ -16,7 +16,7 @@ from typing import Any
 from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
 
 from mpromptune.errors import CallCancelledError
-from mpromptune.execution.attempts import Verdict
+from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
 from mpromptune.execution.interrupts import contained, result_of
 from mpromptune.execution.pool import in_daemon
 from mpromptune.execution.usage import Usage, record
@@ -183,8 +183,9 @@ class SetBootstrap(BootstrapFewShot):
             if not is_counted or classify(error) is Verdict.STOP or errors + 1 >= limit:
                 raise
             errors += 1
-            shown = self.trainset[index], self.metric, error
-            logger.error("Failed to run or to evaluate example %s with %s due to %s.", *shown)
+            if classify(error) not in INFRASTRUCTURE:  # outages are logged where calls are tried again
+                shown = self.trainset[index], self.metric, error
+                logger.error("Failed to run or to evaluate example %s with %s due to %s.", *shown)
             return False
         finally:
             self.error_count, self.max_errors = errors, limit

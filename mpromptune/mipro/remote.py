@@ -54,7 +54,7 @@ def remote_programs(
         yield None
         return
     runner = ProgramRunner(programs, valset, metric, takes_notes=takes_notes)
-    run = _RemoteRunner(runner, guard.pricing, dspy_settings())
+    run = _RemoteRunner(runner, guard.pricing, dspy_settings(), frozenset(guard.answered))
     parts = {"the program": programs, "the validation set": list(valset), "the metric": metric}
     parts.update({f"DSPy's setting {name!r}": value for name, value in run.settings.items()})
     parts["the option 'prices'"] = guard.pricing
@@ -67,13 +67,15 @@ def remote_programs(
 class _RemoteRunner:
     """A runner of programs that is sent to a worker together with DSPy's settings and cache settings."""
 
-    def __init__(self, run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any], answered: frozenset[str]
+    ) -> None:
         self.settings = settings
-        self._run, self._pricing = run, pricing
-        self._guard = Guard(pricing=pricing)
+        self._run, self._pricing, self._answered = run, pricing, answered
+        self._guard = Guard(pricing=pricing, answered=set(answered))
 
     def __reduce__(self) -> Any:
-        return _arrived, (self._run, self._pricing, self.settings, _cache())
+        return _arrived, (self._run, self._pricing, self.settings, self._answered, _cache())
 
     def __call__(self, params: dict[str, Any], example: int) -> float:
         meter = current_meter()
@@ -84,12 +86,16 @@ class _RemoteRunner:
 
 
 def _arrived(
-    run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any], cache: Mapping[str, Any]
+    run: ProgramRunner,
+    pricing: Pricing,
+    settings: Mapping[str, Any],
+    answered: frozenset[str],
+    cache: Mapping[str, Any],
 ) -> _RemoteRunner:
     """Rebuild the runner in a worker; called once in each."""
     if any(getattr(dspy.cache, name) != value for name, value in cache.items()):
         dspy.configure_cache(**cache)
-    return _RemoteRunner(run, pricing, settings)
+    return _RemoteRunner(run, pricing, settings, answered)
 
 
 def dspy_settings() -> dict[str, Any]:

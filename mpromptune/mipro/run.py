@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from mpromptune.engine.options import SearchOptions
-from mpromptune.errors import SearchInterrupted, SearchStoppedError
+from mpromptune.errors import SearchInterrupted, SearchStoppedError, reason
 from mpromptune.execution.attempts import INFRASTRUCTURE, Attempts, RetryPolicy, Verdict
 from mpromptune.execution.interrupts import Stopped, check_stopped, interrupted, is_over, result_of, stoppable
 from mpromptune.execution.limits import SEARCH, Budget
@@ -182,14 +182,21 @@ class Run:
                 raise self._failure
         except Exception as error:
             if error is self._failure or classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
-                raise _stopped(name, error) from error
+                raise self._stopped(name, error) from error
             raise
         except Stopped as stop:
             if self._failure is not None:
-                raise _stopped(name, self._failure) from self._failure
+                raise self._stopped(name, self._failure) from self._failure
             if self.budget.reached is None:
                 raise
             raise self.budget.used_up(f"in the {name} step, before the search began") from stop
+
+    def _stopped(self, step: str, error: BaseException) -> SearchStoppedError:
+        kept = "" if self.checkpoint is None else ": what is in the storage is not paid for twice"
+        return SearchStoppedError(
+            f"The {step} step stopped because of {reason(error)}. When this is repaired, make the same call "
+            f"again{kept}."
+        )
 
     @property
     def _failure(self) -> BaseException | None:
@@ -328,14 +335,6 @@ class FirstScore:
 
     def _keep(self, params: Mapping[str, int], example: int, prediction: Any) -> None:
         self._prediction = prediction
-
-
-def _stopped(step: str, error: BaseException) -> SearchStoppedError:
-    why = f"{type(error).__name__}: {error}".rstrip(":. ")
-    return SearchStoppedError(
-        f"The {step} step stopped because of {why}. When this is repaired, make the same call again: results "
-        "in a storage are not paid for twice."
-    )
 
 
 def max_errors(own: int | None) -> int:

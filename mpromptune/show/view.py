@@ -233,6 +233,8 @@ def _concurrency(load: Load) -> str:
         words += f", {load.limit} allowed because of rate limits"
     if load.pause >= 1:
         words += f", pausing for {load.pause:.0f} s"
+    if load.failed:
+        words += f", {load.failed} failures since the last answer"
     return words
 
 
