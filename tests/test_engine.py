@@ -90,6 +90,18 @@ def test_a_baseline_that_nothing_beats_is_returned() -> None:
     assert SPACE.row(result.best_params) == best
 
 
+@pytest.mark.parametrize("confirm", [True, False, "auto"])
+@pytest.mark.parametrize(("sampler", "worth"), [("random", 0.0), ("tpe", 1.0), ("qei", 1.0), ("qei", 0.0)])
+def test_of_equal_scores_the_baselines_wins(sampler: str, worth: float, confirm: Any) -> None:
+    """Wherever it is in the space, and whether or not both were measured in full."""
+    given = {"sampler": qEISampler(embedder=letters, seed=0) if sampler == "qei" else sampler}
+    baseline = dict.fromkeys(SPACE.names, 1)
+    given |= {"max_calls": 2 * N + 20, "baseline": baseline, "confirm": confirm}
+    result = run(lambda params, example: worth, **given)
+    assert (result.best_params, result.best_score) == (baseline, worth)
+    assert len(result.configurations) > 1
+
+
 @pytest.mark.parametrize("sampler", ["qei", "QEI", "tpe", "gp", "random", optuna.samplers.QMCSampler(seed=0)])
 def test_every_sampler_spends_the_same_budget(sampler: Any) -> None:
     """By name in any case, or an object; what is left over could finish no configuration."""

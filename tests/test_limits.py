@@ -55,8 +55,16 @@ def test_a_budget_says_which_limit_is_used_up_and_by_how_much() -> None:
     assert budget.admits()
     budget.step("search").add(Usage(completion_tokens=9))
     assert not budget.admits()
-    assert (budget.reached, budget.overspent) == ("max_tokens", 5)
+    assert (budget.reached, str(budget.overspent(None))) == ("max_tokens", "5")
     assert budget.usage.total.tokens == 15
+
+
+def test_what_is_exceeded_counts_even_if_no_call_was_refused() -> None:
+    """A plan that fits its calls to a limit ends before it is reached, and its last calls may exceed it."""
+    budget = Budget(Limits(max_tokens=10, max_cost=1.0))
+    budget.step("search").add(Usage(prompt_tokens=15, cost=1.5))
+    assert budget.reached is None
+    assert [budget.overspent(name) for name in ("max_tokens", "max_cost", None)] == [5, 0.5, 5]
 
 
 def test_time_runs_from_the_beginning() -> None:
@@ -67,7 +75,7 @@ def test_time_runs_from_the_beginning() -> None:
     assert budget.admits()
     clock.sleep(2)
     assert not budget.admits()
-    assert (budget.reached, budget.overspent) == ("max_seconds", 1)
+    assert (budget.reached, budget.overspent("max_seconds")) == ("max_seconds", 1.0)
 
 
 def test_what_is_left_is_reckoned_in_calls() -> None:

@@ -90,11 +90,12 @@ class Summary:
 
     def _of(self, winner: Row, ranked: Sequence[Row], study: Study) -> SearchResult:
         found = _found(study, self.space, self.plan, self.evidence, winner, ranked)
+        limit = self.budget.reached or self.binding
         return replace(
             found,
             usage=self.budget.usage,
-            stopped_by=self.budget.reached or self.binding,
-            overspent=self.budget.overspent,
+            stopped_by=limit,
+            overspent=self.budget.overspent(limit),
             space=self.space,
             distances=self.evidence.encoding.distances(),
             drawn=self.evidence.drawn(),
@@ -140,12 +141,17 @@ def result_of_study(
 def _found(
     study: Study, space: PromptSpace, plan: Plan, evidence: Evidence, winner: Row, ranked: Sequence[Row]
 ) -> SearchResult:
-    """The parts of a result that the scores give; mean scores are predicted if examples are missing."""
+    """The parts of a result that the scores give; mean scores are predicted if examples are missing.
+
+    A winner whose score equals the baseline's is no gain: the baseline is kept.
+    """
 
     def score(row: Row) -> tuple[float, float, float]:
         return (table.mean(row),) * 3 if plan.is_full(row) else evidence.whole_score(row)
 
     table = evidence.table
+    if score(winner)[0] == score(plan.task.baseline)[0]:
+        winner = plan.task.baseline
     best_score, low, high = score(winner)
     proposals = read_proposals(study)
     posterior = zip(*(values.tolist() for values in evidence.posterior(ranked)), strict=True)

@@ -156,10 +156,14 @@ class Budget:
             "call again; what is in a storage is not paid for twice."
         )
 
-    @property
-    def overspent(self) -> float:
-        """By how much the limit that was reached is exceeded, in its unit."""
-        return max(0.0, -self._left(self.meter.total).get(self.reached or "", 0.0))
+    def overspent(self, name: str | None) -> float:
+        """By how much a limit is exceeded, in its unit: a number of tokens is an int.
+
+        Args:
+            name: The limit; None for the first one that is exceeded.
+        """
+        left = self._left(self.meter.total).get(name or self._used_up() or "", 0.0)
+        return type(left)(0) - min(left, 0)
 
     def calls_left(self, told: Usage, calls: int, proposed: Usage | None = None) -> tuple[str, int] | None:
         """The strictest limit, and the number of program calls that it still allows; None without limits.

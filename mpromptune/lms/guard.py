@@ -24,8 +24,8 @@ from mpromptune.lms.metering import Pricing, Relay, measured, meter_of_requests,
 
 logger = logging.getLogger(__name__)
 
-# NOTE: number of failures before its first answer after which an LM that is not found, or not connected to, is so
-# for good: a gateway that fails on one request in ten does so three times at the start of one run in a
+# NOTE: number of failures before its first answer after which an LM that is not found, or not connected to,
+# is so for good: a gateway that fails on one request in ten does so three times at the start of one run in a
 # thousand.
 _FIRST_FAILURES = 3
 # NOTE: age of a request in seconds after which equal requests stop waiting for it; most clients time out

@@ -68,7 +68,11 @@ class _RemoteRunner:
     """A runner of programs that is sent to a worker together with DSPy's settings and cache settings."""
 
     def __init__(
-        self, run: ProgramRunner, pricing: Pricing, settings: Mapping[str, Any], answered: frozenset[str]
+        self,
+        run: ProgramRunner,
+        pricing: Pricing,
+        settings: Mapping[str, Any],
+        answered: frozenset[str] = frozenset(),
     ) -> None:
         self.settings = settings
         self._run, self._pricing, self._answered = run, pricing, answered

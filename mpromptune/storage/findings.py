@@ -60,7 +60,8 @@ class Findings:
         usage: Usage of each step, and ``.total``.
         stopped_by: The limit that ended the search before its program calls were spent:
             ``"max_tokens"``, ``"max_cost"`` or ``"max_seconds"``.
-        overspent: By how much the calls in flight exceeded that limit, in its unit.
+        overspent: By how much that limit, or another one, was exceeded in the end, in its unit: tokens as an
+            int, dollars and seconds as a float.
         space: The texts of the candidates; None if they are not known.
         distances: Component to the squared distances between its candidates in the model; None if texts were
             not embedded.
