@@ -129,6 +129,10 @@ class SearchStoppedError(MPromptuneError, RuntimeError):
         self.usage: Any = None
 
 
+class BrokenMetricError(SearchStoppedError, ScoreError):
+    """A search stopped because of a broken metric: both errors in one; its cause says what is broken."""
+
+
 class SearchInterrupted(KeyboardInterrupt):
     """Ctrl-C stopped a search or a compile; nothing more is spent.
 
@@ -230,6 +234,14 @@ def as_real(value: Any) -> float:
         return float(value)
     except (ArithmeticError, TypeError, ValueError):  # too large; complex; a signalling NaN
         return math.nan
+
+
+def stopped(message: str, cause: BaseException | None, study: object = None) -> SearchStoppedError:
+    """The error for a search that stops because of ``cause``."""
+    kind = BrokenMetricError if isinstance(cause, ScoreError) else SearchStoppedError
+    error = kind(message, study)
+    error.__cause__ = cause
+    return error
 
 
 def reason(error: BaseException) -> str:

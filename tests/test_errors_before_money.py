@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -227,6 +228,8 @@ def test_a_metric_that_fails_ends_the_compile_at_once(
         compiled(lm, metric, threads=threads, init=shots)
     message = str(caught.value)
     assert said in message
+    assert isinstance(caught.value, ScoreError)
+    assert cause is None or f"({Path(__file__).name}, line " in message
     assert "'question': '" in message
     assert 1 <= len(lm.calls) <= threads
     assert caught.value.usage.total.lm_calls == len(lm.calls)

@@ -21,7 +21,7 @@ from mpromptune.engine.result import SearchResult
 from mpromptune.engine.summary import Summary
 from mpromptune.engine.trials import Asked, Running, Trials
 from mpromptune.engine.writing import Writing
-from mpromptune.errors import SearchInterrupted, SearchStoppedError, reason
+from mpromptune.errors import SearchInterrupted, SearchStoppedError, reason, stopped
 from mpromptune.execution.attempts import FAILURES, Verdict
 from mpromptune.execution.interrupts import GRACE, deferred, interrupted, wait_for
 from mpromptune.execution.limits import Budget, patience
@@ -324,9 +324,7 @@ class Loop:
     def _stopped(self, what: str, cause: BaseException | None) -> SearchStoppedError:
         self.workers.stopped.set()
         why = "" if cause is None else f": {reason(cause)}"
-        error = SearchStoppedError(f"The search stopped because of {what}{why}.", self.study)
-        error.__cause__ = cause
-        return error
+        return stopped(f"The search stopped because of {what}{why}.", cause, self.study)
 
     def _closed(self, error: SearchStoppedError) -> SearchStoppedError:
         """The error with the study and the result so far, after closing open trials."""

@@ -7,10 +7,12 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from sysconfig import get_path
 from typing import Any
 
 import dspy
 
+import mpromptune
 from mpromptune.errors import ScoreError
 from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.notes import Noted
@@ -22,6 +24,11 @@ from mpromptune.lms.errors import blame, classify
 _OF_AN_ANSWER = (ValueError, IndexError, ArithmeticError, AssertionError)
 # In messages of errors when nothing was found in an answer, as by ``re.search(...).group()``.
 _NOTHING = "NoneType"
+# Folders of code that is not the user's, wherever it is installed.
+_LIBRARIES = (
+    *(Path(inspect.getfile(package)).parent for package in (mpromptune, dspy)),
+    Path(get_path("stdlib")),
+)
 # NOTE: most characters of an example in a message; enough to recognise it.
 _SHOWN = 500
 # The number of arguments that ``dspy.GEPA`` requires of a metric: the example, the prediction, the trace, the
@@ -66,6 +73,18 @@ def metric_value(value: Any) -> float:
     score = as_score(getattr(value, "score", value))
     feedback = getattr(value, "feedback", None)
     return score if feedback is None else Noted(score, feedback)
+
+
+def _place(error: Exception) -> traceback.FrameSummary:
+    """The innermost line of the user's own that an error went through; the innermost of all without one."""
+    frames = traceback.extract_tb(error.__traceback__)[::-1]
+    return next((frame for frame in frames if not _is_of_a_library(frame.filename)), frames[0])
+
+
+def _is_of_a_library(filename: str) -> bool:
+    path = Path(filename)
+    is_installed = filename.startswith("<frozen") or {"site-packages", "dist-packages"} & {*path.parts}
+    return bool(is_installed) or any(folder in path.parents for folder in _LIBRARIES)
 
 
 class CheckedMetric:
@@ -121,7 +140,7 @@ class CheckedMetric:
             is_mistake = classify(error) is Verdict.CANDIDATE and not is_answers
             if bool(trace) in self._has_worked or not is_mistake:
                 raise
-            where = traceback.extract_tb(error.__traceback__)[-1]
+            where = _place(error)
             message = (
                 f"The metric raised {type(error).__name__} before it had returned anything: {error} "
                 f"({Path(where.filename).name}, line {where.lineno}, in {where.name})."

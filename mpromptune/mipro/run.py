@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from mpromptune.engine.options import SearchOptions
-from mpromptune.errors import SearchInterrupted, SearchStoppedError, reason
+from mpromptune.errors import SearchInterrupted, SearchStoppedError, reason, stopped
 from mpromptune.execution.attempts import INFRASTRUCTURE, Attempts, RetryPolicy, Verdict
 from mpromptune.execution.interrupts import Stopped, check_stopped, interrupted, is_over, result_of, stoppable
 from mpromptune.execution.limits import SEARCH, Budget
@@ -193,10 +193,11 @@ class Run:
 
     def _stopped(self, step: str, error: BaseException) -> SearchStoppedError:
         kept = "" if self.checkpoint is None else ": what is in the storage is not paid for twice"
-        return SearchStoppedError(
+        message = (
             f"The {step} step stopped because of {reason(error)}. When this is repaired, make the same call "
             f"again{kept}."
         )
+        return stopped(message, error)
 
     @property
     def _failure(self) -> BaseException | None:
