@@ -11,20 +11,17 @@ from handmade import BASELINE, DEMOS, INSTRUCTION, OTHER, SPACE, TRIALS, WINNER,
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.show.analysis import (
-    beside_winner,
-    candidate_name,
     chance_of_gain,
     example_scores,
     gain,
     growth,
-    label,
     main_effects,
     never_solved,
     random_in_full,
     random_in_hindsight,
-    title,
 )
 from mpromptune.show.signs import Sign, warning_signs
+from mpromptune.show.words import beside_winner, candidate_name, label, title
 from mpromptune.storage.attributes import PREDICTORS, SETTINGS
 
 NOTHING = {"configurations": (), "study": study_of(())}
@@ -35,24 +32,26 @@ def test_growth_is_the_best_estimate_met_so_far() -> None:
     assert growth(findings()) == [(2, 0.0, 0.3, 1), (4, 0.5, 0.5, 2), (8, 0.75, 0.7, 3), (10, 0.5, 0.7, 3)]
 
 
-# Posterior means 0, 1 and 2 of three configurations that are certain.
-DRAWN = np.array([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+# Posterior means 0, 0.5 and 1 of three configurations that are certain.
+DRAWN = np.array([[0.5, 0.0], [0.0, 0.0], [1.0, 0.0]])
 
 
 def test_random_choice_in_full_is_the_best_of_as_many_as_the_calls_allow() -> None:
-    """Ten calls on four examples measure two configurations: 1 on average, and (1 + 2 + 2) / 3."""
-    assert random_in_full(findings(drawn=DRAWN)) == pytest.approx([1.0, 5 / 3])
+    """Ten calls on four examples measure two configurations: 0.5 on average, and (0.5 + 1 + 1) / 3."""
+    assert random_in_full(findings(drawn=DRAWN)) == pytest.approx([0.5, 5 / 6])
     assert random_in_full(findings()) == []
     # Of two that are alike to the model, the better is expected at std / sqrt(pi) above their mean.
     unknown = np.array([[0.5, 0.1], [0.5, 0.1]])
     assert random_in_full(findings(drawn=unknown)) == pytest.approx([0.5, 0.5 + 0.1 / np.pi**0.5], abs=1e-4)
+    # No mean of scores from 0 to 1 is higher, as 0.9 + 1 / sqrt(pi) would be.
+    assert random_in_full(findings(drawn=np.array([[0.9, 1.0], [0.9, 1.0]])))[1] == 1.0
 
 
 def test_random_choice_in_hindsight_meets_as_many_as_the_search() -> None:
-    """One, two, three, and still three configurations: 1, 5/3 and then the best of all."""
-    assert random_in_hindsight(findings(drawn=DRAWN)) == pytest.approx([1.0, 5 / 3, 2.0, 2.0])
+    """One, two, three, and still three configurations: 0.5, 5/6 and then the best of all."""
+    assert random_in_hindsight(findings(drawn=DRAWN)) == pytest.approx([0.5, 5 / 6, 1.0, 1.0])
     sure_of_less = findings(drawn=np.add(DRAWN, [0.0, 0.3]))
-    assert random_in_hindsight(sure_of_less) == pytest.approx([1.0, 5 / 3, 2.0, 2.0])
+    assert random_in_hindsight(sure_of_less) == pytest.approx([0.5, 5 / 6, 1.0, 1.0])
     assert random_in_hindsight(findings()) == []
 
 
@@ -181,9 +180,18 @@ CHANCE = "The embeddings explain no more than chance"
         ({"configurations": (WINNER, NEAR, BASELINE)}, "flat: 1 configuration "),
         ({}, "Risk of overfitting: the winner scored 75.0 %"),
         ({}, "only 4 examples"),
-        ({}, "gain over the baseline, 50.0 points with a standard error of 28.9 points, may be chance"),
+        # 0.5 with a standard error of 0.29.
+        ({}, "gain may be chance: on the 4 examples that winner and baseline were both measured on"),
         ({"stopped_by": "max_cost"}, "ended by max_cost"),
         ({"best_params": OTHER.params}, "on 2 of 4 validation examples"),
+        (
+            {"configurations": (WINNER, replace(BASELINE, fully=False, scores={0: 0.0}))},
+            "The baseline was measured on 1 of 4 validation examples: its score is an estimate.",
+        ),
+        (
+            {"configurations": (replace(LACKING, fully=False), replace(BASELINE, fully=False))},
+            "winner was measured on 3 of 4 validation examples and the baseline on 4: both scores are est",
+        ),
         ({"configurations": (LACKING, OTHER, BASELINE)}, "means over 3 of 4 validation examples: no config"),
         (
             {"configurations": (replace(LACKING, fully=False), OTHER, BASELINE)},

@@ -197,8 +197,8 @@ def test_a_compile_that_has_ended_is_free(shared: Shared, capsys: pytest.Capture
     assert shared.lm.calls == []
     printed = capsys.readouterr().out
     search = best.search_result
-    assert f"Best so far: {100 * search.best_score:.1f} % on 12 of 12 validation examples" in printed
-    assert f"{search.calls} program calls in all" in printed
+    assert f"Best so far: {100 * search.best_score:.1f} % measured on 12 of 12 examples" in printed
+    assert f"{search.calls} calls of the search in all" in printed
     standing = read_standing(shared.storage)
     assert standing.done == {"bootstrap", "propose"}
     assert standing.calls == search.calls == standing.result.calls

@@ -44,9 +44,9 @@ def test_growth_is_drawn_against_calls(matplotlib: Any) -> None:
     assert trials.get_ydata().tolist() == [0.0, 0.5, 0.75, 0.5]
     assert best.get_xdata().tolist() == [2, 4, 8, 10]
     assert best.get_ydata().tolist() == [0.3, 0.5, 0.7, 0.7]
-    assert list(baseline.get_ydata()) == [0.25, 0.25]
+    assert list(baseline.get_ydata()) == [0.3, 0.3]
     # One that was never scored has none.
-    assert len(plots.plot_growth(findings(baseline_score=float("nan"))).axes[0].lines) == 2
+    assert len(plots.plot_growth(findings(configurations=(WINNER, OTHER))).axes[0].lines) == 2
 
 
 def test_leaders_are_limited(matplotlib: Any) -> None:

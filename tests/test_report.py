@@ -24,7 +24,7 @@ from mpromptune import MIPROv2, PromptSpace, SearchResult, qEISampler, search
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError
 from mpromptune.execution.attempts import RetryPolicy
 from mpromptune.mipro.reading import read_result
-from mpromptune.show import analysis, plots
+from mpromptune.show import plots, words
 from mpromptune.show.page import _svg, render, write_report
 
 
@@ -103,9 +103,10 @@ def test_the_first_screen_answers_five_questions_in_order(page: str) -> None:
     )
     # 0.7 ± 0.03 minus 0.3 ± 0.03: the deviation of the difference is 0.0424, 1.96 times which is 0.0832.
     assert "better than the baseline with a probability of over 99 %." in text
-    assert "The model expects a gain of +40.0 points (95 %: +31.7 to +48.3 points)." in text
+    assert "the model expects a gain of +31.7 to +48.3 points (95 % interval)." in text
     assert "it gains on 2 and loses on 0." in text
-    assert "Risk of overfitting: the winner scored 75.0 %, but the model expects only 70.0 % ± 3.0 %" in text
+    assert "Risk of overfitting: the winner scored 75.0 % on the 4 examples that it was measured on" in text
+    assert "on many new ones the model expects only 70.0 % ± 3.0 %" in text
     assert "What changed? instruction: “Answer &lt;b&gt;slowly&lt;/b&gt;.”" in text
     assert "10 program calls 7 LM calls 1.5000 US dollars" in text
     assert "Measure it on a test set." in text
@@ -134,9 +135,20 @@ def test_the_programs_own_names_and_the_estimate_are_shown(tables: Any, tmp_path
 
 def test_estimates_are_marked_with_their_interval(tables: Any) -> None:
     """A score that was foreseen is never shown like one that was measured."""
-    text = text_of(tables(best_params=OTHER.params, best_score=0.5, best_interval=(0.3, 0.7)))
-    assert "Winner 50.0 % estimate, 95 %: 30.0 to 70.0 % Gain +25.0 points about 1 more of 4 right" in text
-    assert "— winner 2 of 4 50.0 % 30.4 to 69.6 %" in text
+    few = replace(BASELINE, scores={0: 0.0}, fully=False)
+    text = text_of(
+        tables(
+            configurations=(WINNER, OTHER, few),
+            best_params=OTHER.params,
+            best_score=0.5,
+            best_interval=(0.3, 0.7),
+            baseline_interval=(0.1, 0.4),
+        )
+    )
+    assert "Baseline 25.0 % estimate from 1 of 4 examples, 95 %: 10.0 to 40.0 %" in text
+    assert "Winner 50.0 % estimate from 2 of 4 examples, 95 %: 30.0 to 70.0 % Gain +25.0 points a" in text
+    assert "— winner 2 of 4 50.0 % 30.0 to 70.0 %" in text
+    assert "— baseline 1 of 4 25.0 % 10.0 to 40.0 %" in text
     assert "4 of 4 75.0 % measured" in text
 
 
@@ -204,12 +216,10 @@ def test_figures_are_in_the_page(page: str) -> None:
         f"caption-{name}" for name in ("growth", "examples", "leaders", "effects", "map")
     ]
     text = text_of(page)
-    assert (
-        "The configuration with the highest estimate (70.0 %) was first measured after 8 of 10 calls." in text
-    )
-    assert "0 of 3 configurations are within one standard deviation of the winner." in text
+    assert "highest estimate was first measured after 8 of the 10 calls of the search." in text
+    assert "No other configuration is within one standard deviation of the winner." in text
     assert "instruction matters most: 30.0 points from its worst candidate to its best." in text
-    assert "Of 4 examples, no configuration solves 1." in text
+    assert "1 of 4 examples is not solved by any configuration." in text
     assert "#000000" not in page  # which could not be read on a dark page
     assert Checked(render(findings(distances=None))).tags.count("svg") == 4
 
@@ -234,7 +244,7 @@ def test_names_have_no_characters_that_act_or_cannot_be_drawn() -> None:
     text = "指示😀 \x1b[31m \ud83d \u202e"
     changed = findings(space=PromptSpace({**SPACE.components, INSTRUCTION: ["Answer.", text]}))
     name = "“指示😀 \ufffd[31m \ufffd \ufffd”"
-    assert analysis.label(changed, {INSTRUCTION: 1}) == name
+    assert words.label(changed, {INSTRUCTION: 1}) == name
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert name in _svg(plots.plot_leaders(changed), "leaders")

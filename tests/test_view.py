@@ -23,7 +23,7 @@ from clocks import Clock
 from embedders import hashed
 from faults import press_ctrl_c
 from handmade import BASELINE as BASELINE_ROW
-from handmade import findings
+from handmade import WINNER, findings
 from lms import arithmetic_lm
 from rich.console import Console
 from rich.live import Live
@@ -151,7 +151,7 @@ def dspy_is_silent() -> Iterator[None]:
 def test_status_while_the_search_runs() -> None:
     """Estimates in percent with 1.96 deviations, expenses with their limits, calls with what lowers them."""
     assert shown().status == [
-        "best 84.2 ± 3.9 % (95 % interval), baseline 78.5 %, 13 trials",
+        "best 84.2 ± 3.9 %, baseline 78.5 ± 5.9 % (95 %), 13 trials",
         "530 LM calls, 12 cache hits, 1.2M tokens, $0.3112 of $5.00",
         "4 of 16 calls in flight, 4 allowed because of rate limits, pausing for 12 s",
     ]
@@ -159,13 +159,18 @@ def test_status_while_the_search_runs() -> None:
     assert failing[-1] == "8 of 16 calls in flight, 9 failures since the last answer"
 
 
-def test_status_at_the_end() -> None:
-    """What was measured, as `best.score` has it; of fewer examples than all, on how many."""
+def test_a_continued_search_says_what_earlier_runs_have_done() -> None:
+    """Also one that is to make fewer calls than they did, whose bar is full."""
     view = view_on()
-    view.bar("Searching", 1630, "calls")
-    view.on_progress(report(best=replace(BEST, examples=40), finished=True))
+    bar = view.bar("Searching", 60, "calls", earlier=512)
+    view.on_progress(report(finished=True))
     view.close()
-    assert view.status == ["best 86.00 % on 40 examples, baseline 79.00 %, 13 trials", "530 LM calls"]
+    assert view.status == ["13 trials", "530 LM calls", "continued: 512 calls were made in earlier runs"]
+    assert (bar.texts[0], bar.percent) == ("512/512 calls", 100)
+    view.findings = findings(calls=520, usage=StepUsage(search=Usage(530, program_calls=600)))
+    assert dict(view.summary)["Cost"] == (
+        "600 program calls, 530 LM calls in all runs together; in this run: 8 calls of the search and 0:00:00"
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +223,8 @@ def test_five_lines_end_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     drawing, screen = terminal()
     stream, view = io.StringIO(), shown()
-    view.findings = findings(usage=StepUsage(search=Usage(530, prompt_tokens=2000, cost=1.5)))
+    usage = Usage(530, prompt_tokens=2000, cost=1.5, program_calls=12)
+    view.findings = findings(usage=StepUsage(search=usage))
     assert view.summary == []
     drawing.show(view)
     view.close()
@@ -228,7 +234,7 @@ def test_five_lines_end_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         "Score: 25.0 % → 75.0 %, 2 more of 4 right",
         "Certainty: over 99 % sure to be better than your program; 3 doubts in the report",
         "Winner: “Answer <b>slowly</b>.”, no demos",
-        "Cost: 10 program calls, 530 LM calls, 2.0k tokens, $1.50, 0:03:32",
+        "Cost: 12 program calls, 530 LM calls, 2.0k tokens, $1.50, 0:03:32",
         'Next: best.save("best.json"); best.search_result.report("report.html")',
     ]
     drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).splitlines()[-5:]
@@ -237,6 +243,21 @@ def test_five_lines_end_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
     Lines(ascii_only).close(view)
     assert b"Score: 25.0 % \\u2192 75.0 %" in ascii_only.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_closing_lines_are_whole_on_narrow_terminals() -> None:
+    """They are wrapped, and no command is cut."""
+    screen, view = io.StringIO(), shown()
+    view.findings = findings(configurations=(WINNER, replace(BASELINE_ROW, scores={0: 0.0}, fully=False)))
+    view.close()
+    Terminal(Console(file=screen, width=60, force_terminal=True, color_system=None)).close(view)
+    drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
+    assert max(map(len, drawn)) <= 60
+    for command in ('best.save("best.json")', 'best.search_result.report("report.html")', "confirm=True"):
+        assert any(command in line for line in drawn)
+    # 0.3 ± 1.96 times 0.03.
+    said = " ".join(" ".join(drawn).split())
+    assert "Score 25.0 % (estimate from 1 of 4 examples, 95 %: 24.1 to 35.9 %) → 75.0 %, about 2 more" in said
 
 
 @pytest.mark.parametrize(
@@ -330,8 +351,7 @@ def test_lines_begin_and_end_each_step() -> None:
         "Bootstrapping: 6 demo sets",
         "Bootstrapping 6/6 demo sets (100 %) after 0:00:12; 530 LM calls; 8 of 16 calls in flight",
         "Searching: 1630 calls",
-        "Searching 1630/1630 calls (100 %) after 0:10:40; "
-        "best 86.00 %, baseline 79.00 %, 13 trials; 530 LM calls",
+        "Searching 1630/1630 calls (100 %) after 0:10:40; 13 trials; 530 LM calls",
     ]
 
 
@@ -442,7 +462,6 @@ def test_the_same_trials_with_a_view_and_without(monkeypatch: pytest.MonkeyPatch
         ("Proposing", 6, 6, True),
         ("Searching", seen.search_result.calls, SMALL_RUN_CALLS, True),
     ]
-    assert status[0].startswith(f"best {seen.score:.2f} %, baseline ")
     assert status[1].startswith(f"{seen.search_result.usage.total.lm_calls} LM calls, ")
     for heard, best in zip(told, (seen, alone), strict=True):
         assert heard[-1].finished
@@ -495,8 +514,7 @@ def test_without_a_terminal_there_are_plain_lines(capfd: pytest.CaptureFixture[s
     assert lines[0] == "mpromptune: Bootstrapping: 3 demo sets"
     *_, last, score, _, _, _, following = lines
     assert f"Searching {SMALL_RUN_CALLS}/{SMALL_RUN_CALLS} calls (100 %)" in last
-    assert f"best {best.score:.2f} %" in last
-    assert f" → {best.score:.1f} %, " in score
+    assert f" → {best.score:.1f} % (estimate from " in score
     assert following.startswith("mpromptune: Next: best.save(")
 
 

@@ -274,7 +274,7 @@ def _resume(args: argparse.Namespace) -> None:
     program = resume(args.target, _show_standing)
     program.save(str(args.output))
     result = program.search_result
-    print(f"Best: {_best(result)}; {result.calls:,} program calls in all")
+    print(f"Best: {_best(result)}; {result.calls:,} calls of the search in all")
     for one in descents(result):
         print(f"{one.title}: written by {', then '.join(one.proposers)}, {' → '.join(one.names)}")
     print(f"Saved {args.output}")
@@ -297,14 +297,11 @@ def _show_standing(standing: Standing, estimate: Estimate) -> None:
 
 
 def _best(result: SearchResult) -> str:
-    from mpromptune.show.analysis import baseline, unit, winner
+    from mpromptune.show.analysis import baseline, winner
+    from mpromptune.show.words import told
 
-    say = unit(result)
-    best, own = (0 if m is None else len(m.scores) for m in (winner(result), baseline(result)))
-    return (
-        f"{say(result.best_score)} on {best} of {result.n_examples} validation examples "
-        f"(your own program: {say(result.baseline_score)} on {own})"
-    )
+    best, own = (told(result, one) for one in (winner(result), baseline(result)))
+    return f"{best.score} {best.basis}; your own program: {own.score} {own.basis}".rstrip()
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -146,20 +146,23 @@ def _found(
     A winner whose score equals the baseline's is no gain: the baseline is kept.
     """
 
-    def score(row: Row) -> tuple[float, float, float]:
-        return (table.mean(row),) * 3 if plan.is_full(row) else evidence.whole_score(row)
+    def score(row: Row) -> tuple[float, tuple[float, float]]:
+        mean, *interval = [table.mean(row)] * 3 if plan.is_full(row) else evidence.whole_score(row)
+        return mean, (interval[0], interval[1])
 
     table = evidence.table
     if score(winner)[0] == score(plan.task.baseline)[0]:
         winner = plan.task.baseline
-    best_score, low, high = score(winner)
+    best_score, best_interval = score(winner)
+    baseline_score, baseline_interval = score(plan.task.baseline)
     proposals = read_proposals(study)
     posterior = zip(*(values.tolist() for values in evidence.posterior(ranked)), strict=True)
     return SearchResult(
         best_params=space.params(winner),
         best_score=best_score,
-        baseline_score=score(plan.task.baseline)[0],
-        best_interval=(low, high),
+        baseline_score=baseline_score,
+        best_interval=best_interval,
+        baseline_interval=baseline_interval,
         calls=table.calls,
         n_examples=table.n_examples,
         configurations=tuple(

@@ -28,6 +28,7 @@ from mpromptune.mipro import proposal
 from mpromptune.mipro.checkpoint import DemoSets
 from mpromptune.mipro.estimate import demo_numbers
 from mpromptune.mipro.run import Run, Threads, max_errors
+from mpromptune.show.view import BOOTSTRAPPING
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def demo_sets(run: Run, given: Mapping[str, Any]) -> DemoSets:
         kept = None if checkpoint is None else checkpoint.demo_sets()
         is_proposed = checkpoint is not None and checkpoint.instructions() is not None
         number = given["num_fewshot_candidates"]
-        bar = run.view.bar("Bootstrapping", number, "demo sets")
+        bar = run.view.bar(BOOTSTRAPPING, number, "demo sets")
         # DSPy checks student and teacher here, before any call. All random draws are made here too, even if
         # the sets are known.
         build = _prepared(run, given, bar.advance)

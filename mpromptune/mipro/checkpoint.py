@@ -23,6 +23,7 @@ from mpromptune.mipro.fingerprint import Part, differences
 from mpromptune.storage.attributes import ANSWERS, DEMOS, INSTRUCTIONS, RUN, USED
 from mpromptune.storage.damage import CRASHES, list_from, named, readable, reported, usage_from
 from mpromptune.storage.lease import Lease
+from mpromptune.storage.record import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +162,10 @@ class Checkpoint:
         """Save the usage of a step."""
         self._set(f"{USED}:{step}", usage.as_dict())
 
-    def has_scores(self) -> bool:
-        """Whether the search has measured anything."""
+    def n_scores(self) -> int:
+        """Number of scores of the search."""
         with reported(), readable(f"A trial of {named(self.study)}"):
-            return any(trial.intermediate_values for trial in self.study.get_trials(deepcopy=False))
+            return sum(len(recorded.scores) for recorded in read_record(self.study))
 
     # Identity of the run.
 

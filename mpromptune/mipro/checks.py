@@ -17,7 +17,7 @@ from dspy.teleprompt.utils import get_signature
 from mpromptune.engine.options import SearchOptions
 from mpromptune.errors import IncompatibleDSPyError, InvalidArgumentError, require_count
 from mpromptune.mipro.metric import adapted
-from mpromptune.show.view import View
+from mpromptune.show.view import LOADING, View
 
 # NOTE: the releases of `make matrix` (see CONTRIBUTING); the first is the oldest supported one.
 TESTED_DSPY = ("3.2.0", "3.3.1", "3.4.1")
@@ -215,7 +215,7 @@ def check_embedder(options: SearchOptions, view: View, program: Any) -> None:
     is_named = options.embedder is None or (isinstance(options.embedder, str) and options.embedder != "index")
     # Importing sentence-transformers takes longer than loading a model afterwards.
     if is_named and "sentence_transformers" not in sys.modules and str(options.sampler).lower() == "qei":
-        bar = view.bar("Loading", 1, "embedding model")
+        bar = view.bar(LOADING, 1, "embedding model")
     if check := getattr(options.made_sampler(0), "check_embedder", None):
         check(list(dict.fromkeys(p.signature.instructions for p in program.predictors())))
     if bar is not None:

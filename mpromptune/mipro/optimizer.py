@@ -41,6 +41,7 @@ from mpromptune.mipro.remote import remote_programs
 from mpromptune.mipro.results import attach_statistics, forget_statistics, percent
 from mpromptune.mipro.run import Run, wants_traceback
 from mpromptune.show.progress import together
+from mpromptune.show.view import SEARCHING
 from mpromptune.storage.attributes import ESTIMATE, PREDICTORS
 from mpromptune.storage.storage import open_study
 
@@ -289,7 +290,8 @@ def _search(
     run: Run, programs: ProgramSpace, score: Any, n_examples: int, proposers: Sequence[Proposer]
 ) -> Any:
     options = run.options
-    run.view.bar("Searching", run.search_calls, "calls")
+    earlier = 0 if run.checkpoint is None else run.checkpoint.n_scores()
+    run.view.bar(SEARCHING, run.search_calls, "calls", earlier)
     # Imported here because it loads torch, after the bootstrap has shown that the program runs.
     from mpromptune.engine.search import search
 

@@ -27,6 +27,7 @@ from mpromptune.lms.metering import measured
 from mpromptune.mipro.checkpoint import Instructions
 from mpromptune.mipro.run import Run, Threads
 from mpromptune.operators.texts import encodable
+from mpromptune.show.view import PROPOSING
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def instructions(run: Run, given: Mapping[str, Any]) -> Instructions:
         if kept is not None:
             logger.info("The instructions of an interrupted run are used again.")
             number = sum(map(len, kept.values()))
-            run.view.bar("Proposing", number, "instructions").advance(number)
+            run.view.bar(PROPOSING, number, "instructions").advance(number)
             return kept
         proposed = _proposed(run, given)
         if run.checkpoint is not None:
@@ -78,7 +79,7 @@ def _proposed(run: Run, given: Mapping[str, Any]) -> Instructions:
     if run.proposer is None:
         begin(run, program, trainset)
     each = min(number, max(len(demos[0]), 1)) if demos else number
-    bar = run.view.bar("Proposing", each * len(predictors), "instructions")
+    bar = run.view.bar(PROPOSING, each * len(predictors), "instructions")
     proposed: Instructions = run.proposer.propose_instructions_for_program(
         trainset=trainset,
         program=program,

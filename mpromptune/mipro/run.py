@@ -211,7 +211,7 @@ class Run:
         A broken metric ends the compile here. The search uses this score instead of its own call (see
         `with_first`).
         """
-        if self.first is None or (self.checkpoint is not None and self.checkpoint.has_scores()):
+        if self.first is None or (self.checkpoint is not None and self.checkpoint.n_scores()):
             return
         self._first = FirstScore(program, *self.first)
         with measured(self.budget.step(SEARCH)):

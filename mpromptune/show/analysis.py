@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
 
-from mpromptune.model.space import Candidate
 from mpromptune.model.statistics import expected_best
-from mpromptune.storage.attributes import PREDICTORS
+from mpromptune.show.progress import QUANTILE
 from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
-
-_MIPRO_NAME = re.compile(r"^(\d+)_predictor_(instruction|demos)$")
-# Characters that no name is shown with: they would act on a terminal, turn the direction of what follows, or
-# be half of one, which cannot be drawn.
-_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# NOTE: characters in an excerpt of a text, a few words that fit beside a figure; and in the beginning that
-# comes before the difference from another text, one or two words.
-_EXCERPT, _HEAD = 28, 12
 
 
 class Step(NamedTuple):
     """One trial in the course of a search.
 
     Attributes:
-        calls: Program calls up to and including those of this trial.
+        calls: Calls of the search up to and including those of this trial.
         score: Mean of the trial's own scores.
         best: Highest posterior mean, at the end of the search, of the configurations measured so far.
         met: Number of configurations measured so far.
@@ -42,124 +31,9 @@ class Step(NamedTuple):
     met: int
 
 
-def title(findings: Findings, component: str) -> str:
-    """A readable name of a component, with the predictor's name in the program if the study has it."""
-    match = _MIPRO_NAME.match(component)
-    if match is None:
-        return _visible(component)
-    return ", ".join(filter(None, (_predictor(findings, int(match[1])), match[2])))
-
-
-def _visible(text: str) -> str:
-    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def _predictor(findings: Findings, index: int) -> str:
-    """The name of a predictor in its program, without ``.predict``; empty if it is alone and has none."""
-    names: list[str] = findings.study.user_attrs.get(PREDICTORS, [])
-    names = [*map(_visible, names)]
-    short = [name.removesuffix(".predict") for name in names]
-    if index < len(names) and names != ["self"]:  # which is DSPy's name of a program that is a predictor
-        return short[index] if len({*short}) == len(short) else names[index]
-    is_alone = all(component.startswith(f"{index}_predictor_") for component in findings.best_params)
-    return "" if is_alone else f"predictor {index + 1}"
-
-
-def is_compile(findings: Findings) -> bool:
-    """Whether the configurations are those of a DSPy program."""
-    return all(map(_MIPRO_NAME.match, findings.best_params))
-
-
-def label(findings: Findings, params: Mapping[str, int]) -> str:
-    """A configuration in a few words: ``solve: “Think step by step.”, 2 demos``."""
-    parts: dict[str, list[str]] = {}
-    for component, index in params.items():
-        match = _MIPRO_NAME.match(component)
-        group = _predictor(findings, int(match[1])) if match else _visible(component)
-        parts.setdefault(group, []).append(candidate_name(findings, component, index))
-    return "; ".join(f"{group}: {', '.join(words)}".removeprefix(": ") for group, words in parts.items())
-
-
-def beside_winner(findings: Findings, params: Mapping[str, int]) -> str:
-    """A configuration in a few words: only what differs, if it shares candidates with the winner."""
-    others = {name: index for name, index in params.items() if findings.best_params.get(name) != index}
-    is_near = 0 < len(others) < len(params) and params != findings.baseline_params
-    return f"winner, but {label(findings, others)}" if is_near else label(findings, params)
-
-
-def candidate_name(findings: Findings, component: str, index: int, in_short: bool = False) -> str:
-    """A name of a candidate that is unique in its component; ``in_short`` only the number of its demos."""
-    if in_short and findings.space is not None:
-        candidate = findings.space.components[component][index]
-        if not isinstance(candidate, str):
-            return counted(len(candidate), "demo")
-    return _candidate_names(findings, component).get(index, f"no. {index}")
-
-
-def _candidate_names(findings: Findings, component: str) -> dict[int, str]:
-    """Names of candidates by index; empty if the texts are not known."""
-    if findings.space is None or component not in findings.space.components:
-        return {}
-    candidates = findings.space.components[component]
-    names = [_name(c, text) for c, text in zip(candidates, _excerpts(candidates), strict=True)]
-    match, own = _MIPRO_NAME.match(component), (findings.baseline_params or {}).get(component)
-    if match and own is not None and candidates[own]:
-        names[own] = f"own {match[2]}"
-    return dict(enumerate(names))
-
-
-def _name(candidate: Candidate, excerpt: str) -> str:
-    if isinstance(candidate, str):
-        return f"“{excerpt}”"
-    number = counted(len(candidate), "demo")
-    return f"{number} (“{excerpt}”)" if candidate else number
-
-
-def counted(number: int, what: str) -> str:
-    """A number of things in words: ``no demos``, ``1 demo``, ``2 demos``."""
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
-
-
-def _excerpts(candidates: Sequence[Candidate]) -> tuple[str, ...]:
-    """The beginnings of texts; where several begin alike, also what is at their first difference."""
-    texts = (" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates)
-    return _distinct(tuple(map(_visible, texts)))
-
-
-@lru_cache(maxsize=16)  # a page names each candidate many times, and all pairs of texts are compared
-def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
-    found = []
-    for text in texts:
-        alike = [other for other in texts if other != text and other[:_EXCERPT] == text[:_EXCERPT]]
-        differs = max((_first_difference(text, other) for other in alike), default=0)
-        start = text.rfind(" ", 0, max(min(differs, len(text) - _EXCERPT), 0)) + 1
-        end = start + _EXCERPT if len(text) > start + _EXCERPT + _HEAD else len(text)
-        head = f"{text[: text.find(' ', _HEAD)]} … " if start > 2 * _HEAD else "…" if start else ""
-        found.append(f"{head}{text[start:end]}{'…' if end < len(text) else ''}")
-    return tuple(found)
-
-
-def _first_difference(text: str, other: str) -> int:
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)) - 1)
-
-
 def is_share(findings: Findings) -> bool:
     """Whether all scores are between 0 and 1, and so are shown in percent."""
     return all(0 <= s <= 1 for m in findings.configurations for s in m.scores.values())
-
-
-def unit(findings: Findings) -> Callable[[float], str]:
-    """A function that formats a score: in percent, or in the unit of the metric."""
-    formatted: Callable[[float], str] = "{:.1%}".format if is_share(findings) else "{:.4g}".format
-    return lambda score: formatted(score).replace("%", " %") if math.isfinite(score) else "not measured"
-
-
-def points(findings: Findings, sign: str = "+") -> Callable[[float], str]:
-    """A function that formats a difference of scores, by default with its sign: in points, or as `unit`."""
-    if is_share(findings):
-        return lambda difference: f"{100 * difference:{sign}.1f} points"
-    return lambda difference: f"{difference:{sign}.4g}"
 
 
 def winner(findings: Findings) -> Measured | None:
@@ -174,6 +48,23 @@ def baseline(findings: Findings) -> Measured | None:
 
 def _entry(findings: Findings, params: Mapping[str, int] | None) -> Measured | None:
     return next((m for m in findings.configurations if m.params == params), None)
+
+
+def whole_score(findings: Findings, measured: Measured) -> tuple[float, tuple[float, float]]:
+    """The score of a configuration on the whole validation set, and its 95 % interval.
+
+    It is measured, and the interval has no width, or predicted as far as examples are missing.
+    """
+    score, interval = measured.mean if measured.fully else measured.posterior_mean, None
+    if measured.params == findings.best_params:
+        score, interval = findings.best_score, findings.best_interval
+    elif measured.params == findings.baseline_params:
+        score, interval = findings.baseline_score, findings.baseline_interval
+    if measured.fully:
+        return score, (score, score)
+    margin = QUANTILE * measured.posterior_std
+    low, high = interval or (measured.posterior_mean - margin, measured.posterior_mean + margin)
+    return score, (max(low, 0.0), min(high, 1.0)) if is_share(findings) else (low, high)
 
 
 def _compared(findings: Findings) -> tuple[Measured, Measured] | None:
@@ -197,17 +88,6 @@ def gain(findings: Findings) -> tuple[float, float] | None:
     return (fmean(found), stdev(found) / math.sqrt(len(found))) if len(found) > 1 else None
 
 
-def gain_in_examples(findings: Findings) -> str:
-    """The gain as a number of examples, if answers are right or wrong; otherwise empty."""
-    found = findings.best_score - findings.baseline_score
-    if found != found or not {s for m in findings.configurations for s in m.scores.values()} <= {0.0, 1.0}:
-        return ""
-    both = winner(findings), baseline(findings)
-    about = "" if all(m is not None and m.fully for m in both) else "about "
-    right = round(found * findings.n_examples)
-    return f"{about}{abs(right)} {'more' if right >= 0 else 'fewer'} of {findings.n_examples} right"
-
-
 def expected_gain(findings: Findings) -> tuple[float, float] | None:
     """Posterior mean and deviation of the winner's gain over the baseline; None without both.
 
@@ -226,12 +106,6 @@ def chance_of_gain(findings: Findings) -> float | None:
     if found is None:
         return None
     return 1.0 - NormalDist(*found).cdf(0.0) if found[1] else float(found[0] > 0.0)
-
-
-def percent(chance: float) -> str:
-    """A probability in words; never one of 0 or 100 %."""
-    number = "over 99" if chance > 0.99 else "under 1" if chance < 0.01 else f"{100 * chance:.0f}"
-    return f"{number} %"
 
 
 def rivals(findings: Findings) -> list[Measured]:
@@ -274,13 +148,16 @@ def random_in_full(findings: Findings) -> list[float]:
     configuration counts as chance. Plans that drop poor configurations early would do better.
 
     Returns:
-        One value for each full measurement that the search's calls allow; empty if nothing is known of
-        configurations that were not measured.
+        One value for each full measurement that the search's calls allow, within the range of all scores;
+        empty if nothing is known of configurations that were not measured.
     """
-    if findings.drawn is None:
+    scores = [score for m in findings.configurations for score in m.scores.values()]
+    if findings.drawn is None or not scores:
         return []
     draws = min(findings.calls // findings.n_examples, len(findings.drawn))
-    return list(map(float, expected_best(findings.drawn[:, 0], findings.drawn[:, 1], draws)))
+    best = expected_best(findings.drawn[:, 0], findings.drawn[:, 1], draws)
+    # The model's normal distributions go beyond the range in which scores are.
+    return list(map(float, np.clip(best, min(scores), max(scores))))
 
 
 def random_in_hindsight(findings: Findings) -> list[float]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
-from rich.filesize import pick_unit_and_suffix
-
-from mpromptune.show import analysis
+from mpromptune.show import analysis, words
 from mpromptune.show.signs import warning_signs
 from mpromptune.storage.findings import Findings
 
@@ -14,28 +10,32 @@ from mpromptune.storage.findings import Findings
 _SAVE, _REPORT = 'best.save("best.json")', 'best.search_result.report("report.html")'
 
 
-def closing(findings: Findings, seconds: float, next_step: str | None = None) -> list[tuple[str, str]]:
+def closing(
+    findings: Findings, seconds: float, next_step: str | None = None, earlier: int = 0
+) -> list[tuple[str, str]]:
     """Five lines on a finished search, each with a label.
 
     Args:
         findings: The result.
         seconds: Wall-clock time of all steps.
         next_step: What to do next; None for the lines of code that save the result.
+        earlier: Number of the search's calls that earlier runs have made.
     """
     return [
         ("Score", _score(findings)),
         ("Certainty", _certainty(findings)),
-        ("Winner", analysis.label(findings, findings.best_params)),
-        ("Cost", _cost(findings, seconds)),
+        ("Winner", words.label(findings, findings.best_params)),
+        ("Cost", _cost(findings, seconds, earlier)),
         ("Next", next_step or _next(findings)),
     ]
 
 
 def _score(findings: Findings) -> str:
-    say = analysis.unit(findings)
-    gained = analysis.gain_in_examples(findings)
+    both = [words.told(findings, one) for one in (analysis.baseline(findings), analysis.winner(findings))]
+    scores = [f"{one.score} ({one.basis})" if one.interval else one.score for one in both]
+    gained = words.gain_in_examples(findings)
     about = f", {gained}" if gained else f" on {findings.n_examples} validation examples"
-    return f"{say(findings.baseline_score)} → {say(findings.best_score)}{about}"
+    return f"{' → '.join(scores)}{about}"
 
 
 def _certainty(findings: Findings) -> str:
@@ -45,39 +45,29 @@ def _certainty(findings: Findings) -> str:
     elif chance is None:
         text = "not known: winner and baseline were not both measured"
     else:
-        text = f"{analysis.percent(chance)} sure to be better than your program"
+        text = f"{words.percent(chance)} sure to be better than your program"
     if number := len(warning_signs(findings)):
-        text += f"; {analysis.counted(number, 'doubt')} in the report"
+        text += f"; {words.counted(number, 'doubt')} in the report"
     return text
 
 
-def _cost(findings: Findings, seconds: float) -> str:
+def _cost(findings: Findings, seconds: float, earlier: int) -> str:
     used = findings.usage.total
-    parts = [f"{findings.calls:,} program calls", f"{used.lm_calls:,} LM calls"]
+    parts = [f"{used.program_calls:,} program calls", f"{used.lm_calls:,} LM calls"]
     if used.tokens:
-        parts.append(f"{rounded(used.tokens)} tokens")
+        parts.append(f"{words.rounded(used.tokens)} tokens")
     if used.cost:
-        parts.append(dollars(used.cost))
-    return ", ".join([*parts, duration(seconds)])
+        parts.append(words.dollars(used.cost))
+    time = words.duration(seconds)
+    if not earlier:
+        return ", ".join([*parts, time])
+    new = f"{max(findings.calls - earlier, 0):,} calls of the search and {time}"
+    return f"{', '.join(parts)} in all runs together; in this run: {new}"
 
 
 def _next(findings: Findings) -> str:
     if findings.stopped_by is not None:
         return f"{_SAVE}; or raise {findings.stopped_by} and call again"
-    return f"{_SAVE}; {_REPORT}"
-
-
-def rounded(number: int) -> str:
-    """A number in thousands, millions or billions: ``1.2M``."""
-    unit, suffix = pick_unit_and_suffix(number, ["", "k", "M", "G"], 1000)
-    return f"{number / unit:.1f}{suffix}" if suffix else str(number)
-
-
-def dollars(amount: float) -> str:
-    """US dollars, with four decimals below one."""
-    return f"${amount:.2f}" if amount >= 1 or not amount else f"${amount:.4f}"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    return str(timedelta(seconds=int(seconds)))
+    known = analysis.winner(findings), analysis.baseline(findings)
+    advice = "" if all(one is None or one.fully for one in known) else "; for exact scores: confirm=True"
+    return f"{_SAVE}; {_REPORT}{advice}"

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from mpromptune.execution.usage import Usage
 from mpromptune.model.space import Candidate, Gain
-from mpromptune.show.analysis import candidate_name, points, title, unit, winner
+from mpromptune.show.analysis import winner
 from mpromptune.show.progress import QUANTILE
+from mpromptune.show.words import candidate_name, points, title, unit
 from mpromptune.storage.findings import Findings
 
 # Numbers and quotations, in which refusals for the same reason differ.
@@ -124,10 +125,10 @@ def shares(findings: Findings) -> str:
         return ""
     say, scores = unit(findings), list(best.scores.values())
     text = f"On the examples that proposers may see, it scores {say(visible)}, on hidden ones {say(hidden)}"
-    if len(scores) < _FEW:
+    if len(scores) < _FEW or variance(scores) == 0:
         return f"{text}."
     n = len(best.scores.keys() & findings.visible)
     margin = QUANTILE * math.sqrt(variance(scores) * (1 / n + 1 / (len(scores) - n)))
     if visible - hidden > margin:
-        return f"{text}: what was written fits the former examples rather than the task."
-    return f"{text}; a difference of up to {points(findings, sign='')(margin)} may be chance."
+        return f"{text}: the written candidates fit the examples that were seen rather than the task."
+    return f"{text}. A difference of up to {points(findings, sign='')(margin)} may be chance."

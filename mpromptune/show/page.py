@@ -7,12 +7,10 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from difflib import SequenceMatcher
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
@@ -21,10 +19,11 @@ from markupsafe import Markup, escape
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.execution.usage import Usage
 from mpromptune.model.space import Candidate
-from mpromptune.show import analysis, descent, plots, signs
+from mpromptune.show import analysis, descent, plots, readings, signs, words
 from mpromptune.show.progress import QUANTILE
+from mpromptune.show.readings import Reading
 from mpromptune.storage.attributes import ESTIMATE
-from mpromptune.storage.findings import Findings, Measured
+from mpromptune.storage.findings import Findings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +33,8 @@ _LISTED = 60
 # NOTE: most words in texts that are compared word by word, which takes quadratic time: about a second for
 # this many.
 _COMPARED_WORDS = 3000
-# NOTE: smallest ratio of difflib for such a comparison; less similar texts are shown one after another.
+# NOTE: smallest share of words that both texts have for such a comparison; less similar texts are shown one
+# after another.
 _ALIKE = 0.6
 
 
@@ -65,22 +65,22 @@ def render(findings: Findings, notes: Sequence[str] = ()) -> str:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters.update(mean=fmean, prose=_prose)
+    environment.filters.update(prose=_prose)
     source = resources.files("mpromptune.show").joinpath("page.html").read_text(encoding="utf-8")
+    figures, missing = _figures(findings)
     return environment.from_string(source).render(
         findings=findings,
         analysis=analysis,
         descent=descent,
         signs=signs,
-        say=lambda score: _prose(analysis.unit(findings)(score)),
-        points=analysis.points(findings),
-        baseline=_score(findings, analysis.baseline(findings), findings.baseline_score),
-        winner=_score(findings, analysis.winner(findings), findings.best_score, findings.best_interval),
+        words=words,
+        points=words.points(findings),
         changes=_changes(findings),
         spent=_spent(findings),
         notes=notes,
         leaders=_leaders(findings),
-        figures=_figures(findings),
+        figures=figures,
+        missing=missing,
         listed=_LISTED,
         quantile=QUANTILE,
     )
@@ -92,23 +92,6 @@ def _prose(sentence: str) -> Markup:
     return Markup(re.sub("`(.+?)`", r"<code>\1</code>", text))
 
 
-def _score(
-    findings: Findings,
-    measured: Measured | None,
-    score: float,
-    interval: tuple[float, float] | None = None,
-) -> dict[str, Any]:
-    """A formatted score, with its 95 % interval if it was not measured on all examples."""
-    say = analysis.unit(findings)
-    if measured is None or measured.fully or score != score:
-        return {"score": say(score), "interval": ""}
-    margin = QUANTILE * measured.posterior_std
-    low, high = interval or (measured.posterior_mean - margin, measured.posterior_mean + margin)
-    if analysis.is_share(findings):
-        low, high = max(low, 0.0), min(high, 1.0)
-    return {"score": say(score), "interval": f"{say(low).removesuffix(' %')} to {say(high)}"}
-
-
 def _changes(findings: Findings) -> list[dict[str, Any]]:
     """The changes from baseline to winner by component, and how its candidate was written."""
     before = findings.baseline_params or findings.best_params
@@ -118,8 +101,8 @@ def _changes(findings: Findings) -> list[dict[str, Any]]:
         candidates = () if findings.space is None else findings.space.components[component]
         origin = descent.descent(findings, component)
         change = {
-            "title": analysis.title(findings, component),
-            "new": analysis.candidate_name(findings, component, new, in_short=True),
+            "title": words.title(findings, component),
+            "new": words.candidate_name(findings, component, new, in_short=True),
             "changed": old != new,
             "pieces": _difference(candidates[old], candidates[new]) if candidates else {},
             "origin": origin,
@@ -135,9 +118,11 @@ def _difference(old: Candidate, new: Candidate) -> dict[str, list[tuple[str, str
         before, after = ([one] if isinstance(one, str) else list(one) for one in (old, new))
         return {"cards": [(mark, text) for mark, texts in _marked(before, after) for text in texts]}
     a, b = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (old, new))
-    if max(len(a), len(b)) > _COMPARED_WORDS or SequenceMatcher(None, a, b).ratio() < _ALIKE:
+    pieces = [] if max(len(a), len(b)) > _COMPARED_WORDS else [*_marked(a, b)]
+    kept = sum(len(texts) for mark, texts in pieces if mark == "kept")
+    if 2 * kept < _ALIKE * (len(a) + len(b)):
         return {"cards": [("removed", old), ("added", new)]}
-    return {"words": [(mark, "".join(texts)) for mark, texts in _marked(a, b)]}
+    return {"words": [(mark, "".join(texts)) for mark, texts in pieces]}
 
 
 def _marked(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
@@ -150,65 +135,64 @@ def _marked(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[str, Seque
 
 
 def _leaders(findings: Findings) -> list[dict[str, Any]]:
-    """The best configurations, and the baseline."""
+    """The best configurations and the baseline: the winner first, then by score."""
     roles = {"winner": findings.best_params, "baseline": findings.baseline_params}
+    leaders = [
+        m for place, m in enumerate(findings.configurations) if place < _LEADERS or m.params in roles.values()
+    ]
+    leaders.sort(key=lambda m: (m.params != findings.best_params, -analysis.whole_score(findings, m)[0]))
     return [
         {
-            "name": analysis.beside_winner(findings, m.params),
+            "name": words.beside_winner(findings, m.params),
             "roles": [role for role, params in roles.items() if params == m.params],
-            "examples": len(m.scores),
-            **_score(findings, m, m.mean if m.fully else m.posterior_mean),
+            "told": words.told(findings, m),
         }
-        for place, m in enumerate(findings.configurations)
-        if place < _LEADERS or m.params in roles.values()
+        for m in leaders
     ]
 
 
 def _spent(findings: Findings) -> dict[str, Any]:
-    """Usage and estimate of each step, and the duration of the search."""
+    """Usage and estimate of each step, in their order, and the duration of the search."""
     planned = {k: Usage(**used) for k, used in findings.study.user_attrs.get(ESTIMATE, {}).items()}
-    rows = {**findings.usage, "total": findings.usage.total} if findings.usage else {}
+    # By the alphabet, which is the order of the steps: bootstrap, propose, search.
+    rows = {**dict(sorted(findings.usage.items())), "total": findings.usage.total} if findings.usage else {}
     if planned:
         planned["total"] = sum(planned.values(), Usage())
     trials = findings.study.get_trials(deepcopy=False)
     began = [t.datetime_start for t in trials if t.datetime_start]
     ended = [t.datetime_complete for t in trials if t.datetime_complete]
-    took = max(ended) - min(began) if began and ended else timedelta(0)
+    took = (max(ended) - min(began)).total_seconds() if began and ended else 0.0
     return {
         "steps": rows,
         "planned": planned,
-        "took": _duration(round(took.total_seconds())),
+        "took": words.duration(took),
         "ended": max(ended, default=None),
     }
 
 
-def _duration(seconds: int) -> str:
-    minutes, hours = seconds // 60, seconds // 3600
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
-
-
-_FIGURES: dict[str, Callable[[Findings], Figure]] = {
-    "growth": plots.plot_growth,
-    "examples": plots.plot_examples,
-    "leaders": plots.plot_leaders,
-    "effects": plots.plot_effects,
-    "map": plots.plot_map,
+_FIGURES: dict[str, tuple[Callable[[Findings], Reading], Callable[[Findings], Figure]]] = {
+    "growth": (readings.growth, plots.plot_growth),
+    "examples": (readings.examples, plots.plot_examples),
+    "leaders": (readings.leaders, plots.plot_leaders),
+    "effects": (readings.effects, plots.plot_effects),
+    "map": (readings.similarity, plots.plot_map),
 }
 
 
-def _figures(findings: Findings) -> dict[str, str]:
-    """The figures that can be drawn, by name; only a message under "missing" if none can."""
+def _figures(findings: Findings) -> tuple[dict[str, tuple[Reading, str]], str]:
+    """The figures that can be drawn, with their readings, and a message if none can."""
     figures = {}
-    for name, draw in _FIGURES.items():
+    for name, (read, draw) in _FIGURES.items():
+        if name == "effects" and len(findings.best_params) == 1:  # they are those of the configurations
+            continue
         try:
-            figures[name] = _svg(draw(findings), name)
+            drawing = _svg(draw(findings), name)
         except MissingExtraError as error:
-            return {"missing": str(error)}
+            return {}, str(error)
         except InvalidArgumentError:  # the findings lack the data of this figure
             continue
-    return figures
+        figures[name] = read(findings), drawing
+    return figures, ""
 
 
 def _svg(figure: Any, name: str) -> str:

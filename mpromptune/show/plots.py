@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,7 @@ import numpy as np
 from mpromptune.errors import InvalidArgumentError, MissingExtraError
 from mpromptune.model.space import FloatArray
 from mpromptune.show.analysis import (
-    beside_winner,
-    candidate_name,
+    baseline,
     example_scores,
     growth,
     is_share,
@@ -21,8 +21,8 @@ from mpromptune.show.analysis import (
     never_solved,
     random_in_full,
     random_in_hindsight,
-    title,
 )
+from mpromptune.show.words import beside_winner, candidate_name, title
 from mpromptune.storage.findings import Findings, Measured
 
 if TYPE_CHECKING:
@@ -42,22 +42,25 @@ _FAR_OFF = 0.1
 _NAME = 62
 # NOTE: most candidates of a component in a figure; the others are worse.
 _CANDIDATES = 6
+# NOTE: most intervals between the ticks of an axis of scores, so that labels such as "100.0 %" stand apart.
+_TICKS = 5
 
 
 def plot_growth(findings: Findings) -> Figure:
-    """Scores against program calls: of each trial, and of the best configuration measured so far.
+    """Scores against the calls of the search: of each trial, and of the best configuration measured so far.
 
     The line is the highest posterior mean so far, where all posterior means are those at the end of the
     search. The score of a trial is the mean on its own examples (outliers are not shown). Two further lines
-    show random choice: the best of as many configurations as the calls allow to measure in full (dashed), and
-    of as many as the search had measured, by posterior means at the end (dotted).
+    show random choice: the highest posterior mean of as many configurations as the search had measured
+    (dotted), and the highest score of as many as the calls allow to measure in full (dashed); the latter
+    includes luck, the former does not.
     """
     steps = _some(growth(findings), "trial with a score")
     figure, axes = _panel(3.6)
     calls = [step.calls for step in steps]
     axes.plot(calls, [s.score for s in steps], ".", color=GREY, alpha=0.6, label="trial, on its examples")
     best = [step.best if np.isfinite(step.best) else np.nan for step in steps]
-    axes.step(calls, best, where="post", color=BLUE, label="best met so far, in hindsight")
+    axes.step(calls, best, where="post", color=BLUE, label="best estimate so far")
     _random_lines(axes, findings, calls)
     _baseline_line(axes.axhline, findings)
     # Outliers would compress the rest.
@@ -65,9 +68,9 @@ def plot_growth(findings: Findings) -> Figure:
     shown = np.concatenate([np.quantile(trials, [_FAR_OFF, 1.0 - _FAR_OFF]), *others])
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
     margin = 0.05 * (high - low) or 0.05
-    axes.set(xlabel="program calls", ylabel="score", ylim=(low - margin, high + margin))
+    axes.set(xlabel="calls of the search", ylabel="score", ylim=(low - margin, high + margin))
     _set_unit(axes.yaxis, findings)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize="small")
+    _add_legend(figure, axes)
     return figure
 
 
@@ -75,10 +78,10 @@ def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
     """Draw the lines of random choice, if the result has random configurations."""
     style: dict[str, Any] = {"where": "post", "color": GREEN}
     if hindsight := random_in_hindsight(findings):
-        axes.step(calls, hindsight, linestyle=":", label="as many at random, in hindsight", **style)
+        axes.step(calls, hindsight, linestyle=":", label="of as many at random", **style)
     if full := random_in_full(findings):
         known = [*(findings.n_examples * (k + 1) for k in range(len(full))), findings.calls]
-        axes.step(known, [*full, full[-1]], linestyle="--", label="at random, each measured in full", **style)
+        axes.step(known, [*full, full[-1]], linestyle="--", label="at random, all in full", **style)
 
 
 def plot_leaders(findings: Findings, limit: int = 10) -> Figure:
@@ -94,9 +97,10 @@ def plot_leaders(findings: Findings, limit: int = 10) -> Figure:
     axes.errorbar(means, range(len(leaders)), xerr=deviations, fmt="o", color=BLUE, ecolor=GREY)
     names = [f"{_short(beside_winner(findings, m.params))} ({len(m.scores)})" for m in leaders]
     _name_rows(axes, names, [m.params == findings.best_params for m in leaders])
-    _baseline_line(axes.axvline, findings)
+    _baseline_line(partial(_between_names, axes), findings)
     axes.set_xlabel("estimate ± std (in brackets: examples)")
     _set_unit(axes.xaxis, findings)
+    _add_legend(figure, axes)
     return figure
 
 
@@ -151,9 +155,10 @@ def plot_effects(findings: Findings) -> Figure:
         number = len(effects[component])
         more = f", the best {len(candidates)} of {number}" if number > len(candidates) else ""
         axes.set_title(_short(f"{title(findings, component)}{more}"), loc="left", fontsize="medium")
-        _baseline_line(axes.axvline, findings)
+        _baseline_line(partial(_between_names, axes), findings)
     panels[-1].set_xlabel("mean estimate (in brackets: configurations)")
     _set_unit(panels[-1].xaxis, findings)
+    _add_legend(figure, panels[-1])
     return figure
 
 
@@ -196,7 +201,8 @@ def plot_usage(findings: Findings) -> Figure:
     if not unit:
         raise InvalidArgumentError("Nothing is known of what the search used: its usage is empty.")
     figure, axes = _panel(0.9 + 0.35 * len(findings.usage))
-    axes.barh(list(findings.usage), [getattr(u, attribute) for u in findings.usage.values()], color=BLUE)
+    steps = sorted(findings.usage)  # which is their order: bootstrap, propose, search
+    axes.barh(steps, [getattr(findings.usage[step], attribute) for step in steps], color=BLUE)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     return figure
@@ -243,15 +249,32 @@ def _panel(height: float) -> tuple[Figure, Axes]:
 
 
 def _set_unit(axis: Axis, findings: Findings) -> None:
-    if is_share(findings):
-        from matplotlib.ticker import PercentFormatter
+    """Few enough ticks that their labels stand apart, in percent if scores are."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    axis.set_major_locator(MaxNLocator(_TICKS))
+    if is_share(findings):
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
 def _baseline_line(draw: Any, findings: Findings) -> None:
-    if np.isfinite(findings.baseline_score):
-        draw(findings.baseline_score, color=ORANGE, linestyle="--", linewidth=1, label="baseline")
+    """Draw the baseline's estimate, if it has one."""
+    own = baseline(findings)
+    if own is not None:
+        draw(own.posterior_mean, color=ORANGE, linestyle="--", linewidth=1, label="baseline")
+
+
+def _between_names(axes: Axes, score: float, **style: Any) -> None:
+    """Draw a line at a score that leaves out the names above the rows."""
+    rows = np.arange(len(axes.get_yticks()))
+    axes.vlines(np.full(len(rows), score), rows - 0.2, rows + 0.35, **style)
+
+
+def _add_legend(figure: Figure, axes: Axes) -> None:
+    """Above the figure; none if nothing in it has a name."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize="small")
 
 
 def _some(items: Sequence[Any], what: str) -> Sequence[Any]:

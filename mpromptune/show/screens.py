@@ -135,7 +135,7 @@ def _drawn(view: View) -> Table:
 def _labelled(lines: Sequence[tuple[str, str]]) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True, min_width=max(len(label) for label, _ in lines))
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_column()  # wider lines are wrapped, so that commands can be copied
     for label, text in lines:
         grid.add_row(Text(label, "bold"), Text(text))
     return grid

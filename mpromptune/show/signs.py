@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mpromptune.show.analysis import (
-    counted,
-    example_scores,
-    gain,
-    never_solved,
-    points,
-    rivals,
-    unit,
-    winner,
-)
+from mpromptune.show.analysis import baseline, differences, example_scores, gain, never_solved, rivals, winner
+from mpromptune.show.words import counted, percent, unit
 from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 
@@ -49,7 +41,7 @@ def _signs(findings: Findings) -> Iterator[Sign]:
     if texts_are_chance(findings):
         yield Sign(
             "The embeddings explain no more than chance: assigned to the candidates at random, "
-            f"they explain the scores as well in {100 * (findings.text_chance or 0.0):.0f} % of cases.",
+            f"they explain the scores as well in {percent(findings.text_chance or 0.0)} of cases.",
             "Try another embedder, or `embedder='index'`, which ignores the texts.",
         )
 
@@ -80,14 +72,13 @@ def _about_the_search(findings: Findings) -> Iterator[Sign]:
 
 
 def _about_the_winner(findings: Findings, best: Measured) -> Iterator[Sign]:
-    measured, score = f"{len(best.scores)} of {findings.n_examples} validation examples", unit(findings)
-    if best.fully and len(best.scores) < findings.n_examples:
-        yield Sign(f"Scores are means over {measured}: no configuration could be measured on the others.")
-    elif len(best.scores) < findings.n_examples:
+    score, n_scores = unit(findings), len(best.scores)
+    if best.fully and n_scores < findings.n_examples:
         yield Sign(
-            f"The winner was measured on {measured}: its score is an estimate.",
-            "Run it with `confirm=True`, which measures winner and baseline on the whole validation set.",
+            f"Scores are means over {n_scores} of {findings.n_examples} validation examples: no "
+            "configuration could be measured on the others."
         )
+    yield from _about_estimates(findings, best)
     equal = len(rivals(findings))
     if equal:
         yield Sign(
@@ -98,8 +89,23 @@ def _about_the_winner(findings: Findings, best: Measured) -> Iterator[Sign]:
     if is_lucky(best):
         expected = f"{score(best.posterior_mean)} ± {score(best.posterior_std)}"
         yield Sign(
-            f"Risk of overfitting: the winner scored {score(best.mean)}, but the model expects only "
-            f"{expected} of it; some of its score may be luck."
+            f"Risk of overfitting: the winner scored {score(best.mean)} on the "
+            f"{counted(n_scores, 'example')} that it was measured on, but on many new ones the model expects "
+            f"only {expected}; some of its score may be luck."
+        )
+
+
+def _about_estimates(findings: Findings, best: Measured) -> Iterator[Sign]:
+    own = baseline(findings)
+    entries = {"winner": best, "baseline": best if own is None else own}
+    partly = {name: len(one.scores) for name, one in entries.items() if not one.fully}
+    if partly:
+        first, *others = partly
+        also = f" and the {others[0]} on {partly[others[0]]}" if others and own is not best else ""
+        yield Sign(
+            f"The {first} was measured on {partly[first]} of {findings.n_examples} validation examples{also}"
+            f": {'both scores are estimates' if also else 'its score is an estimate'}.",
+            "Run it with `confirm=True`, which measures winner and baseline on the whole validation set.",
         )
 
 
@@ -117,10 +123,9 @@ def _about_the_gain(findings: Findings) -> Iterator[Sign]:
         )
     found = gain(findings)
     if found is not None and found[0] < _CLEAR * found[1]:
-        say = points(findings, sign="")
         yield Sign(
-            f"The gain over the baseline, {say(found[0])} with a standard error of {say(found[1])}, may be "
-            "chance.",
+            f"The gain may be chance: on the {len(differences(findings))} examples that winner and baseline "
+            "were both measured on, it is less than two standard errors.",
             "Compare winner and baseline on examples that the search has not seen.",
         )
 

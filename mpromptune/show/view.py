@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from mpromptune.execution.attempts import Load
 from mpromptune.execution.interrupts import deferred
 from mpromptune.execution.limits import Budget
-from mpromptune.show.closing import closing, dollars, duration, rounded
-from mpromptune.show.progress import Progress, Speed, Standing
+from mpromptune.show.closing import closing
+from mpromptune.show.progress import Progress, Speed
+from mpromptune.show.words import dollars, duration, rounded
 from mpromptune.storage.findings import Findings
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 # the result longer.
 _LAST_FRAME = 5.0
 # The steps of a compile by the titles of their bars.
-STEPS = ("Loading", "Bootstrapping", "Proposing", "Searching")
+LOADING, BOOTSTRAPPING, PROPOSING, SEARCHING = "Loading", "Bootstrapping", "Proposing", "Searching"
+STEPS = LOADING, BOOTSTRAPPING, PROPOSING, SEARCHING
 
 
 class Bar:
@@ -33,14 +35,17 @@ class Bar:
 
     Attributes:
         title: Its name.
-        total: Number of units in the step.
         unit: Name of the units.
+        earlier: Number of units that earlier runs have done.
         search: The last progress of the search, if this is its bar; it has the number done.
     """
 
-    def __init__(self, title: str, total: int, unit: str, clock: Callable[[], float]) -> None:
-        self.title, self.total, self.unit = title, total, unit
+    def __init__(
+        self, title: str, total: int, unit: str, clock: Callable[[], float], earlier: int = 0
+    ) -> None:
+        self.title, self.unit, self.earlier = title, unit, earlier
         self.search: Progress | None = None
+        self._total = total
         self._clock, self._began = clock, clock()
         self._ended: float | None = None
         self._lock, self._speed, self._done = threading.Lock(), Speed(clock), 0
@@ -65,6 +70,11 @@ class Bar:
     def done(self) -> int:
         """Number of units done."""
         return self._done if self.search is None else self.search.calls
+
+    @property
+    def total(self) -> int:
+        """Number of units in the step, or of those done if earlier runs have done more."""
+        return max(self._total, self.done)
 
     @property
     def seconds(self) -> float:
@@ -124,9 +134,16 @@ class View:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def bar(self, title: str, total: int, unit: str) -> Bar:
-        """Begin a step, which ends the earlier ones; the first one opens the view."""
-        bar = Bar(title, total, unit, self._clock)
+    def bar(self, title: str, total: int, unit: str, earlier: int = 0) -> Bar:
+        """Begin a step, which ends the earlier ones; the first one opens the view.
+
+        Args:
+            title: Its name, one of `STEPS`.
+            total: Number of units in the step.
+            unit: Name of the units.
+            earlier: Number of units that earlier runs have done.
+        """
+        bar = Bar(title, total, unit, self._clock, earlier)
         for earlier in self.bars:
             earlier.end()
         self.bars = (*self.bars, bar)
@@ -165,14 +182,20 @@ class View:
         """Labelled lines at the end of a compile; empty before, and if it has no result."""
         if self.findings is None or not self._closed:
             return []
-        return closing(self.findings, sum(bar.seconds for bar in self.bars), self._next_step)
+        seconds = sum(bar.seconds for bar in self.bars)
+        return closing(self.findings, seconds, self._next_step, self._earlier)
 
     @property
     def status(self) -> list[str]:
         """Lines with scores, usage and calls in flight, as far as there are any."""
         load = self._load() if self._search is None else self._search.load
-        lines = [", ".join(_scores(self._search)), ", ".join(_expenses(self._budget))]
+        before = f"continued: {self._earlier} calls were made in earlier runs" if self._earlier else ""
+        lines = [", ".join(_scores(self._search)), ", ".join(_expenses(self._budget)), before]
         return [line for line in (*lines, "" if self._closed else _concurrency(load)) if line]
+
+    @property
+    def _earlier(self) -> int:
+        return sum(bar.earlier for bar in self.bars)
 
     def _run(self) -> None:
         try:
@@ -193,26 +216,18 @@ class View:
 
 
 def _scores(search: Progress | None) -> Iterator[str]:
-    """Scores in percent, as in DSPy: estimates while the search runs, measured scores at its end."""
+    """Estimates in percent while the search runs; at its end, `closing` has the scores."""
     if search is None or search.best is None:
         return
-    best, baseline = search.best, search.baseline
-    if search.finished:
-        yield f"best {_measured(best, search.n_examples)}"
-        if baseline is not None:
-            yield f"baseline {_measured(baseline, search.n_examples)}"
-    else:
-        yield f"best {100 * best.mean:.1f} ± {100 * best.margin:.1f} % (95 % interval)"
-        if baseline is not None:
-            yield f"baseline {100 * baseline.mean:.1f} %"
+    if not search.finished:
+        both = ("best", search.best), ("baseline", search.baseline)
+        estimates = [
+            f"{name} {100 * one.mean:.1f} ± {100 * one.margin:.1f} %" for name, one in both if one is not None
+        ]
+        yield f"{', '.join(estimates)} (95 %)"
     yield f"{search.trials} trials"
     if search.proposals:
         yield f"{search.proposals} proposals"
-
-
-def _measured(standing: Standing, n_examples: int) -> str:
-    score = f"{100 * standing.measured:.2f} %"
-    return score if standing.examples == n_examples else f"{score} on {standing.examples} examples"
 
 
 def _expenses(budget: Budget) -> Iterator[str]:

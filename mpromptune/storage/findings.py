@@ -69,6 +69,7 @@ class Findings:
             of all configurations if there are at most 500.
         best_interval: The 95 % credible interval of ``best_score``; its width is 0 if the winner was measured
             on all examples.
+        baseline_interval: The same of ``baseline_score``.
         proposals: The candidates that were written during the search, and those that were refused, in order.
         visible: The examples that proposers may see; empty if all candidates were written before the search.
         gains: The mean gain of each proposer's children over their parents, in logits, with its deviation.
@@ -93,6 +94,7 @@ class Findings:
     drawn: FloatArray | None = field(default=None, repr=False, compare=False)
     text_chance: float | None = field(default=None, compare=False)
     best_interval: tuple[float, float] | None = field(default=None, compare=False)
+    baseline_interval: tuple[float, float] | None = field(default=None, compare=False)
     proposals: tuple[Proposal, ...] = field(default=(), repr=False)
     visible: frozenset[int] = field(default=frozenset(), repr=False)
     gains: Mapping[str, Gain] = field(default_factory=dict, repr=False, compare=False)
