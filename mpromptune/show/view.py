@@ -144,8 +144,8 @@ class View:
             earlier: Number of units that earlier runs have done.
         """
         bar = Bar(title, total, unit, self._clock, earlier)
-        for earlier in self.bars:
-            earlier.end()
+        for before in self.bars:
+            before.end()
         self.bars = (*self.bars, bar)
         if self._thread is None:
             run = contextvars.copy_context().run  # a notebook's kernel finds the cell by this context
@@ -189,7 +189,7 @@ class View:
     def status(self) -> list[str]:
         """Lines with scores, usage and calls in flight, as far as there are any."""
         load = self._load() if self._search is None else self._search.load
-        before = f"continued: {self._earlier} calls were made in earlier runs" if self._earlier else ""
+        before = f"including {self._earlier} calls of earlier runs" if self._earlier else ""
         lines = [", ".join(_scores(self._search)), ", ".join(_expenses(self._budget)), before]
         return [line for line in (*lines, "" if self._closed else _concurrency(load)) if line]
 
