@@ -24,6 +24,7 @@ SOURCES = (
     "tests/conftest.py",
     "docs/conf.py",
     "CHANGELOG.md",
+    ".github/ISSUE_TEMPLATE/bug.yml",
 )
 INSTALLED = """
 from importlib.metadata import version

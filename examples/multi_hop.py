@@ -79,8 +79,8 @@ best = compiled(max_calls=240)
 # 5. The outcome.
 found = best.search_result
 before, halfway, after = f"{found.baseline_score:.1%}", f"{first.best_score:.1%}", f"{found.best_score:.1%}"
-print(f"First call: {before} before, {halfway} after, {first.calls} program calls")
-print(f"Same again: {before} before, {after} after, {found.calls - first.calls} more program calls")
+print(f"First call:  {before} before, {halfway} after, {first.calls} program calls")
+print(f"Second call: {before} before, {after} after, {found.calls - first.calls} more program calls")
 for name, predictor in best.named_predictors():
-    print(f"{name + ':':<11} {predictor.signature.instructions} ({len(predictor.demos)} demos)")
-print(f"Report:     {found.report('multi_hop.html')}")
+    print(f"{name + ':':<12} {predictor.signature.instructions} ({len(predictor.demos)} demos)")
+print(f"Report:      {found.report('multi_hop.html')}")

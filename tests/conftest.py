@@ -22,6 +22,7 @@ from remote_lms import WrittenLM
 from tasks import Adder, additions, is_right
 
 from mpromptune import MIPROv2
+from mpromptune.model.embedding import CachedEmbedder
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -87,9 +88,10 @@ def page_names(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     monkeypatch.chdir(tmp_path)
     settings = {name: dspy.settings.get(name) for name in ("lm", "adapter")}
     lm = WrittenLM(tmp_path / "asked.txt")
-    monkeypatch.setattr("mpromptune.local.lm.LocalLM", lambda *args, **kwargs: lm)  # the real one is slow
+    monkeypatch.setattr("mpromptune.local.lm.LocalLM", lambda *args, **kwargs: lm)  # the real ones are slow
+    monkeypatch.setattr("mpromptune.model.embedding._named_embedder", lambda name: CachedEmbedder(hashed))
     dspy.configure(lm=lm)
-    options = {"num_threads": 4, "embedder": hashed, "max_calls": 60, "verbose": False}
+    options = {"num_threads": 4, "embedder": hashed, "max_calls": 40, "verbose": False}
     yield {
         "program": Adder(),
         "metric": is_right,
