@@ -10,6 +10,7 @@ import pytest
 from handmade import BASELINE, DEMOS, INSTRUCTION, OTHER, SPACE, TRIALS, WINNER, findings, study_of
 
 from mpromptune import PromptSpace, SearchResult, qEISampler, search
+from mpromptune.show import readings
 from mpromptune.show.analysis import (
     chance_of_gain,
     example_scores,
@@ -278,3 +279,33 @@ def test_without_embeddings_nothing_is_said_of_them() -> None:
     result = searched([])
     assert result.text_chance is None
     assert not has(warning_signs(result), CHANCE)
+
+
+@pytest.mark.parametrize(
+    ("read", "changes", "said"),
+    [
+        # The search's best estimate is 0.7; of three random configurations, the best has 0.5, or 1.
+        (
+            readings.growth,
+            {"drawn": DRAWN * 0.5},
+            "Its estimate is 20.0 points above what the best",
+        ),
+        (readings.growth, {"drawn": DRAWN}, "The best of as many random configurations would be as good"),
+        (readings.growth, {}, "after 8 of the 10 calls of the search."),
+        (readings.examples, {}, "1 of 4 examples is not solved by any configuration."),
+        (readings.examples, {"configurations": FLAT}, "The lower a dot, the harder the example."),
+        (readings.leaders, {"configurations": (WINNER, NEAR, BASELINE)}, "1 configuration of 3 is too close"),
+        (readings.effects, {"configurations": (WINNER,)}, "All candidates have nearly the same mean"),
+        (readings.similarity, {"text_chance": None}, "If similar prompts have similar scores"),
+        (readings.similarity, {"text_chance": 0.004}, "Similar prompts have similar scores: shuffled texts"),
+        (
+            readings.similarity,
+            {"text_chance": 0.14},
+            "it may be chance: shuffled texts explain",
+        ),
+        (readings.similarity, {"text_chance": 0.5}, "do not help to foresee the scores"),
+    ],
+)
+def test_a_figure_says_only_what_the_search_shows(read: Any, changes: dict[str, Any], said: str) -> None:
+    """No sentence on a number that is 0, and no likeness that may be chance without saying so."""
+    assert said in read(findings(**changes)).text

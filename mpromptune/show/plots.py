@@ -78,10 +78,10 @@ def _random_lines(axes: Axes, findings: Findings, calls: Sequence[int]) -> None:
     """Draw the lines of random choice, if the result has random configurations."""
     style: dict[str, Any] = {"where": "post", "color": GREEN}
     if hindsight := random_in_hindsight(findings):
-        axes.step(calls, hindsight, linestyle=":", label="of as many at random", **style)
+        axes.step(calls, hindsight, linestyle=":", label="best of as many at random", **style)
     if full := random_in_full(findings):
         known = [*(findings.n_examples * (k + 1) for k in range(len(full))), findings.calls]
-        axes.step(known, [*full, full[-1]], linestyle="--", label="at random, all in full", **style)
+        axes.step(known, [*full, full[-1]], linestyle="--", label="best at random, all in full", **style)
 
 
 def plot_leaders(findings: Findings, limit: int = 10) -> Figure:
