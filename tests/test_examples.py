@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes import RECIPES, run_recipe
+from recipes import RECIPES, run_recipes
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "stubs")
 _MARK = "# ---- The one line to change for a real API: "
@@ -20,19 +20,21 @@ def test_there_are_five() -> None:
     assert NAMES == ["cheap_and_strong", "classify", "multi_hop", "rag", "react_tools"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_recipe_runs(name: str, tmp_path: Path, forks: Any) -> None:
-    """With a stub, the program is better on the validation set, as the recipe prints; there is a report."""
-    process = forks.Process(target=run_recipe, args=(name, str(tmp_path)))
+def test_recipes_run(tmp_path: Path, forks: Any) -> None:
+    """With a stub, each program is better on the validation set, as its recipe prints; there is a report."""
+    process = forks.Process(target=run_recipes, args=(NAMES, str(tmp_path)))
     process.start()
     process.join()
     assert process.exitcode == 0
-    printed = (tmp_path / "printed").read_text(encoding="utf-8")
-    scores = [(float(before), float(after)) for before, after in _SCORES.findall(printed)]
-    assert scores
-    assert all(before <= after for before, after in scores)
-    assert scores[0][0] < scores[0][1]
-    assert (tmp_path / f"{name}.html").stat().st_size > 10_000
+    for name in NAMES:
+        failed = tmp_path / name / "failed"
+        assert not failed.exists(), failed.read_text(encoding="utf-8")
+        printed = (tmp_path / name / "printed").read_text(encoding="utf-8")
+        scores = [(float(before), float(after)) for before, after in _SCORES.findall(printed)]
+        assert scores, name
+        assert all(before <= after for before, after in scores), printed
+        assert scores[0][0] < scores[0][1], printed
+        assert (tmp_path / name / f"{name}.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", NAMES)

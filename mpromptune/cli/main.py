@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if getattr(args, "announces", False) or (sys.stderr is not None and sys.stderr.isatty()):
-            announce("Loading DSPy")
+            announce("Loading DSPy, which takes some seconds")
         with _quiet_libraries(), _any_text():
             args.run(args)
         return 0

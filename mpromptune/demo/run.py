@@ -104,7 +104,7 @@ class DemoMIPROv2(MIPROv2):
 
 
 class _Announced(Interceptor):
-    next_step = "the prompts, the test and the report, below"
+    next_step = "see below for the report"
 
 
 def run_demo(
