@@ -13,8 +13,8 @@ from mpromptune import PromptSpace, SearchResult, qEISampler, search
 from mpromptune.show import readings
 from mpromptune.show.analysis import (
     chance_of_gain,
+    differences,
     example_scores,
-    gain,
     growth,
     main_effects,
     never_solved,
@@ -80,11 +80,11 @@ def test_never_solved_does_not_depend_on_the_scale_of_the_metric() -> None:
     assert never_solved(findings(configurations=tuple(scaled))) == [1]
 
 
-def test_gain_is_that_on_shared_examples() -> None:
-    """The differences 1, 0, 0, 1 have the mean 1/2, and the standard error sqrt((1/3) / 4)."""
-    assert gain(findings()) == pytest.approx((0.5, (1 / 12) ** 0.5))
+def test_the_gain_needs_winner_and_baseline() -> None:
+    """By example it is 1, 0, 0 and 1; where one of the two is not known, there is none."""
+    assert differences(findings()) == [1.0, 0.0, 0.0, 1.0]
     for same in ({"best_params": BASELINE.params}, {"configurations": (WINNER,)}):
-        assert gain(findings(**same)) is None
+        assert differences(findings(**same)) == []
         assert chance_of_gain(findings(**same)) is None
 
 
@@ -160,7 +160,7 @@ def test_baseline_comes_from_the_study() -> None:
     foreign = study_of(TRIALS)
     foreign.set_user_attr(SETTINGS, {})
     assert findings(study=foreign).baseline_params is None
-    assert gain(findings(study=foreign)) is None
+    assert chance_of_gain(findings(study=foreign)) is None
 
 
 def has(signs: list[Sign], fragment: str) -> bool:
@@ -181,8 +181,11 @@ CHANCE = "The embeddings explain no more than chance"
         ({"configurations": (WINNER, NEAR, BASELINE)}, "flat: 1 configuration "),
         ({}, "Risk of overfitting: the winner scored 75.0 %"),
         ({}, "only 4 examples"),
-        # 0.5 with a standard error of 0.29.
-        ({}, "gain may be chance: on the 4 examples that winner and baseline were both measured on"),
+        # 0.35 ± 0.04 and 0.3 ± 0.03.
+        (
+            {"configurations": (replace(WINNER, posterior_mean=0.35, posterior_std=0.04), BASELINE)},
+            "The gain may be chance: the winner is better with a probability of only 84 %.",
+        ),
         ({"stopped_by": "max_cost"}, "ended by max_cost"),
         ({"best_params": OTHER.params}, "on 2 of 4 validation examples"),
         (
@@ -214,6 +217,7 @@ def test_signs(changes: dict[str, Any], sign: str) -> None:
     ("changes", "sign"),
     [
         ({}, "The top is flat"),
+        ({}, "The gain may be chance"),
         ({"configurations": (WINNER, replace(NEAR, posterior_mean=0.64), BASELINE)}, "The top is flat"),
         ({"configurations": (replace(WINNER, posterior_std=0.06), OTHER, BASELINE)}, "Risk of overfitting"),
         ({"text_chance": 0.1}, CHANCE),

@@ -232,7 +232,7 @@ def test_five_lines_end_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     Lines(stream).close(view)
     lines = [
         "Score: 25.0 % → 75.0 %, 2 more of 4 right",
-        "Certainty: over 99 % sure to be better than your program; 3 doubts in the report",
+        "Certainty: over 99 % sure to be better than your program; 2 doubts in the report",
         "Winner: “Answer <b>slowly</b>.”, no demos",
         "Cost: 12 program calls, 530 LM calls, 2.0k tokens, $1.50, 0:03:32",
         'Next: best.save("best.json"); best.search_result.report("report.html")',

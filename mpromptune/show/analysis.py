@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -80,12 +80,6 @@ def differences(findings: Findings) -> list[float]:
         return []
     best, own = pair
     return [best.scores[e] - own.scores[e] for e in sorted(best.scores.keys() & own.scores.keys())]
-
-
-def gain(findings: Findings) -> tuple[float, float] | None:
-    """The mean of `differences` and its standard error; None for fewer than two."""
-    found = differences(findings)
-    return (fmean(found), stdev(found) / math.sqrt(len(found))) if len(found) > 1 else None
 
 
 def expected_gain(findings: Findings) -> tuple[float, float] | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mpromptune.show.analysis import baseline, differences, example_scores, gain, never_solved, rivals, winner
+from mpromptune.show.analysis import baseline, chance_of_gain, example_scores, never_solved, rivals, winner
 from mpromptune.show.words import counted, percent, unit
 from mpromptune.storage.findings import Findings, Measured
 from mpromptune.storage.record import read_record
 
 # NOTE: with fewer examples, the standard error of a fraction of right answers may exceed 0.09.
 _FEW_EXAMPLES = 30
-# NOTE: in standard errors; chance exceeds this about once in twenty times.
-_CLEAR = 2.0
+# Probability of a gain from which on it is not doubted, and `confirm="auto"` ends its comparison.
+_SURE = 0.95
 # NOTE: uninformative embeddings get this warning four times in five; artificial embeddings that determine the
 # scores, and those of the recorded GSM8K prompts, had p-values of at most 0.1.
 _LIKELY_CHANCE = 0.2
@@ -121,11 +121,10 @@ def _about_the_gain(findings: Findings) -> Iterator[Sign]:
             "Give it other candidates: more of them (`num_candidates`), a stronger `prompt_model`, or a "
             "better instruction of your own to start from.",
         )
-    found = gain(findings)
-    if found is not None and found[0] < _CLEAR * found[1]:
+    chance = chance_of_gain(findings)
+    if chance is not None and chance < _SURE:
         yield Sign(
-            f"The gain may be chance: on the {len(differences(findings))} examples that winner and baseline "
-            "were both measured on, it is less than two standard errors.",
+            f"The gain may be chance: the winner is better with a probability of only {percent(chance)}.",
             "Compare winner and baseline on examples that the search has not seen.",
         )
 
