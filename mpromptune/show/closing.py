@@ -32,7 +32,9 @@ def closing(
 
 def _score(findings: Findings) -> str:
     both = [words.told(findings, one) for one in (analysis.baseline(findings), analysis.winner(findings))]
-    scores = [f"{one.score} ({one.basis})" if one.interval else one.score for one in both]
+    scores = [
+        f"{one.score} ({one.interval} from {one.examples})" if one.interval else one.score for one in both
+    ]
     gained = words.gain_in_examples(findings)
     about = f", {gained}" if gained else f" on {findings.n_examples} validation examples"
     return f"{' → '.join(scores)}{about}"
