@@ -14,6 +14,7 @@ from dspy.teleprompt.utils import create_n_fewshot_demo_sets
 from lms import ScriptedLM, digest
 from tasks import Adder, Planner, additions
 
+from mpromptune.execution.interrupts import Stopped
 from mpromptune.mipro.bootstrap import prepared_demo_sets
 from mpromptune.mipro.run import Threads
 
@@ -216,3 +217,17 @@ def test_interrupt_starts_no_further_calls() -> None:
     assert done < 50  # those under way, and what begins until the main thread gets its turn
     time.sleep(0.1)
     assert len(lm.calls) == done
+
+
+def test_what_fails_after_the_end_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Such as the executor of a program, which the interpreter closes as it exits."""
+    lm = ScriptedLM(lambda field, messages: field)
+    with dspy.context(lm=lm), Threads(1) as pool:
+
+        def metric(*given: Any) -> bool:
+            pool.stop()
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+        with pytest.raises(Stopped):
+            _prepared(pool, metric=metric)()
+    assert not caplog.records

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mpromptune.errors import InvalidArgumentError, LocalModelError, MissingExtraError
 from mpromptune.execution.attempts import Verdict
+from mpromptune.execution.interrupts import Stopped, stoppable
 from mpromptune.lms.errors import classify
 from mpromptune.local import weights
 from mpromptune.local.adapter import CompletionAdapter
@@ -84,6 +85,16 @@ def test_an_error_of_a_batch_is_raised_for_its_requests() -> None:
         futures = [pool.submit(ask, number) for number in (12, 13, 14)]
     assert [future.exception() is None for future in futures] == [True, False, True]
     assert ask(21) == 42
+
+
+def test_requests_of_a_run_that_is_over_leave_the_queue() -> None:
+    """They neither begin a batch nor wait for one; other runs are answered."""
+    doubling = Doubling()
+    ask = Batcher(doubling, size=4)
+    with stoppable(lambda: True), pytest.raises(Stopped):
+        ask(5)
+    assert ask(14) == 28
+    assert doubling.batches == [[14]]
 
 
 def test_an_interrupt_of_one_thread_leaves_the_others_their_turn() -> None:

@@ -243,7 +243,7 @@ class Attempts:
                 result = call()
             except Exception as error:
                 verdict = self._judge(error)
-                if verdict is Verdict.RETRY:
+                if verdict is Verdict.RETRY and not self._stopped.is_set():
                     self._throttle.failed(error)
                 throttled = verdict is Verdict.THROTTLE
                 if not throttled or not self._throttle.refused(ticket, self._retry_after(error)):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from mpromptune.execution.interrupts import SLICE, check_stopped
+
 R = TypeVar("R")
 A = TypeVar("A")
 
@@ -72,9 +74,18 @@ class Batcher(Generic[R, A]):
         return place.answer  # type: ignore[return-value] # it is answered
 
     def _is_answered(self, place: _Place[R, A]) -> bool:
-        """Wait until ``place`` is answered, or it is the turn of this thread to answer a batch."""
+        """Wait until ``place`` is answered, or it is the turn of this thread to answer a batch.
+
+        Raises:
+            Stopped: Its answer is no longer needed; a batch that is being computed is finished.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: place.is_done or (self._free and place in self._queue))
+            while not self._changed.wait_for(
+                lambda: place.is_done or (self._free and place in self._queue), SLICE
+            ):
+                check_stopped()
+            if not place.is_done:
+                check_stopped()
             self._free -= not place.is_done
             return place.is_done
 

@@ -17,7 +17,7 @@ from dspy.teleprompt import BootstrapFewShot, LabeledFewShot
 
 from mpromptune.errors import CallCancelledError
 from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
-from mpromptune.execution.interrupts import contained, result_of
+from mpromptune.execution.interrupts import check_stopped, contained, result_of
 from mpromptune.execution.pool import in_daemon
 from mpromptune.execution.usage import Usage, record
 from mpromptune.lms.adapters import Keeping, keep_nothing
@@ -183,6 +183,7 @@ class SetBootstrap(BootstrapFewShot):
             is_counted = self.error_count or isinstance(error, CallCancelledError)
             if not is_counted or classify(error) is Verdict.STOP or errors + 1 >= limit:
                 raise
+            check_stopped()  # what fails after the end, such as an executor that is closed, is no news
             errors += 1
             if classify(error) not in INFRASTRUCTURE:  # outages are logged where calls are tried again
                 shown = self.trainset[index], self.metric, error

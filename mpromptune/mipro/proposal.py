@@ -20,7 +20,7 @@ from dspy.utils.callback import BaseCallback
 
 from mpromptune.errors import EmptyInstructionError
 from mpromptune.execution.attempts import INFRASTRUCTURE, Verdict
-from mpromptune.execution.interrupts import contained, result_of
+from mpromptune.execution.interrupts import check_stopped, contained, result_of
 from mpromptune.lms.adapters import Keeping, keep_nothing
 from mpromptune.lms.errors import classify
 from mpromptune.lms.metering import measured
@@ -186,6 +186,7 @@ class ConcurrentProposer(GroundedProposer):
         except Exception as error:
             if classify(error) is Verdict.STOP:
                 raise
+            check_stopped()
             logger.warning("There is no dataset summary; instructions are proposed without it: %s", error)
             return None
 
