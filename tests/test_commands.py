@@ -324,3 +324,17 @@ def test_help_has_an_example_or_says_all(command: str, capsys: pytest.CaptureFix
     assert raised.value.code == 0
     printed = capsys.readouterr().out
     assert command == "report" or ("stand-in" if command == "demo" else "def compile():") in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("predictors", "100000"), ("trainset", "2000000"), ("valset", "0")]
+)
+def test_sizes_that_nobody_has_are_refused(
+    name: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a program or a data set of that size is made."""
+    sizes = {"auto": "light", "trainset": "9", "valset": "9", "predictors": "1", name: number}
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["estimate", *(f"--{key}={value}" for key, value in sizes.items())])
+    assert caught.value.code == 2
+    assert f"argument --{name}: must be from 1 to " in capsys.readouterr().err

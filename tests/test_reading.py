@@ -16,6 +16,7 @@ from mpromptune import PromptSpace, SearchResult, search
 from mpromptune.cli import main as cli
 from mpromptune.errors import InvalidArgumentError, StudyMismatchError
 from mpromptune.mipro.reading import read_result
+from mpromptune.storage.attributes import ESTIMATE, PREDICTORS, SETTINGS
 from mpromptune.storage.storage import open_study
 
 SPACE = PromptSpace({"style": ["secret a", "secret b", "secret c", "secret d"]})
@@ -144,3 +145,35 @@ def test_texts_that_a_compile_does_not_keep_are_named(tmp_path: Path) -> None:
     assert kept["0_predictor_demos"][:-1] == known["0_predictor_demos"][:-1]
     assert "does not keep" in kept["0_predictor_demos"][-1]
     assert any("0_predictor_demos are not kept" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [(SETTINGS, 5), (PREDICTORS, 3), (ESTIMATE, [1]), (ESTIMATE, {"search": {"x": 1}})],
+)
+def test_damaged_attributes_are_an_error_of_the_storage(
+    attribute: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names the study; the command ends with status 2, as where the file or the URL is wrong."""
+    path = str(tmp_path / "run.log")
+    run(path, max_calls=40)
+    open_study(path).set_user_attr(attribute, value)
+    assert cli.main(["report", path, "--output", str(tmp_path / "report.html")]) == 2
+    assert "The record of the study 'mpromptune' in" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("storage", ["nosuch://host/database", __file__])
+def test_a_wrong_storage_is_the_users_error(storage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 2, as for other wrong arguments."""
+    assert cli.main(["report", storage]) == 2
+    assert capsys.readouterr().err.startswith("mpromptune: ")
+
+
+def test_optuna_does_not_announce_the_study(capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither in memory nor in a file; its level stays, and other studies are announced."""
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    open_study(None)
+    assert capfd.readouterr().err == ""
+    optuna.create_study()
+    assert "A new study created" in capfd.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,18 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
     return value
+
+
+def up_to(most: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer from 1 to ``most``."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if not 1 <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be from 1 to {most:,}; got {text}")
+        return value
+
+    return integer
 
 
 def amount(text: str) -> float:

@@ -15,13 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpromptune
-from mpromptune.cli.arguments import add_output, amount, announce, output_console, positive, program_file
+from mpromptune.cli.arguments import (
+    add_output,
+    amount,
+    announce,
+    output_console,
+    positive,
+    program_file,
+    up_to,
+)
 from mpromptune.cli.demo import DEMO, add_demo
 from mpromptune.errors import (
     InvalidArgumentError,
     MissingExtraError,
     MPromptuneError,
     SearchTerminated,
+    StorageError,
     StudyMismatchError,
     TargetError,
     UnknownOptionError,
@@ -37,10 +46,13 @@ if TYPE_CHECKING:
 _USER_ERRORS = (
     InvalidArgumentError,
     MissingExtraError,
+    StorageError,
     StudyMismatchError,
     TargetError,
     UnknownOptionError,
 )
+# NOTE: largest numbers of `estimate`, which makes a program and data sets of that size: some seconds, some MB.
+_EXAMPLES, _PREDICTORS = 1_000_000, 1000
 # LiteLLM then reads its own list of prices at its import, instead of trying to load it from the web.
 _LOCAL_PRICES = "LITELLM_LOCAL_MODEL_COST_MAP"
 
@@ -215,9 +227,9 @@ def _add_estimate(estimate: argparse.ArgumentParser) -> None:
     )
     numbers = estimate.add_argument_group("instead of TARGET")
     numbers.add_argument("--auto", choices=("light", "medium", "heavy"), help="of MIPROv2")
-    numbers.add_argument("--trainset", type=positive, metavar="N", help="training examples")
-    numbers.add_argument("--valset", type=positive, metavar="N", help="validation examples")
-    numbers.add_argument("--predictors", type=positive, metavar="N", default=1, help="default: 1")
+    numbers.add_argument("--trainset", type=up_to(_EXAMPLES), metavar="N", help="training examples")
+    numbers.add_argument("--valset", type=up_to(_EXAMPLES), metavar="N", help="validation examples")
+    numbers.add_argument("--predictors", type=up_to(_PREDICTORS), metavar="N", default=1, help="default: 1")
     numbers.add_argument("--zero-shot", action="store_true", help="no demos, instructions only")
     numbers.add_argument("--model", help="LiteLLM's name, for its price")
     estimate.set_defaults(run=_estimate)

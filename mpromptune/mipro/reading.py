@@ -23,8 +23,8 @@ from mpromptune.mipro.checkpoint import kept_usage, read_candidates
 from mpromptune.mipro.estimate import WRITING, Estimate
 from mpromptune.model.space import Candidate, PromptSpace
 from mpromptune.operators.texts import candidate_text, demo_text
-from mpromptune.storage.attributes import DEMOS, FORMAT, INSTRUCTIONS, SETTINGS
-from mpromptune.storage.damage import reported
+from mpromptune.storage.attributes import DEMOS, ESTIMATE, FORMAT, INSTRUCTIONS, PREDICTORS, SETTINGS
+from mpromptune.storage.damage import list_from, named, readable, reported, usage_from
 from mpromptune.storage.proposals import read_proposals
 from mpromptune.storage.record import Record, read_record
 from mpromptune.storage.storage import (
@@ -61,9 +61,14 @@ def read_result(storage: StorageSpec, study_name: str | None = None) -> tuple[Se
 
 def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
     """Like `read_result`, for a loaded study."""
-    with reported():
-        settings, record = recorded_settings(study), read_record(study)
-        usage = _used(study, record)
+    with reported(), readable(f"The record of {named(study)}"):
+        _check_described(study)
+        return _result_of(study)
+
+
+def _result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
+    settings, record = recorded_settings(study), read_record(study)
+    usage = _used(study, record)
     if not settings:
         raise InvalidArgumentError(
             f"No search has begun in the study {study.study_name!r} yet: run the compile first."
@@ -79,6 +84,13 @@ def result_of(study: Study) -> tuple[SearchResult, tuple[str, ...]]:
             f"Nothing has been measured in the study {study.study_name!r} yet: wait for its first trial."
         )
     return replace(result, usage=usage, space=space if has_texts else None), _notes(unknown)
+
+
+def _check_described(study: Study) -> None:
+    """Read what a report needs besides the search, so that damaged data raise an error here."""
+    list_from(PREDICTORS, study.user_attrs.get(PREDICTORS, []))
+    for used in study.user_attrs.get(ESTIMATE, {}).values():
+        usage_from(used)
 
 
 def load_study(storage: StorageSpec, study_name: str | None = None) -> Study:
@@ -214,13 +226,13 @@ def read_standing(storage: StorageSpec, study_name: str | None = None) -> Standi
         StudyMismatchError: The study was not made by a compile of this format version.
     """
     study = load_study(storage, study_name or DEFAULT_STUDY_NAME)
-    with reported():
-        record = read_record(study)
+    with reported(), readable(f"The record of {named(study)}"):
+        record, used = read_record(study), _used(study, read_record(study))
     scores = sum(len(recorded.scores) for recorded in record)
     return Standing(
         study=study,
         done=frozenset(step for step, key in _STEPS.items() if key in study.user_attrs),
-        used=_used(study, record),
+        used=used,
         trials=sum(recorded.told for recorded in record),
         calls=scores,
         result=result_of(study)[0] if scores else None,

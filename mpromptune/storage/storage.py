@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -106,7 +108,7 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
     """
     check_storage(storage, study_name)
     opened = open_storage(storage)
-    with reported(), readable(f"The storage {public(storage)}"):
+    with reported(), readable(f"The storage {public(storage)}"), _unannounced():
         study = optuna.create_study(
             storage=opened,
             study_name=study_name or DEFAULT_STUDY_NAME,
@@ -116,6 +118,24 @@ def open_study(storage: StorageSpec, study_name: str | None = None) -> Study:
         require_ours(study)
         study.set_user_attr(FORMAT, FORMAT_VERSION)  # this also checks that the storage is writable
     return study
+
+
+@contextmanager
+def _unannounced() -> Iterator[None]:
+    """A context in which Optuna does not log in this thread that a study was created or found."""
+    optuna.logging.get_verbosity()  # creates the handler, if it is the first call
+    handlers, thread = [*logging.getLogger("optuna").handlers], threading.get_ident()
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.INFO or record.thread != thread
+
+    for handler in handlers:
+        handler.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_news)
 
 
 def require_ours(study: Study) -> None:
