@@ -51,7 +51,7 @@ _USER_ERRORS = (
     TargetError,
     UnknownOptionError,
 )
-# NOTE: largest numbers of `estimate`, which makes a program and data sets of that size: some seconds, some MB.
+# NOTE: largest numbers of `estimate`, which makes a program and data of that size: in seconds, of some MB.
 _EXAMPLES, _PREDICTORS = 1_000_000, 1000
 # LiteLLM then reads its own list of prices at its import, instead of trying to load it from the web.
 _LOCAL_PRICES = "LITELLM_LOCAL_MODEL_COST_MAP"
