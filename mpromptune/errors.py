@@ -159,6 +159,21 @@ class SearchTerminated(SearchInterrupted, SystemExit):
     code = 143  # 128 + SIGTERM, as a shell reports it
 
 
+class _AtCallersLine:
+    """See `at_callers_line`; a generator's context would put the lines back."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, MPromptuneError):
+            raise error.with_traceback(None)
+
+
+# A context for checks of arguments, whose lines are left out of the tracebacks of their errors.
+at_callers_line = _AtCallersLine()
+
+
 def nearest(name: Any, valid: Iterable[str]) -> str | None:
     """The valid name that is most similar to ``name``; None if none is similar."""
     near = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=_SIMILAR)

@@ -28,7 +28,7 @@ from mpromptune.engine.minibatches import Minibatches
 from mpromptune.engine.plan import Task
 from mpromptune.engine.proposers import Proposer, check_components
 from mpromptune.engine.scores import ScoreTable
-from mpromptune.errors import InvalidArgumentError, MPromptuneError, SearchInterrupted, SearchStoppedError
+from mpromptune.errors import SearchInterrupted, SearchStoppedError, at_callers_line
 from mpromptune.execution.interrupts import handled
 from mpromptune.lms.errors import classify, retry_after
 from mpromptune.mipro import bootstrap, proposal
@@ -86,14 +86,12 @@ class MIPROv2(StockMIPROv2):
 
     @extending(_STOCK_INIT)
     def __init__(self, *args: Any, sampler_config: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        try:
+        with at_callers_line:
             ours, stock = split(kwargs, _STOCK_INIT, {"compile": _STOCK_COMPILE})
             if ours.get("verbose") is not None:
                 ours["verbose"] = bool(ours["verbose"])  # DSPy accepts any value
             self._defaults = gather(sampler_config, ours)
             resolve(self._defaults, {})  # check the options now rather than after the bootstrap
-        except MPromptuneError as error:
-            raise error.with_traceback(None)  # noqa: B904 - the user's line, not those of our checks
         super().__init__(*args, **stock)
 
     @extending(_STOCK_COMPILE)
@@ -121,14 +119,12 @@ class MIPROv2(StockMIPROv2):
                 is the best program so far.
             SearchInterrupted: Ctrl-C or SIGTERM (a KeyboardInterrupt), with the same attributes.
         """
-        try:
+        with at_callers_line:
             ours, stock = split(kwargs, _STOCK_COMPILE, {"MIPROv2's constructor": _STOCK_INIT})
             options = resolve(self._defaults, {**gather(sampler_config, ours), **interceptor().options})
             if options is not None:
                 require_compatible(self)
                 check_arguments(self, student, stock, options.reflection_lm)
-        except MPromptuneError as error:
-            raise error.with_traceback(None)  # noqa: B904 - the user's line, not those of our checks
         interceptor().on_options(options)
         if options is None:
             with _current(None):
@@ -157,10 +153,8 @@ class MIPROv2(StockMIPROv2):
         if (run := _RUN.get()) is not None:
             if len(settings) != 5:
                 raise incompatible(f"_set_hyperparams_from_run_mode returns {len(settings)} values, not 5")
-            try:
+            with at_callers_line:
                 _prepare(run, _named(stock, args, kwargs)["program"], *settings)
-            except InvalidArgumentError as error:
-                raise error.with_traceback(None)  # noqa: B904 - as in compile
         return settings
 
     def _bootstrap_fewshot_examples(self, *args: Any, **kwargs: Any) -> Any:
