@@ -287,7 +287,7 @@ def _resume(args: argparse.Namespace) -> None:
     program.save(str(args.output))
     result = program.search_result
     print(f"Best: {_best(result)}; {result.calls:,} calls of the search in all")
-    for one in descents(result):
+    for one in descents(result).values():
         print(f"{one.title}: written by {', then '.join(one.proposers)}, {' → '.join(one.names)}")
     print(f"Saved {args.output}")
 

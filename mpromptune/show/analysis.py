@@ -50,21 +50,23 @@ def _entry(findings: Findings, params: Mapping[str, int] | None) -> Measured | N
     return next((m for m in findings.configurations if m.params == params), None)
 
 
-def whole_score(findings: Findings, measured: Measured) -> tuple[float, tuple[float, float]]:
-    """The score of a configuration on the whole validation set, and its 95 % interval.
+def whole_score(findings: Findings, measured: Measured) -> tuple[float, float, float]:
+    """The score of a configuration on the whole validation set, and the ends of its 95 % interval.
 
     It is measured, and the interval has no width, or predicted as far as examples are missing.
     """
-    score, interval = measured.mean if measured.fully else measured.posterior_mean, None
+    margin = QUANTILE * measured.posterior_std
+    score, interval = measured.posterior_mean, None
     if measured.params == findings.best_params:
         score, interval = findings.best_score, findings.best_interval
     elif measured.params == findings.baseline_params:
         score, interval = findings.baseline_score, findings.baseline_interval
+    elif measured.fully:
+        score = measured.mean
     if measured.fully:
-        return score, (score, score)
-    margin = QUANTILE * measured.posterior_std
+        return score, score, score
     low, high = interval or (measured.posterior_mean - margin, measured.posterior_mean + margin)
-    return score, (max(low, 0.0), min(high, 1.0)) if is_share(findings) else (low, high)
+    return (score, max(low, 0.0), min(high, 1.0)) if is_share(findings) else (score, low, high)
 
 
 def _compared(findings: Findings) -> tuple[Measured, Measured] | None:
@@ -169,12 +171,14 @@ def random_in_hindsight(findings: Findings) -> list[float]:
 
 
 def main_effects(findings: Findings) -> dict[str, dict[int, list[float]]]:
-    """The posterior means of the measured configurations with each candidate, by component and candidate."""
+    """Component to candidate, best first, to the posterior means of the configurations measured with it."""
     found: dict[str, dict[int, list[float]]] = {}
     for measured in findings.configurations:
         for name, index in measured.params.items():
             found.setdefault(name, {}).setdefault(index, []).append(measured.posterior_mean)
-    return {name: dict(sorted(by_index.items())) for name, by_index in found.items()}
+    return {
+        name: dict(sorted(by.items(), key=lambda one: (-fmean(one[1]), one[0]))) for name, by in found.items()
+    }
 
 
 def example_scores(findings: Findings) -> dict[int, list[float]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
 from statistics import variance
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mpromptune.execution.usage import Usage
-from mpromptune.model.space import Candidate, Gain
+from mpromptune.model.space import Candidate
 from mpromptune.show.analysis import winner
 from mpromptune.show.progress import QUANTILE
 from mpromptune.show.words import candidate_name, points, title, unit
@@ -42,73 +41,43 @@ class Descent(NamedTuple):
     texts: list[Candidate]
 
 
-class Proposed(NamedTuple):
-    """What a proposer has written.
-
-    Attributes:
-        name: Its name.
-        asked: Number of proposals.
-        reasons: Why candidates were refused, with their numbers; the most frequent reasons first.
-        usage: What all of it took.
-        gain: Posterior of the mean gain of its candidates over their parents, in logits, if known.
-    """
-
-    name: str
-    asked: int
-    reasons: Mapping[str, int]
-    usage: Usage
-    gain: Gain | None
-
-    @property
-    def refused(self) -> int:
-        """Number of refused candidates."""
-        return sum(self.reasons.values())
-
-    @property
-    def interval(self) -> str:
-        """The mean gain and its 95 % credible interval."""
-        if self.gain is None:
-            return "not known"
-        margin = QUANTILE * self.gain.deviation
-        return f"{self.gain.mean:+.2f} ({self.gain.mean - margin:+.2f} to {self.gain.mean + margin:+.2f})"
-
-    @property
-    def main_reasons(self) -> str:
-        """The most frequent reasons with their numbers."""
-        return "; ".join(f"{n} times: {reason}" for reason, n in [*self.reasons.items()][:_REASONS])
+def descents(findings: Findings) -> dict[str, Descent]:
+    """The descent of each candidate of the winner that was written during the search, by component."""
+    found = {}
+    for component, index in findings.best_params.items():
+        chain = findings.lineage(component, index)
+        if not chain:
+            continue
+        places = [i for i in (chain[0].source, *(one.index for one in chain)) if i is not None]
+        known = () if findings.space is None else findings.space.components[component]
+        found[component] = Descent(
+            title(findings, component),
+            [candidate_name(findings, component, i) for i in places],
+            [one.proposer for one in chain],
+            sum((one.usage for one in chain), Usage()),
+            [known[i] for i in places if i < len(known)],
+        )
+    return found
 
 
-def descents(findings: Findings) -> list[Descent]:
-    """The descent of each candidate of the winner that was written during the search."""
-    found = (descent(findings, component) for component in findings.best_params)
-    return [one for one in found if one is not None]
-
-
-def descent(findings: Findings, component: str) -> Descent | None:
-    """The descent of the winner's candidate of a component; None if it was written before the search."""
-    chain = findings.lineage(component, findings.best_params[component])
-    if not chain:
-        return None
-    places = [i for i in (chain[0].source, *(one.index for one in chain)) if i is not None]
-    known = () if findings.space is None else findings.space.components[component]
-    return Descent(
-        title(findings, component),
-        [candidate_name(findings, component, i) for i in places],
-        [one.proposer for one in chain],
-        sum((one.usage for one in chain), Usage()),
-        [known[i] for i in places if i < len(known)],
-    )
-
-
-def by_proposer(findings: Findings) -> list[Proposed]:
+def by_proposer(findings: Findings) -> list[dict[str, Any]]:
     """What each proposer has written, in the order in which they were first asked."""
     found = []
     for name in dict.fromkeys(one.proposer for one in findings.proposals):
         own = [one for one in findings.proposals if one.proposer == name]
         reasons = Counter(_reason(one.refused) for one in own if one.refused is not None)
-        usage = sum((one.usage for one in own), Usage())
-        gain = findings.gains.get(name) if any(one.written is not None for one in own) else None
-        found.append(Proposed(name, len(own), dict(reasons.most_common()), usage, gain))
+        row = {
+            "name": name,
+            "asked": len(own),
+            "refused": reasons.total(),
+            "reasons": "; ".join(f"{n} times: {reason}" for reason, n in reasons.most_common(_REASONS)),
+            "gain": "not known",
+            "usage": sum((one.usage for one in own), Usage()),
+        }
+        if name in findings.gains and any(one.written is not None for one in own):
+            gain, margin = findings.gains[name].mean, QUANTILE * findings.gains[name].deviation
+            row["gain"] = f"{gain:+.2f} ({gain - margin:+.2f} to {gain + margin:+.2f})"
+        found.append(row)
     return found
 
 

@@ -95,11 +95,11 @@ def _prose(sentence: str) -> Markup:
 def _changes(findings: Findings) -> list[dict[str, Any]]:
     """The changes from baseline to winner by component, and how its candidate was written."""
     before = findings.baseline_params or findings.best_params
+    origins = descent.descents(findings)
     changes = []
     for component, new in findings.best_params.items():
-        old = before.get(component, new)
+        old, origin = before.get(component, new), origins.get(component)
         candidates = () if findings.space is None else findings.space.components[component]
-        origin = descent.descent(findings, component)
         change = {
             "title": words.title(findings, component),
             "new": words.candidate_name(findings, component, new, in_short=True),
@@ -137,27 +137,28 @@ def _marked(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[str, Seque
 def _leaders(findings: Findings) -> list[dict[str, Any]]:
     """The best configurations and the baseline: the winner first, then by score."""
     roles = {"winner": findings.best_params, "baseline": findings.baseline_params}
-    leaders = [
+    shown = [
         m for place, m in enumerate(findings.configurations) if place < _LEADERS or m.params in roles.values()
     ]
-    leaders.sort(key=lambda m: (m.params != findings.best_params, -analysis.whole_score(findings, m)[0]))
+    shown.sort(key=lambda m: (m.params != findings.best_params, -analysis.whole_score(findings, m)[0]))
     return [
         {
             "name": words.beside_winner(findings, m.params),
             "roles": [role for role, params in roles.items() if params == m.params],
             "told": words.told(findings, m),
         }
-        for m in leaders
+        for m in shown
     ]
 
 
 def _spent(findings: Findings) -> dict[str, Any]:
-    """Usage and estimate of each step, in their order, and the duration of the search."""
-    planned = {k: Usage(**used) for k, used in findings.study.user_attrs.get(ESTIMATE, {}).items()}
+    """Usage of each step, in their order, the estimate for all of them, and the duration of the search."""
+    estimate = findings.study.user_attrs.get(ESTIMATE, {})
+    planned = sum((Usage(**used) for used in estimate.values()), Usage())
     # By the alphabet, which is the order of the steps: bootstrap, propose, search.
     rows = {**dict(sorted(findings.usage.items())), "total": findings.usage.total} if findings.usage else {}
-    if planned:
-        planned["total"] = sum(planned.values(), Usage())
+    if rows and estimate:
+        rows["estimated at most"] = planned
     trials = findings.study.get_trials(deepcopy=False)
     began = [t.datetime_start for t in trials if t.datetime_start]
     ended = [t.datetime_complete for t in trials if t.datetime_complete]
@@ -170,28 +171,29 @@ def _spent(findings: Findings) -> dict[str, Any]:
     }
 
 
-_FIGURES: dict[str, tuple[Callable[[Findings], Reading], Callable[[Findings], Figure]]] = {
-    "growth": (readings.growth, plots.plot_growth),
-    "examples": (readings.examples, plots.plot_examples),
-    "leaders": (readings.leaders, plots.plot_leaders),
-    "effects": (readings.effects, plots.plot_effects),
-    "map": (readings.similarity, plots.plot_map),
+# Heading, reading and drawing of each figure.
+_FIGURES: dict[str, tuple[str, Callable[[Findings], Reading], Callable[[Findings], Figure]]] = {
+    "growth": ("How the score grew with the calls of the search", readings.growth, plots.plot_growth),
+    "examples": ("How hard the validation examples are", readings.examples, plots.plot_examples),
+    "leaders": ("The leading configurations", readings.leaders, plots.plot_leaders),
+    "effects": ("Scores by candidate", readings.effects, plots.plot_effects),
+    "map": ("Configurations by similarity of their prompts", readings.similarity, plots.plot_map),
 }
 
 
-def _figures(findings: Findings) -> tuple[dict[str, tuple[Reading, str]], str]:
-    """The figures that can be drawn, with their readings, and a message if none can."""
-    figures = {}
-    for name, (read, draw) in _FIGURES.items():
+def _figures(findings: Findings) -> tuple[list[tuple[str, ...]], str]:
+    """Name, heading, readings and drawing of the figures that can be drawn; a message if none can."""
+    figures: list[tuple[str, ...]] = []
+    for name, (heading, read, draw) in _FIGURES.items():
         if name == "effects" and len(findings.best_params) == 1:  # they are those of the configurations
             continue
         try:
             drawing = _svg(draw(findings), name)
         except MissingExtraError as error:
-            return {}, str(error)
+            return [], str(error)
         except InvalidArgumentError:  # the findings lack the data of this figure
             continue
-        figures[name] = read(findings), drawing
+        figures.append((name, heading, *read(findings), drawing))
     return figures, ""
 
 

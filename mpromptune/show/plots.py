@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from functools import partial
+from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Distinct with colour blindness, and against white and black.
 BLUE, ORANGE, GREY, GREEN = "#3b6fb6", "#c46f17", "#808690", "#1b7f5c"
+_OF_BASELINE: dict[str, Any] = {"color": ORANGE, "linestyle": "--", "linewidth": 1, "label": "baseline"}
 _WIDTH = 4.8
 # NOTE: most configurations in a map: the eigenvectors of a distance matrix of this size take a second.
 _MAPPED = 1000
@@ -62,7 +63,8 @@ def plot_growth(findings: Findings) -> Figure:
     best = [step.best if np.isfinite(step.best) else np.nan for step in steps]
     axes.step(calls, best, where="post", color=BLUE, label="best estimate so far")
     _random_lines(axes, findings, calls)
-    _baseline_line(axes.axhline, findings)
+    if own := baseline(findings):
+        axes.axhline(own.posterior_mean, **_OF_BASELINE)
     # Outliers would compress the rest.
     trials, *others = (np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines)
     shown = np.concatenate([np.quantile(trials, [_FAR_OFF, 1.0 - _FAR_OFF]), *others])
@@ -96,8 +98,7 @@ def plot_leaders(findings: Findings, limit: int = 10) -> Figure:
     means, deviations = [m.posterior_mean for m in leaders], [m.posterior_std for m in leaders]
     axes.errorbar(means, range(len(leaders)), xerr=deviations, fmt="o", color=BLUE, ecolor=GREY)
     names = [f"{_short(beside_winner(findings, m.params))} ({len(m.scores)})" for m in leaders]
-    _name_rows(axes, names, [m.params == findings.best_params for m in leaders])
-    _baseline_line(partial(_between_names, axes), findings)
+    _name_rows(axes, findings, names, [m.params == findings.best_params for m in leaders])
     axes.set_xlabel("estimate ± std (in brackets: examples)")
     _set_unit(axes.xaxis, findings)
     _add_legend(figure, axes)
@@ -112,16 +113,18 @@ def plot_map(findings: Findings) -> Figure:
     Raises:
         InvalidArgumentError: The search did not embed texts, or measured fewer than three.
     """
-    sizes = {name: len(between) for name, between in (findings.distances or {}).items()}
+    between = findings.distances or {}
     # The texts of candidates that were written during the search were not embedded.
-    known = [m for m in findings.configurations if all(m.params[name] < n for name, n in sizes.items())]
-    shown = known[:_MAPPED]
-    if findings.distances is None or len(shown) < 3:
+    shown = [
+        m for m in findings.configurations if all(m.params[name] < len(d) for name, d in between.items())
+    ]
+    shown = shown[:_MAPPED]
+    if not between or len(shown) < 3:
         raise InvalidArgumentError(
             f"A map needs three configurations and the distances between their texts; got {len(shown)}"
-            f"{' and no distances' if findings.distances is None else ''}."
+            f"{'' if between else ' and no distances'}."
         )
-    points = classical_scaling(distances_between(shown, findings.distances))
+    points = classical_scaling(distances_between(shown, between))
     figure, axes = _panel(3.6)
     drawn = axes.scatter(
         points[:, 0],
@@ -143,37 +146,36 @@ def plot_effects(findings: Findings) -> Figure:
     """The best candidates of each component, by the mean estimate of the configurations with each."""
     effects = main_effects(findings)
     _some(list(effects), "configuration that was measured")
-    best = {name: _best_first(candidates) for name, candidates in effects.items()}
-    rows = [len(candidates) for candidates in best.values()]
+    rows = [min(len(candidates), _CANDIDATES) for candidates in effects.values()]
     figure = _figure(0.4 + 0.5 * len(rows) + 0.42 * sum(rows))
     panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
-    for axes, (component, candidates) in zip(panels, best.items(), strict=True):
-        axes.plot([fmean(means) for means in candidates.values()], range(len(candidates)), "o", color=BLUE)
-        names = {i: _short(candidate_name(findings, component, i)) for i in candidates}
-        of_winner = [findings.best_params.get(component) == i for i in candidates]
-        _name_rows(axes, [f"{names[i]} ({len(means)})" for i, means in candidates.items()], of_winner)
-        number = len(effects[component])
-        more = f", the best {len(candidates)} of {number}" if number > len(candidates) else ""
+    for axes, (component, candidates), n in zip(panels, effects.items(), rows, strict=True):
+        best = dict(islice(candidates.items(), n))
+        axes.plot([fmean(means) for means in best.values()], range(n), "o", color=BLUE)
+        names = [
+            f"{_short(candidate_name(findings, component, i))} ({len(means)})" for i, means in best.items()
+        ]
+        _name_rows(axes, findings, names, [findings.best_params.get(component) == i for i in best])
+        more = f", the best {n} of {len(candidates)}" if len(candidates) > n else ""
         axes.set_title(_short(f"{title(findings, component)}{more}"), loc="left", fontsize="medium")
-        _baseline_line(partial(_between_names, axes), findings)
     panels[-1].set_xlabel("mean estimate (in brackets: configurations)")
     _set_unit(panels[-1].xaxis, findings)
     _add_legend(figure, panels[-1])
     return figure
 
 
-def _best_first(candidates: dict[int, list[float]]) -> dict[int, list[float]]:
-    """The candidates with the highest means."""
-    order = sorted(candidates, key=lambda i: -fmean(candidates[i]))
-    return {i: candidates[i] for i in order[:_CANDIDATES]}
+def _name_rows(axes: Axes, findings: Findings, names: Sequence[str], are_bold: Sequence[bool]) -> None:
+    """Names above the rows of a figure, from the top down, and the baseline's estimate between the names.
 
-
-def _name_rows(axes: Axes, names: Sequence[str], are_bold: Sequence[bool]) -> None:
-    """Names above the rows of a figure, from the top down, so that all of its width is left for the rows."""
-    axes.set_yticks(np.arange(len(names)) - 0.4, names, fontsize="small", ha="left", va="center")
+    So all of its width is left for the rows.
+    """
+    rows = np.arange(len(names))
+    axes.set_yticks(rows - 0.4, names, fontsize="small", ha="left", va="center")
     axes.tick_params(axis="y", length=0, pad=0)
     for tick, is_bold in zip(axes.get_yticklabels(), are_bold, strict=True):
         tick.set_fontweight("bold" if is_bold else "normal")
+    if own := baseline(findings):
+        axes.vlines([own.posterior_mean] * len(rows), rows - 0.2, rows + 0.35, **_OF_BASELINE)
     axes.set_ylim(len(names) - 0.5, -0.9)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
@@ -255,19 +257,6 @@ def _set_unit(axis: Axis, findings: Findings) -> None:
     axis.set_major_locator(MaxNLocator(_TICKS))
     if is_share(findings):
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-
-
-def _baseline_line(draw: Any, findings: Findings) -> None:
-    """Draw the baseline's estimate, if it has one."""
-    own = baseline(findings)
-    if own is not None:
-        draw(own.posterior_mean, color=ORANGE, linestyle="--", linewidth=1, label="baseline")
-
-
-def _between_names(axes: Axes, score: float, **style: Any) -> None:
-    """Draw a line at a score that leaves out the names above the rows."""
-    rows = np.arange(len(axes.get_yticks()))
-    axes.vlines(np.full(len(rows), score), rows - 0.2, rows + 0.35, **style)
 
 
 def _add_legend(figure: Figure, axes: Axes) -> None:

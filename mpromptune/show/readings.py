@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from statistics import fmean
-from typing import NamedTuple
 
 from mpromptune.show import analysis, signs, words
 from mpromptune.storage.findings import Findings
@@ -12,18 +11,8 @@ from mpromptune.storage.findings import Findings
 _CLEAR = 0.05
 
 
-class Reading(NamedTuple):
-    """The texts beside a figure.
-
-    Attributes:
-        heading: Its heading.
-        text: What it says of this search.
-        about: How to read it.
-    """
-
-    heading: str
-    text: str
-    about: str = ""
+# What a figure says of the search, and how to read it.
+Reading = tuple[str, str]
 
 
 def growth(findings: Findings) -> Reading:
@@ -35,59 +24,55 @@ def growth(findings: Findings) -> Reading:
         f"{first.calls} of the {steps[-1].calls} calls of the search."
     )
     if not random:
-        return Reading("How the score grew with the calls of the search", text)
+        return text, ""
     more = words.points(findings, sign="")(steps[-1].best - random[-1])
     text += (
         f" Its estimate is {more} above what the best of as many random configurations would have on average."
         if _is_more(more)
         else " The best of as many random configurations would be as good on average."
     )
-    about = (
+    return text, (
         "Dotted: the highest estimate of as many random configurations. Dashed: the highest score of random "
         "configurations that are all measured in full; it contains luck, which estimates do not, and so may "
         "be above them."
     )
-    return Reading("How the score grew with the calls of the search", text, about)
 
 
 def examples(findings: Findings) -> Reading:
     """Of `plots.plot_examples`."""
-    heading, hard = "How hard the validation examples are", len(analysis.never_solved(findings))
+    hard, of = len(analysis.never_solved(findings)), len(analysis.example_scores(findings))
     if not hard:
-        return Reading(heading, "The lower a dot, the harder the example.")
-    of = len(analysis.example_scores(findings))
+        return "The lower a dot, the harder the example.", ""
     text = f"{hard} of {of} examples {'is' if hard == 1 else 'are'} not solved by any configuration."
-    return Reading(heading, text, "Not solved: no configuration scores above the lowest score of the search.")
+    return text, "Not solved: no configuration scores above the lowest score of the search."
 
 
 def leaders(findings: Findings) -> Reading:
     """Of `plots.plot_leaders`."""
     near = len(analysis.rivals(findings))
-    text = "No other configuration is within one standard deviation of the winner."
-    if near:
-        text = (
-            f"{words.counted(near, 'configuration')} of {len(findings.configurations)} "
-            f"{'is' if near == 1 else 'are'} too close to the winner to say which is better: within one "
-            "standard deviation."
-        )
-    return Reading("The leading configurations", text)
+    if not near:
+        return "No other configuration is within one standard deviation of the winner.", ""
+    return (
+        f"{words.counted(near, 'configuration')} of {len(findings.configurations)} "
+        f"{'is' if near == 1 else 'are'} too close to the winner to say which is better: within one "
+        "standard deviation.",
+        "",
+    )
 
 
 def effects(findings: Findings) -> Reading:
     """Of `plots.plot_effects`."""
-    spreads = {
-        component: max(means) - min(means)
-        for component, candidates in analysis.main_effects(findings).items()
-        for means in [[fmean(values) for values in candidates.values()]]
-    }
+    spreads = {}
+    for component, candidates in analysis.main_effects(findings).items():
+        means = [*map(fmean, candidates.values())]
+        spreads[component] = means[0] - means[-1]
     most = max(spreads, key=lambda component: spreads[component])
     points = words.points(findings, sign="")(spreads[most])
     text = "All candidates have nearly the same mean estimate."
     if _is_more(points):
         title = words.title(findings, most)
         text = f"{title} matters most: {points} from its worst candidate to its best."
-    about = "Mean estimate of the configurations that were measured with it."
-    return Reading("Scores by candidate", text, about)
+    return text, "Mean estimate of the configurations that were measured with it."
 
 
 def similarity(findings: Findings) -> Reading:
@@ -96,19 +81,15 @@ def similarity(findings: Findings) -> Reading:
     if chance is None:
         text = "If similar prompts have similar scores, near dots have similar colours."
     else:
-        as_well = f"shuffled texts explain the scores as well in {words.percent(chance)} of all trials."
         if signs.texts_are_chance(findings):
-            text = f"The texts do not help to foresee the scores: {as_well}"
+            text = "The texts do not help to foresee the scores"
         elif chance > _CLEAR:
-            text = f"Similar prompts seem to have similar scores, but it may be chance: {as_well}"
+            text = "Similar prompts seem to have similar scores, but it may be chance"
         else:
-            text = f"Similar prompts have similar scores: {as_well}"
+            text = "Similar prompts have similar scores"
+        text += f": shuffled texts explain the scores as well in {words.percent(chance)} of all trials."
     written = ", of those written before the search" if findings.proposals else ""
-    return Reading(
-        "Configurations by similarity of their prompts",
-        text,
-        f"The nearer two dots, the more similar the embeddings of their texts{written}.",
-    )
+    return text, f"The nearer two dots, the more similar the embeddings of their texts{written}."
 
 
 def _is_more(points: str) -> bool:

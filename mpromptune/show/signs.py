@@ -28,22 +28,8 @@ class Sign(NamedTuple):
 
 def warning_signs(findings: Findings) -> list[Sign]:
     """Reasons to doubt the result, the most urgent first."""
-    return [*_signs(findings)]
-
-
-def _signs(findings: Findings) -> Iterator[Sign]:
-    yield from _about_the_search(findings)
-    best = winner(findings)
-    if best is not None:
-        yield from _about_the_winner(findings, best)
-        yield from _about_the_gain(findings)
-    yield from _about_the_examples(findings)
-    if texts_are_chance(findings):
-        yield Sign(
-            "The embeddings explain no more than chance: assigned to the candidates at random, "
-            f"they explain the scores as well in {percent(findings.text_chance or 0.0)} of cases.",
-            "Try another embedder, or `embedder='index'`, which ignores the texts.",
-        )
+    parts = (_about_the_search, _about_the_winner, _about_the_gain, _about_the_examples, _about_the_texts)
+    return [sign for part in parts for sign in part(findings)]
 
 
 def texts_are_chance(findings: Findings) -> bool:
@@ -71,16 +57,29 @@ def _about_the_search(findings: Findings) -> Iterator[Sign]:
         )
 
 
-def _about_the_winner(findings: Findings, best: Measured) -> Iterator[Sign]:
+def _about_the_winner(findings: Findings) -> Iterator[Sign]:
+    best, own = winner(findings), baseline(findings)
+    if best is None:
+        return
     score, n_scores = unit(findings), len(best.scores)
     if best.fully and n_scores < findings.n_examples:
         yield Sign(
             f"Scores are means over {n_scores} of {findings.n_examples} validation examples: no "
             "configuration could be measured on the others."
         )
-    yield from _about_estimates(findings, best)
-    equal = len(rivals(findings))
-    if equal:
+    entries = {"the winner": best, "the baseline": None if own is best else own}
+    partly = [
+        f"{name} was measured on {len(one.scores)} of {findings.n_examples} validation examples"
+        for name, one in entries.items()
+        if one is not None and not one.fully
+    ]
+    if partly:
+        yield Sign(
+            f"{' and '.join(partly)}: ".capitalize()
+            + ("its score is an estimate." if len(partly) == 1 else "both scores are estimates."),
+            "Run it with `confirm=True`, which measures winner and baseline on the whole validation set.",
+        )
+    if equal := len(rivals(findings)):
         yield Sign(
             f"The top is flat: {counted(equal, 'configuration')} cannot be distinguished from the winner.",
             "Take the shortest or cheapest of these, or tell them apart with a larger `max_calls`: with "
@@ -95,27 +94,14 @@ def _about_the_winner(findings: Findings, best: Measured) -> Iterator[Sign]:
         )
 
 
-def _about_estimates(findings: Findings, best: Measured) -> Iterator[Sign]:
-    own = baseline(findings)
-    entries = {"winner": best, "baseline": best if own is None else own}
-    partly = {name: len(one.scores) for name, one in entries.items() if not one.fully}
-    if partly:
-        first, *others = partly
-        also = f" and the {others[0]} on {partly[others[0]]}" if others and own is not best else ""
-        yield Sign(
-            f"The {first} was measured on {partly[first]} of {findings.n_examples} validation examples{also}"
-            f": {'both scores are estimates' if also else 'its score is an estimate'}.",
-            "Run it with `confirm=True`, which measures winner and baseline on the whole validation set.",
-        )
-
-
 def is_lucky(measured: Measured) -> bool:
     """Whether a configuration's score is more than a standard deviation above the model's estimate."""
     return measured.mean - measured.posterior_mean > max(measured.posterior_std, 1e-9)
 
 
 def _about_the_gain(findings: Findings) -> Iterator[Sign]:
-    if findings.best_params == findings.baseline_params:
+    best = winner(findings)
+    if best is not None and best.params == findings.baseline_params:
         yield Sign(
             "No configuration better than the baseline was found, so the baseline is the winner.",
             "Give it other candidates: more of them (`num_candidates`), a stronger `prompt_model`, or a "
@@ -147,4 +133,13 @@ def _about_the_examples(findings: Findings) -> Iterator[Sign]:
         yield Sign(
             f"No configuration solves {hard} of {seen} examples: the candidates may all lack something.",
             "Look at the examples that no configuration solves.",
+        )
+
+
+def _about_the_texts(findings: Findings) -> Iterator[Sign]:
+    if texts_are_chance(findings):
+        yield Sign(
+            "The embeddings explain no more than chance: assigned to the candidates at random, "
+            f"they explain the scores as well in {percent(findings.text_chance or 0.0)} of cases.",
+            "Try another embedder, or `embedder='index'`, which ignores the texts.",
         )

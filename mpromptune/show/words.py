@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import lru_cache
+from os.path import commonprefix
 from typing import NamedTuple
 
 from rich.filesize import pick_unit_and_suffix
 
-from mpromptune.model.space import Candidate
 from mpromptune.show.analysis import baseline, is_share, whole_score, winner
 from mpromptune.storage.attributes import PREDICTORS
 from mpromptune.storage.findings import Findings, Measured
@@ -51,7 +51,7 @@ def told(findings: Findings, measured: Measured | None) -> Told:
     say = unit(findings)
     if measured is None:
         return Told(say(math.nan))
-    score, (low, high) = whole_score(findings, measured)
+    score, low, high = whole_score(findings, measured)
     if math.isnan(score):
         return Told(say(score))
     interval = "" if low == high or math.isnan(low) else f"{say(low).removesuffix(' %')} to {say(high)}"
@@ -60,25 +60,28 @@ def told(findings: Findings, measured: Measured | None) -> Told:
 
 def title(findings: Findings, component: str) -> str:
     """A readable name of a component, with the predictor's name in the program if the study has it."""
+    return ", ".join(filter(None, _parts(findings, component)))
+
+
+def _parts(findings: Findings, component: str) -> tuple[str, str]:
+    """The predictor of a component, and which of its texts it is; either may be empty.
+
+    The predictor has its name in the program, without ``.predict``; none if it is alone and has no name.
+    """
     match = _MIPRO_NAME.match(component)
     if match is None:
-        return _visible(component)
-    return ", ".join(filter(None, (_predictor(findings, int(match[1])), match[2])))
+        return _visible(component), ""
+    index, kind = int(match[1]), match[2]
+    names = [*map(_visible, findings.study.user_attrs.get(PREDICTORS, []))]
+    short = [name.removesuffix(".predict") for name in names]
+    if index < len(names) and names != ["self"]:  # which is DSPy's name of a program that is a predictor
+        return (short if len({*short}) == len(short) else names)[index], kind
+    is_alone = all(other.startswith(f"{index}_predictor_") for other in findings.best_params)
+    return "" if is_alone else f"predictor {index + 1}", kind
 
 
 def _visible(text: str) -> str:
     return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def _predictor(findings: Findings, index: int) -> str:
-    """The name of a predictor in its program, without ``.predict``; empty if it is alone and has none."""
-    names: list[str] = findings.study.user_attrs.get(PREDICTORS, [])
-    names = [*map(_visible, names)]
-    short = [name.removesuffix(".predict") for name in names]
-    if index < len(names) and names != ["self"]:  # which is DSPy's name of a program that is a predictor
-        return short[index] if len({*short}) == len(short) else names[index]
-    is_alone = all(component.startswith(f"{index}_predictor_") for component in findings.best_params)
-    return "" if is_alone else f"predictor {index + 1}"
 
 
 def is_compile(findings: Findings) -> bool:
@@ -90,9 +93,8 @@ def label(findings: Findings, params: Mapping[str, int]) -> str:
     """A configuration in a few words: ``solve: “Think step by step.”, 2 demos``."""
     parts: dict[str, list[str]] = {}
     for component, index in params.items():
-        match = _MIPRO_NAME.match(component)
-        group = _predictor(findings, int(match[1])) if match else _visible(component)
-        parts.setdefault(group, []).append(candidate_name(findings, component, index))
+        name = candidate_name(findings, component, index)
+        parts.setdefault(_parts(findings, component)[0], []).append(name)
     return "; ".join(f"{group}: {', '.join(words)}".removeprefix(": ") for group, words in parts.items())
 
 
@@ -105,54 +107,33 @@ def beside_winner(findings: Findings, params: Mapping[str, int]) -> str:
 
 def candidate_name(findings: Findings, component: str, index: int, in_short: bool = False) -> str:
     """A name of a candidate that is unique in its component; ``in_short`` only the number of its demos."""
-    if in_short and findings.space is not None:
-        candidate = findings.space.components[component][index]
-        if not isinstance(candidate, str):
-            return counted(len(candidate), "demo")
-    return _candidate_names(findings, component).get(index, f"no. {index}")
-
-
-def _candidate_names(findings: Findings, component: str) -> dict[int, str]:
-    """Names of candidates by index; empty if the texts are not known."""
-    if findings.space is None or component not in findings.space.components:
-        return {}
-    candidates = findings.space.components[component]
-    names = [_name(c, text) for c, text in zip(candidates, _excerpts(candidates), strict=True)]
-    match, own = _MIPRO_NAME.match(component), (findings.baseline_params or {}).get(component)
-    if match and own is not None and candidates[own]:
-        names[own] = f"own {match[2]}"
-    return dict(enumerate(names))
-
-
-def _name(candidate: Candidate, excerpt: str) -> str:
-    if isinstance(candidate, str):
-        return f"“{excerpt}”"
-    number = counted(len(candidate), "demo")
-    return f"{number} (“{excerpt}”)" if candidate else number
-
-
-def _excerpts(candidates: Sequence[Candidate]) -> tuple[str, ...]:
-    """The beginnings of texts; where several begin alike, also what is at their first difference."""
+    components = {} if findings.space is None else findings.space.components
+    candidates = components.get(component, ())
+    if index >= len(candidates):
+        return f"no. {index}"
+    candidate, kind = candidates[index], _parts(findings, component)[1]
+    number = "" if isinstance(candidate, str) else counted(len(candidate), "demo")
+    if number and (in_short or not candidate):
+        return number
+    if kind and candidate and index == (findings.baseline_params or {}).get(component):
+        return f"own {kind}"
     texts = (" ".join((c if isinstance(c, str) else "\n".join(c)).split()) for c in candidates)
-    return _distinct(tuple(map(_visible, texts)))
+    excerpt = f"“{_excerpts(tuple(map(_visible, texts)))[index]}”"
+    return f"{number} ({excerpt})" if number else excerpt
 
 
 @lru_cache(maxsize=16)  # a page names each candidate many times, and all pairs of texts are compared
-def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
+def _excerpts(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The beginnings of texts; where several begin alike, also what is at their first difference."""
     found = []
     for text in texts:
-        alike = [other for other in texts if other != text and other[:_EXCERPT] == text[:_EXCERPT]]
-        differs = max((_first_difference(text, other) for other in alike), default=0)
+        shared = [len(commonprefix([text, other])) for other in texts if other != text]  # noqa: RUF071 - no paths
+        differs = max((n for n in shared if n >= _EXCERPT), default=0)
         start = text.rfind(" ", 0, max(min(differs, len(text) - _EXCERPT), 0)) + 1
         end = start + _EXCERPT if len(text) > start + _EXCERPT + _HEAD else len(text)
         head = f"{text[: text.find(' ', _HEAD)]} … " if start > 2 * _HEAD else "…" if start else ""
         found.append(f"{head}{text[start:end]}{'…' if end < len(text) else ''}")
     return tuple(found)
-
-
-def _first_difference(text: str, other: str) -> int:
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)) - 1)
 
 
 def unit(findings: Findings) -> Callable[[float], str]:
