@@ -327,7 +327,8 @@ def test_help_has_an_example_or_says_all(command: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [("predictors", "100000"), ("trainset", "2000000"), ("valset", "0")]
+    ("name", "number"),
+    [("predictors", "100000"), ("trainset", "2000000"), ("valset", "0"), ("valset", "ten")],
 )
 def test_sizes_that_nobody_has_are_refused(
     name: str, number: str, capsys: pytest.CaptureFixture[str]
@@ -337,4 +338,6 @@ def test_sizes_that_nobody_has_are_refused(
     with pytest.raises(SystemExit) as caught:
         cli.main(["estimate", *(f"--{key}={value}" for key, value in sizes.items())])
     assert caught.value.code == 2
-    assert f"argument --{name}: must be from 1 to " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"argument --{name}: must be from 1 to " in err
+    assert f"; got {number!r}" in err

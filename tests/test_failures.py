@@ -120,6 +120,7 @@ def test_metrics_may_return(convert: Callable[[bool], Any]) -> None:
         ({"score": 1.0}, "{'score': 1.0}"),
         (dspy.Prediction(score=None), "None"),
         (dspy.Prediction(feedback="x"), "feedback"),
+        ("x" * 10**4, "xxx... (str)"),
     ],
 )
 def test_metrics_may_not_return(value: Any, named: str) -> None:

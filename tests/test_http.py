@@ -38,7 +38,7 @@ def _is_right(example: Any, prediction: Any, trace: Any = None) -> bool:
     return bool(example.answer == prediction.answer)
 
 
-def _compile(lm: Any, program: Any = None, **given: Any) -> Any:
+def _compile(lm: Any, program: Any = None, prompt_model: Any = None, **given: Any) -> Any:
     """A small compile, of which all steps ask the LM."""
     shots = {"max_bootstrapped_demos": 1, "max_labeled_demos": 1, "num_candidates": 3}
     search = {"num_trials": 4, "minibatch_size": 4, "minibatch_full_eval_steps": 2, "max_calls": 30}
@@ -46,7 +46,9 @@ def _compile(lm: Any, program: Any = None, **given: Any) -> Any:
     steady = {"program_aware_proposer": False, "sampler": "random", "block_size": 4, "confirm": True}
     run = {**search, **steady, "verbose": False, **given}
     with dspy.context(lm=lm):
-        optimizer = MIPROv2(metric=_is_right, auto=None, num_threads=THREADS, **shots)
+        optimizer = MIPROv2(
+            metric=_is_right, prompt_model=prompt_model, auto=None, num_threads=THREADS, **shots
+        )
         return optimizer.compile(program or Adder(), trainset=TRAIN, valset=VAL, **run)
 
 
@@ -196,6 +198,15 @@ def test_an_lm_at_which_nothing_listens_stops_at_once() -> None:
     assert re.search(r"None of the \d requests to openai/adder so far was answered", str(caught.value))
     assert "storage" not in str(caught.value)
     assert caught.value.usage.total.lm_calls <= 3 + THREADS
+
+
+def test_one_model_at_two_addresses_is_two_lms() -> None:
+    """That the task model answers does not make the proposer's address, at which nothing listens, right."""
+    raised = pytest.raises(SearchStoppedError, match=r"None of the \d requests to openai/adder so far")
+    with gateway() as server, raised:
+        nowhere = server.lm()
+        nowhere.kwargs["api_base"] = "http://127.0.0.1:9/v1"
+        _compile(server.lm(), prompt_model=nowhere)
 
 
 class VendorError(Exception):

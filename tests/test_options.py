@@ -20,6 +20,7 @@ from mpromptune.engine.batches import BatchPlan
 from mpromptune.engine.options import OPTION_NAMES, SEARCH_OPTIONS
 from mpromptune.engine.plan import Request
 from mpromptune.errors import InvalidArgumentError, SearchStoppedError, StudyMismatchError, UnknownOptionError
+from mpromptune.sampling.samplers import resolve_sampler
 from mpromptune.storage.attributes import EXAMPLES
 
 
@@ -325,12 +326,28 @@ def test_an_argument_of_another_method_says_where_it_belongs() -> None:
     assert lm.calls == []
 
 
-def test_the_seed_of_a_compile_is_an_integer() -> None:
-    """Another seed is refused before any LM call, with its name."""
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        ("x", "an integer; got 'x'"),
+        (-1, "from 0 to 4294967295.*got -1"),
+        (2**32, "from 0 to .*got 4294967296"),
+    ],
+)
+def test_the_seed_of_a_compile_is_an_integer_that_numpy_accepts(seed: Any, message: str) -> None:
+    """Another seed is refused before any LM call, with its name, wherever it is given."""
     lm = arithmetic_lm()
-    with pytest.raises(InvalidArgumentError, match="seed must be an integer; got 'x'"):
-        _compile(lm, _optimizer(lm, sampler="qei"), seed="x")
+    with pytest.raises(InvalidArgumentError, match=f"seed must be {message}"):
+        _compile(lm, _optimizer(lm, sampler="qei"), seed=seed)
+    with pytest.raises(InvalidArgumentError, match=f"seed must be {message}"):
+        _compile(lm, _optimizer(lm, sampler="qei", seed=seed))
     assert lm.calls == []
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
+def test_a_search_takes_any_integer_as_a_seed(sampler: str) -> None:
+    """Optuna's samplers would refuse negative ones."""
+    assert resolve_sampler(sampler, PromptSpace({"text": ["a", "b"]}), -1)
 
 
 @pytest.mark.parametrize("components", [None, {3: ["a"]}, {"text": [1, 2]}, {"text": ["a", [None]]}])

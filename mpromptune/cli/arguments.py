@@ -6,11 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+T = TypeVar("T")
 
 
 def output_console() -> Console:
@@ -44,27 +47,25 @@ def program_file(text: str) -> Path:
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
-    return value
+    return _number(int, text, lambda value: value >= 1, "an integer of at least 1")
 
 
 def up_to(most: int) -> Callable[[str], int]:
     """The type of an argument that is an integer from 1 to ``most``."""
 
     def integer(text: str) -> int:
-        value = int(text)
-        if not 1 <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be from 1 to {most:,}; got {text}")
-        return value
+        return _number(int, text, lambda value: 1 <= value <= most, f"from 1 to {most:,}")
 
     return integer
 
 
 def amount(text: str) -> float:
     """A finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more; got {text}")
-    return value
+    return _number(float, text, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def _number(kind: Callable[[str], T], text: str, is_valid: Callable[[T], bool], wanted: str) -> T:
+    with suppress(ValueError):
+        if is_valid(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}")

@@ -47,6 +47,8 @@ T = TypeVar("T")
 Score = Callable[[dict[str, int], int], float]
 Keep = Callable[["Outcome"], None]
 
+# NOTE: most characters of a wrong score in a message; enough to recognise it.
+_SHOWN = 200
 # These are one class since Python 3.11.
 _TIMEOUTS = TimeoutError | futures.TimeoutError | asyncio.TimeoutError
 
@@ -339,7 +341,9 @@ def as_score(value: Any) -> float:
     number = as_real(value)
     if math.isfinite(number):
         return value if isinstance(value, Noted) else number
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
     raise ScoreError(
-        f"The metric returned {value!r} ({type(value).__name__}); it must return a finite number, a "
+        f"The metric returned {shown} ({type(value).__name__}); it must return a finite number, a "
         "bool, or a prediction with such a `.score`."
     )

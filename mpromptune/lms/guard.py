@@ -193,7 +193,10 @@ class Guard(BaseCallback):
 
 
 def _kind(lm: Any) -> str:
-    return f"{type(lm).__module__}.{type(lm).__qualname__} {getattr(lm, 'model', '')}"
+    """The class, model and address of an LM: one model may be served at several addresses."""
+    settings = getattr(lm, "kwargs", None) or {}
+    address = settings.get("api_base") or settings.get("base_url") or ""
+    return f"{type(lm).__module__}.{type(lm).__qualname__} {getattr(lm, 'model', '')} {address}"
 
 
 def _key(lm: Any, inputs: Mapping[str, Any]) -> Hashable | None:

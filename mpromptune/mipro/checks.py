@@ -39,6 +39,8 @@ _ATTRIBUTES = (
     "init_temperature log_dir max_bootstrapped_demos max_errors max_labeled_demos metric metric_threshold "
     "num_threads prompt_model seed task_model teacher_settings track_stats verbose"
 )
+# NOTE: number of seeds of NumPy's legacy generator, which DSPy seeds when a compile begins.
+_SEEDS = 2**32
 # Methods of the DSPy classes that the first steps use.
 _METHODS = {
     BootstrapFewShot: "_prepare_student_and_teacher _prepare_predictor_mappings "
@@ -65,8 +67,7 @@ def check_arguments(
     if given.get("teacher") is not None:
         _check_teacher(given["teacher"], student)
     _check_lms(optimizer, student, reflection_lm)
-    if given.get("seed") is not None:
-        require_count("seed", given["seed"], least=None)
+    _check_seed(optimizer.seed if given.get("seed") is None else given["seed"])
     _check_metric(optimizer.metric, _bootstraps(optimizer, given))
     if "trainset" in given:  # otherwise DSPy reports that it is missing
         _check_examples("trainset", given["trainset"])
@@ -77,6 +78,11 @@ def check_arguments(
 def _refused(name: str, must: str, value: Any) -> InvalidArgumentError:
     shown = reprlib.repr(value) or f"an instance of {type(value).__name__}"  # a bare program shows nothing
     return InvalidArgumentError(f"{name} must be {must}; got {shown}.")
+
+
+def _check_seed(seed: Any) -> None:
+    if not 0 <= require_count("seed", seed, least=None) < _SEEDS:
+        raise InvalidArgumentError(f"seed must be from 0 to {_SEEDS - 1}, as NumPy requires; got {seed!r}.")
 
 
 def _check_program(name: str, program: Any) -> None:

@@ -140,9 +140,9 @@ class CheckedMetric:
             is_mistake = classify(error) is Verdict.CANDIDATE and not is_answers
             if bool(trace) in self._has_worked or not is_mistake:
                 raise
-            where = _place(error)
+            where, said = _place(error), f": {error}" if str(error) else ""
             message = (
-                f"The metric raised {type(error).__name__} before it had returned anything: {error} "
+                f"The metric raised {type(error).__name__} before it had returned anything{said} "
                 f"({Path(where.filename).name}, line {where.lineno}, in {where.name})."
             )
             raise self._failed(message, example, prediction) from error

@@ -44,7 +44,9 @@ def resolve_sampler(
     name = "qei" if spec is None else str(spec).lower()
     if name == "qei":
         return qEISampler(space=space, seed=seed)
-    stream = int(np.random.SeedSequence([abs(seed), n_trials]).generate_state(1)[0]) if n_trials else seed
+    stream = seed % 2**32  # Optuna's samplers accept no other seeds
+    if n_trials:
+        stream = int(np.random.SeedSequence([abs(seed), n_trials]).generate_state(1)[0])
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=stream, multivariate=True, constant_liar=True)
     if name == "gp":
