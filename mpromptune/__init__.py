@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mpromptune.sampling.sampler import qEISampler
     from mpromptune.show.progress import Progress
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.3.0.dev0"
 
 _HOME = {
     "Limits": "execution.limits",

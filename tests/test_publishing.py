@@ -19,7 +19,7 @@ def test_newest_version_is_in_the_changelog() -> None:
     """It comes first, and each version has known headings, each of them once."""
     _, *versions = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")
     numbers = [re.match(r"\[(\d+\.\d+\.\d+)\]", version)[1] for version in versions]
-    assert numbers == ["0.2.0", "0.1.0"]
+    assert numbers == ["0.3.0", "0.1.0"]
     assert mpromptune.__version__.partition(".dev")[0] == numbers[0]
     for version in versions:
         kinds = re.findall(r"^### (\w+)$", version, flags=re.MULTILINE)

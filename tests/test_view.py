@@ -165,7 +165,7 @@ def test_a_continued_search_says_what_earlier_runs_have_done() -> None:
     bar = view.bar("Searching", 60, "calls", earlier=512)
     view.on_progress(report(finished=True))
     view.close()
-    assert view.status == ["13 trials", "530 LM calls", "including 512 calls of earlier runs"]
+    assert view.status == ["13 trials", "530 LM calls", "including 512 program calls of earlier runs"]
     assert (bar.texts[0], bar.percent) == ("512/512 calls", 100)
     view.findings = findings(calls=520, usage=StepUsage(search=Usage(530, program_calls=600)))
     assert dict(view.summary)["Cost"] == (

@@ -337,8 +337,8 @@ class Loop:
     def _interrupted(self, signalled: BaseException) -> SearchInterrupted:
         error = interrupted(signalled)(
             f"The search was interrupted; the study keeps the scores of {self.table.calls} calls. "
-            "Catch SearchInterrupted to get its `.study`, its `.result` and, after a compile, `.program`: "
-            "the best so far.",
+            "In a storage, the same call continues it. Catch SearchInterrupted to get its `.study`, its "
+            "`.result` and, after a compile, `.program`: the best so far.",
             self.study,
             self.summary.so_far(self.study),
         )

@@ -336,6 +336,6 @@ def _finished(run: Run, programs: ProgramSpace, result: Any) -> Any:
     logger.info("Best program scores %.2f (baseline %.2f).", *scores)
     logger.info("The compile took %s.", result.usage.total)
     if (limit := result.stopped_by) is not None:
-        message = "The search was ended by %s, exceeded by %s, after %d program calls."
-        logger.warning(message, limit, f"{result.overspent:,.6g}", result.calls)
+        over = f", exceeded by {result.overspent:,.6g}," if result.overspent else ""
+        logger.warning("The search was ended by %s%s after %d program calls.", limit, over, result.calls)
     return best

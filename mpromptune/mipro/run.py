@@ -115,7 +115,10 @@ class Run:
             error.usage = self.budget.usage
             raise
         except KeyboardInterrupt as signalled:
-            outside = interrupted(signalled)("The compile was interrupted outside its search.")
+            kept = (
+                "" if self.checkpoint is None else " What is in the storage is kept; the same call continues."
+            )
+            outside = interrupted(signalled)(f"The compile was interrupted outside its search.{kept}")
             outside.program, outside.usage = self.student, self.budget.usage
             raise outside from signalled
 

@@ -79,11 +79,13 @@ def _about_the_winner(findings: Findings) -> Iterator[Sign]:
             + ("its score is an estimate." if len(partly) == 1 else "both scores are estimates."),
             "Run it with `confirm=True`, which measures winner and baseline on the whole validation set.",
         )
-    if equal := len(rivals(findings)):
+    if equal := rivals(findings):
+        measurable = not all(one.fully for one in (best, *equal))
+        more = f", or tell them apart with a larger `{findings.stopped_by or 'max_calls'}`" * measurable
+        number = counted(len(equal), "configuration")
         yield Sign(
-            f"The top is flat: {counted(equal, 'configuration')} cannot be distinguished from the winner.",
-            "Take the shortest or cheapest of these, or tell them apart with a larger `max_calls`: with "
-            "`storage=`, the same call continues the search.",
+            f"The top is flat: {number} cannot be distinguished from the winner.",
+            f"Take the shortest or cheapest of these{more}.",
         )
     if is_lucky(best):
         expected = f"{score(best.posterior_mean)} ± {score(best.posterior_std)}"

@@ -189,7 +189,7 @@ class View:
     def status(self) -> list[str]:
         """Lines with scores, usage and calls in flight, as far as there are any."""
         load = self._load() if self._search is None else self._search.load
-        before = f"including {self._earlier} calls of earlier runs" if self._earlier else ""
+        before = f"including {self._earlier} program calls of earlier runs" if self._earlier else ""
         lines = [", ".join(_scores(self._search)), ", ".join(_expenses(self._budget)), before]
         return [line for line in (*lines, "" if self._closed else _concurrency(load)) if line]
 
