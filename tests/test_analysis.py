@@ -289,24 +289,14 @@ def test_without_embeddings_nothing_is_said_of_them() -> None:
     ("read", "changes", "said"),
     [
         # The search's best estimate is 0.7; of three random configurations, the best has 0.5, or 1.
-        (
-            readings.growth,
-            {"drawn": DRAWN * 0.5},
-            "Its estimate is 20.0 points above what the best",
-        ),
+        (readings.growth, {"drawn": DRAWN * 0.5}, "Its estimate is 20.0 points above what the best"),
         (readings.growth, {"drawn": DRAWN}, "The best of as many random configurations would be as good"),
-        (readings.growth, {}, "after 8 of the 10 calls of the search."),
-        (readings.examples, {}, "1 of 4 examples is not solved by any configuration."),
         (readings.examples, {"configurations": FLAT}, "The lower a dot, the harder the example."),
         (readings.leaders, {"configurations": (WINNER, NEAR, BASELINE)}, "1 configuration of 3 is too close"),
         (readings.effects, {"configurations": (WINNER,)}, "All candidates have nearly the same mean"),
         (readings.similarity, {"text_chance": None}, "If similar prompts have similar scores"),
         (readings.similarity, {"text_chance": 0.004}, "Similar prompts have similar scores: shuffled texts"),
-        (
-            readings.similarity,
-            {"text_chance": 0.14},
-            "it may be chance: shuffled texts explain",
-        ),
+        (readings.similarity, {"text_chance": 0.14}, "it may be chance: shuffled texts explain"),
         (readings.similarity, {"text_chance": 0.5}, "do not help to foresee the scores"),
     ],
 )

@@ -408,8 +408,6 @@ def test_an_operator_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["reflct"], "Unknown proposer 'reflct'. Did you mean 'reflect'?"),
         (["xyzzy"], "Unknown proposer 'xyzzy'. Valid names are"),
-        ("reflect", "must be a list: pass proposers=['reflect']; got 'reflect'"),
-        (None, "must be a list of at least one name or proposer; got None"),
         ([3], "got 3, which lacks"),
         ([Polite], "a class: register it"),
         (["merge", "merge"], "has 'merge' twice"),

@@ -49,12 +49,7 @@ def _check_path(name: str, value: Any) -> None:
         raise InvalidArgumentError(f"{name} must be the path of a file; got {value!r}.")
 
 
-def check_proposer_list(name: str, value: Any) -> None:
-    """Require a list of names or proposers that is not empty.
-
-    Raises:
-        InvalidArgumentError: It is something else.
-    """
+def _check_names_or_proposers(name: str, value: Any) -> None:
     if isinstance(value, str):
         raise InvalidArgumentError(f"{name} must be a list: pass {name}=[{value!r}]; got {value!r}.")
     if not isinstance(value, Sequence) or not value:
@@ -101,7 +96,7 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(("failure_score", "target"), require_finite),
     **dict.fromkeys(("dry_run", "verbose"), _check_bool),
     "proposals": _check_proposals,
-    "proposers": check_proposer_list,
+    "proposers": _check_names_or_proposers,
     "gains_file": _check_path,
     "embedder": _check_embedder,
     "device": _check_device,

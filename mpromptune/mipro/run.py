@@ -181,26 +181,24 @@ class Run:
     def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-            if self._failure is not None:
-                raise self._failure
-        except Exception as error:
-            if error is self._failure or classify(error) in {Verdict.STOP, *INFRASTRUCTURE}:
-                raise self._stopped(name, error) from error
-            raise
-        except Stopped as stop:
-            if self._failure is not None:
-                raise self._stopped(name, self._failure) from self._failure
-            if self.budget.reached is None:
+            error = self._failure
+        except Exception as raised:
+            if raised is not self._failure and classify(raised) not in {Verdict.STOP, *INFRASTRUCTURE}:
                 raise
-            raise self.budget.used_up(f"in the {name} step, before the search began") from stop
-
-    def _stopped(self, step: str, error: BaseException) -> SearchStoppedError:
-        kept = "" if self.checkpoint is None else ": what is in the storage is not paid for twice"
-        message = (
-            f"The {step} step stopped because of {reason(error)}. When this is repaired, make the same call "
-            f"again{kept}."
-        )
-        return stopped(message, error)
+            error = raised
+        except Stopped as stop:
+            error = self._failure
+            if error is None and self.budget.reached is not None:
+                raise self.budget.used_up(f"in the {name} step, before the search began") from stop
+            if error is None:
+                raise
+        if error is not None:
+            kept = "" if self.checkpoint is None else ": what is in the storage is not paid for twice"
+            raise stopped(
+                f"The {name} step stopped because of {reason(error)}. When this is repaired, make the same "
+                f"call again{kept}.",
+                error,
+            )
 
     @property
     def _failure(self) -> BaseException | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpromptune.engine.checks import check_proposer_list
 from mpromptune.engine.proposers import Proposer, check_proposers
 from mpromptune.errors import InvalidArgumentError, unknown
 from mpromptune.operators.base import Setting
@@ -49,7 +48,6 @@ def made(operators: Sequence[str | Proposer], setting: Setting) -> list[Proposer
     Raises:
         InvalidArgumentError: A name is unknown, an object is no proposer, or two have the same name.
     """
-    check_proposer_list("proposers", operators)
     proposers = [_made(operator, setting) for operator in operators]
     check_proposers(proposers)
     return [Guarded(proposer, setting) for proposer in proposers]

@@ -49,10 +49,8 @@ class Told(NamedTuple):
 def told(findings: Findings, measured: Measured | None) -> Told:
     """The score of a configuration in words."""
     say = unit(findings)
-    if measured is None:
-        return Told(say(math.nan))
-    score, low, high = whole_score(findings, measured)
-    if math.isnan(score):
+    score, low, high = (math.nan,) * 3 if measured is None else whole_score(findings, measured)
+    if measured is None or math.isnan(score):
         return Told(say(score))
     interval = "" if low == high or math.isnan(low) else f"{say(low).removesuffix(' %')} to {say(high)}"
     return Told(say(score), interval, f"{len(measured.scores)} of {findings.n_examples} examples")
