@@ -159,6 +159,15 @@ def test_status_while_the_search_runs() -> None:
     assert failing[-1] == "8 of 16 calls in flight, 9 failures since the last answer"
 
 
+def test_scores_of_another_unit_are_no_percentages() -> None:
+    """A metric that counts, for example."""
+    one = Standing(mean=8.42, std=0.5, measured=8.6, examples=200)
+    view = view_on()
+    view.bar("Searching", 1630, "calls")
+    view.on_progress(report(best=one, baseline=None))
+    assert view.status[0] == "best 8.42 ± 0.98 (95 %), 13 trials"
+
+
 def test_a_continued_search_says_what_earlier_runs_have_done() -> None:
     """Also one that is to make fewer calls than they did, whose bar is full."""
     view = view_on()

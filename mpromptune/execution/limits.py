@@ -152,8 +152,8 @@ class Budget:
         """The error that says which limit was reached."""
         limit = getattr(self.limits, self.reached or "", None)
         return SearchStoppedError(
-            f"{self.reached}={limit} was used up {when}, by {self.usage.total}. Raise it and make the same "
-            "call again; what is in a storage is not paid for twice."
+            f"{self.reached}={limit} was used up {when}: {self.usage.total}. Raise it and make the same call "
+            "again; with a storage, what was answered is not paid for twice."
         )
 
     def overspent(self, name: str | None) -> float:

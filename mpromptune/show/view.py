@@ -216,13 +216,18 @@ class View:
 
 
 def _scores(search: Progress | None) -> Iterator[str]:
-    """Estimates in percent while the search runs; at its end, `closing` has the scores."""
+    """Estimates while the search runs, shares in percent; at its end, `closing` has the scores."""
     if search is None or search.best is None:
         return
     if not search.finished:
-        both = ("best", search.best), ("baseline", search.baseline)
+        both = {"best": search.best, "baseline": search.baseline}
+        known = {name: one for name, one in both.items() if one is not None}
+        are_shares = all(0.0 <= one.measured <= 1.0 for one in known.values())
         estimates = [
-            f"{name} {100 * one.mean:.1f} ± {100 * one.margin:.1f} %" for name, one in both if one is not None
+            f"{name} {100 * one.mean:.1f} ± {100 * one.margin:.1f} %"
+            if are_shares
+            else f"{name} {one.mean:.4g} ± {one.margin:.4g}"
+            for name, one in known.items()
         ]
         yield f"{', '.join(estimates)} (95 %)"
     yield f"{search.trials} trials"
