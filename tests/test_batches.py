@@ -241,7 +241,7 @@ METRICS: dict[str, Callable[[bool, Row, int], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("metric", "confirm"), zip(METRICS.values(), cycle(CONFIRM)), ids=METRICS)
+@pytest.mark.parametrize(("metric", "confirm"), [*zip(METRICS.values(), cycle(CONFIRM))], ids=METRICS)
 def test_the_best_is_found_on_any_scale(metric: Any, confirm: Any) -> None:
     """Where answers are right or wrong underneath, the one that is right most often wins."""
 
@@ -258,7 +258,9 @@ def test_the_best_is_found_on_any_scale(metric: Any, confirm: Any) -> None:
         assert np.isfinite([measured.posterior_mean, measured.posterior_std]).all()
 
 
-@pytest.mark.parametrize(("value", "confirm"), zip([0.0, 1.0, 0.3, -7.0, 1e9, False, True], cycle(CONFIRM)))
+@pytest.mark.parametrize(
+    ("value", "confirm"), [*zip([0.0, 1.0, 0.3, -7.0, 1e9, False, True], cycle(CONFIRM))]
+)
 def test_equal_scores_end_in_that_score(value: float, confirm: Any) -> None:
     """All alike: nothing is better than anything, and nothing else is said of it."""
     result = run(lambda params, example: value, confirm=confirm, max_calls=200, sampler=wide())
@@ -268,7 +270,7 @@ def test_equal_scores_end_in_that_score(value: float, confirm: Any) -> None:
     assert max(means) - min(means) <= 0.05 * max(1.0, abs(value))
 
 
-@pytest.mark.parametrize(("metric", "confirm"), zip(["percent", "grades", "kinds"], CONFIRM, strict=True))
+@pytest.mark.parametrize(("metric", "confirm"), [*zip(["percent", "grades", "kinds"], CONFIRM, strict=True)])
 def test_a_baseline_that_is_the_best_is_returned(metric: str, confirm: Any) -> None:
     """The search finds nothing better, and says so."""
 
@@ -281,7 +283,9 @@ def test_a_baseline_that_is_the_best_is_returned(metric: str, confirm: Any) -> N
     assert result.best_score == result.baseline_score
 
 
-@pytest.mark.parametrize(("worst", "confirm"), zip([-10.0, -1e3, -1e6, -1e30, -1e200, -10.0], cycle(CONFIRM)))
+@pytest.mark.parametrize(
+    ("worst", "confirm"), [*zip([-10.0, -1e3, -1e6, -1e30, -1e200, -10.0], cycle(CONFIRM))]
+)
 def test_a_configuration_that_is_far_worse_does_not_change_who_wins(worst: float, confirm: Any) -> None:
     """Graded scores differ by tenths; one candidate loses by far more than that, on every example."""
     noise = np.random.default_rng(0).normal(0.0, 0.2, (6, 3, N))

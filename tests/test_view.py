@@ -289,7 +289,9 @@ def test_a_command_names_its_own_next_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("embedder", "titles"), [("none/of this name", ["Loading"]), ("index", []), (hashed, [])], ids=str
+    ("embedder", "titles"),
+    [("none/of this name", ["Loading"]), ("index", []), (hashed, [])],
+    ids=["name", "index", "function"],
 )
 def test_loading_the_embedding_model_is_a_step(
     monkeypatch: pytest.MonkeyPatch, embedder: Any, titles: list[str]
