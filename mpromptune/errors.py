@@ -170,7 +170,7 @@ class _AtCallersLine:
             raise error.with_traceback(None)
 
 
-# A context for checks of arguments, whose lines are left out of the tracebacks of their errors.
+# A context for checks of arguments and for compiles, whose lines tracebacks of our errors leave out.
 at_callers_line = _AtCallersLine()
 
 
@@ -253,8 +253,11 @@ def as_real(value: Any) -> float:
 
 def stopped(message: str, cause: BaseException | None, study: object = None) -> SearchStoppedError:
     """The error for a search that stops because of ``cause``."""
-    kind = BrokenMetricError if isinstance(cause, ScoreError) else SearchStoppedError
-    error = kind(message, study)
+    if isinstance(cause, ScoreError):  # it names the line of the metric; other lines are of no use
+        cause = cause.with_traceback(None)
+        error: SearchStoppedError = BrokenMetricError(message, study)
+    else:
+        error = SearchStoppedError(message, study)
     error.__cause__ = cause
     return error
 

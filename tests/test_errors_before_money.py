@@ -7,8 +7,10 @@ import logging
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import tasks
 from lms import ScriptedLM, arithmetic_lm, completion, requested_fields
 from tasks import FEW_SHOT, LABELLED_ONLY, TRAIN, VAL, ZERO_SHOT, Adder, Planner
 
+import mpromptune
 from mpromptune import MIPROv2
 from mpromptune.engine import options
 from mpromptune.errors import (
@@ -233,6 +236,9 @@ def test_a_metric_that_fails_ends_the_compile_at_once(
     assert "'question': '" in message
     assert 1 <= len(lm.calls) <= threads
     assert caught.value.usage.total.lm_calls == len(lm.calls)
+    lines = [traceback.extract_tb(e.__traceback__) for e in (caught.value, caught.value.__cause__) if e]
+    ours = [line for line in chain(*lines) if Path(mpromptune.__file__).parent in Path(line.filename).parents]
+    assert len(ours) == 2  # where it was called, and where it was raised again
     if cause is not None:
         (error,) = (e for e in causes(caught.value) if isinstance(e, cause) and not isinstance(e, ScoreError))
         frames = []

@@ -132,7 +132,7 @@ class MIPROv2(StockMIPROv2):
         defaults = {p.name: p.default for p in _STOCK_COMPILE.parameters.values()}
         run = Run(self, student, options, {**defaults, **stock})
         try:
-            with handled(), _current(run), run.under_way():
+            with at_callers_line, handled(), _current(run), run.under_way():
                 if options.dry_run:  # without the hooks of other packages, since nothing is compiled
                     return inspect.unwrap(StockMIPROv2.compile)(self, student, **stock)
                 return super().compile(student, **stock)
