@@ -150,11 +150,11 @@ def summary(rows: Sequence[Cell]) -> str:
             before = _mean([row["before"] for row in of])
             after = [_mean([row["after"] for row in found]) for found in by]
             seconds = [str(row.get("seconds", "")) for found in by for row in select(found, seed=0)]
-            seeds = str(len({row["seed"] for row in of}))
+            seeds = " / ".join(str(len(found)) for found in by)
             lines.append([task, str(predictors), seeds, before, *after, " / ".join(seconds)])
-    return markdown(
-        ["task", "predictors", "seeds", "before", *METHODS, f"seconds of {' / '.join(METHODS)}"], lines
-    )
+    names = " / ".join(METHODS)
+    head = ["task", "predictors", f"seeds of {names}", "before", *METHODS, f"seconds of {names}"]
+    return markdown(head, lines)
 
 
 def _mean(values: Sequence[float]) -> str:

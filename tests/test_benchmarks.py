@@ -313,7 +313,7 @@ def test_local_compiles_are_summarised_over_seeds() -> None:
     ]
     rows[0]["seconds"] = 40.5
     (line,) = local.summary(rows).splitlines()[2:]
-    assert line == "| words | 1 | 2 | 26.0 ± 0.0 | 82.0 ± 2.0 | 90.0 |  | 40.5 /  |"
+    assert line == "| words | 1 | 2 / 1 / 0 | 26.0 ± 0.0 | 82.0 ± 2.0 | 90.0 |  | 40.5 /  |"
 
 
 def test_groups_of_local_compiles_are_taken_up_again(tmp_path: Path) -> None:
