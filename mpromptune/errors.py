@@ -262,6 +262,12 @@ def stopped(message: str, cause: BaseException | None, study: object = None) -> 
     return error
 
 
+def beginning(value: Any, most: int) -> str:
+    """The ``repr`` of a value for a message, cut after ``most`` characters."""
+    shown = repr(value)
+    return shown if len(shown) <= most else f"{shown[:most]}..."
+
+
 def reason(error: BaseException) -> str:
     """What an error says, for the message of another one: class, text, the system's error below it, notes.
 

@@ -25,6 +25,7 @@ from mpromptune.errors import (
     TravelError,
     WorkerLostError,
     as_real,
+    beginning,
 )
 from mpromptune.execution.attempts import Attempts, Classify, Load, RetryAfter, RetryPolicy, Verdict, no_hint
 from mpromptune.execution.interrupts import (
@@ -341,9 +342,7 @@ def as_score(value: Any) -> float:
     number = as_real(value)
     if math.isfinite(number):
         return value if isinstance(value, Noted) else number
-    shown = repr(value)
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
     raise ScoreError(
-        f"The metric returned {shown} ({type(value).__name__}); it must return a finite number, a "
-        "bool, or a prediction with such a `.score`."
+        f"The metric returned {beginning(value, _SHOWN)} ({type(value).__name__}); it must return a finite "
+        "number, a bool, or a prediction with such a `.score`."
     )

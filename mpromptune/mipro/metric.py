@@ -13,7 +13,7 @@ from typing import Any
 import dspy
 
 import mpromptune
-from mpromptune.errors import ScoreError
+from mpromptune.errors import ScoreError, beginning
 from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.notes import Noted
 from mpromptune.execution.pool import as_score
@@ -148,8 +148,7 @@ class CheckedMetric:
             raise self._failed(message, example, prediction) from error
 
     def _failed(self, message: str, *asked: Any) -> ScoreError:
-        texts = map(repr, asked)
-        example, prediction = (t if len(t) <= _SHOWN else f"{t[:_SHOWN]}..." for t in texts)
+        example, prediction = (beginning(one, _SHOWN) for one in asked)
         error = ScoreError(f"{message} It was called with {example} and the prediction {prediction}.")
         self.failure = self.failure or error
         self._on_failure()

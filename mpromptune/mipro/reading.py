@@ -227,7 +227,8 @@ def read_standing(storage: StorageSpec, study_name: str | None = None) -> Standi
     """
     study = load_study(storage, study_name or DEFAULT_STUDY_NAME)
     with reported(), readable(f"The record of {named(study)}"):
-        record, used = read_record(study), _used(study, read_record(study))
+        record = read_record(study)
+        used = _used(study, record)
     scores = sum(len(recorded.scores) for recorded in record)
     return Standing(
         study=study,

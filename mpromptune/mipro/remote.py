@@ -75,11 +75,12 @@ class _RemoteRunner:
         answered: frozenset[str] = frozenset(),
     ) -> None:
         self.settings = settings
-        self._run, self._pricing, self._answered = run, pricing, answered
+        self._run, self._pricing = run, pricing
         self._guard = Guard(pricing=pricing, answered=set(answered))
 
     def __reduce__(self) -> Any:
-        return _arrived, (self._run, self._pricing, self.settings, self._answered, _cache())
+        answered = frozenset(self._guard.answered)
+        return _arrived, (self._run, self._pricing, self.settings, answered, _cache())
 
     def __call__(self, params: dict[str, Any], example: int) -> float:
         meter = current_meter()
