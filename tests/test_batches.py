@@ -192,6 +192,19 @@ def test_a_baseline_that_lacks_examples_is_compared_on_the_others_too() -> None:
     assert plan.winner([b, a], is_cut_short=False) == b
 
 
+@pytest.mark.parametrize(
+    ("n_scores", "is_combined", "winner"), [(19, False, 1), (20, False, 2), (5, True, 2)]
+)
+def test_a_few_right_answers_do_not_win(n_scores: int, is_combined: bool, winner: int) -> None:
+    """C leads B: it needs 20 scores, unless several predictors are combined."""
+    table, a, b, c = ScoreTable(50), (0,), (1,), (2,)
+    plan = BatchPlan(Task(50, 200, a, 3, 0, is_combined=is_combined), table, confirm=False)
+    for row, n in ((a, 5), (b, 30), (c, n_scores)):
+        table.add(row, tuple(range(n)), dict.fromkeys(range(n), 1.0))
+    assert plan.winner([c, b, a], is_cut_short=False) == (winner,)
+    assert plan.winner([a, c, b], is_cut_short=False) == a
+
+
 # Rules of the user's.
 
 
