@@ -34,11 +34,11 @@ _SURE = 0.95
 # A gain of a tenth of it would widen that uncertainty, added in quadrature, by half a percent: it cannot be
 # told from the random choice of examples. The value follows from this argument; it was not tuned.
 _NEGLIGIBLE = 0.1
-# NOTE: examples that a configuration must have to win, and calls that must be left for a new candidate. A
-# prompt that prefers one label is right on most of a block if most of its examples have that label, and the
-# model, for which examples differ only in their difficulty, believes it. On the five tables of single
-# scores, with 775 calls and 156 prompts, 20 is better than 5 by 0.06 points on average (80 seeds), and 40 is
-# no better than 20. For a new candidate, with 100, a full evaluation, scripted programs are 4 points worse.
+# NOTE: examples that a configuration needs scores on to win, and calls that must be left for a new candidate.
+# A prompt that favours one label looks good if most of its first examples have that label. The model cannot
+# see this: to it, examples differ only in difficulty. On the five tables of single scores, with 775 calls and
+# 156 prompts, 20 is not worse than 5 on any, and 40 is worse than 20 on two. For a new candidate, with 100, a
+# full evaluation, scripted programs are 4 points worse.
 _LEAST = 20
 # Number of failures in a batch that counts as an outage even if all are of one configuration.
 _OUTAGE = 10
@@ -286,11 +286,18 @@ class BatchPlan:
         return self._leader(evidence, apart_from=self.task.baseline if has_rival else None)
 
     def _leader(self, evidence: Evidence, apart_from: Row | None = None) -> Row | None:
-        """The highest posterior mean among the measured configurations that can still win."""
+        """The highest posterior mean among the measured configurations that can win.
+
+        They have enough scores, or get them when exploring ends.
+        """
         rows = [row for row in self._table.rows if row != apart_from and not self._table.is_dropped(row)]
         if self._confirm is True:
             rows = [row for row in rows if self._left_after([row]) >= 0]
-        return evidence.best_first(rows)[0] if rows else None
+        ranked = evidence.best_first(rows)
+        if self._confirm is not True:
+            eligible = {*self._eligible(ranked)}
+            ranked = [r for r in ranked if r in eligible or (self._confirm and self._cost_if_low([r]))]
+        return ranked[0] if ranked else None
 
     def _rival(self, evidence: Evidence, leader: Row) -> Row | None:
         """The best configuration that can be completed, if it may be better than the leader."""
@@ -299,9 +306,19 @@ class BatchPlan:
         best = next(iter(evidence.best_first([row for row in rows if not table.is_dropped(row)])), None)
         return best if best is not None and evidence.chance_of_gain(best, leader) > 1.0 - _SURE else None
 
+    def _eligible(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The baseline and the configurations with enough scores to win; all, if none of these has enough.
+
+        If configurations combine several predictors, the scores of others say much about each, and all count.
+        """
+        enough = {row for row in rows if len(self._table.means(row)) >= self._least}
+        if self.task.is_combined or not enough:
+            return rows
+        return [row for row in rows if row in enough or row == self.task.baseline]
+
     @property
     def _least(self) -> float:
-        """Number of examples that a configuration must have to win."""
+        """Number of examples that a configuration needs scores on to win."""
         return min(_LEAST, self.task.n_examples / 2)
 
     # Ending.
@@ -333,11 +350,10 @@ class BatchPlan:
         return best is not None and self._table.mean(best) >= self._target
 
     def winner(self, ranked: Sequence[Row], is_cut_short: bool) -> Row:
-        """The configuration with the highest posterior mean among those that were measured enough.
+        """The configuration with the highest posterior mean among those with enough scores.
 
-        With ``confirm=True`` these are the fully measured ones. Otherwise they are the baseline and those
-        with scores on 20 examples (or half of them, if that is less); all, if there are none, or if
-        configurations combine several predictors: then the scores of others say much about each of them.
+        With ``confirm=True`` only the fully measured ones have enough; if the search is cut short, see
+        `best_so_far`. Otherwise it takes scores on 20 examples, or on half of all examples if that is less.
 
         The winner never has a lower score than the baseline: with ``confirm=True`` on the examples that both
         have, otherwise where both are fully measured.
@@ -351,11 +367,9 @@ class BatchPlan:
             return baseline if is_worse else best
         if not ranked:
             return baseline
-        enough = [row for row in ranked if len(table.means(row)) >= self._least]
-        if enough and not self.task.is_combined:
-            ranked = [row for row in ranked if row in enough or row == baseline]
-        both_full = ranked[0] != baseline and table.is_full(ranked[0]) and table.is_full(baseline)
-        return self._best_full(ranked) or ranked[0] if both_full else ranked[0]
+        eligible = self._eligible(ranked)
+        best = self._best_full(eligible) if table.is_full(eligible[0]) else None
+        return best or eligible[0]
 
     def _best_full(self, ranked: Sequence[Row]) -> Row | None:
         """The first fully measured one of ``ranked``, or the baseline if its score is better."""
