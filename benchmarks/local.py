@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, ClassVar
 
 import dspy
@@ -27,7 +26,7 @@ from benchmarks.report import markdown
 from benchmarks.rows import select
 from benchmarks.runner import RESULTS, Cell, read, run_once
 from benchmarks.wallclock import quiet
-from mpromptune.demo.run import DemoMIPROv2, Task
+from mpromptune.demo.run import DemoMIPROv2, Task, scores
 from mpromptune.demo.sorting import SORTINGS, sorting_task
 from mpromptune.local.lm import LocalLM
 
@@ -71,17 +70,8 @@ class Hinted(dspy.Module):
         return self.answer(**inputs, hint=self.hint(**inputs).hint)
 
 
-class _Handmade(DemoMIPROv2):
-    """Instructions by the number of the predictor, the own first."""
-
-    candidates: dict[int, list[str]]
-
-    def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
-        return {i: list(texts) for i, texts in self.candidates.items()}
-
-
 class Remembering(LocalLM):
-    """Computes no answer twice in a process."""
+    """Remembers its answers in a process."""
 
     answers: ClassVar[dict[str, Any]] = {}
 
@@ -99,29 +89,30 @@ class Remembering(LocalLM):
 def measure(cell: Cell) -> Cell:
     """One compile."""
     task = sorting_task(cell["task"], "smollm2")
-    remembering = Remembering(**{"model": task.lm.model, **task.lm.kwargs})
+    remembering = Remembering(task.lm.model, **task.lm.kwargs)
     own = [task.program.signature.instructions, *task.instructions]
-    program, candidates = task.program, {0: own}
+    program, instructions = task.program, [own]
     if cell["predictors"] == 2:
-        program, candidates = Hinted(task), {0: list(_HINTS), 1: own[:6]}
+        program, instructions = Hinted(task), [list(_HINTS), own[:6]]
     lm = task.lm if cell["seed"] == 0 else remembering
     with quiet(), dspy.context(lm=lm, adapter=task.adapter):
-        optimizer = _Handmade(
+        optimizer = DemoMIPROv2(
             metric=task.metric,
             prompt_model=lm,
             task_model=lm,
             num_threads=_THREADS,
             seed=cell["seed"],
-            **{**task.arguments, "num_candidates": len(candidates[0])},
+            **{**task.arguments, "num_candidates": len(instructions[0])},
         )
-        optimizer.candidates = candidates
+        optimizer.instructions = instructions
         wall, cpu = time.perf_counter(), time.process_time()
         data = {"trainset": task.trainset, "valset": task.valset}
         best = optimizer.compile(program, **data, **task.compile_arguments, **METHODS[cell["method"]])
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     with quiet(), dspy.context(lm=remembering, adapter=task.adapter):
         before, after = (_accuracy(task, one) for one in (program, best))
-    figures: Cell = {"before": before, "after": after, "validation": best.score, "calls": _calls(best)}
+    *_, calls = scores(best)
+    figures: Cell = {"before": before, "after": after, "validation": best.score, "calls": calls}
     if lm is task.lm:
         figures |= {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)}
     return figures
@@ -131,13 +122,6 @@ def _accuracy(task: Task, program: dspy.Module) -> float:
     """Percent of the test set."""
     evaluate = dspy.Evaluate(devset=task.testset, metric=task.metric, num_threads=_THREADS, max_errors=10_000)
     return float(evaluate(program).score)
-
-
-def _calls(best: Any) -> int:
-    result = getattr(best, "search_result", None)
-    if result is not None:
-        return int(result.calls)
-    return int(max(log["total_eval_calls_so_far"] for log in best.trial_logs.values()))
 
 
 def summary(rows: Sequence[Cell]) -> str:
@@ -166,20 +150,19 @@ def _mean(values: Sequence[float]) -> str:
 
 def run(groups: Sequence[Sequence[Cell]], measure: Callable[[Cell], Cell], path: Path, jobs: int) -> None:
     """Measure what the file does not have; the cells of a group one after another in one process."""
-    free: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
+    waiting = iter(groups)
 
-    def run_group(group: Sequence[Cell]) -> None:
-        process = free.get()
-        for cell in group:
-            run_once(cell, lambda cell: process.submit(measure, cell).result(), path)
-        free.put(process)
+    def run_groups(process: ProcessPoolExecutor) -> None:
+        for group in waiting:
+            for cell in group:
+                run_once(cell, lambda cell: process.submit(measure, cell).result(), path)
 
     with ExitStack() as stack:
-        for cores in _shares(jobs):
-            process = ProcessPoolExecutor(1, initializer=_stay, initargs=(cores,))
-            stack.enter_context(process).submit(os.getpid).result()  # begins before there are threads
-            free.put(process)
-        for _ in stack.enter_context(ThreadPoolExecutor(jobs)).map(run_group, groups):
+        pools = (ProcessPoolExecutor(1, initializer=_stay, initargs=(cores,)) for cores in _shares(jobs))
+        processes = [stack.enter_context(pool) for pool in pools]
+        for process in processes:
+            process.submit(os.getpid).result()  # begins before there are threads
+        for _ in stack.enter_context(ThreadPoolExecutor(jobs)).map(run_groups, processes):
             pass
 
 

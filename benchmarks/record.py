@@ -24,7 +24,7 @@ import numpy as np
 from dspy.utils.exceptions import AdapterParseError
 
 from benchmarks.tables import HERE, OWN
-from mpromptune.demo.sorting import SORTINGS, sorting_task, splits
+from mpromptune.demo.sorting import SORTINGS, sorting_task
 from mpromptune.local.decoding import Decoder, Request
 from mpromptune.local.lm import local_model
 from mpromptune.model.embedding import as_embedder
@@ -53,12 +53,12 @@ class Recorder:
     """
 
     def __init__(self, name: str, model: str = "smollm2") -> None:
-        sorting, task = SORTINGS[name], sorting_task(name, model)
-        self.train, validation, test = splits(name)
-        self.examples = validation + test
-        self.instructions = sorting.instructions
+        task = sorting_task(name, model)
+        self.train = task.trainset
+        self.examples = task.valset + task.testset
+        self.instructions = SORTINGS[name].instructions
         self.calls = 0
-        self._given, self._answer = sorting.given, sorting.answer
+        self._signature, self._answer = task.program.signature, SORTINGS[name].answer
         self._adapter, self._metric = task.adapter, task.metric
         self._model = local_model(model)
         self._decoder: Decoder = self._model.decoder()
@@ -83,14 +83,12 @@ class Recorder:
         self.calls += len(examples)
         return found
 
-    def _signature(self, instruction: str) -> type[dspy.Signature]:
-        return dspy.Signature(f"{self._given} -> {self._answer}", instruction)
-
     def _messages(
         self, instruction: str, demos: Sequence[dspy.Example], example: dspy.Example
     ) -> list[dict[str, Any]]:
         shown = [dict(demo) for demo in demos]
-        return self._adapter.format(self._signature(instruction), shown, dict(example.inputs()))
+        signature = self._signature.with_instructions(instruction)
+        return self._adapter.format(signature, shown, dict(example.inputs()))
 
     def _request(self, instruction: str, demos: Sequence[dspy.Example], example: dspy.Example) -> Request:
         texts = [str(message["content"]) for message in self._messages(instruction, demos, example)]
@@ -99,7 +97,7 @@ class Recorder:
 
     def _is_right(self, example: dspy.Example, text: str) -> bool:
         try:
-            fields = self._adapter.parse(self._signature(""), text)
+            fields = self._adapter.parse(self._signature, text)
         except AdapterParseError:
             return False
         return bool(self._metric(example, dspy.Prediction(**fields)))

@@ -328,6 +328,13 @@ def test_groups_of_local_compiles_are_taken_up_again(tmp_path: Path) -> None:
     ]
 
 
+def test_a_compile_that_fails_ends_the_local_benchmark(tmp_path: Path) -> None:
+    """The error is raised, with one process for several groups too."""
+    groups = [[{"seed": seed}] for seed in range(3)]
+    with pytest.raises(KeyError, match="log"):
+        local.run(groups, traced, tmp_path / "rows.json", jobs=1)
+
+
 def traced(cell: dict[str, Any]) -> dict[str, float]:
     """A compile that leaves a trace."""
     return {"after": counted(cell, cell["seed"])["regret"]}

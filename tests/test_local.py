@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import importlib.util
 import multiprocessing
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import dspy
@@ -26,11 +28,12 @@ from mpromptune.errors import InvalidArgumentError, LocalModelError, MissingExtr
 from mpromptune.execution.attempts import Verdict
 from mpromptune.execution.interrupts import Stopped, stoppable
 from mpromptune.lms.errors import classify
+from mpromptune.local import lm as local_lm
 from mpromptune.local import weights
 from mpromptune.local.adapter import CompletionAdapter
 from mpromptune.local.batching import Batcher
 from mpromptune.local.decoding import Decoder, Request
-from mpromptune.local.lm import LocalLM
+from mpromptune.local.lm import LocalLM, LocalModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scheduled for removal in (DSPy )?3.5:DeprecationWarning")
 
@@ -273,6 +276,32 @@ def test_a_folder_is_a_model(folder: str) -> None:
     with pytest.raises(InvalidArgumentError, match="last message is empty"):
         lm(" ")
     assert lm(messages=[{"role": "user", "content": [{"type": "text", "text": "a b c d"}]}], n=2) == 2 * one
+
+
+def test_a_program_can_be_awaited(folder: str) -> None:
+    """It gets the answer of a call; a stop text given to the language model counts."""
+    lm = LocalLM(folder, stop=" ")
+    program = dspy.Predict("word -> category")
+    with dspy.context(lm=lm, adapter=CompletionAdapter()):
+        called, awaited = program(word="a"), asyncio.run(program.acall(word="a"))
+    assert called.category == awaited.category
+    assert len(called.category.split()) == 1
+
+
+@pytest.mark.parametrize(("limits", "context"), [({"sliding_window": 64}, 64), ({}, 2048)])
+def test_a_prompt_has_to_fit_into_the_window_of_the_attention(
+    tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], context: int
+) -> None:
+    """The smaller of both limits counts; a model that states none is refused."""
+    config = SimpleNamespace(max_position_embeddings=2048, **limits)
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: config), generation_config=tiny.generation_config
+    )
+    monkeypatch.setattr(local_lm, "load", lambda name: (model, tokenizer()))
+    assert LocalModel("some").context == context
+    config.__dict__.clear()
+    with pytest.raises(LocalModelError, match="'some' does not say how long"):
+        LocalModel("some")
 
 
 def test_copies_share_the_weights(folder: str) -> None:

@@ -88,18 +88,20 @@ class DemoResult:
 
 
 class DemoMIPROv2(MIPROv2):
-    """Takes the instructions of the task, or sorts the proposed ones.
+    """Takes the instructions that it is given, or sorts the proposed ones.
 
-    A replay gives them in the order of concurrent requests.
+    Proposed ones are sorted because the threads of a replay get them in any order.
+
+    Attributes:
+        instructions: The instructions of each predictor, the program's own first; empty to propose them.
     """
 
-    instructions: tuple[str, ...] = ()
+    instructions: Sequence[Sequence[str]] = ()
 
-    def _propose_instructions(self, program: Any, *args: Any, **kwargs: Any) -> Any:
+    def _propose_instructions(self, *args: Any, **kwargs: Any) -> Any:
         if self.instructions:
-            own = [predictor.signature.instructions for predictor in program.predictors()]
-            return {i: [text, *self.instructions] for i, text in enumerate(own)}
-        proposed = super()._propose_instructions(program, *args, **kwargs)
+            return {i: list(texts) for i, texts in enumerate(self.instructions)}
+        proposed = super()._propose_instructions(*args, **kwargs)
         return {i: [own, *sorted(others)] for i, (own, *others) in proposed.items()}
 
 
@@ -164,7 +166,7 @@ def run_demo(
 
 
 def _check(task: Task, sampler: str, calls: int | None, proposals: str) -> None:
-    """Check in the words of the command what a compile would refuse in those of its options."""
+    """Refuse what a compile would refuse, but name the options of the command."""
     if proposals != "fixed" and (task.proposers == () or sampler != "qei"):
         raise InvalidArgumentError(
             f"--proposals {proposals} needs --sampler qei and a model that runs; got --sampler "
@@ -193,7 +195,9 @@ def _compiled(
         sampler_config=None if sampler == STOCK else config,
         **task.arguments,
     )
-    optimizer.instructions = task.instructions
+    if task.instructions:
+        own = [predictor.signature.instructions for predictor in task.program.predictors()]
+        optimizer.instructions = [[text, *task.instructions] for text in own]
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         if sampler == STOCK:  # DSPy's own search has no live view, and prints much
@@ -202,10 +206,10 @@ def _compiled(
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         data: dict[str, Any] = {"trainset": task.trainset, "valset": task.valset}
         best = optimizer.compile(task.program, **data, **task.compile_arguments)
-    return DemoResult(best, *_scores(best), time.monotonic() - began)
+    return DemoResult(best, *scores(best), time.monotonic() - began)
 
 
-def _scores(best: Any) -> tuple[float, float, int]:
+def scores(best: Any) -> tuple[float, float, int]:
     """The scores of the baseline and the winner in percent, and the program calls of the search."""
     found = getattr(best, "search_result", None)
     if found is not None:

@@ -368,8 +368,8 @@ class BatchPlan:
         if not ranked:
             return baseline
         eligible = self._eligible(ranked)
-        best = self._best_full(eligible) if table.is_full(eligible[0]) else None
-        return best or eligible[0]
+        is_full = table.is_full(eligible[0])
+        return (self._best_full(eligible) if is_full else None) or eligible[0]
 
     def _best_full(self, ranked: Sequence[Row]) -> Row | None:
         """The first fully measured one of ``ranked``, or the baseline if its score is better."""

@@ -41,8 +41,7 @@ class CompletionAdapter(dspy.Adapter):
         """Ask the language model, which stops at the end of the last output field."""
         if lm.model_type != "text":
             return dspy.ChatAdapter()(lm, lm_kwargs, signature, demos, inputs)
-        settings = {**_stop(signature), **lm_kwargs}
-        return super().__call__(lm, settings, signature, demos, inputs)
+        return super().__call__(lm, _settings(lm, lm_kwargs, signature), signature, demos, inputs)
 
     async def acall(
         self,
@@ -55,8 +54,7 @@ class CompletionAdapter(dspy.Adapter):
         """Like a call."""
         if lm.model_type != "text":
             return await dspy.ChatAdapter().acall(lm, lm_kwargs, signature, demos, inputs)
-        settings = {**_stop(signature), **lm_kwargs}
-        return await super().acall(lm, settings, signature, demos, inputs)
+        return await super().acall(lm, _settings(lm, lm_kwargs, signature), signature, demos, inputs)
 
     def format(
         self, signature: type[dspy.Signature], demos: list[dict[str, Any]], inputs: dict[str, Any]
@@ -106,8 +104,10 @@ def _lines(fields: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _stop(signature: type[dspy.Signature]) -> dict[str, str]:
-    return {"stop": "\n" if len(signature.output_fields) == 1 else "\n\n"}
+def _settings(lm: dspy.BaseLM, lm_kwargs: dict[str, Any], signature: type[dspy.Signature]) -> dict[str, Any]:
+    """With the stop text of the language model, or else the end of the last output field."""
+    end = "\n" if len(signature.output_fields) == 1 else "\n\n"
+    return {"stop": lm.kwargs.get("stop") or end, **lm_kwargs}
 
 
 def _failure(signature: type[dspy.Signature], completion: str, message: str) -> AdapterParseError:

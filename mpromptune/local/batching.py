@@ -26,13 +26,13 @@ class _Place(Generic[R, A]):
 class Batcher(Generic[R, A]):
     """Answers the requests of many threads in batches, without threads of its own.
 
-    A thread whose request is in the queue, while fewer than ``side_by_side`` batches are computed, waits a
-    moment for further requests and then answers the first ones in the queue: its share of them. The others
-    wait until one of these threads has answered theirs.
+    While fewer than ``side_by_side`` batches are computed, a thread whose request is in the queue waits a
+    moment for further requests, and then answers the first ones in the queue: its share of them. The other
+    threads wait for their answers.
 
     Args:
         answer: Answers a batch, in order. Its error is raised for each request of the batch.
-        size: Number of requests for which a batch waits, and which it takes if there are as many.
+        size: A batch waits until there are so many requests, or until none comes within ``wait`` seconds.
         side_by_side: Number of batches computed at the same time.
         wait: Seconds without a further request after which a batch is computed though it is not full.
         most: Number of requests in a batch, at most; by default ``size``.
@@ -84,10 +84,11 @@ class Batcher(Generic[R, A]):
                 lambda: place.is_done or (self._free and place in self._queue), SLICE
             ):
                 check_stopped()
-            if not place.is_done:
-                check_stopped()
-            self._free -= not place.is_done
-            return place.is_done
+            if place.is_done:
+                return True
+            check_stopped()
+            self._free -= 1
+            return False
 
     def _answer_batch(self) -> None:
         batch: list[_Place[R, A]] = []

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Request:
         rest: Its other tokens, at least one.
         max_tokens: Number of tokens after which the answer ends.
         stops: The answer ends before the first of these texts.
-        is_worth: Whether an answer that begins with a text is worth its other tokens; if not, it is cut.
+        is_worth: Is given the text of the answer so far; the answer is cut where this returns False.
     """
 
     prefix: Tokens
@@ -67,7 +68,7 @@ class Answer:
 
 
 class Decoder:
-    """Completes prompts by the most likely token, and so on; an answer begins with text, not with its end.
+    """Completes prompts, always by the most likely token. The first token is never an end token.
 
     An answer does not depend on the batch that its prompt was in. Sums of floats do, as they depend on the
     shapes of tensors, so logits differ a little from batch to batch. A prompt for which two tokens were
@@ -152,16 +153,19 @@ class Decoder:
 
 
 def _groups(requests: Sequence[Request]) -> list[list[int]]:
-    """The numbers of requests, so that those of a group have few prefixes."""
+    """Numbers of the requests, in groups whose prefixes have at most `_WIDTH` tokens together, or are one."""
+
+    def prefix_of(i: int) -> Tokens:
+        return requests[i].prefix
+
     groups: list[list[int]] = []
-    prefixes: set[Tokens] = set()
-    for i in sorted(range(len(requests)), key=lambda i: requests[i].prefix):
-        new = prefixes | {requests[i].prefix}
-        if not groups or (len(new) > len(prefixes) and sum(map(len, new)) > _WIDTH):
+    width = 0
+    for prefix, same in groupby(sorted(range(len(requests)), key=prefix_of), key=prefix_of):
+        if not groups or width + len(prefix) > _WIDTH:
             groups.append([])
-            new = {requests[i].prefix}
-        groups[-1].append(i)
-        prefixes = new
+            width = 0
+        groups[-1] += same
+        width += len(prefix)
     return groups
 
 
@@ -195,7 +199,7 @@ class _Tree:
             self._cache.update(keys, values, i)
 
     def grow(self, paths: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
-        """The places where paths end that follow places by tokens; `inputs` are then of what is new."""
+        """Add tokens after places; returns the last place of each path. `inputs` are then of new places."""
         self._new = []
         ends = []
         for place, tokens in paths:

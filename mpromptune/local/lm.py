@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import dspy
 from dspy.utils.exceptions import ContextWindowExceededError
 
-from mpromptune.errors import InvalidArgumentError
+from mpromptune.errors import InvalidArgumentError, LocalModelError
 from mpromptune.local.batching import Batcher
 from mpromptune.local.decoding import Answer, Decoder, Request, Tokens
 from mpromptune.local.weights import DEFAULT, load
@@ -99,6 +100,12 @@ class LocalLM(dspy.BaseLM):
         choices = [choice] * (settings.get("n") or 1)
         return SimpleNamespace(choices=choices, usage=usage, model=self.model)
 
+    async def aforward(
+        self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None, **kwargs: Any
+    ) -> Any:
+        """One completion, made in a thread."""
+        return await asyncio.to_thread(self.forward, prompt, messages, **kwargs)
+
 
 class LocalModel:
     """The weights that all `LocalLM` of a name share in a process.
@@ -110,12 +117,18 @@ class LocalModel:
     def __init__(self, name: str) -> None:
         self._name = name
         self._model, self._tokenizer = load(name)
-        self.context: int = self._model.config.max_position_embeddings
+        config = self._model.config.get_text_config()
+        # Beyond the window of its attention, a model does not see, nor keep, the beginning of a prompt.
+        limits = [getattr(config, limit, None) for limit in ("max_position_embeddings", "sliding_window")]
+        if not any(limits):
+            raise LocalModelError(
+                f"The local model {name!r} does not say how long a prompt may be. Pass another model."
+            )
+        self.context: int = min(limit for limit in limits if limit)
         self._start()
 
     def _start(self) -> None:
         """Make what a forked process cannot inherit: threads, and locks that others may hold."""
-        self._process = os.getpid()
         self._encoding = threading.Lock()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # The C library keeps freed memory for each thread that has computed, so few threads compute.
@@ -124,6 +137,7 @@ class LocalModel:
         self._batcher: Batcher[Request, Answer] = Batcher(
             lambda batch: pool.submit(complete, batch).result(), _BATCH, cores, most=_LARGEST_BATCH
         )
+        self._process = os.getpid()  # last: another thread of the child must not use what is not made yet
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
         return self

@@ -106,7 +106,7 @@ def _load_gguf(path: Path) -> Loaded:
             logger.warning("The copy of %s in %s is damaged and made anew: %s", path, copy, error)
             shutil.rmtree(copy, ignore_errors=True)
     model, tokenizer = _read_gguf(path)
-    with contextlib.suppress(OSError):  # a cache that cannot be written
+    with contextlib.suppress(OSError, SafetensorError):  # the cache cannot be written
         _keep(model, tokenizer, copy)
     return model, tokenizer
 
@@ -148,7 +148,7 @@ def _require_memory(path: Path, is_gguf: bool) -> None:
     Raises:
         LocalModelError: It does not.
     """
-    files = [path] if is_gguf else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    files = [path] if is_gguf else [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
     available = _available_bytes()
     needed = _FIXED_BYTES + _GROWTH[is_gguf] * sum(file.stat().st_size for file in files)
     if files and available is not None and available < needed:
