@@ -104,7 +104,10 @@ class Recorder:
 
 
 def may_be(expected: str, text: str) -> bool:
-    """Whether an answer that begins with a text can still be the expected one by the metric of the tasks."""
+    """Whether an answer that begins with a text can still be the expected one by the metric of the tasks.
+
+    One that repeats the label before it counts as wrong: no more than 4 of 1440 answers without demos.
+    """
     found = text.strip(" .").lower()
     return expected.startswith(found)
 
