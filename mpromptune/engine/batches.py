@@ -12,10 +12,11 @@ import numpy as np
 
 from mpromptune.engine.evidence import Evidence
 from mpromptune.engine.growth import Offer
+from mpromptune.engine.order import ExampleOrder
 from mpromptune.engine.plan import Request, Task, best_so_far
 from mpromptune.engine.scores import ScoreTable
 from mpromptune.errors import InvalidArgumentError
-from mpromptune.model.space import Examples, FloatArray, Row
+from mpromptune.model.space import Examples, Row
 
 # Whether the winner and the baseline are measured on all examples in the end; "auto": if that costs little.
 Confirm = bool | Literal["auto"]
@@ -86,9 +87,7 @@ class BatchPlan:
         self.arguments: Mapping[str, Any] = {"block_size": self._size}
         self.measures_baseline = confirm is True
         self._target, self._patience = target, patience
-        # One fixed order for all configurations, so that they are compared on the same examples.
-        drawn = np.random.default_rng([abs(task.seed), n_examples]).random(n_examples)
-        self._uniform: FloatArray = -np.log(1.0 - drawn)
+        self._order = ExampleOrder(task)
         self._price: Callable[[Row], float] = lambda row: 1.0
         self._judged = self._quiet = 0  # batches judged by `patience`; consecutive ones without a gain
         self._over = False
@@ -137,9 +136,8 @@ class BatchPlan:
 
     def _first(self, row: Row, number: int) -> Examples:
         """A block; all examples if the baseline is measured in full anyway: it shows how hard they are."""
-        order = np.argsort(self._uniform, kind="stable").tolist()
         size = self.task.n_examples if self.measures_baseline else self._size
-        return self._table.open_of(row, order)[: min(size, self._remaining)]
+        return self._table.open_of(row, self._order.first())[: min(size, self._remaining)]
 
     # Exploring.
 
@@ -161,7 +159,7 @@ class BatchPlan:
 
     def _next(self, evidence: Evidence, wanted: int, left: int, row: Row, number: int) -> Examples:
         limit = min(wanted, max(1, math.floor(left / max(1.0, self._price(row)))))
-        return self._table.open_of(row, self._order(evidence, number))[:limit]
+        return self._table.open_of(row, self._order.next(evidence, number))[:limit]
 
     def _rows(
         self, evidence: Evidence, blocks: int, available: int
@@ -177,26 +175,6 @@ class BatchPlan:
             started = self._table.started
             if len(started) < self.task.space_size or any(map(self.is_open, started)):
                 yield None, 1
-
-    def _order(self, evidence: Evidence, number: int) -> list[int]:
-        r"""All examples in a random order that puts informative ones early [Efraimidis2006]_.
-
-        This is a weighted sample without replacement: examples are sorted by ``-log(u) / w``, where u is
-        uniform and w is the information of one more score of the leader on the example. All configurations
-        share u, so that they are compared on the same examples. In additive models each trial draws its own,
-        because many configurations are measured only once. With a sampler that ignores examples, each trial
-        draws its own too, and there are no weights.
-
-        .. [Efraimidis2006] P. S. Efraimidis, P. G. Spirakis. Weighted random sampling with a reservoir.
-            Information Processing Letters 97, 2006.
-        """
-        keys, allocates = self._uniform, self.task.allocates
-        if evidence.is_additive or not allocates:
-            rng = np.random.default_rng([abs(self.task.seed), number, 1])
-            keys = -np.log(1.0 - rng.random(self.task.n_examples))
-        if allocates and (information := evidence.information()) is not None:
-            keys = keys / information
-        return [int(example) for example in np.argsort(keys, kind="stable")]
 
     def _available(self, evidence: Evidence) -> int:
         """Calls available for exploring; the rest is kept back for the winner and the baseline."""
@@ -286,10 +264,7 @@ class BatchPlan:
         return self._leader(evidence, apart_from=self.task.baseline if has_rival else None)
 
     def _leader(self, evidence: Evidence, apart_from: Row | None = None) -> Row | None:
-        """The highest posterior mean among the measured configurations that can win.
-
-        They have enough scores, or get them when exploring ends.
-        """
+        """The highest posterior mean among those that have enough scores to win, or get them in the end."""
         rows = [row for row in self._table.rows if row != apart_from and not self._table.is_dropped(row)]
         if self._confirm is True:
             rows = [row for row in rows if self._left_after([row]) >= 0]
@@ -307,12 +282,9 @@ class BatchPlan:
         return best if best is not None and evidence.chance_of_gain(best, leader) > 1.0 - _SURE else None
 
     def _eligible(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """The baseline and the configurations with enough scores to win; all, if none of these has enough.
-
-        If configurations combine several predictors, the scores of others say much about each, and all count.
-        """
+        """The baseline and those with enough scores; all, if there are none, or if predictors combine."""
         enough = {row for row in rows if len(self._table.means(row)) >= self._least}
-        if self.task.is_combined or not enough:
+        if self.task.is_combined or not enough:  # the scores of others say much about a combination
             return rows
         return [row for row in rows if row in enough or row == self.task.baseline]
 
@@ -367,9 +339,8 @@ class BatchPlan:
             return baseline if is_worse else best
         if not ranked:
             return baseline
-        eligible = self._eligible(ranked)
-        is_full = table.is_full(eligible[0])
-        return (self._best_full(eligible) if is_full else None) or eligible[0]
+        best, *_ = eligible = self._eligible(ranked)
+        return (table.is_full(best) and self._best_full(eligible)) or best
 
     def _best_full(self, ranked: Sequence[Row]) -> Row | None:
         """The first fully measured one of ``ranked``, or the baseline if its score is better."""
