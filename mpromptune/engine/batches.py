@@ -269,10 +269,9 @@ class BatchPlan:
         if self._confirm is True:
             rows = [row for row in rows if self._left_after([row]) >= 0]
         ranked = evidence.best_first(rows)
-        if self._confirm is not True:
-            eligible = {*self._eligible(ranked)}
-            ranked = [r for r in ranked if r in eligible or (self._confirm and self._cost_if_low([r]))]
-        return ranked[0] if ranked else None
+        eligible = {*(ranked if self._confirm is True else self._eligible(ranked))}
+        able = (row for row in ranked if row in eligible or (self._confirm and self._cost_if_low([row])))
+        return next(able, None)
 
     def _rival(self, evidence: Evidence, leader: Row) -> Row | None:
         """The best configuration that can be completed, if it may be better than the leader."""
@@ -283,10 +282,10 @@ class BatchPlan:
 
     def _eligible(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The baseline and those with enough scores; all, if there are none, or if predictors combine."""
-        enough = {row for row in rows if len(self._table.means(row)) >= self._least}
-        if self.task.is_combined or not enough:  # the scores of others say much about a combination
+        if self.task.is_combined:  # the scores of others say much about a combination
             return rows
-        return [row for row in rows if row in enough or row == self.task.baseline]
+        enough = {row for row in rows if len(self._table.means(row)) >= self._least}
+        return [row for row in rows if not enough or row in enough or row == self.task.baseline]
 
     @property
     def _least(self) -> float:

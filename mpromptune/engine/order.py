@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,15 +30,19 @@ class ExampleOrder:
 
     def first(self) -> list[int]:
         """The order before the first score."""
-        return _sorted(self._keys(self.task.n_examples))
+        return _sorted(self._shared)
 
     def next(self, evidence: Evidence, number: int) -> list[int]:
         """The order for the trial of a number."""
         shares, allocates = not evidence.is_additive, self.task.allocates
-        keys = self._keys(self.task.n_examples) if shares and allocates else self._keys(number, 1)
+        keys = self._shared if shares and allocates else self._keys(number, 1)
         if allocates and (information := evidence.information()) is not None:
             keys = keys / information
         return _sorted(keys)
+
+    @cached_property
+    def _shared(self) -> FloatArray:
+        return self._keys(self.task.n_examples)
 
     def _keys(self, *seeds: int) -> FloatArray:
         rng = np.random.default_rng([abs(self.task.seed), *seeds])
