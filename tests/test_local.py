@@ -359,13 +359,13 @@ def test_what_cannot_be_loaded_is_refused(
 def test_a_damaged_copy_of_a_gguf_file_is_made_anew(
     tiny: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is read again only then."""
+    """The file is read again only then; an equal file elsewhere has the same copy, another one has not."""
     read: list[Path] = []
     monkeypatch.setattr(weights, "_read_gguf", lambda path: read.append(path) or (tiny, tokenizer()))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "model.gguf"
-    file.touch()
+    file.write_bytes(b"weights")
     for damaged, reads in ((None, 1), (None, 1), ("model.safetensors", 2), ("tokenizer.json", 3), (None, 3)):
         if damaged is not None:
             (part,) = (tmp_path / "cache").rglob(damaged)
@@ -373,6 +373,13 @@ def test_a_damaged_copy_of_a_gguf_file_is_made_anew(
         model, _ = weights.load(str(file))
         assert model.config.vocab_size == tiny.config.vocab_size
         assert len(read) == reads
+    (tmp_path / "elsewhere").mkdir()
+    equal = file.rename(tmp_path / "elsewhere" / file.name)
+    weights.load(str(equal))
+    assert len(read) == 3
+    equal.write_bytes(b"WEIGHTS")
+    weights.load(str(equal))
+    assert len(read) == 4
 
 
 # --- prompts ---
