@@ -166,7 +166,7 @@ class _AtCallersLine:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, MPromptuneError):
+        if isinstance(error, (MPromptuneError, SearchInterrupted)):
             raise error.with_traceback(None)
 
 

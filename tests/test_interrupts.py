@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -370,13 +371,19 @@ class Pressing(Counted):
         return value
 
 
+def is_short(error: SearchInterrupted) -> bool:
+    """Whether its traceback ends at the caller's line, without those of threads and of other errors."""
+    return len(traceback.format_exception(error)) < 12
+
+
 def test_an_interrupted_compile_has_the_best_program_so_far() -> None:
-    """With the scores that were measured, and no LM call afterwards."""
+    """With the scores that were measured, a short traceback, and no LM call afterwards."""
     lm, metric = arithmetic_lm(), Pressing(20)
     with pytest.raises(SearchInterrupted) as caught:
         _compile(metric, lm, grace=60.0, confirm=False)
     calls = len(lm.calls)
     error = caught.value
+    assert is_short(error)
     assert error.program.search_result is error.result
     assert error.program.score == round(100 * error.result.best_score, 2)
     assert error.result.calls == metric.calls >= 20
@@ -407,6 +414,7 @@ def test_a_compile_interrupted_before_its_search_has_the_student(at: int) -> Non
         _compile(Counted(), lm, FEW_SHOT, grace=60.0, confirm=False)
     assert isinstance(caught.value.program, Adder)
     assert caught.value.result is None
+    assert is_short(caught.value)
     assert at <= len(begun) < at + 2 * THREADS
     assert len(lm.calls) <= len(begun)
 

@@ -87,7 +87,7 @@ class Loop:
         except (KeyboardInterrupt, SystemExit) as signalled:
             self._abandon(self.grace)
             if isinstance(signalled, KeyboardInterrupt):
-                raise self._interrupted(signalled) from signalled
+                raise self._interrupted(signalled) from None
             raise
 
     def _measure_all(self) -> SearchResult:

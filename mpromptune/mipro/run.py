@@ -120,7 +120,7 @@ class Run:
             )
             outside = interrupted(signalled)(f"The compile was interrupted outside its search.{kept}")
             outside.program, outside.usage = self.student, self.budget.usage
-            raise outside from signalled
+            raise outside from None
 
     def resume(self, study: Study, run: Mapping[str, Part]) -> None:
         """Load the checkpoint of an interrupted run from the study, and save the results of this run there.
