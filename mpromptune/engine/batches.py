@@ -338,8 +338,9 @@ class BatchPlan:
             return baseline if is_worse else best
         if not ranked:
             return baseline
-        best, *_ = eligible = self._eligible(ranked)
-        return (table.is_full(best) and self._best_full(eligible)) or best
+        eligible = self._eligible(ranked)
+        best = self._best_full(eligible) if table.is_full(eligible[0]) else None
+        return eligible[0] if best is None else best
 
     def _best_full(self, ranked: Sequence[Row]) -> Row | None:
         """The first fully measured one of ``ranked``, or the baseline if its score is better."""
