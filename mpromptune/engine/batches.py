@@ -339,8 +339,8 @@ class BatchPlan:
         if not ranked:
             return baseline
         eligible = self._eligible(ranked)
-        best = self._best_full(eligible) if table.is_full(eligible[0]) else None
-        return eligible[0] if best is None else best
+        full = self._best_full(eligible) if table.is_full(eligible[0]) else None
+        return eligible[0] if full is None else full
 
     def _best_full(self, ranked: Sequence[Row]) -> Row | None:
         """The first fully measured one of ``ranked``, or the baseline if its score is better."""
