@@ -340,7 +340,7 @@ class BatchPlan:
             return baseline
         eligible = self._eligible(ranked)
         full = self._best_full(eligible) if table.is_full(eligible[0]) else None
-        return eligible[0] if full is None else full
+        return full or eligible[0]
 
     def _best_full(self, ranked: Sequence[Row]) -> Row | None:
         """The first fully measured one of ``ranked``, or the baseline if its score is better."""

@@ -128,7 +128,7 @@ def _read_gguf(path: Path) -> Loaded:
 def _copy_of(path: Path) -> Path:
     """The folder in the user's cache for the copy of a GGUF file, in this version of transformers.
 
-    Equal files share one (540 MB for SmolLM2-135M): each new environment has a file of its own.
+    Files of equal name and content share one (540 MB for SmolLM2-135M), as each environment has its own file.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
