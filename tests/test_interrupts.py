@@ -32,13 +32,12 @@ THREADS = 4
 
 
 class Interrupting:
-    """The table of scores; call number ``at`` interrupts, and what is in flight then waits to be stopped."""
+    """The table of scores; call number ``at`` interrupts, and it and later ones wait to be stopped."""
 
     def __init__(self, at: int, error: Exception | None = None) -> None:
         self.begun: list[tuple[Any, int]] = []
         self._at = at
         self._error = error
-        self._pressed = threading.Event()
         self._lock = threading.Lock()
 
     def __call__(self, params: dict[str, int], example: int) -> float:
@@ -46,9 +45,8 @@ class Interrupting:
             self.begun.append((SPACE.row(params), example))
             number = len(self.begun)
         if number == self._at:
-            self._pressed.set()
             press_ctrl_c()
-        if self._pressed.is_set():
+        if number >= self._at:
             hold()
             if self._error is not None:
                 raise self._error
